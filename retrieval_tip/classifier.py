@@ -98,7 +98,8 @@ class OpenIndex:
     _temporary: TemporaryIndex | None = None
 
     def __init__(self, index: Index, reader: Reader) -> None:
-        self.index, self.reader = index, replace(reader, parts=index.parts)
+        self.index = index
+        self.reader = replace(reader, parts=index.parts)
 
     @classmethod
     def load(cls, place: Place, model: Model = None, *, device: str = "auto", precision: Precision = "auto") -> Self:
@@ -396,12 +397,14 @@ class Classifier(OpenIndex):
         Returns a :class:`Prediction` for a single photo or feature, and :class:`Predictions` otherwise. Raises
         InputError if a photo cannot be read, or if the norm of a feature is not 1.
         """
-        index, ask = self.index, Ask(**asked)
+        index = self.index
+        ask = Ask(**asked)
         if (features := features_of(what)) is not None:
             answers = index.classify(features, norms, **vars(ask))
             answers = groups.group_no_match(index, features, answers) if group_no_match else answers
             return answers[0] if what.ndim == 1 else answers
-        sources, reader = _photos(what), replace(self.reader, norms=norms)
+        sources = _photos(what)
+        reader = replace(self.reader, norms=norms)
         if group_no_match:
             groups.check_fitted(index)
             answers = groups.classify_in_groups(index, Pool.of(sources, reader), ask)
@@ -451,13 +454,15 @@ class Classifier(OpenIndex):
         asked.setdefault("top", 3)
         given = open_images(what)
         (prediction,) = Predictions.joined(classify_sources(self.index, [given], self.reader, Ask(**asked)))
-        (path,), shots = given.paths or (), [_file(neighbour.source) for neighbour in prediction.neighbours]
+        (path,) = given.paths or ()
+        shots = [_file(neighbour.source) for neighbour in prediction.neighbours]
         return Explanation(prediction, given.load(path), shots)
 
     def similar(self, photo: Picture | Features, n: int = 5, *, norms: Checked = "check") -> list[SimilarShot]:
         """Return the ``n`` shots most similar to a photo or a feature (see :meth:`model.Index.similar`)."""
         if (features := features_of(photo)) is None and is_one(photo):
-            features, norms = self.reader.encode(open_images(photo)).features, "keep"
+            features = self.reader.encode(open_images(photo)).features
+            norms = "keep"
         if features is None or len(features) != 1:
             raise UsageError("photo: expected a single photo or feature; call similar for each one")
         return self.index.similar(features, n, norms=norms)[0]
@@ -494,7 +499,8 @@ class Classifier(OpenIndex):
         names = [os.fspath(path) for path in paths if isinstance(path, str | os.PathLike)]
         if len(names) < len(paths):
             raise UsageError("photos: only files can be sorted; give the path of a photo or a folder, or several paths")
-        sources, reader = [*open_inputs(names)], replace(self.reader, skipped=[])
+        sources = [*open_inputs(names)]
+        reader = replace(self.reader, skipped=[])
         return sort_photos(
             self.index, sources, reader, folder, action=action, min_probability=min_probability,
             at_most_wrong=at_most_wrong, smooth=smooth, dry_run=dry_run,

@@ -54,7 +54,8 @@ def drop_classes(made: Index, class_ids: IntArray) -> None:
     if not len(class_ids):
         return
     left = np.delete(np.arange(len(made.class_names)), class_ids)
-    made.rows, made.scores = made.rows.narrowed(class_ids, len(made.class_names)), None
+    made.rows = made.rows.narrowed(class_ids, len(made.class_names))
+    made.scores = None
     made.class_names, made.text_weights = [made.class_names[i] for i in left], made.text_weights[left]
     made.follow()
 
@@ -69,7 +70,8 @@ def _append_classes(made: Index, classes: Mapping[str, Features | None]) -> None
     weights = inputs.text_weights(np.stack(given) if given else None, len(names), made.d)
     made.class_names = [*made.class_names, *names]
     made.text_weights = torch.cat([made.text_weights, weights.to(made.text_weights)])
-    made.rows, made.scores = made.rows.widened(len(made.class_names)), None
+    made.rows = made.rows.widened(len(made.class_names))
+    made.scores = None
     made.follow()
 
 
@@ -128,7 +130,9 @@ def _move(made: Index, labels: Mapping[int, str]) -> None:
     part = made.rows.of(list(wanted))
     class_ids = np.array([wanted[key_id] for key_id in part.key_ids.tolist()], dtype=np.int64)
     changed = np.flatnonzero(part.class_ids != class_ids)
-    part, class_ids, rows = part.take(changed), class_ids[changed], made.rows
+    part = part.take(changed)
+    class_ids = class_ids[changed]
+    rows = made.rows
     if not part.n:
         return
     if made.ridge is not None:
@@ -160,7 +164,9 @@ def _rename(made: Index, old: str, new: str) -> None:
         return
     if isinstance(made.rows, ArrayRows) and made.values is not None:
         # The columns can be added, because solved values are linear in their targets.
-        place, counts, values = made.class_names.index(new), made.counts, made.values.clone()
+        place = made.class_names.index(new)
+        counts = made.counts
+        values = made.values.clone()
         with_keys = [own for own in (class_id, place) if counts[own]]
         values[:, place] = values[:, with_keys or [place]].sum(1)
         made.rows = replace(made.rows, values=values)
@@ -174,7 +180,8 @@ def _set_text(made: Index, text: Mapping[str, FloatArray]) -> None:
     weights = made.text_weights.clone()
     for name, row in text.items():
         weights[made.class_names.index(name)] = torch.from_numpy(row).to(weights)
-    made.text_weights, made.scores = weights, None
+    made.text_weights = weights
+    made.scores = None
     made.follow()
 
 
@@ -183,5 +190,6 @@ def _hold(made: Index, rows: Rows) -> None:
     if isinstance(rows, ArrayRows):
         rows = rows if made.ridge is None else made.ridge.solved(rows)
         rows = rows.refilled(made.rows.index, len(made.class_names), made.device)
-    made.rows, made.scores = rows, None
+    made.rows = rows
+    made.scores = None
     made.follow()

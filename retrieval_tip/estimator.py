@@ -182,7 +182,8 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
             raise UsageError('metric and values: only valid with alpha="auto"; set alpha, or remove them')
         if auto and self.beta is not None:
             raise UsageError('beta: is fitted with alpha="auto"; set alpha to a number, or remove beta')
-        alpha, beta = Settings.alpha if auto else cast(float, self.alpha), self.beta
+        alpha = Settings.alpha if auto else cast(float, self.alpha)
+        beta = self.beta
         settings = Settings(alpha, Settings.beta if beta is None else beta, self.logit_scale, self.k, self.tail)
         classes, order = _classes(own if labels is None else labels, once=self.class_names is not None)
         names = classes if self.class_names is None else np.asarray(labels)
@@ -293,5 +294,7 @@ class ImageEncoder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # sc
 
     def __sklearn_tags__(self) -> Tags:
         tags = super().__sklearn_tags__()
-        tags.input_tags.string, tags.input_tags.two_d_array, tags.requires_fit = True, False, False
+        tags.input_tags.string = True
+        tags.input_tags.two_d_array = False
+        tags.requires_fit = False
         return tags

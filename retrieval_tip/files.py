@@ -207,7 +207,8 @@ def remove_leftovers(folder: Path, name: str | None = None) -> int:
     If ``name`` is given, only leftovers of this name are removed. A running process holds a lock on its temporary
     files.
     """
-    freed, entries = 0, list[os.DirEntry[str]]()
+    freed = 0
+    entries = list[os.DirEntry[str]]()
     with suppress(OSError):
         entries = list(os.scandir(folder))
     for entry in entries:
@@ -247,7 +248,8 @@ def lock(
     """
     until = time.monotonic() + wait
     while True:
-        held, own = os.open(path, flags | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC, mode), False
+        held = os.open(path, flags | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+        own = False
         try:
             with suppress(BlockingIOError, FileNotFoundError):
                 fcntl.flock(held, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)

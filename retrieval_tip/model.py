@@ -161,10 +161,13 @@ class Index:
         }  # fmt: skip
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        prior, scores, rows = state.pop("prior"), state.pop("scores"), state.pop("rows")
+        prior = state.pop("prior")
+        scores = state.pop("scores")
+        rows = state.pop("rows")
         rows = replace(rows, keys=_writable(rows.keys), points=None if rows.points is None else _writable(rows.points))
         self.__init__(rows=rows, device=present(state.pop("device")), **state)  # type: ignore[misc]
-        self.prior, self.scores = prior, scores
+        self.prior = prior
+        self.scores = scores
 
     def _on_device(self, rows: ArrayRows) -> ArrayRows:
         points, values = rows.points, rows.values
@@ -179,7 +182,8 @@ class Index:
 
     def follow(self) -> None:
         """Compute again what follows from the rows, the classes and the text."""
-        rows, c = self.rows, len(self.class_names)
+        rows = self.rows
+        c = len(self.class_names)
         if isinstance(rows, ArrayRows) and rows.index is not None and rows.index.by_class and rows.index.n != c:
             self.rows = rows.indexed(c, device=self.device)
         scale = inputs.scale_of(self.parts, self.shares) if self.parts else None
@@ -484,7 +488,8 @@ class Index:
 
     def on(self, device: str) -> Index:
         """Return the same version on ``auto``, ``cpu``, ``cuda`` or ``cuda:N``. Another device reads it again."""
-        device, own = resolve_device(device), self.stored
+        device = resolve_device(device)
+        own = self.stored
         if device == self.device or own is None:
             return self
         if not isinstance(own, Stored):
@@ -505,7 +510,9 @@ class Index:
         fitted = self.fitted
         if fitted is None or fitted.ridge is None:
             return None
-        c, beta, bonus = len(self.class_names), self.settings.beta, fitted.bonus
+        c = len(self.class_names)
+        beta = self.settings.beta
+        bonus = fitted.bonus
         return Ridge(c, beta, fitted.ridge, self.device, fitted.class_prior, bonus)
 
     def without_unanswerable(self) -> Self:
@@ -540,7 +547,8 @@ class Index:
             UsageError: if the factory is invalid.
             InputError: if the keys are too large for the dtype.
         """
-        rows, settings = self.rows.in_memory(), self.settings
+        rows = self.rows.in_memory()
+        settings = self.settings
         if factory == "auto":
             factory, k = auto_for(rows.keys.shape, dtype or self.dtype, len(self.class_names), self.device)
             settings = replace(settings, k=k)
@@ -628,10 +636,12 @@ class Index:
             UsageError: if alpha, beta, the device or the index is invalid.
         """
         parts = inputs.parts_of(keys, blocks)
-        matrix, names = inputs.matrix(inputs.joined(keys, parts, "keys"), "keys"), inputs.names(class_names)
+        matrix = inputs.matrix(inputs.joined(keys, parts, "keys"), "keys")
+        names = inputs.names(class_names)
         if text_weights is not None:
             text_weights = inputs.joined(text_weights, parts, "text_weights", text_side_by_side)
-        ids, device = inputs.ids_of(labels, names, len(matrix)), resolve_device(device)
+        ids = inputs.ids_of(labels, names, len(matrix))
+        device = resolve_device(device)
         if sources is not None and len(sources) != len(ids):
             raise InputError(f"sources: there are {len(sources)} sources for {len(ids)} keys; pass one source per key")
         order = np.argsort(ids, kind="stable")
@@ -721,7 +731,8 @@ class Index:
 
         Raises StoreError if a file is missing or damaged, has a newer format, or does not match the manifest.
         """
-        store, device = Versions(folder), resolve_device(device)
+        store = Versions(folder)
+        device = resolve_device(device)
 
         def checked(manifest: Manifest) -> Check:
             if check is not None and check.manifest is manifest:
@@ -736,7 +747,9 @@ class Index:
         check.wait()
         place, manifest = store.folder, check.manifest
         held = read(place, manifest)
-        keys, values, metric = held["keys"], held.get("values"), held.get("metric")
+        keys = held["keys"]
+        values = held.get("values")
+        metric = held.get("metric")
         points = held["points"] if "points" in held else points_of(metric, keys, device)
         values = None if values is None else torch.from_numpy(values)
         rows = ArrayRows(keys, held["labels"], values, points, held.get("sums"))
@@ -766,7 +779,8 @@ class Index:
         """
         if self.stored is None:
             raise UsageError("reload: the index has no folder; save it first")
-        store, manifest = self.stored.store, self.stored.store.manifest()
+        store = self.stored.store
+        manifest = self.stored.store.manifest()
         if manifest == self.stored.manifest:
             return self
         if not isinstance(self.stored, Stored):
@@ -826,7 +840,8 @@ class Index:
 
     def _contents(self) -> dict[str, Any]:
         rows = self.rows.in_memory()
-        sums, derived = rows.sums, self.metric is not None and self.metric.factor is not None
+        sums = rows.sums
+        derived = self.metric is not None and self.metric.factor is not None
         contents = self.fit_contents() | {
             "keys": rows.keys,
             "labels": rows.labels,
@@ -901,10 +916,14 @@ class AnswerBlock:
 
     def predictions(self) -> Predictions:
         """Return one prediction per query. The queries are named by their positions."""
-        settings, terms, logits = self.index.settings, self.terms, self.logits
+        settings = self.index.settings
+        terms = self.terms
+        logits = self.logits
         ranked = self.ranked  # at any temperature
         chances = _doubles(self.probabilities.gather(1, ranked))
-        winner, m, names = ranked[:, :1], ranked.shape[1], pa.array(self.index.class_names, pa.string())
+        winner = ranked[:, :1]
+        m = ranked.shape[1]
+        names = pa.array(self.index.class_names, pa.string())
         labels = names.take(pa.array(ranked.cpu().numpy().reshape(-1)))
         columns = {
             "input": pa.array(self.block.positions).cast(pa.string()),
@@ -920,7 +939,8 @@ class AnswerBlock:
         }
         if self.ask.at_least is not None and self.index.groups is not None:
             columns |= narrowest(self.probabilities, self.index.class_names, self.index.groups, self.ask.at_least)
-        shots, retrieval = terms.shots, self.index.retrieval
+        shots = terms.shots
+        retrieval = self.index.retrieval
         if shots is None and self.ask.neighbours:
             points = retrieval.keys.phi(self.features)
             shots = retrieval.contributors(points, *first_two(self._scores), self.ask.neighbours, settings.beta)
@@ -942,14 +962,16 @@ class AnswerBlock:
             strongest = terms.strongest(retrieval.keys.counts)
             columns["no_match"] = pa.array((strongest < settings.least_cache).cpu().numpy())
         if self.sets is not None:
-            sets, matched = self.sets.column(self.probabilities, self.index.class_names), columns["no_match"]
+            sets = self.sets.column(self.probabilities, self.index.class_names)
+            matched = columns["no_match"]
             columns["set"] = pc.if_else(matched.fill_null(False), None, sets)
         known = [column for column in PREDICTIONS if column in columns]
         schema = pa.schema([SCHEMA.field(column) for column in known])
         return Predictions(pa.table([columns[column] for column in known], schema=schema))
 
     def _described(self, near: Nearest, classes: Tensor) -> pa.StructArray:
-        there, every = near.rows >= 0, self.index.retrieval.keys.values
+        there = near.rows >= 0
+        every = self.index.retrieval.keys.values
         weight = tip.weight(near.affinity, self.index.settings.beta)
         if every is None:
             values = (near.class_ids[:, :, None] == classes[:, None]).float()
@@ -971,7 +993,8 @@ def narrowest(probabilities: Tensor, class_names: Sequence[str], groups: Levels,
     """
     every = probabilities.double()
     found = np.full((2, len(every)), None, dtype=object)
-    chances, open_ = _doubles(every.amax(1)), np.ones(len(every), dtype=bool)
+    chances = _doubles(every.amax(1))
+    open_ = np.ones(len(every), dtype=bool)
     for level, own in groups.of(class_names).items():
         if names := list(dict.fromkeys(filter(None, own))):
             position = {name: place for place, name in enumerate(names)}
@@ -979,8 +1002,10 @@ def narrowest(probabilities: Tensor, class_names: Sequence[str], groups: Levels,
             sums = every.new_zeros(len(every), len(names) + 1).index_add_(1, at, every)[:, :-1]
             best, places = (part.cpu().numpy() for part in sums.max(1))
             now = open_ & (best >= least)
-            found[0, now], found[1, now] = np.array(names, dtype=object)[places[now]], level
-            chances[now], open_ = best[now].clip(max=1), open_ & ~now
+            found[0, now] = np.array(names, dtype=object)[places[now]]
+            found[1, now] = level
+            chances[now] = best[now].clip(max=1)
+            open_ = open_ & ~now
     label, level_ = (pa.array(part, pa.string()) for part in found)
     return {"label": label, "level": level_, "probability": pa.array(chances)}
 
@@ -1003,8 +1028,10 @@ def _read_index(place: Path, manifest: Manifest, device: str) -> VectorIndex | N
     """Return the stored index, or ``None`` if it has to be built."""
     if manifest.index == FLAT_FACTORY:
         return None
-    file, c = manifest.files["index"], len(manifest.class_names)
-    path, half = place / file.name, manifest.dtype == "float16"
+    file = manifest.files["index"]
+    c = len(manifest.class_names)
+    path = place / file.name
+    half = manifest.dtype == "float16"
     index = VectorIndex.load(path, manifest.index, device, half, file.rows)
     matches = index.n <= c if index.by_class else index.n == manifest.files["keys"].rows
     if index.d != manifest.d or not matches:

@@ -87,7 +87,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name in ("alpha", "beta", "gamma", "logit_scale", "temperature"):
-            value, above = getattr(self, name), name in ("logit_scale", "temperature")
+            value = getattr(self, name)
+            above = name in ("logit_scale", "temperature")
             if not _is_finite(value) or value < 0 or (above and value == 0):
                 raise UsageError(f"{name} is {value}: expected a finite number{' above 0' if above else ', 0 or more'}")
             object.__setattr__(self, name, float(value))

@@ -81,7 +81,8 @@ class Metric:
         if self.factor is None:
             assert self.whole is not None
             return self.whole
-        scale, rows = self.factor[0], self.factor[1:]
+        scale = self.factor[0]
+        rows = self.factor[1:]
         transform = (-scale[:, None] * rows.T) @ rows
         transform.diagonal().add_(scale)
         return transform
@@ -91,7 +92,8 @@ class Metric:
         apart = features - self.mean
         if self.factor is None or 2 * len(self.factor) > len(self.mean):
             return torch.nn.functional.normalize(apart @ self.transform.to(features.dtype))
-        scale, rows = self.factor[0].to(features.dtype), self.factor[1:].to(features.dtype)
+        scale = self.factor[0].to(features.dtype)
+        rows = self.factor[1:].to(features.dtype)
         scaled = apart * scale
         return torch.nn.functional.normalize(scaled - scaled @ rows.T @ rows)
 
@@ -266,7 +268,8 @@ def cache_logits(
 
     Raises ValueError if there is a tail and the values have no ``sums``.
     """
-    weights, rest = weight(affinity, beta), None if tail is None else tail.rest(affinity, class_ids)
+    weights = weight(affinity, beta)
+    rest = None if tail is None else tail.rest(affinity, class_ids)
     if values is None:
         cache = sum_by_class(weights, class_ids, n_classes)
         return cache if rest is None else cache + at_mean(*rest, beta)

@@ -106,7 +106,8 @@ def unknown(model: str) -> UsageError:
 
 def similar(model: str, names: Sequence[str], prefix: str = "") -> str:
     """Return a phrase that lists the names that contain every part of ``model`` or are spelled like it."""
-    plain, asked = {_plain(name): name for name in names}, _plain(model)
+    plain = {_plain(name): name for name in names}
+    asked = _plain(model)
     whole = sorted((name for name in plain if all(part in name for part in asked.split("-"))), key=len)
     near = [*dict.fromkeys([*whole, *difflib.get_close_matches(asked, list(plain), NEAR, ALIKE)])][:NEAR]
     return f"; similar names: {', '.join(prefix + plain[name] for name in near)}" if near else ""
@@ -158,7 +159,8 @@ def _tags(model: str) -> list[str]:
 
 
 def _described(name: str, *, sized: bool = True) -> Named:
-    words, file = not name.startswith("timm:"), name.partition("@")[2]
+    words = not name.startswith("timm:")
+    file = name.partition("@")[2]
     tags = [file] if file else _tags(name) if words else [name.partition(".")[2]]
     licence = dict(_RECOMMENDED.values()).get(name) if words else getattr(_timm_config(name), "license", None)
     size = _bytes(architecture(name)) if sized else None

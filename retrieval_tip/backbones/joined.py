@@ -29,7 +29,8 @@ class Joined:
 
     def __init__(self, parts: Sequence[Backbone], used: Sequence[bool] | None = None) -> None:
         """Join backbones. Raises UsageError if one of them occurs twice."""
-        self.parts, self.used = tuple(parts), tuple(used or [True] * len(parts))
+        self.parts = tuple(parts)
+        self.used = tuple(used or [True] * len(parts))
         self.identity = Identity.joined([part.identity for part in parts])
         if len({part.identity.fingerprint for part in parts}) < len(parts):
             raise UsageError(f"model {self.identity.model}: names an encoder twice")

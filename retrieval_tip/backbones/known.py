@@ -71,7 +71,8 @@ def recall(model: str, pretrained: str | None) -> tuple[Names, Known] | None:
         return None
     try:
         record = json.loads(read_regular(path, RECORD_BYTES))
-        (name, tag), files = record["names"], Files(tuple(record["places"]), record["digest"])
+        (name, tag) = record["names"]
+        files = Files(tuple(record["places"]), record["digest"])
         known = Known(Identity.from_dict(record["identity"]), int(record["dim"]), float(record["logit_scale"]), files)
         return ((name, tag), known) if files.are_unchanged() else None
     except FileNotFoundError:
@@ -100,5 +101,6 @@ def _record(model: str, pretrained: str | None) -> Path | None:
     places = (model.partition(":")[2], (pretrained or "").rpartition("=")[2])
     here = [os.path.realpath(place) for place in places if os.path.exists(place)]  # noqa: PTH110 - any name will do
     hub = [os.environ.get(name) for name in ("HF_HOME", "HF_HUB_CACHE")]
-    caches, name = cache_folder(), digest_of([FORM, model, pretrained, here, hub])[:16]
+    caches = cache_folder()
+    name = digest_of([FORM, model, pretrained, here, hub])[:16]
     return None if caches is None else caches / "backbones" / f"{name}.json"

@@ -71,7 +71,8 @@ def _load(model: str, weights: str | None, device: str, precision: Precision, *,
 
 def split_names(model: str) -> list[str]:
     """Split names that are joined by ``+``. An existing folder or file of weights may have a ``+`` in its name."""
-    names, rest = list[str](), model.split("+")
+    names = list[str]()
+    rest = model.split("+")
     while rest:
         joined = ("+".join(rest[:end]) for end in range(len(rest), 0, -1))
         names.append(next(filter(_is_one, joined), rest[0]))

@@ -108,11 +108,13 @@ def open_model(model: str, pretrained: str | None, device: torch.device) -> Open
     import open_clip
 
     plan = _plan(model, pretrained)
-    name, weights = plan.model, plan.checkpoint or plan.pretrained
+    name = plan.model
+    weights = plan.checkpoint or plan.pretrained
     with _opening(plan, plan.repository), _undrawn():
         files = _files(plan)
         made, _, preprocess = open_clip.create_model_and_transforms(name, weights, device=device, **plan.arguments)
-        config, dim = _config_digest(plan), open_clip.get_model_config(name)["embed_dim"]
+        config = _config_digest(plan)
+        dim = open_clip.get_model_config(name)["embed_dim"]
     identity = Identity(plan.model, plan.pretrained, "", config, cast("Any", made.visual.preprocess_cfg))
     return Opened(made, preprocess, identity, dim, partial(_tokenizer, plan), files)
 

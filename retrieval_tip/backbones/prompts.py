@@ -56,7 +56,8 @@ def text_weights(
 
 def each_text(backbone: Backbone, c: int, weights_of: Callable[[Backbone], FloatArray]) -> FloatArray:
     """Join the text weights of each encoder that has text (see :func:`base.text_side_by_side`)."""
-    encoders, some = [one for one, _ in encoders_of(backbone)], backbone.has_text
+    encoders = [one for one, _ in encoders_of(backbone)]
+    some = backbone.has_text
     weights = [weights_of(one) if one.has_text or not some else np.zeros((c, one.dim), np.float32) for one in encoders]
     return text_side_by_side(weights)
 

@@ -37,7 +37,8 @@ def open_model(name: str, pretrained: str | None, device: torch.device) -> Opene
     weights = None if file is None else str(file.resolve())
     identity = Identity(f"timm:{name}", weights, "", f"sha256:{digest_of({'timm': architecture})}", plain)
     model: Any = torch.nn.Module()
-    model.visual, model.encode_image = tower, tower.forward
+    model.visual = tower
+    model.encode_image = tower.forward
     preprocess = create_transform(**settings, is_training=False)
     dim = cast("int", getattr(tower, "head_hidden_size", None) or tower.num_features)
     return Opened(model.to(device), preprocess, identity, dim, None, files)
@@ -50,12 +51,14 @@ def _plan(name: str, pretrained: str | None) -> tuple[str, str | None, Path | No
     if not timm.is_model(architecture):
         near = similar(name, timm.list_models(), "timm:")
         raise UsageError(f"model 'timm:{name}': timm has no such model{near}")
-    file, tags = None, [known.partition(".")[2] for known in timm.list_pretrained(f"{architecture}.*")]
+    file = None
+    tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{architecture}.*")]
     if pretrained in tags:
         tag = pretrained
     elif pretrained is not None:
         of, _, path = pretrained.rpartition("=")
-        tag, file = of or tag, Path(path)
+        tag = of or tag
+        file = Path(path)
         if not file.is_file():
             raise BackboneError(f"{path}: no such checkpoint for timm:{architecture}")
     if tag and tag not in tags:

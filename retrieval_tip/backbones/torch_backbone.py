@@ -70,13 +70,16 @@ class TorchBackbone:
         """Open the model on its device, or on first use if it is already ``known``."""
         import torch
 
-        self._open, self._device = open_model, torch.device(device)
+        self._open = open_model
+        self._device = torch.device(device)
         self.precision: str = precision
         self._compiles = device == "cpu" and precision != "float16"
         self._tower: tower.Tower | None = None
         self._opened = None if known is not None else self._open_here()
         self.known = known = known or self._described()
-        self.identity, self.dim, self.logit_scale = known.identity, known.dim, known.logit_scale
+        self.identity = known.identity
+        self.dim = known.dim
+        self.logit_scale = known.logit_scale
         self.has_text = not known.identity.model.startswith("timm:")
         self.text_key = None if known.files is None else known.files.digest
         if precision == "int8":
@@ -246,11 +249,13 @@ def _crop(width: int, height: int, generator: random.Random) -> tuple[int, int, 
     for _ in range(10):
         area = width * height * generator.uniform(*VIEW_SCALE)
         ratio = float(np.exp(generator.uniform(*np.log(VIEW_RATIO))))
-        w, h = round((area * ratio) ** 0.5), round((area / ratio) ** 0.5)
+        w = round((area * ratio) ** 0.5)
+        h = round((area / ratio) ** 0.5)
         if 0 < w <= width and 0 < h <= height:
             return generator.randint(0, height - h), generator.randint(0, width - w), h, w
     ratio = min(max(width / height, VIEW_RATIO[0]), VIEW_RATIO[1])
-    w, h = max(1, min(width, round(height * ratio))), max(1, min(height, round(width / ratio)))
+    w = max(1, min(width, round(height * ratio)))
+    h = max(1, min(height, round(width / ratio)))
     return (height - h) // 2, (width - w) // 2, h, w
 
 

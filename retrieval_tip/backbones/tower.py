@@ -226,7 +226,8 @@ def image_encoder(model: Model) -> torch.nn.Module:
     import torch
 
     encoder: Any = torch.nn.Module()
-    encoder.model, encoder.forward = model, model.encode_image
+    encoder.model = model
+    encoder.forward = model.encode_image
     module: torch.nn.Module = encoder.eval()
     return module
 
@@ -289,7 +290,8 @@ def view(image: Image.Image, preprocess: Preprocess) -> torch.Tensor:
     if image.size != resized:
         image = image.resize(resized, Resampling[preprocess["interpolation"].upper()])
     height, width = view_size(preprocess)
-    left, top = round((image.width - width) / 2.0), round((image.height - height) / 2.0)
+    left = round((image.width - width) / 2.0)
+    top = round((image.height - height) / 2.0)
     image = image.crop((left, top, left + width, top + height)).convert("RGB")
     mean, std = (torch.tensor(preprocess[name], dtype=torch.float32)[:, None, None] for name in ("mean", "std"))
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float().div_(255)

@@ -80,7 +80,8 @@ def _dual(model: Any) -> Model:
     class Projected(torch.nn.Module):
         def __init__(self, encoder: torch.nn.Module, projection: torch.nn.Module | None) -> None:
             super().__init__()
-            self.encoder, self.projection = encoder, projection
+            self.encoder = encoder
+            self.projection = projection
 
         def forward(self, given: torch.Tensor) -> torch.Tensor:
             pooled: torch.Tensor = self.encoder(given).pooler_output
@@ -98,7 +99,8 @@ def _settings(processor: Preprocess, place: str) -> PreprocessCfg:
     from open_clip.transform import PreprocessCfg
     from PIL.Image import Resampling
 
-    cropped, size = processor.get("do_center_crop"), processor["size"]
+    cropped = processor.get("do_center_crop")
+    size = processor["size"]
     side = processor["crop_size"] if cropped else size
     interpolation = Resampling(processor["resample"]).name.lower()
     if (cropped and size.get("shortest_edge") != min(side.values())) or interpolation not in ("bicubic", "bilinear"):

@@ -162,7 +162,8 @@ def _on_ray(items: Source, out: Place, address: str, encoding: SourceOptions) ->
     if encoding.model or items.table is None:
         backbone = partial(load_backbone, encoding.model, precision=encoding.precision)
     cache = None if encoding.no_cache else str(EncodingCache.default_folder())
-    work, pieces = Work(reader_of(encoding), backbone, cache), cut(items)
+    work = Work(reader_of(encoding), backbone, cache)
+    pieces = cut(items)
     progress = sys.stderr.isatty() and not quiet()
     rows, kept, skipped = write_parts(work, pieces, out, address=address, device=encoding.device, progress=progress)
     warn(f"skipped {one}" for one in skipped)
@@ -222,7 +223,8 @@ def doctor(as_json: bool = options.JSON) -> None:
     from retrieval_tip.doctor import examine
     from retrieval_tip.files import cache_folder
 
-    report, cache = examine(), "none: no home folder"
+    report = examine()
+    cache = "none: no home folder"
     if (folder := cache_folder()) is not None:
         file, size, most = size_of(folder)
         cache = f"{show(file)}, {amount(size)} of at most {amount(most)} (retrieval-tip cache --max-size GB)"

@@ -165,7 +165,8 @@ class RowOptions:
         from retrieval_tip.data.boxes import EMPTY
         from retrieval_tip.data.exif import Noting
 
-        schema, noting = self.schema(index), Noting(cut.boxes)
+        schema = self.schema(index)
+        noting = Noting(cut.boxes)
         detected = cut.detected | dict.fromkeys(map(show, cut.empty), EMPTY)
         if self.exif or self.burst is not None or self.boxes is not None:
             sources = [replace(source, load=noting) for source in sources]
@@ -308,7 +309,10 @@ def classify(
     deployments = camera_traps.read_deployments(rows.deployments, zone) if rows.deployments else {}
     loaded = index_with(folder, encoding, opening, ask)
     rows.check(loaded, printing.style)
-    photos, cut, counts, skipped = inputs_of(inputs), Cut(), Counter[str](), list[Skipped]()
+    photos = inputs_of(inputs)
+    cut = Cut()
+    counts = Counter[str]()
+    skipped = list[Skipped]()
     sources = photos
     if rows.boxes is not None:
         cut = cut_boxes(rows.boxes, photos, rows.categories)

@@ -143,8 +143,10 @@ class Command(click.Command):
     def __init__(self, *, callback: FunctionType, params: list[click.Parameter], help: str, **more: Any) -> None:  # noqa: A002 - as in click
         text, _, examples = inspect.cleandoc(help).partition("\n\nExamples:\n")
         self.examples = [example.strip() for example in examples.splitlines()]
-        told, groups = _texts(text), {}
-        names, defaults = callback.__code__.co_varnames, callback.__defaults__ or ()
+        told = _texts(text)
+        groups = {}
+        names = callback.__code__.co_varnames
+        defaults = callback.__defaults__ or ()
         for name, declared in zip(names, defaults, strict=False):  # inspect.signature is slower
             if isinstance(declared, OptionGroup):
                 groups[name] = declared

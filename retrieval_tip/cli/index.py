@@ -89,7 +89,8 @@ def _next_step(out: Place, index: Index, photos: Place) -> str:
         own = spelled(index.backbone.model, index.backbone.pretrained)
         return f"another encoder may help ({command_line('models', '--try', photos, '--model', own)})"
     if right < LEAST_RIGHT * held:
-        add, audit = command_line("index", "add", out, "FOLDER"), command_line("index", "audit", out)
+        add = command_line("index", "add", out, "FOLDER")
+        audit = command_line("index", "audit", out)
         return f"add photos of {name} ({add}), or check labels ({audit})"
     return f"open it in the browser ({command_line('serve', out)})"
 
@@ -212,7 +213,8 @@ def add_command(
     from retrieval_tip.data.sources import check_exists
     from retrieval_tip.index import changes
 
-    manifest, items = store_of(folder).manifest(), source_of(source, encoding, "train")
+    manifest = store_of(folder).manifest()
+    items = source_of(source, encoding, "train")
     check_exists(text)
     new = not set(items.class_names) <= set(manifest.class_names)
     needed = new and text is None and bool(manifest.templates)
@@ -460,12 +462,14 @@ def export_command(
         from retrieval_tip.backbones.loading import load_again
         from retrieval_tip.index.onnx_graph import export_onnx
 
-        named, backbone = loaded.backbone, None
+        named = loaded.backbone
+        backbone = None
         if not features and named is not None:
             backbone = load_again(named, device="cpu", precision=precision)
         facts = export_onnx(loaded, onnx, backbone)
         given = "features" if backbone is None else "pixels"
-        size, classes = f"{facts['bytes'] / 1e6:.1f} MB", counted(len(facts["labels"]), "class")
+        size = f"{facts['bytes'] / 1e6:.1f} MB"
+        classes = counted(len(facts["labels"]), "class")
         about(onnx, f"{given} to logits of {classes}, {size}, opset {facts['opset']}")
         if (agreement := facts["agreement"]) is None:
             warn([f"{show(onnx)}: not compared with the package, because no photo of the index could be read"])

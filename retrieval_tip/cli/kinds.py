@@ -42,13 +42,15 @@ class IndexType(click.Path):
         self.name = METAVAR
 
     def convert(self, value: object, param: Any, ctx: Any) -> Path | str:
-        address, path = parse(str(value)), Path(str(value))
+        address = parse(str(value))
+        path = Path(str(value))
         if address is None and path.is_file():
             self.fail(f"{value}: is a file, not an index folder; give the index first (index list shows yours)")
         return path if address is None else str(address)
 
 
-FOLDER, INDEX = Folder(path_type=Path), IndexType()
+FOLDER = Folder(path_type=Path)
+INDEX = IndexType()
 FILE = click.Path(path_type=Path, dir_okay=False)
 
 
@@ -97,11 +99,14 @@ OUTPUT = Output(path_type=Path, dir_okay=False)
 class Number(click.ParamType[float]):
     """A finite number from ``least`` to ``most``, and not between 0 and :data:`SMALLEST`."""
 
-    name, what, layout = "X", "number", "g"
+    name = "X"
+    what = "number"
+    layout = "g"
     parsed: click.ParamType[Any] = click.FLOAT
 
     def __init__(self, least: float = 0, most: float = LARGEST) -> None:
-        self.least, self.most = least, most
+        self.least = least
+        self.most = most
 
     def convert(self, value: Any, param: Any, ctx: Any) -> Any:
         number = self.parsed.convert(value, param, ctx)
@@ -116,7 +121,9 @@ class Number(click.ParamType[float]):
 class Count(Number):
     """A whole number from ``least`` to ``most``."""
 
-    name, what, layout = "N", "whole number", ","
+    name = "N"
+    what = "whole number"
+    layout = ","
     parsed = click.INT
 
 
@@ -138,8 +145,13 @@ def count(kind: str = "", least: int = 1) -> Count:
     return Count(least, MOST.get(kind, MANY))
 
 
-SHOTS, VIEWS_COUNT, SEED = count("shots"), count("views"), count("seed", 0)
-KEYS, NUMBER, POSITIVE, SHARE = K(1), Number(), Number(SMALLEST), Number(0, 1)
+SHOTS = count("shots")
+VIEWS_COUNT = count("views")
+SEED = count("seed", 0)
+KEYS = K(1)
+NUMBER = Number()
+POSITIVE = Number(SMALLEST)
+SHARE = Number(0, 1)
 
 
 def percent(text: str) -> float:

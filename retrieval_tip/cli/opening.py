@@ -170,7 +170,8 @@ def reader_for(
     """Open a reader with the backbone of :func:`backbone_for`, and close its cache on exit."""
     from retrieval_tip.data.encoding_cache import EncodingCache
 
-    backbone, parts = backbone_for(index, sources, encoding, needed=needed), () if index is None else index.parts
+    backbone = backbone_for(index, sources, encoding, needed=needed)
+    parts = () if index is None else index.parts
     cache = None if backbone is None or encoding.no_cache else EncodingCache.default()
     began = time.monotonic()
     reader = replace(reader_of(encoding), backbone=backbone, cache=cache, parts=tuple(parts), progress=not quiet())

@@ -165,7 +165,8 @@ class _Handler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            level, text = record.levelname, message(self.format(record))
+            level = record.levelname
+            text = message(self.format(record))
             colour = {"warning": "yellow", "ERROR": "red"}.get(level)  # on a terminal only
             click.echo(text if colour is None else click.style(level, fg=colour) + text.removeprefix(level), err=True)
         except Exception:  # as in logging's own handlers

@@ -122,7 +122,8 @@ def label_command(
     from retrieval_tip.server.served import Backbones, Maker, open_all
     from retrieval_tip.server.service import Service
 
-    sources, store = inputs_of(photos, needed=True), store_of(out)
+    sources = inputs_of(photos, needed=True)
+    store = store_of(out)
     paths = paths_of(sources)
     known = store.exists()
     opened = reader_for(store.manifest() if known else None, sources, encoding)

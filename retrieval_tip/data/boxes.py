@@ -59,7 +59,8 @@ def cut_boxes(file: Path, sources: Sequence[Source], categories: Sequence[str] =
     an entry, if the detector failed on all, or if two photos have the same entry.
     """
     document, names, entries = _read(file)
-    made, known = Cut(document=document), [show(str(name)) for name in names.values()]
+    made = Cut(document=document)
+    known = [show(str(name)) for name in names.values()]
     for category in categories:
         if category.casefold() not in map(str.casefold, known):
             choices = few(known) or "none"
@@ -69,7 +70,8 @@ def cut_boxes(file: Path, sources: Sequence[Source], categories: Sequence[str] =
     for source in sources:
         if source.paths is None:
             raise UsageError(f"{source.name}: --boxes: features cannot be cropped; give photos")
-        failed, items = list(source.failed), list[str]()
+        failed = list(source.failed)
+        items = list[str]()
         for path in source.paths:
             entry = next((end for end in _ends(path) if end in entries), None)
             if entry is not None and owners.setdefault(entry, path) != path:
@@ -80,9 +82,11 @@ def cut_boxes(file: Path, sources: Sequence[Source], categories: Sequence[str] =
                 failed.append(Skipped(show(path), found))
                 continue
             for number, (category, box, detection) in enumerate(found[1], 1):
-                name, chosen = f"{path}#{number}", not categories or category.casefold() in wanted
+                name = f"{path}#{number}"
+                chosen = not categories or category.casefold() in wanted
                 (items if chosen else made.others).append(name)
-                made.boxes[name], made.detected[show(name)] = (path, box), category
+                made.boxes[name] = (path, box)
+                made.detected[show(name)] = category
                 made.found[show(name)] = found[0], detection
             if not found[1]:
                 made.empty.append(path)

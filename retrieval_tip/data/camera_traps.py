@@ -117,7 +117,8 @@ def read_deployments(file: Path, zone: tzinfo | None) -> dict[str, Row]:
 
     Raises InputError if the file cannot be read, or if a column, an id, a time or a coordinate is not valid.
     """
-    items, known = tables.items_of(file)[0], COLUMNS["deployments"].split()
+    items = tables.items_of(file)[0]
+    known = COLUMNS["deployments"].split()
     if "deploymentID" not in items.column_names or not set(items.column_names) <= set(known):
         raise InputError(f"{show(file)}: expected deploymentID and other columns of Camtrap DP: {', '.join(known)}")
     deployments = {str(row["deploymentID"]): row for row in items.to_pylist() if row["deploymentID"] is not None}
@@ -147,12 +148,16 @@ def camtrap_dp(
     """
     now = datetime.now(zone).replace(microsecond=0)
     boxes = {show(name): (show(path), box) for name, (path, box) in cut.boxes.items()}
-    media, observations, bursts, left_out = dict[str, Row](), dict[str, Row](), dict[str, str](), dict[str, Skipped]()
+    media = dict[str, Row]()
+    observations = dict[str, Row]()
+    bursts = dict[str, str]()
+    left_out = dict[str, Skipped]()
     events = defaultdict[str, list[datetime]](list)
     deployments = defaultdict[str, list[Row]](list, {name: [] for name in known})
     for row in rows:
         photo, box = boxes.get(row["input"], (row["input"], None))
-        path, name = within(root, photo), within(root, row["input"])
+        path = within(root, photo)
+        name = within(root, row["input"])
         if row["taken_at"] is None or not re.fullmatch(r"[^./~]((?!\.\.).)*", path):
             why = "its date" if row["taken_at"] is None else "a path without '..', and without '.' or '~' at its start"
             left_out[path] = Skipped(photo, f"Camtrap DP needs {why}")
@@ -218,7 +223,8 @@ def _observed(row: Row, now: datetime) -> Row:
 
 def _box(left: float, top: float, width: float, height: float) -> Row:
     x, y = (min(max(edge, 0.0), 1.0) for edge in (left, top))
-    right, bottom = min(left + width, 1.0), min(top + height, 1.0)
+    right = min(left + width, 1.0)
+    bottom = min(top + height, 1.0)
     return {"bboxX": x, "bboxY": y, "bboxWidth": max(right - x, 1e-6), "bboxHeight": max(bottom - y, 1e-6)}
 
 

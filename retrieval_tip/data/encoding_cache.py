@@ -46,7 +46,9 @@ class EncodingCache:
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.path = Path(folder) / NAME
-        self._lock, self._keeps, self._used = threading.Lock(), True, set[int]()
+        self._lock = threading.Lock()
+        self._keeps = True
+        self._used = set[int]()
         try:
             make_folders(self.path.parent)
             if self.path.exists() and not self.path.is_file():  # SQLite would block on a pipe
@@ -139,7 +141,8 @@ class EncodingCache:
                 raise self._unusable(error) from None
 
     def _shrink(self) -> None:
-        db, most = self._db, _most(self._db)
+        db = self._db
+        most = _most(self._db)
         page = _pragma(db, "page_size")
         if _pragma(db, "page_count") * page <= most:
             return
@@ -174,7 +177,8 @@ class EncodingCache:
 
 def size_of(folder: Path) -> tuple[Path, int, int]:
     """Return the cache file in a folder, its size and its limit in bytes, without creating the file."""
-    file, most = folder / NAME, DEFAULT_BYTES
+    file = folder / NAME
+    most = DEFAULT_BYTES
     if not file.is_file():
         return file, 0, most
     with suppress(sqlite3.Error), closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True)) as db:

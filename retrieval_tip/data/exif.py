@@ -85,7 +85,8 @@ class Noting:
 
     def __call__(self, path: str) -> bytes:
         """Return the bytes of a photo or its part."""
-        data, (_, box) = self.note(path), self.boxes.get(path, (path, None))
+        data = self.note(path)
+        (_, box) = self.boxes.get(path, (path, None))
         return data if box is None else images.crop(data, box)
 
     def note(self, path: str) -> bytes:

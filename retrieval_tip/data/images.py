@@ -127,7 +127,8 @@ class _Bounded(io.BytesIO):
 @contextmanager
 def opened(data: bytes, only: tuple[str, ...] | None = None) -> Iterator[Image.Image]:
     """Open an encoded image and read its header. All Pillow errors are raised as InputError."""
-    file, known = _Bounded(data), only or formats()
+    file = _Bounded(data)
+    known = only or formats()
     try:
         with Image.open(file, formats=known) as image:
             if "progressive" in image.info and data.count(b"\xff\xda") * image.width * image.height > MAX_SCANNED:
@@ -211,7 +212,8 @@ def _grey(image: Image.Image) -> Image.Image:
     """Scale a deep grey image to 8 bits. White is 1, 255 or 65535, or the largest value if that is larger."""
     values = np.array(image, dtype=np.float32)
     np.nan_to_num(values, copy=False, nan=0.0, posinf=0.0, neginf=0.0)
-    largest, limits = float(values.max()), {"F": (1.0, 255.0), "I": (255.0,)}.get(image.mode, ())
+    largest = float(values.max())
+    limits = {"F": (1.0, 255.0), "I": (255.0,)}.get(image.mode, ())
     values /= next((limit for limit in (*limits, 65535.0) if largest <= limit), largest)
     values *= 255
     return Image.fromarray(values.clip(0, 255, out=values).round(out=values).astype(np.uint8))

@@ -159,7 +159,8 @@ def _uint8(array: Array, name: str) -> npt.NDArray[np.uint8]:
         return array.astype(np.uint8, copy=False)
     if array.dtype.kind != "f":
         raise InputError(f"{name}: {array.dtype} pixels; give uint8, or floats from 0 to 1")
-    low, high = float(array.min()), float(array.max())
+    low = float(array.min())
+    high = float(array.max())
     if not np.isfinite([low, high]).all():
         raise InputError(f"{name}: contains NaN or infinity")
     scaled = round(255 * low) >= 0 and round(255 * high) <= 255

@@ -276,9 +276,11 @@ class Reader:
             yield FeatureBlock(positions[some], features[:, None], digests[some].to_pylist())
 
     def _of_images(self, source: Source, names: Sequence[str], *, mean: bool) -> Iterator[FeatureBlock]:
-        backbone, paths = self.needed_backbone(source), source.paths or ()
+        backbone = self.needed_backbone(source)
+        paths = source.paths or ()
         last = {path: position for position, path in enumerate(paths)}
-        encodings, size = _Encoding.of(backbone), self.batch_size or backbone.batch_size
+        encodings = _Encoding.of(backbone)
+        size = self.batch_size or backbone.batch_size
         at_once = min(len(last), 3 * size)
         area = sum(int(np.prod(view_size(one.backbone.identity.preprocess))) for one in encodings)
         pixels = area * (len(names) * at_once + min(len(names) * len(last), size))  # loaded, and in a batch
@@ -377,7 +379,8 @@ class _Encoding:
 
     @classmethod
     def of(cls, backbone: Backbone) -> list[_Encoding]:
-        found, start = [], 0
+        found = []
+        start = 0
         for part, in_use in encoders_of(backbone):
             scope = getattr(part, "scope", part.precision)  # other implementations may lack it
             found += [cls(start, part, f"{part.identity.fingerprint}/{scope}")] if in_use else []
@@ -417,7 +420,8 @@ def encoded(source: Source, reader: Reader) -> tuple[pa.Schema, Iterator[pa.Tabl
     """Return the schema and the rows of the feature table for a source. The rows are encoded lazily."""
     table = source.table
     parts = parts_of(reader.needed_backbone(source)) if table is None else table.parts(reader.parts)
-    own, written = source.items.schema, {"source", "label", tables.FEATURE, "digest", "id"}
+    own = source.items.schema
+    written = {"source", "label", tables.FEATURE, "digest", "id"}
     kept = [field for field in own if field.name not in written.union(part.column for part in parts)]
     further = [pa.field("digest", pa.string()), *(pa.field(field.name, field.type) for field in kept)]
     schema = tables.schema_of(parts, np.float32, further)

@@ -103,7 +103,8 @@ class Source:
 
     def known_as(self, class_names: Sequence[str]) -> Source:
         """Rename labels that match exactly one of ``class_names`` except for case, ``_``, ``-`` and spaces."""
-        known, times = set(class_names), Counter(map(_plain, class_names))
+        known = set(class_names)
+        times = Counter(map(_plain, class_names))
         alone = {_plain(name): name for name in class_names if times[_plain(name)] == 1}
         taken = {name: alone[_plain(name)] for name in self.class_names if name not in known and _plain(name) in alone}
         if not taken:

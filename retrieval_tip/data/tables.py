@@ -133,16 +133,20 @@ def part_files(folder: str) -> list[Path | str]:
 
 def items_of(file: Place, most: int = MAX_ROWS) -> tuple[pa.Table, FeatureTable | None]:
     """Return all columns of a table except features, and the table if it has features. Ids default to row numbers."""
-    name, has_features = show(file), False
+    name = show(file)
+    has_features = False
     if _is_text(file):
         items = _read_csv(file)
         _check(items.column_names, len(items), most, name)
         return items, None
-    tables, table = list[pa.Table](), FeatureTable(file)
+    tables = list[pa.Table]()
+    table = FeatureTable(file)
     for parquet, start, part in table.parquets():
-        columns, feature = parquet.schema_arrow.names, feature_column(parquet.schema_arrow)
+        columns = parquet.schema_arrow.names
+        feature = feature_column(parquet.schema_arrow)
         unnamed = not set(NAMES["path"]) & set(columns) and any(is_vector(one.type) for one in parquet.schema_arrow)
-        end, has_features = start + parquet.metadata.num_rows, feature is not None or unnamed
+        end = start + parquet.metadata.num_rows
+        has_features = feature is not None or unnamed
         _check(columns, end, most, name)
         with reading(part):
             kept = parquet.read(columns=[column for column in columns if column != feature])
@@ -342,7 +346,9 @@ class FeatureTable:
     """
 
     def __init__(self, place: Place) -> None:
-        self.name, self._place, self._files = show(place), place, table_files(place)
+        self.name = show(place)
+        self._place = place
+        self._files = table_files(place)
         self._open = lru_cache(MOST_OPEN)(open_parquet)
 
     def __reduce__(self) -> tuple[type[FeatureTable], tuple[Place]]:
@@ -389,7 +395,8 @@ class FeatureTable:
             groups = np.flatnonzero(np.diff(np.searchsorted(rows, starts)))  # those that contain some of the rows
             if not groups.size:
                 continue
-            at, groups = int(starts[groups[0]]), np.arange(groups[0], groups[-1] + 1)
+            at = int(starts[groups[0]])
+            groups = np.arange(groups[0], groups[-1] + 1)
             with reading(name):
                 columns = [part.column for part in _columns(file.schema_arrow, name, wanted or parts)]
                 for batch in file.iter_batches(TABLE_ROWS, row_groups=groups.tolist(), columns=columns):

@@ -76,7 +76,8 @@ class _Document:
     """An XMP document, and the offsets of the start, the content and the end of each element."""
 
     def __init__(self, data: bytes) -> None:
-        self._data, self._edits = data, list[tuple[int, int, bytes]]()
+        self._data = data
+        self._edits = list[tuple[int, int, bytes]]()
         self._missing = b""  # lists that the document does not contain
         self._places = dict[Element, tuple[int, int, int]]()
         root = self._read()
@@ -93,7 +94,8 @@ class _Document:
     def change(self, name: str, removed: set[str], added: Sequence[str]) -> None:
         """Remove and add values of a list, which becomes an rdf:Bag, or is cut if it has no values left."""
         own, others = self._find(name)
-        items, kept = [item for bag in own for item in bag], [value for *_, values in others for value in values]
+        items = [item for bag in own for item in bag]
+        kept = [value for *_, values in others for value in values]
         without = {item.text for item in items} | removed
         new = [one for one in dict.fromkeys((*kept, *added)) if one not in without]
         cut = [item for item in items if item.text in removed]
@@ -117,7 +119,8 @@ class _Document:
             declared = "".join(f'\n    xmlns:{prefix}="{uri}"' for prefix, uri in _NAMESPACES.items())
             start = f"\n  <rdf:Description rdf:about={quoteattr(about[0])}{declared}>".encode()
             self._append(self._rdf, start + self._missing + b"\n  </rdf:Description>")
-        pieces, at = list[bytes](), 0
+        pieces = list[bytes]()
+        at = 0
         for begin, end, new in sorted(self._edits):
             before = self._data[at:begin]
             pieces += [before, new] if new else [before.rstrip()]
@@ -127,14 +130,17 @@ class _Document:
     def _find(self, name: str) -> tuple[Element, list[tuple[int, int, list[str]]]]:
         """Return a list with an rdf:Bag, and the offsets and values of other forms: texts, attributes, rdf:Seq."""
         prefix, _, local = name.partition(":")
-        tag, own, others = f"{_NAMESPACES[prefix]} {local}", Element(""), list[tuple[int, int, list[str]]]()
+        tag = f"{_NAMESPACES[prefix]} {local}"
+        own = Element("")
+        others = list[tuple[int, int, list[str]]]()
         for node in self._rdf:
             start, inside, _ = self._places[node]
             if tag in node.attrib:
                 spans = [found.span() for found in _ATTRIBUTE.finditer(self._data, start, inside)]
                 others.append((*spans[[*node.attrib].index(tag)], [node.attrib[tag]]))
         for one in (one for node in self._rdf for one in node if one.tag == tag):
-            parts, (start, _, end) = [*one.iter()], self._places[one]
+            parts = [*one.iter()]
+            (start, _, end) = self._places[one]
             is_plain = not any(part.attrib for part in parts) and not re.search(rb"<[!?]", self._data[start:end])
             if not len(own) and [bag.tag for bag in one] == [_BAG] and {item.tag for item in one[0]} <= {_ITEM}:
                 own = one
@@ -162,7 +168,8 @@ class _Document:
         """Return the root of the document. No entity is ever expanded."""
         if b"\0" in self._data:  # expat would also read UTF-16
             raise InputError("is not XML in UTF-8")
-        builder, parser = TreeBuilder(), expat.ParserCreate("utf-8", " ")
+        builder = TreeBuilder()
+        parser = expat.ParserCreate("utf-8", " ")
 
         def refuse_doctype(*_: object) -> None:
             raise InputError("contains a DOCTYPE; remove it")
@@ -179,13 +186,16 @@ class _Document:
             self._places[own] = at, self._tag_at(at).end(), 0
 
         def end(name: str) -> None:
-            own, at = builder.end(name), parser.CurrentByteIndex
+            own = builder.end(name)
+            at = parser.CurrentByteIndex
             begin, inside, _ = self._places[own]
             is_empty = self._data[inside - 2 : inside] == b"/>"
             self._places[own] = begin, inside, inside if is_empty else self._tag_at(at).end()
 
-        parser.StartDoctypeDeclHandler, parser.XmlDeclHandler = refuse_doctype, declare
-        parser.StartElementHandler, parser.EndElementHandler = start, end
+        parser.StartDoctypeDeclHandler = refuse_doctype
+        parser.XmlDeclHandler = declare
+        parser.StartElementHandler = start
+        parser.EndElementHandler = end
         parser.CharacterDataHandler = builder.data
         try:
             parser.Parse(self._data, True)

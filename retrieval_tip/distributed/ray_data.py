@@ -106,7 +106,8 @@ def write_parts(
     if missing and not complete:
         with connected(address):
             _stream(work, missing, folder, device, progress)
-    rows, failed = folder.rows(), folder.failed()
+    rows = folder.rows()
+    failed = folder.failed()
     if lost := pickled.keys() - rows.keys() - failed.keys():
         raise InputError(
             f"{show(folder.place)}: part {min(lost)} was written but is missing; "
@@ -200,7 +201,9 @@ class Worker:
     def __init__(self, work: Work, out: str, device: str, started_in: Path) -> None:
         with suppress(OSError):  # resolves relative paths if the folder exists on this node
             os.chdir(started_in)
-        self._work, self._folder, self._device = work, PartsFolder(out), device
+        self._work = work
+        self._folder = PartsFolder(out)
+        self._device = device
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Compute the rows of a piece, and add a column with its part number."""
@@ -229,14 +232,17 @@ class PartsFolder:
 
     def __init__(self, place: str | os.PathLike[str]) -> None:
         if remote.is_remote(place):
-            self.place, self.system = place.rstrip("/"), remote.system_of(place)
+            self.place = place.rstrip("/")
+            self.system = remote.system_of(place)
         else:
-            self.place, self.system = str(Path(place).absolute()), LocalFileSystem(auto_mkdir=True)
+            self.place = str(Path(place).absolute())
+            self.system = LocalFileSystem(auto_mkdir=True)
         self.files = DirFileSystem(self.place.rpartition("://")[2], self.system)
 
     def claim(self, digest: str) -> bool:
         """Reserve the folder for a run, and return whether the run is complete. Raises UsageError on other files."""
-        names, run = self.files.find(""), json.dumps({"run": digest}).encode()
+        names = self.files.find("")
+        run = json.dumps({"run": digest}).encode()
         if names and (RUN not in names or self.files.cat_file(RUN) != run):
             raise UsageError(f"{show(self.place)}: holds other files, or parts of another run; give another folder")
         self.files.pipe_file(RUN, run)

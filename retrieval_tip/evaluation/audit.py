@@ -60,7 +60,8 @@ def audit(index: Index, *, borderline: bool = False) -> pa.Table:
     - ``nearest_key_id``, ``nearest_source``, ``nearest_label``, ``nearest_affinity``: the nearest visible key
     - ``duplicate_of``: the closest retrieved key of another class that is a duplicate (see :data:`duplicates.NEAR`)
     """
-    index, parts = unfitted(index), []
+    index = unfitted(index)
+    parts = []
     near = MET if index.n**2 > ALL_PAIRS else None
     class_ids = index.class_ids.cpu().numpy()
     _, beta = untouched_settings(index.keys, class_ids)
@@ -79,13 +80,16 @@ def audit(index: Index, *, borderline: bool = False) -> pa.Table:
 
 def _neighbours(visible: Visible, part: slice, own: Tensor, norms: Tensor, digests: Tensor) -> dict[str, Tensor]:
     """Return the nearest visible key of each shot, and its closest duplicate in another class, or row -1."""
-    affinity, rows, unseen = visible.affinity, visible.rows.clamp_min(0), -torch.inf
+    affinity = visible.affinity
+    rows = visible.rows.clamp_min(0)
+    unseen = -torch.inf
     cosine = affinity / norms[part, None] / norms[rows]
     cosine.masked_fill_((digests[part, None] == digests[rows]) & (digests[part, None] >= 0), torch.inf)
     closest, twin = cosine.masked_fill_((visible.ids == own[:, None]) | (visible.rows < 0), unseen).max(dim=1)
     nearest, near = affinity.masked_fill(visible.unseen, unseen).max(dim=1)
     near, twin = (rows.expand(len(own), -1).gather(1, place[:, None])[:, 0] for place in (near, twin))
-    near, twin = near.where(nearest > unseen, -1), twin.where(closest >= NEAR, -1)
+    near = near.where(nearest > unseen, -1)
+    twin = twin.where(closest >= NEAR, -1)
     return {"near": near, "nearest_affinity": nearest, "twin": twin}
 
 
@@ -96,7 +100,8 @@ def _scores(visible: Visible, own: Tensor, nearest: Tensor, beta: float, *, bord
     weights = tip.weight(weights, beta, out=weights).masked_fill_(visible.unseen, 0)
     sums = tip.sum_by_class(weights, visible.ids, visible.counts.shape[1])
     scores = torch.where(visible.counts > 0, sums / visible.counts.clamp_min(1), -1)
-    mine, (best, suggested) = scores.gather(1, own[:, None])[:, 0], scores.max(dim=1)
+    mine = scores.gather(1, own[:, None])[:, 0]
+    (best, suggested) = scores.max(dim=1)
     margin = best.clamp_min(LEAST).log() - mine.clamp_min(LEAST).log()
     stays = (mine >= best) if borderline else (margin <= CLEAR)
     return {"judged": mine >= 0, "suggested": own.where(stays, suggested), "margin": margin.masked_fill(stays, 0)}
@@ -104,7 +109,8 @@ def _scores(visible: Visible, own: Tensor, nearest: Tensor, beta: float, *, bord
 
 def _table(index: Index, shots: dict[str, npt.NDArray[Any]]) -> pa.Table:
     """Return the table of suspicious shots, sorted by descending margin. Row -1 means that there is no such key."""
-    key_ids, names = index.labels["key_id"].to_numpy(), pa.array(index.class_names, pa.string())
+    key_ids = index.labels["key_id"].to_numpy()
+    names = pa.array(index.class_names, pa.string())
     order = np.lexsort((key_ids[shots["row"]], -np.where(shots["judged"], shots["margin"], 0)))
     shots = {name: column[order] for name, column in shots.items()}
 

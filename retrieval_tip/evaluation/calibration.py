@@ -49,7 +49,8 @@ def reliability(confidence: npt.ArrayLike, right: npt.ArrayLike, bins: int) -> l
 
     Both arrays have shape ``[n]``, with n >= 1 and values in [0, 1]. The first bin includes a confidence of 0.
     """
-    p, hit = np.asarray(confidence, dtype=np.float64), np.asarray(right, dtype=np.float64)
+    p = np.asarray(confidence, dtype=np.float64)
+    hit = np.asarray(right, dtype=np.float64)
     edges = np.linspace(0, 1, bins + 1)
     of = np.searchsorted(edges[1:-1], p, side="left")
     inside = [(m, of == m) for m in np.unique(of).tolist()]
@@ -77,7 +78,8 @@ def fit_temperature(logits: npt.ArrayLike | Tensor, labels: npt.ArrayLike | Tens
 
     ``logits`` are finite and have shape ``[n, c]``. ``labels`` are class ids of shape ``[n]``.
     """
-    z, y = torch.as_tensor(logits), torch.as_tensor(labels, dtype=torch.int64)
+    z = torch.as_tensor(logits)
+    y = torch.as_tensor(labels, dtype=torch.int64)
     if not bool((z.amax(1) > z.amin(1)).any()):
         return 1.0
     return 1 / HeldTerms(None, z, None, y, smoothing=0, reach=REACH).blend().b
@@ -104,10 +106,12 @@ def calibrate(index: Index, source: Source, reader: Reader) -> tuple[Index, Cali
     the folder cannot be written.
     """
     assert index.folder is not None
-    truth, asked = torch.from_numpy(index.ids_of(source)), judged(index, source, reader, Ask(neighbours=0))
+    truth = torch.from_numpy(index.ids_of(source))
+    asked = judged(index, source, reader, Ask(neighbours=0))
     answers = ((one.logits.cpu(), truth[one.block.positions]) for one in asked)
     logits, y = (torch.cat(column) for column in zip(*answers, strict=True))
-    right, before = logits.argmax(1) == y, index.settings.temperature
+    right = logits.argmax(1) == y
+    before = index.settings.temperature
 
     def error(temperature: float) -> float:
         confidence = [tip.probabilities(logits[part], temperature).amax(1) for part in slices(len(y), ROWS)]

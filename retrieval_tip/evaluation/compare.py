@@ -66,7 +66,9 @@ class Compared:
         return facts | {"p_value": self.p_value, "differences": self.differences.to_pylist()}
 
     def __str__(self) -> str:
-        (a, b), m, photos = self.names, len(self.differences), counted(self.n, "photo")
+        (a, b) = self.names
+        m = len(self.differences)
+        photos = counted(self.n, "photo")
         differ = f"They give different answers to {counted(m, 'photo')}" if m else "They give the same answers"
         if self.evaluations is None or self.p_value is None:
             return f"{a} and {b} classify {photos}. {differ}."
@@ -88,7 +90,8 @@ class Compared:
 def _notes(name: str, own: Evaluation) -> Iterator[str]:
     """Yield sentences about classes that the index lacks, and about photos that are its shots."""
     if own.unknown:
-        lost, classes = counted(sum(own.unknown.values()), "photo"), counted(len(own.unknown), "class")
+        lost = counted(sum(own.unknown.values()), "photo")
+        classes = counted(len(own.unknown), "class")
         wrong = f"{lost} count as wrong"
         if own.unknown_no_match:
             wrong = f'{own.unknown_no_match * sum(own.unknown.values()):.0f} of {lost} got "no match", which is right'
@@ -118,12 +121,14 @@ def compare(a: Side, b: Side, source: Source) -> Compared:
     rows, *places = np.intersect1d(first.positions, second.positions, assume_unique=True, return_indices=True)
     if not len(rows):
         raise InputError(f"{source.name}: no photo could be read by both sides")
-    first, second = first.take(places[0]), second.take(places[1])
+    first = first.take(places[0])
+    second = second.take(places[1])
     labels = source.labels if labelled else []
     alike = spelled_alike([*sorted(set(labels)), *a.index.class_names, *b.index.class_names])
     named_a, named_b = (np.array([alike.get(name, name) for name in one.named()]) for one in (first, second))
     differ = np.flatnonzero((named_a != named_b) | (first.right != second.right))
-    winner, none = np.where(first.right, "A", np.where(second.right, "B", "neither")), [None] * len(differ)
+    winner = np.where(first.right, "A", np.where(second.right, "B", "neither"))
+    none = [None] * len(differ)
     columns = {
         "input": source.items["source"].take(pa.array(rows[differ])),
         "label": [alike.get(labels[row], labels[row]) for row in rows[differ]] if labelled else none,
@@ -142,6 +147,7 @@ def mcnemar(only_a: int, only_b: int) -> float:
 
     If both sides are equally accurate, each photo on which only one side is right is equally likely to favour A or B.
     """
-    n, fewer = only_a + only_b, torch.arange(min(only_a, only_b) + 1, dtype=torch.float64)
+    n = only_a + only_b
+    fewer = torch.arange(min(only_a, only_b) + 1, dtype=torch.float64)
     logs = math.lgamma(n + 1) - torch.lgamma(fewer + 1) - torch.lgamma(n - fewer + 1) - n * math.log(2)
     return min(1.0, 2 * float(logs.exp().sum()))

@@ -225,7 +225,10 @@ def judge(
     index: Index, answers: Answers, skipped: Sequence[Skipped] = (), *, abstain: float | None = None
 ) -> Evaluation:
     """Evaluate answers of an index. See :func:`evaluate` for ``abstain`` and the errors."""
-    known, right, truth, class_names = answers.of_known, answers.right, answers.truth, answers.class_names
+    known = answers.of_known
+    right = answers.right
+    truth = answers.truth
+    class_names = answers.class_names
     if not known.any():
         raise InputError("photos: none of a class of the index could be read; add such photos")
     if abstain is not None and answers.in_set is not None:
@@ -260,10 +263,12 @@ def judge(
 
 
 def _by_class(index: Index, answers: Answers) -> list[ClassScore]:
-    names, scores = index.class_names, []
+    names = index.class_names
+    scores = []
     for i in np.unique(answers.truth[answers.of_known]).tolist():
         given = Counter(answers.predicted[answers.truth == i].tolist())
-        n, right = given.total(), given.pop(i, 0)
+        n = given.total()
+        right = given.pop(i, 0)
         answer, times = given.most_common(1)[0] if given else (i, 0)
         scores.append(ClassScore(names[i], right, n, index.counts[i], names[answer], times))
     return sorted(scores, key=lambda score: (score.accuracy, -score.n))
@@ -288,11 +293,18 @@ def answers_of(
 
 
 def _answers(answer: AnswerBlock, every: IntArray, class_names: list[str]) -> Answers:
-    terms, logits, settings, positions = answer.terms, answer.logits, answer.index.settings, answer.block.positions
-    text, alone, truth, c = terms.text, terms.photos(settings), every[positions], logits.shape[1]
+    terms = answer.terms
+    logits = answer.logits
+    settings = answer.index.settings
+    positions = answer.block.positions
+    text = terms.text
+    alone = terms.photos(settings)
+    truth = every[positions]
+    c = logits.shape[1]
     ranked = torch.cat([answer.ranked, text.argmax(1, keepdim=True), alone.argmax(1, keepdim=True)], dim=1)
     confidence = answer.probabilities.gather(1, ranked[:, :1])[:, 0].double()
-    ids, scaled = torch.from_numpy(truth).to(logits.device), logits / settings.temperature
+    ids = torch.from_numpy(truth).to(logits.device)
+    scaled = logits / settings.temperature
     log_truth = scaled.gather(1, ids.clamp(0, c - 1)[:, None])[:, 0] - scaled.logsumexp(dim=1)
     log_truth = log_truth.double().masked_fill((ids < 0) | (ids >= c), -torch.inf)
     ranks, chances, logs = (part.cpu().numpy() for part in (ranked, confidence, log_truth))

@@ -115,14 +115,16 @@ def threshold_of(held: HeldOut, most: float) -> Threshold:
     """
     probability = held.pred_probs.max(1)
     order = np.argsort(-probability, kind="stable")
-    wrong, number = np.cumsum(~held.right[order]), np.arange(1, len(order) + 1)
+    wrong = np.cumsum(~held.right[order])
+    number = np.arange(1, len(order) + 1)
     last = np.append(np.diff(probability[order]) < 0, True)  # equal probabilities are on the same side
     good = np.flatnonzero((wrong <= most * number) & last)
     if not len(good):
         raise InputError(
             f"at most {100 * most:g} % wrong: no probability is high enough on held-out photos; label more"
         )
-    kept, share = int(number[good[-1]]), float(wrong[good[-1]] / number[good[-1]])
+    kept = int(number[good[-1]])
+    share = float(wrong[good[-1]] / number[good[-1]])
     return Threshold(float(probability[order][good[-1]]), share, wilson(share, kept)[1], kept, len(order))
 
 
@@ -136,7 +138,8 @@ def judged(
     total = shots = 0
     blocks = reader.for_queries(index.parts, index.shares).blocks(source) if blocks is None else blocks
     for block in _windows(index, source.items["source"], blocks):
-        total, shots = total + len(block.positions), shots + int(block.shots.sum())
+        total = total + len(block.positions)
+        shots = shots + int(block.shots.sum())
         yield from answered(index, block, ask)
     if shots and not hides(index):
         if shots == total:
@@ -164,10 +167,13 @@ def classified(
     ``asked`` has the names of the items of each source, and their features. If shots cannot be hidden, they are not
     looked for. Raises the errors of :meth:`model.Index.logits`.
     """
-    total, shots, looks = 0, 0, hides(index)
+    total = 0
+    shots = 0
+    looks = hides(index)
     for names, blocks in asked:
         for block in _windows(index, names, blocks) if looks else blocks:
-            total, shots = total + len(block.positions), shots + int(block.shots.sum())
+            total = total + len(block.positions)
+            shots = shots + int(block.shots.sum())
             answers = (one.predictions() for one in answered(index, block, ask))
             for part in [Predictions.joined(answers).in_order()] if block.shots.any() else answers:
                 yield part.named(names.take(part.positions))
@@ -201,7 +207,8 @@ def answered(index: Index, block: FeatureBlock, ask: Ask) -> Iterator[AnswerBloc
     known = block.shots
     yield from index.answers([block.take(np.flatnonzero(~known))], ask)
     if known.any() and hides(index):
-        shots, model = block.take(np.flatnonzero(known)), index.in_memory()
+        shots = block.take(np.flatnonzero(known))
+        model = index.in_memory()
         rows = model.rows.in_memory().rows_of(np.asarray(shots.key_ids))
         for part, others in without_parts(model, rows):
             yield from others.altered(scores=index.scores).answers([shots.take(part)], ask)
@@ -231,7 +238,8 @@ def recognised(index: Index, every: pa.ChunkedArray, block: FeatureBlock) -> Fea
         return replace(block, key_ids=found)
     rows = index.rows.of(index.having("source", places)["key_id"].to_pylist())
     for key_id, name, key in zip(rows.key_ids.tolist(), rows.labels["source"].to_pylist(), rows.keys, strict=True):
-        own, key = np.array(places[name]), key.astype(np.float32)
+        own = np.array(places[name])
+        key = key.astype(np.float32)
         lengths = np.linalg.norm(block.features[own], axis=1) * np.linalg.norm(key)
         found[own[block.features[own] @ key >= SAME * lengths]] = key_id
     return replace(block, key_ids=found)

@@ -95,7 +95,8 @@ def exemplars(index: Index) -> list[int]:
     keys, described = index.rows.some(EXEMPLARS)
     points = points_of(index.metric, keys, index.device)
     x = torch.from_numpy(np.asarray(keys if points is None else points).astype(np.float32))
-    ids, c = torch.from_numpy(described["class_id"].to_numpy().astype(np.int64)), len(index.class_names)
+    ids = torch.from_numpy(described["class_id"].to_numpy().astype(np.int64))
+    c = len(index.class_names)
     sums = torch.zeros(c, x.shape[1]).index_add_(0, ids, x)
     order = np.lexsort(((x * sums[ids]).sum(1).numpy(), ids.numpy()))  # sorted by class, with the nearest key last
     best = order[np.flatnonzero(np.diff(ids.numpy()[order], append=c))]

@@ -163,7 +163,8 @@ class FormChoice:
     @classmethod
     def of(cls, folds: Folds, form: Form) -> FormChoice:
         """Return the choice of a form, without accuracies."""
-        n, classes = folds.n if folds.can_judge else 0, len(folds.ids.unique())
+        n = folds.n if folds.can_judge else 0
+        classes = len(folds.ids.unique())
         return cls(
             form=form, judged_on=folds.judged_on, n=n, tested=folds.tested, classes=classes, single=folds.single,
             without_shots=folds.c - classes, halves=folds.halves, guessed=n == 0 and len(folds.parts) > 1,
@@ -245,15 +246,18 @@ def fit(
         UsageError: if the metric or the values are unknown, or if this index cannot have solved values.
         InputError: if the index is fine-tuned, or if its keys are too long or too short.
     """
-    asked, by_class = asked or Fit(), (factory or index.index_type) == BY_CLASS
+    asked = asked or Fit()
+    by_class = (factory or index.index_type) == BY_CLASS
     if index.n <= MOST_SOLVED and not isinstance(index.rows, ArrayRows):
-        index, factory = index.in_memory(), BY_CLASS if by_class else None
+        index = index.in_memory()
+        factory = BY_CLASS if by_class else None
     longest = _longest(index)
     forms = _forms(index, forms, asked.metric, asked.values, longest, by_class=by_class)
     if index.curve is not None:
         raise InputError("fit: the keys of this index were fine-tuned; fit the index before fine-tuning")
     if asked.prior is not None:
-        d, own = index.keys.shape[1], len(asked.prior)
+        d = index.keys.shape[1]
+        own = len(asked.prior)
         if own != d:
             raise InputError(f"prior: features have {own} values instead of {d}; use the same encoders")
         index = index.altered(prior=asked.prior.astype(np.float32))
@@ -269,14 +273,17 @@ def fit(
     if folds.can_judge:
         form, trials = _chosen(forms, folds)
         settings, choice, rows = _settings_of(index, form, folds)
-        choice, where = replace(choice, trials=trials), f"fitted on {folds.judged_on}"
+        choice = replace(choice, trials=trials)
+        where = f"fitted on {folds.judged_on}"
     else:
         form, settings = _settings_without_folds(index, forms, folds)
-        choice, rows = FormChoice.of(folds, form), NO_SCORES
+        choice = FormChoice.of(folds, form)
+        rows = NO_SCORES
         if _drawn(index) is not None:
             settings = replace(settings, temperature=EARLY * settings.temperature)
         where = "default for shots that cannot be held out"
-    form, choice = choice.form, replace(choice, longest=longest)
+    form = choice.form
+    choice = replace(choice, longest=longest)
     fitted_metric, fitted_values = folds.fitted(form, torch.arange(len(folds.ids)))
     fitted = (form if fitted_metric is not None else replace(form, metric=None)).fitted(
         index.n, asked.class_prior, shares,
@@ -297,8 +304,10 @@ def refit(index: Index, beta: float) -> tuple[Index, FormChoice]:
     If there are too few shots, the other settings stay. Raises the errors of :meth:`model.Index.solved`.
     """
     provenance = index.provenance
-    settings, folds = replace(index.settings, beta=beta), _folds_of(index)
-    choice, rows = FormChoice.of(folds, Form.of(index.fitted, beta)), NO_SCORES
+    settings = replace(index.settings, beta=beta)
+    folds = _folds_of(index)
+    choice = FormChoice.of(folds, Form.of(index.fitted, beta))
+    rows = NO_SCORES
     if folds.can_judge:
         settings, choice, rows = _settings_of(index, choice.form, folds)
         provenance = provenance | dict.fromkeys(("alpha", "temperature"), f"fitted on {folds.judged_on}")
@@ -313,7 +322,8 @@ def estimate(index: Index) -> FormChoice:
     The metric and the values are refitted for each fold, but alpha, beta and the temperature are not. No accuracy is
     returned if the keys were fine-tuned, or if too few shots can be held out, or shots of a single class.
     """
-    folds, form = _folds_of(index), Form.of(index.fitted, index.settings.beta)
+    folds = _folds_of(index)
+    form = Form.of(index.fitted, index.settings.beta)
     if index.curve is not None or not folds.can_judge:
         return FormChoice.of(folds, form)
     return _judged(index, form, folds, index.settings)[0]
@@ -325,12 +335,18 @@ def _judged(index: Index, form: Form, folds: Folds, settings: Settings) -> tuple
     The whole index has ``r`` times as many shots of a class as a fold has. Without text, an error in this class counts
     as ``r^-0.4`` (see :data:`LEARNING`).
     """
-    (text, cache, third), ids, w = folds.terms(form), folds.ids_held, folds.weights
-    cache, left = tip.log_cache(cache, settings.log_offset), folds.growth ** (-LEARNING if text is None else 0)
+    (text, cache, third) = folds.terms(form)
+    ids = folds.ids_held
+    w = folds.weights
+    cache = tip.log_cache(cache, settings.log_offset)
+    left = folds.growth ** (-LEARNING if text is None else 0)
     terms = tip.Terms(torch.zeros_like(cache) if text is None else text, cache, third)
-    logits, shown = terms.logits(settings), folds.held_of("shots")
-    by_photos, right = terms.photos(settings).argmax(1) == ids, logits.argmax(1) == ids
-    both, lost = 1 - float((w * left * ~right).mean()), w * (by_photos.double() - right.double())
+    logits = terms.logits(settings)
+    shown = folds.held_of("shots")
+    by_photos = terms.photos(settings).argmax(1) == ids
+    right = logits.argmax(1) == ids
+    both = 1 - float((w * left * ~right).mean())
+    lost = w * (by_photos.double() - right.double())
     choice = replace(
         FormChoice.of(folds, form),
         photos=1 - float((w * left * ~by_photos).mean()),
@@ -399,7 +415,8 @@ def _folds_of(
     if validation is not None:
         held = Held(torch.from_numpy(validation.features), torch.from_numpy(validation.ids), torch.arange(index.n))
         return replace(folds, held=[held], validation=validation.name).with_classes(JUDGED)
-    number, most = MOST_FOLDS if index.n <= FEW_KEYS else FOLDS, int(min(JUDGED, max(256, AFFINITIES / index.n)))
+    number = MOST_FOLDS if index.n <= FEW_KEYS else FOLDS
+    most = int(min(JUDGED, max(256, AFFINITIES / index.n)))
     return folds.with_shots(number, most).with_small(most).with_classes(most)
 
 
@@ -413,7 +430,8 @@ def _chosen(forms: Sequence[Form], folds: Folds) -> tuple[Form, list[tuple[Form,
         return forms[0], []
     folds = _sample(folds) if shots else folds
     trials = [(form, folds.judge(form)) for form in forms]
-    (chosen, best), stands = trials[0], trials[0][1]
+    (chosen, best) = trials[0]
+    stands = trials[0][1]
     for form, tried in trials:
         more = stands.weights * (stands.losses - tried.losses)
         sure = float(more.mean()) > 2 * float(more.std()) / len(more) ** 0.5
@@ -428,7 +446,9 @@ def _settings_of(index: Index, form: Form, folds: Folds) -> tuple[Settings, Form
     The result is the settings, the form with its bonus and its accuracies, and the rows of :class:`sets.Scores`.
     """
     form = replace(form, bonus=0.0)
-    (text, cache, third), ids, w = folds.terms(form), folds.ids_held, folds.weights
+    (text, cache, third) = folds.terms(form)
+    ids = folds.ids_held
+    w = folds.weights
     whole_classes = bool(folds.held_of("classes").any())
     offsets = OFFSETS if form.ridge is not None and not whole_classes else (None,)
     offsets = [offset for offset in offsets if offset is not None or not folds.halves] or offsets
@@ -439,7 +459,8 @@ def _settings_of(index: Index, form: Form, folds: Folds) -> tuple[Settings, Form
     blended, offset = min(((linked(offset).blend(w), offset) for offset in offsets), key=lambda pair: pair[0].loss)
     blended = linked(offset).robust(blended)
     if third is not None and folds.covered < 1:
-        form, blended = replace(form, bonus=blended.g / blended.b), replace(blended, g=0.0)
+        form = replace(form, bonus=blended.g / blended.b)
+        blended = replace(blended, g=0.0)
     least: float | None = None
     if not folds.halves:
         cache = folds.terms(form)[1]
@@ -484,7 +505,8 @@ def _as_sure(settings: Settings, logits: Tensor, weights: Tensor, right: float, 
     """
     if not len(logits):
         return replace(settings, temperature=EARLY * settings.temperature)
-    low, high = settings.temperature / SURER, settings.temperature * most
+    low = settings.temperature / SURER
+    high = settings.temperature * most
     for _ in range(BISECTIONS):
         middle = (low * high) ** 0.5
         sure = float((weights * (logits / middle).softmax(1).amax(1)).mean() / weights.mean())
@@ -554,7 +576,8 @@ def _settings_without_folds(index: Index, forms: Sequence[Form], folds: Folds) -
     temperature *= max(1.0, photos / ONE_SHOT_MOST) if index.has_text else 1.0
     gamma = 0.0
     if form is ONE_SHOT_WITH_PRIOR:
-        alpha, gamma = PRIOR_ALPHA * alpha, PRIOR_GAMMA if covered == 1 else 0.0
+        alpha = PRIOR_ALPHA * alpha
+        gamma = PRIOR_GAMMA if covered == 1 else 0.0
         if not index.has_text and form.metric is not None:
             varying = dimensions(folds.of_known().scatter(torch.arange(index.n)), form.metric.shrinkage)
             alpha = max(PRIOR_LEAST, PRIOR_ALONE * varying)
@@ -583,7 +606,9 @@ def _splits(folds: Folds) -> list[Folds]:
 
 def _of_classes(folds: Folds, most: int) -> Folds:
     """Return a sample of about ``most`` keys of some classes, as if the index held nothing else."""
-    ids, draw, (ordered, order_of_classes) = folds.ids.numpy(), np.random.default_rng(0), folds.ordered
+    ids = folds.ids.numpy()
+    draw = np.random.default_rng(0)
+    (ordered, order_of_classes) = folds.ordered
     few = ordered[ranks_within(ids[ordered], draw) < CHOSEN_SHOTS]
     counts = np.bincount(ids[few], minlength=folds.c)
     drawn = draw.permutation(order_of_classes)

@@ -85,7 +85,8 @@ class Trainer:
         ``features`` have shape ``[b, d]``, and ``ids`` are their class ids. If the cross-entropy is not finite, the
         step changes nothing.
         """
-        logits, ids = self._logits(features), ids.to(self.index.device)
+        logits = self._logits(features)
+        ids = ids.to(self.index.device)
         loss = functional.cross_entropy(logits, ids)
         hits = (logits.argmax(dim=1) == ids).sum()
         value, right = torch.stack([loss.detach(), hits.to(loss)]).tolist()  # synchronises with the GPU only once
@@ -108,7 +109,9 @@ class Trainer:
 
     def _logits(self, features: Tensor) -> Tensor:
         """Compute the logits of queries. The keys are processed in blocks, so that only the weights need ``n q``."""
-        features, settings, c = features.to(self.index.device), self.index.settings, len(self.index.class_names)
+        features = features.to(self.index.device)
+        settings = self.index.settings
+        c = len(self.index.class_names)
         cache = features.new_zeros(len(features), c)
         ids = self.index.class_ids.split(self._block)
         values = [None] * len(ids) if self.values is None else map(tip.Values, self.values.split(self._block))
@@ -166,7 +169,8 @@ class Tuned:
 
     def facts(self) -> dict[str, object]:
         """Return the figures that the command line prints. A figure that was not measured is ``None``."""
-        compared, settings = self.compared, self.index.settings.shown()
+        compared = self.compared
+        settings = self.index.settings.shown()
         return {
             "version": self.index.version,
             "kept": "as it was" if self.as_it_was else "trained",
@@ -249,11 +253,16 @@ def _trained(
     on_epoch: Callable[[Mapping[str, float]], None] = lambda _: None,
 ) -> Tuned:  # fmt: skip
     """Train Tip-Adapter over the keys of an index, and keep the weights of one epoch (see :func:`finetune`)."""
-    plain, queries, began = closed_form.unfitted(index), material.queries, time.monotonic()
+    plain = closed_form.unfitted(index)
+    queries = material.queries
+    began = time.monotonic()
     if plain.device == "cpu":
         size = min(BATCH, len(material.ids))
         check_memory(4 * size * plain.n, f"steps of {size} queries x {plain.n} keys", "fine-tune fewer keys")
-    trainer, curve, best, collapsed = Trainer(plain, recipe), list[dict[str, float]](), 0.0, None
+    trainer = Trainer(plain, recipe)
+    curve = list[dict[str, float]]()
+    best = 0.0
+    collapsed = None
     untrained = epoch, kept = 0, trainer.trained()
     for loss, accuracy, *held in _epochs(trainer, material, recipe):
         own = {"epoch": len(curve), "loss": loss, "accuracy": accuracy}
@@ -266,7 +275,8 @@ def _trained(
         best = max(best, held[1])
         error = math.inf if queries is None else math.sqrt(best * (1 - best) / len(queries.ids))
         if held[1] >= best - error:
-            epoch, kept = len(curve) - 1, trainer.trained()
+            epoch = len(curve) - 1
+            kept = trainer.trained()
     first, *later = [(own["val_accuracy"], -own["val_loss"]) for own in curve]
     if queries is not None and not any(other > first for other in later):
         epoch, kept = untrained
@@ -297,15 +307,20 @@ def _epochs(trainer: Trainer, material: _Material, recipe: Recipe) -> Iterator[t
 
     Then come those after the epoch, on the validation images or on the last batch. They are NaN if a step fails.
     """
-    val, steps = material.queries, math.ceil(len(material.ids) / BATCH)
+    val = material.queries
+    steps = math.ceil(len(material.ids) / BATCH)
     held = None if val is None else (torch.from_numpy(val.features), torch.from_numpy(val.ids))
     yield math.nan, math.nan, *trainer.evaluate(*held or next(material.batches(recipe, 0)))
     with tqdm(total=recipe.epochs * steps, unit="step", disable=not material.progress or None, leave=False) as bar:
         for epoch in range(recipe.epochs):
-            loss, right, seen = 0.0, 0, 0
+            loss = 0.0
+            right = 0
+            seen = 0
             for step, batch in enumerate(material.batches(recipe, epoch), epoch * steps):
                 mean, hits = trainer.step(*batch, cosine(step, recipe.epochs * steps, recipe.lr))
-                loss, right, seen = loss + mean * len(batch[1]), right + hits, seen + len(batch[1])
+                loss = loss + mean * len(batch[1])
+                right = right + hits
+                seen = seen + len(batch[1])
                 bar.update()
                 bar.set_postfix(loss=f"{loss / seen:.3f}", accuracy=f"{right / seen:.3f}", epoch=epoch + 1)
                 if not math.isfinite(mean):
@@ -330,9 +345,13 @@ def _on_folds(index: Index, material: _Material, recipe: Recipe) -> Tuned | None
     """
     folds = Folds.of(index).with_shots(FOLDS, HELD_OUT)
     sources = np.array(index.labels["source"].to_pylist(), dtype=object)
-    right, n, seconds, tuned = [0, 0], 0, 0.0, None
+    right = [0, 0]
+    n = 0
+    seconds = 0.0
+    tuned = None
     for held in folds.held:
-        rest, own = index.take(held.rows.numpy()), material.without(set(np.delete(sources, held.rows.numpy())))
+        rest = index.take(held.rows.numpy())
+        own = material.without(set(np.delete(sources, held.rows.numpy())))
         if not len(own.ids):
             continue
         tuned = _trained(rest, own, recipe)
@@ -340,7 +359,8 @@ def _on_folds(index: Index, material: _Material, recipe: Recipe) -> Tuned | None
             rest, _ = closed_form.fit(rest, forms=like(index.fitted))
         for i, model in enumerate((rest, tuned.index)):
             right[i] += _right(model, held.features.numpy(), held.ids.numpy())
-        n, seconds = n + len(held.ids), seconds + tuned.record["seconds"]
+        n = n + len(held.ids)
+        seconds = seconds + tuned.record["seconds"]
     if tuned is None:
         return None
     tuned.record["seconds"] = round(seconds, 3)
@@ -360,7 +380,8 @@ def shots_of(index: Index, source: Source | None = None) -> Source:
     table = index.labels.select(["source", "label"])
     paths = table["source"].to_pylist()
     if source is None:
-        missing, origin = next((path for path in paths if not is_there(path)), None), index.built.source
+        missing = next((path for path in paths if not is_there(path)), None)
+        origin = index.built.source
         if missing is None:
             return Source("the shots of the index", table, tuple(index.class_names), tuple(paths))
         if origin is None or not origin.endswith(".parquet") or not Path(origin).is_file():
@@ -392,9 +413,11 @@ class _Material:
 
     @classmethod
     def of(cls, index: Index, shots: Source, reader: Reader, recipe: Recipe, val: Source | Queries | None) -> _Material:
-        reader, ids = replace(reader, views=1), index.ids_of(shots)
+        reader = replace(reader, views=1)
+        ids = index.ids_of(shots)
         views = reader.encode_views(shots, view_names(recipe.seed, VIEWS))
-        firsts, own = list(views), list(views.values())
+        firsts = list(views)
+        own = list(views.values())
         queries = search_hp.on_validation(index, val, reader) if isinstance(val, Source) else val
         checked = [(shots.name, own[0])] + ([] if queries is None else [(queries.name, queries.features)])
         for name, features in checked:

@@ -109,9 +109,11 @@ class HeldTerms:
         parts = torch.stack([part.double() for part in (text, cache, discriminant) if part is not None])
         parts -= parts.mean(2, keepdim=True)
         self.scales = parts.flatten(1).std(1).clamp_min(1e-12)
-        self.parts, self.ids = parts.div_(self.scales[:, None, None]), ids
+        self.parts = parts.div_(self.scales[:, None, None])
+        self.ids = ids
         self.own = parts.gather(2, ids.expand(len(parts), -1)[:, :, None])[:, :, 0]
-        rest, self.reach = smoothing / (len(ids) + 2 * smoothing), reach
+        rest = smoothing / (len(ids) + 2 * smoothing)
+        self.reach = reach
         # Each part sums to 0 over the classes, so only the amount by which the target of the correct class exceeds the
         # other targets matters.
         self.sure = 1 - rest - rest / max(cache.shape[1] - 1, 1)
@@ -130,7 +132,8 @@ class HeldTerms:
         now = self._at(logs, weights)
         for _ in range(STEPS):
             curvature = now.curvature + torch.diag(now.gradient.clamp_min(0) + 1e-9)
-            step, size = torch.linalg.solve(curvature, now.gradient).clamp(-2, 2), 1.0
+            step = torch.linalg.solve(curvature, now.gradient).clamp(-2, 2)
+            size = 1.0
             while True:
                 following = (logs - size * step).clamp(-self.reach, self.reach)
                 new = self._at(following, weights)
@@ -154,11 +157,14 @@ class HeldTerms:
         are right, and gives each query the weight ``(1 - e) p_y / P(y)``. Wrong labels still count in ``losses`` and
         ``right``.
         """
-        every, c, share = found.weights, self.parts.shape[2], WRONG
+        every = found.weights
+        c = self.parts.shape[2]
+        share = WRONG
         for _ in range(REPEATS):
             right = (1 - share) * (-found.losses).exp()
             right = right / (right + share / c)
-            kept, before = every * right, share
+            kept = every * right
+            before = share
             share = float((every * (1 - right)).mean().clamp(1e-4, 0.5))
             found = replace(self.blend(kept / kept.mean(), found), weights=every)
             if abs(share - before) < CONVERGED:
@@ -167,11 +173,15 @@ class HeldTerms:
 
     def _at(self, logs: Tensor, weights: Tensor) -> _Loss:
         """Return the loss if the logarithms of the weights are ``logs``, of shape ``[t]``."""
-        q, t, factor = len(self.ids), len(logs), logs.exp()
+        q = len(self.ids)
+        t = len(logs)
+        factor = logs.exp()
         loss, gradient, curvature = (torch.zeros(shape, dtype=torch.float64) for shape in ((), (t,), (t, t)))
         losses, right = [], []
         for rows in slices(q, max(1, BLOCK // self.parts.shape[2])):
-            parts, w, own = self.parts[:, rows], weights[rows], self.own[:, rows]
+            parts = self.parts[:, rows]
+            w = weights[rows]
+            own = self.own[:, rows]
             p = torch.tensordot(factor, parts, 1)
             right.append(p.argmax(1) == self.ids[rows])
             top = p.amax(1, keepdim=True)
@@ -311,7 +321,8 @@ class Folds:
     def with_shots(self, number: int, most: int, seed: int = 0) -> Folds:
         """Split the photos into up to ``number`` folds, and hold out about ``most`` of them."""
         own = self.ids.numpy()[self._photos]
-        counts, folds = np.bincount(own), np.full(len(own), -1)
+        counts = np.bincount(own)
+        folds = np.full(len(own), -1)
         if (several := counts[own] > 1).any():
             ranks = ranks_within(own, np.random.default_rng(seed))
             folds = np.where(several, ranks % min(number, int(np.median(counts[counts > 1]))), -1)
@@ -326,7 +337,8 @@ class Folds:
         """
         if not self.halves or (self.prior is not None and self.text is not None):  # the text would count less
             return self
-        own, draw = self.ids.numpy()[self._photos], np.random.default_rng(0)
+        own = self.ids.numpy()[self._photos]
+        draw = np.random.default_rng(0)
         counts = np.bincount(own, minlength=self.c)[own]
         starts = np.empty(self.c, dtype=np.int64)
         ranks = ranks_within(own, draw)
@@ -341,7 +353,8 @@ class Folds:
         A held-out class resembles a class that has no shots, because it can only be recognised by its text. Its photos
         are weighted as described in :attr:`weights`.
         """
-        ids, classes = self.ids.numpy(), self.ordered.classes
+        ids = self.ids.numpy()
+        classes = self.ordered.classes
         own = classes[np.isin(classes, ids)]
         if not self.held or self.covered == 1 or len(own) < CLASS_FOLDS:
             return self
@@ -357,7 +370,9 @@ class Folds:
 
         The index lacks all keys that share a number in ``groups``, by default the images, with a photo of the fold.
         """
-        ids, groups, begun = self.ids.numpy(), self.images if groups is None else groups, False
+        ids = self.ids.numpy()
+        groups = self.images if groups is None else groups
+        begun = False
         for fold in range(folds.max(initial=-1) + 1):
             asked = self._photos[folds == fold]
             if most < len(asked) * (LEAST_OF_A_FOLD if begun else 0) or most <= 0:
@@ -367,7 +382,8 @@ class Folds:
             rows = torch.from_numpy(np.flatnonzero(~np.isin(groups, groups[asked])))
             own = torch.from_numpy(asked)
             yield Held(taken_keys(self.keys, own), torch.from_numpy(ids[asked]), rows, of, own)
-            most, begun = most - len(asked), True
+            most = most - len(asked)
+            begun = True
 
     @property
     def covered(self) -> float:
@@ -391,7 +407,9 @@ class Folds:
         By default, all classes have equal weight, regardless of their number of shots. Queries of held-out classes are
         weighted by the fraction of classes that have no shots.
         """
-        whole, small, ids = self.held_of("classes"), self.held_of("small"), self.ids_held
+        whole = self.held_of("classes")
+        small = self.held_of("small")
+        ids = self.ids_held
         weights = torch.ones(len(ids), dtype=torch.float64)
         if self.validation is None and self.class_prior == "even":
             weights = class_weights(torch.bincount(self.ids, minlength=self.c))[ids].double()
@@ -426,7 +444,8 @@ class Folds:
 
     def scatter(self, rows: Tensor) -> Scatter | FewScatter:
         """Return the scatter of some of the keys."""
-        prior, widths = self.prior, [part.width for part, _ in self._used] or [self.keys.shape[1]]
+        prior = self.prior
+        widths = [part.width for part, _ in self._used] or [self.keys.shape[1]]
         if len(rows) < sum(widths) and prior is None:
             return FewScatter.of(*self.taken(rows[self.order_of(rows)]), self.c, widths)
         every = np.arange(len(self.ids))
@@ -480,7 +499,8 @@ class Folds:
         scale = self._scale
         if scale is None:
             return metric
-        used, mean = scale.nonzero()[:, 0], torch.zeros_like(scale)
+        used = scale.nonzero()[:, 0]
+        mean = torch.zeros_like(scale)
         if metric is None:
             return tip.Metric(mean, factor=scale[None])
         mean[used] = metric.mean / scale[used]
@@ -528,7 +548,8 @@ class Folds:
         if form not in self._terms:
             answers = (self._answers(replace(form, bonus=0.0), held, fold) for fold, held in enumerate(self.held))
             photos, more = (torch.cat(parts) for parts in zip(*answers, strict=True))
-            features, words = torch.cat([held.features for held in self.held]), self.words
+            features = torch.cat([held.features for held in self.held])
+            words = self.words
             self._terms[form] = None if words is None else tip.affinity(features, words), photos, more
         text, cache, third = self._terms[form]
         if self.covered == 1:
@@ -553,7 +574,8 @@ class Folds:
 
         It is 1 for a class that is held out whole.
         """
-        own, every = self.ids_held, torch.bincount(self.ids, minlength=self.c)
+        own = self.ids_held
+        every = torch.bincount(self.ids, minlength=self.c)
         fewer = self.counts.gather(1, own[:, None])[:, 0]
         return torch.where(fewer > 0, every[own] / fewer, 1)
 
@@ -585,7 +607,8 @@ class Folds:
         metric, values, points = self._fitted(form, held.rows, fold)
         features = self.scaled(held.features)
         queries = features if metric is None else metric(features)
-        cache, sums = torch.zeros(len(queries), self.c), torch.zeros(self.c, queries.shape[1], dtype=torch.float64)
+        cache = torch.zeros(len(queries), self.c)
+        sums = torch.zeros(self.c, queries.shape[1], dtype=torch.float64)
         counts = torch.bincount(self.ids[held.rows], minlength=self.c)
         if values is not None and points is not None:
             weights = tip.weight(tip.affinity(queries, points), form.beta)
@@ -595,7 +618,8 @@ class Folds:
             tip.add_rows(sums, self.ids[held.rows], points.double())
         for block, rows in _blocks(self.keys, held.rows.numpy()) if values is None else ():  # may be very many
             keys = self.scaled(torch.from_numpy(np.array(block, dtype=np.float32)))
-            points, ids = keys if metric is None else metric(keys), self.ids[torch.from_numpy(rows)]
+            points = keys if metric is None else metric(keys)
+            ids = self.ids[torch.from_numpy(rows)]
             cache += tip.cache_logits(tip.affinity(queries, points), ids, self.c, form.beta)
             tip.add_rows(sums, ids, points.double())
         return cache, tip.Discriminant.of(sums.float(), counts.float())(queries)
@@ -624,7 +648,8 @@ class Queries:
                 "leave-one-out: the values of this index were solved from all its shots; run retrieval-tip fit INDEX, "
                 "which solves them again without each fold, or give --val SOURCE"
             )
-        images, ids = images_of(index.labels), index.class_ids.cpu().numpy()
+        images = images_of(index.labels)
+        ids = index.class_ids.cpu().numpy()
         _, first = np.unique(images, return_index=True)  # one query per image
         single = np.flatnonzero(np.bincount(ids[first], minlength=len(index.class_names)) == 1)
         if single.size:
@@ -637,20 +662,24 @@ class Queries:
 
     def blocks(self, index: Index, k: int | None = None) -> Iterator[tuple[slice, Visible]]:
         """Yield the queries in blocks, with the keys that they see: all, or those among the ``k`` nearest."""
-        c, every = len(index.class_names), index.class_ids.cpu().numpy()
+        c = len(index.class_names)
+        every = index.class_ids.cpu().numpy()
         images = None if self.images is None else images_of(index.labels)
         most = max(c, index.n if k is None else min(k, index.n))
         for part in slices(len(self.ids), max(1, min(QUERY_BLOCK, VALUES // most))):
             features = torch.from_numpy(np.asarray(self.features[part], dtype=np.float32)).to(index.device)
             retrieval = index.retrieval
-            points, counts = retrieval.keys.phi(features), retrieval.keys.counts.expand(len(features), -1)
+            points = retrieval.keys.phi(features)
+            counts = retrieval.keys.counts.expand(len(features), -1)
             if k is None:
                 rows = torch.arange(index.n, device=index.device)
                 affinity = torch.cat([tip.affinity(keys, points) for keys, *_ in retrieval.keys.blocks()]).T
                 unseen = affinity.new_zeros(1, 1, dtype=torch.bool)
             else:
                 near = retrieval.keys.nearest(points, k)
-                affinity, rows, unseen = near.affinity, near.rows, near.rows < 0
+                affinity = near.affinity
+                rows = near.rows
+                unseen = near.rows < 0
             if self.images is not None and images is not None:
                 hidden, place = np.unique(self.images[part], return_inverse=True)
                 at = np.searchsorted(hidden, images).clip(max=len(hidden) - 1)
@@ -690,8 +719,12 @@ class Visible:
         If a query sees ``m`` of the ``n`` keys of a class, their weights are multiplied by ``n / m``, so that settings
         for these terms suit the whole index. The discriminant has the offsets of all keys.
         """
-        retrieval, ids, c = self.index.retrieval, self.ids, len(self.index.class_names)
-        settings, values, own = self.index.settings, retrieval.keys.values, retrieval.keys.discriminant
+        retrieval = self.index.retrieval
+        ids = self.ids
+        c = len(self.index.class_names)
+        settings = self.index.settings
+        values = retrieval.keys.values
+        own = retrieval.keys.discriminant
         text = tip.text_logits(self.features, retrieval.text, settings.logit_scale)
         factor = torch.where(self.counts > 0, retrieval.keys.counts / self.counts.clamp_min(1), 0)
         discriminant = None
@@ -724,8 +757,11 @@ def without_parts(index: Index, rows: IntArray, kept: IntArray | None = None) ->
     are refitted to these keys, unless they were trained, and it has the settings of ``index``. It compares a query with
     every key, unless ``index`` is of the type ``Classes``. A part is left out if no key remains.
     """
-    folds, fitted = Folds.of(index), index.fitted
-    ids, images, kept = folds.ids.numpy(), folds.images, np.arange(index.n) if kept is None else kept
+    folds = Folds.of(index)
+    fitted = index.fitted
+    ids = folds.ids.numpy()
+    images = folds.images
+    kept = np.arange(index.n) if kept is None else kept
     factory = index.index_type if index.retrieval.keys.by_class else "Flat"
     number = min(PARTS if index.n <= MANY_KEYS else PARTS // 2, len(rows))
     order = folds.order_of(torch.from_numpy(rows)).numpy()
@@ -735,7 +771,8 @@ def without_parts(index: Index, rows: IntArray, kept: IntArray | None = None) ->
         if not len(others):
             continue
         others = others[np.argsort(ids[others], kind="stable")]
-        metric, values = index.metric, None if index.values is None else index.values[torch.from_numpy(others)]
+        metric = index.metric
+        values = None if index.values is None else index.values[torch.from_numpy(others)]
         if fitted is not None:
             metric, values = folds.fitted(Form.of(fitted, index.settings.beta), torch.from_numpy(others), fold)
         left = ArrayRows(np.asarray(index.keys[others]), index.labels.take(pa.array(others)), values)
@@ -758,5 +795,6 @@ def taken_keys(keys: StoredKeys, rows: Tensor) -> Tensor:
 def wilson(share: float, n: float) -> tuple[float, float]:
     """Return the 95 % confidence interval of a share that was measured on ``n`` items (Wilson, 1927)."""
     z = 1.96
-    centre, half = share + z * z / (2 * n), z * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
+    centre = share + z * z / (2 * n)
+    half = z * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
     return max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))

@@ -68,11 +68,13 @@ class Scatter:
         """
         mean, centres = _centres(sums.counts, sums.sums, total=prior is None)
         roots = centres * np.sqrt(sums.counts)[:, None]
-        scatter, n = sums.second - roots.T @ roots, sums.n
+        scatter = sums.second - roots.T @ roots
+        n = sums.n
         if np.trace(scatter) <= ROUNDING * np.trace(sums.second):
             scatter = np.zeros_like(scatter)
         if prior is not None:
-            scatter, n = scatter + PRIOR_WEIGHT * prior, n - int((sums.counts > 0).sum()) + PRIOR_WEIGHT
+            scatter = scatter + PRIOR_WEIGHT * prior
+            n = n - int((sums.counts > 0).sum()) + PRIOR_WEIGHT
         return cls(torch.from_numpy(mean), torch.from_numpy(scatter / n), widths)
 
 

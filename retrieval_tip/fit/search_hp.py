@@ -113,8 +113,13 @@ def search(index: Index, queries: Queries) -> HyperparameterChoice:
     alpha = 2 * interval[0] + 1 if interval[1] == math.inf else sum(interval) / 2
     best = own = hits(b, alpha)
     if not _is_better(best, before := hits(tried.index(own_beta), own_alpha)):
-        b, alpha, interval, own = tried.index(own_beta), own_alpha, (own_alpha, own_alpha), before
-    accuracy, most, n = float(own.mean()), float(best.mean()), len(own)
+        b = tried.index(own_beta)
+        alpha = own_alpha
+        interval = (own_alpha, own_alpha)
+        own = before
+    accuracy = float(own.mean())
+    most = float(best.mean())
+    n = len(own)
     rivals = {"text alone": hits(b, 0.0), "cache alone": high[b] == np.inf}
     close = {name: rival for name, rival in rivals.items() if accuracy > rival.mean() and not _is_better(own, rival)}
     warnings = [
@@ -178,7 +183,8 @@ def right_between(text: Tensor, cache: Tensor, y: Tensor) -> tuple[DoubleArray, 
 def _best_alpha(low: DoubleArray, high: DoubleArray) -> tuple[int, tuple[float, float]]:
     """Return the number of right answers at the best alpha, and the widest interval of such alphas."""
     some = low < high
-    starts, stops = np.sort(low[some]), np.sort(high[some])
+    starts = np.sort(low[some])
+    stops = np.sort(high[some])
     ends = np.unique(np.concatenate([[0.0], starts[starts > 0], stops[(stops > 0) & (stops < np.inf)]]))
     between = np.append((ends[:-1] + ends[1:]) / 2, ends[-1] * 2 + 1)  # one alpha per gap, and one beyond
     right = np.searchsorted(starts, between) - np.searchsorted(stops, between)

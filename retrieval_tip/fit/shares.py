@@ -70,7 +70,8 @@ def shares_without_folds(folds: Folds) -> Shares:
     :data:`REDUNDANT`) share theirs by the squares of the shares for which this contrast varies least between classes.
     """
     rows = torch.from_numpy(folds.ordered.rows[spread(len(folds.ids), COMPARED)])
-    keys, ids = taken_keys(folds.keys, rows).double(), folds.ids[rows]
+    keys = taken_keys(folds.keys, rows).double()
+    ids = folds.ids[rows]
     others = ids[:, None] != ids
     parts = [torch.nn.functional.normalize(part) for part in keys.split([part.width for part in folds.parts], dim=1)]
     means = [_class_means(part, ids) for part in parts]
@@ -123,7 +124,8 @@ def _between(means: DoubleArray) -> DoubleArray:
 
     These are U-centred (Székely and Rizzo, 2014): each row sums to 0, and the diagonal is 0.
     """
-    c, affinity = len(means), means @ means.T
+    c = len(means)
+    affinity = means @ means.T
     np.fill_diagonal(affinity, 0)
     sums = affinity.sum(0)
     centred = affinity - (sums[:, None] + sums) / (c - 2) + sums.sum() / ((c - 1) * (c - 2))

@@ -120,7 +120,8 @@ def _warn_of_layout(source: Source, class_names: Sequence[str], text: str | os.P
 
 
 def _text(source: Source, reader: Reader, plan: BuildOptions) -> Words:
-    templates, backbone = plan["templates"], reader.backbone
+    templates = plan["templates"]
+    backbone = reader.backbone
     if plan["text"] is not None:
         class_names, weights = read_text_table(plan["text"], reader.norms, identity_of(source, reader), reader.parts)
         return Words(class_names, weights, [], str(plan["text"]))

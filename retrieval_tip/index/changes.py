@@ -130,7 +130,8 @@ def add(
 def _with_keys(before: Index, edits: Edits) -> Changed:
     """Add keys and classes, and look for images that are also in another class."""
     changed = _edited(before, edits, {})
-    rows, keys = changed.index.rows, changed.index.retrieval.keys
+    rows = changed.index.rows
+    keys = changed.index.retrieval.keys
     found = rows.duplicates_of(changed.key_ids, keys) if changed.key_ids else None
     return replace(changed, duplicates=found)
 
@@ -208,7 +209,8 @@ def label(
     Raises InputError if the index has no key of a photo without a feature, if a class needs text weights and cannot
     have them, or if no key would remain.
     """
-    store, wanted = places.at(folder), {photo.digest: photo for photo in photos}
+    store = places.at(folder)
+    wanted = {photo.digest: photo for photo in photos}
     manifest = _manifest_of(store, base)
     check_backbone(manifest.identity, manifest.d, reader.backbone, [])
     names = list(dict.fromkeys(photo.label for photo in wanted.values() if photo.label is not None))
@@ -261,7 +263,8 @@ def merge(folder: Place, other: Place, *, base: Index | None = None) -> Changed:
     backbones differ. Raises InputError if the other index has trained values, which are only valid for its own keys, or
     if this index has text weights and a new class has none.
     """
-    target, source = places.at(folder), places.at(other)
+    target = places.at(folder)
+    source = places.at(other)
     if target.resolved == source.resolved:
         raise UsageError(f"{other}: an index cannot be merged with itself; give another one")
     theirs = source.load(device="cpu").in_memory()
@@ -337,7 +340,8 @@ def apply_audit(folder: Place, file: Place, *, base: Index | None = None) -> Cha
     Raises InputError if the file cannot be read, if a key is unknown, is repeated or has been relabelled since the
     audit, or if a suggestion is not a class of the index.
     """
-    name, place = show(file), places.at(folder)
+    name = show(file)
+    place = places.at(folder)
     table, _ = items_of(Path(file), place.manifest().n)
     key_ids, labels = (texts(table, name, column) for column in ("key_id", "label"))
     with reading(f"{name}: column 'key_id'"):
@@ -383,7 +387,8 @@ def rename(
         if old == new and merged:
             return Changed(index, "")
         key_ids = index.find([old])["key_id"].to_pylist() if old in index.class_names else []
-        after, fitted = index.edited(Edits(rename=(old, new), text=text)), dict[str, Any]()
+        after = index.edited(Edits(rename=(old, new), text=text))
+        fitted = dict[str, Any]()
         if merged:
             after, fitted = _fitted_again(index, after)
         what = f"merged {old} into {new}" if merged else f"renamed {old} to {new}"
@@ -476,7 +481,9 @@ def fit_index(
 
     Raises the errors of :func:`closed_form.fit`. If an error occurs, the index stays unchanged.
     """
-    store, queries, version = places.at(folder), None, None
+    store = places.at(folder)
+    queries = None
+    version = None
     manifest = _manifest_of(store, base)
     before = "even" if manifest.fitted is None else manifest.fitted.class_prior
     asked = Fit(metric, values, class_prior or before, prior_of(prior, manifest.identity))
@@ -484,7 +491,8 @@ def fit_index(
         from retrieval_tip.fit.search_hp import on_validation  # other changes do not need it
 
         base = store.load(device="cpu")
-        queries, version = on_validation(base, validation, reader), base.version
+        queries = on_validation(base, validation, reader)
+        version = base.version
 
     def revise(index: Index) -> Changed:
         index, choice = closed_form.fit(index, asked, validation=queries)
@@ -544,7 +552,8 @@ def clone(folder: Place, out: Place, version: int | None = None) -> Changed:
 
     Raises StoreError if ``out`` already contains an index. Raises InputError if ``out`` cannot store a part of it.
     """
-    source, target = places.at(folder), places.at(out)
+    source = places.at(folder)
+    target = places.at(out)
     if target.exists():
         raise StoreError(f"{out}: already holds an index; give another folder")
     if target.local is not None and Path(target.resolved).is_relative_to(source.resolved):
@@ -608,7 +617,8 @@ def _known(
     zero = np.zeros((), index.dtype)  # converts -0 to 0
     with np.errstate(over="ignore"):  # an overflow is rejected when the keys are added
         rows = features[bare].astype(index.dtype) + zero
-    asked, found = list(zip(ids[bare].tolist(), map(bytes, rows), strict=True)), set[tuple[int, bytes]]()
+    asked = list(zip(ids[bare].tolist(), map(bytes, rows), strict=True))
+    found = set[tuple[int, bytes]]()
     for own, keys in index.rows.blocks(["class_id"], classes):
         class_ids = own["class_id"].to_numpy()
         alike = np.flatnonzero(np.isin(keys[:, 0], rows[:, 0]))  # only a few keys remain to be compared one by one

@@ -78,7 +78,9 @@ def try_encoders(
     """
     if photos.table is not None:
         raise UsageError(f"{photos.name}: has the features of one encoder; give photos to compare encoders")
-    trials, skipped, seen = list[EncoderTrial](), list[Skipped](), set[str]()
+    trials = list[EncoderTrial]()
+    skipped = list[Skipped]()
+    seen = set[str]()
     for name in itertools.chain(names, _pairs(trials)):
         with opened(name) as reader, tempfile.TemporaryDirectory(prefix="retrieval-tip-") as folder:
             own = name if reader.backbone is None else reader.backbone.identity.fingerprint
@@ -120,7 +122,8 @@ def recommended(trials: Sequence[EncoderTrial]) -> EncoderTrial:
 def _worse(one: EncoderTrial, best: EncoderTrial) -> bool:
     """Return whether an encoder is significantly less accurate than the best one on the photos of both."""
     both = [(one.right[at], best.right[at]) for at in one.right.keys() & best.right.keys()]
-    only, other = sum(a and not b for a, b in both), sum(b and not a for a, b in both)
+    only = sum(a and not b for a, b in both)
+    other = sum(b and not a for a, b in both)
     return other > only and mcnemar(only, other) < SIGNIFICANT
 
 

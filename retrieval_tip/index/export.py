@@ -34,7 +34,8 @@ def export_table(index: Index, out: Path) -> int:
         log.warning(
             "%s: a table cannot hold trained values, so an index built from it will give other answers", show(out)
         )
-    table, keys = index.labels, index.rows.in_memory().keys
+    table = index.labels
+    keys = index.rows.in_memory().keys
     parts = index.parts or (Part(index.d, FEATURE, index.backbone),)
     own = {"class_id", "label", "source", "id", FEATURE, *(part.column for part in parts)}
     further = [table.schema.field(name).remove_metadata() for name in table.column_names if name not in own]

@@ -141,7 +141,8 @@ class Material:
 
     def settings(self, statistics: Statistics | None, k: int | None) -> Settings:
         """Return the settings before a fit. ``k`` is used as k if no k was given."""
-        plan, own = self.plan, settings_of(self.plan, self.reader.backbone)
+        plan = self.plan
+        own = settings_of(self.plan, self.reader.backbone)
         alpha, beta = default_settings(statistics, plan["alpha"], plan["beta"])
         return own.override(alpha=alpha, beta=beta, k=k if plan["k"] is None else None)
 
@@ -164,7 +165,8 @@ class Material:
         """Yield the labels and the keys in blocks. Shot numbers continue from block to block."""
         following = np.zeros(len(self.words.class_names), dtype=np.int32)
         for block in self.blocks():
-            ids, labels = self.ids[block.positions], self.labels(block.positions, block.digests)
+            ids = self.ids[block.positions]
+            labels = self.labels(block.positions, block.digests)
             yield shots_after(labels, ids, following), block.features
             following += np.bincount(ids, minlength=len(following)).astype(np.int32)
 
@@ -176,7 +178,8 @@ class Material:
 
     def described(self, statistics: Statistics | None) -> dict[str, object]:
         """Return the provenance. Call this only after all items have been read."""
-        views, plan = self.reader.views, self.plan
+        views = self.reader.views
+        plan = self.plan
         return {
             "source": self.source.name,
             "shots": plan["shots"],
@@ -196,7 +199,8 @@ class Material:
         ``k`` is used as k if no k was given.
         """
         names, weights, templates, _ = self.words
-        reader, shots = self.reader, self.plan["shots"]
+        reader = self.reader
+        shots = self.plan["shots"]
         drawn = shots is not None or reader.views > 1
         built = Built(self.source.name, shots, reader.seed if drawn else 1, reader.views)
         index = Index(
@@ -324,7 +328,8 @@ def create(folder: Versions, made: Material) -> Index:
 
 def _write_keys(writer: Writer, made: Material, order: IntArray) -> tuple[KeyArray, IntArray, list[str | None]]:
     """Stream features into the file of keys. Return the keys, their positions in ``order`` and the image digests."""
-    place, blocks = np.argsort(order), made.blocks()
+    place = np.argsort(order)
+    blocks = made.blocks()
     first = next(blocks)
     shape = (len(order), first.features.shape[1])
     array = writer.stage_array("keys", shape, made.plan["dtype"])

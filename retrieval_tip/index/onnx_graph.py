@@ -73,7 +73,10 @@ class Answer(torch.nn.Module):
     def __init__(self, index: Index, *, raw: bool = False, alone: bool = False) -> None:
         super().__init__()
         settings, metric = index.settings, index.metric
-        self.settings, self.n_classes, self.raw, self.alone = settings, len(index.class_names), raw, alone
+        self.settings = settings
+        self.n_classes = len(index.class_names)
+        self.raw = raw
+        self.alone = alone
         self.text = Buffer(index.retrieval.text.float().cpu())
         self.keys = Buffer(torch.from_numpy(np.asarray(index.rows.in_memory().vectors, dtype=np.float32)))
         self.ids = Buffer(index.class_ids.cpu())
@@ -88,7 +91,8 @@ class Answer(torch.nn.Module):
 
     def forward(self, given: Tensor) -> Answers:
         """Return the logits and probabilities of shape ``[b, c]``, and ``no_match`` of shape ``[b]`` if it is known."""
-        settings, features = self.settings, normalize(given) if self.raw else given
+        settings = self.settings
+        features = normalize(given) if self.raw else given
         points = features
         if self.metric_mean is not None and self.metric_transform is not None:
             points = tip.Metric(self.metric_mean, self.metric_transform)(features)
@@ -169,7 +173,8 @@ def export_onnx(index: Index, out: str | os.PathLike[str], backbone: Encoder = N
         import onnx
     except ImportError:
         raise UsageError(f"the ONNX export needs the package onnx; run {install('onnx')}") from None
-    asked, index = index, index.with_settings(index.settings.override(k="all"))
+    asked = index
+    index = index.with_settings(index.settings.override(k="all"))
     int8 = None if backbone is None or backbone.precision != "int8" else backbone
     if isinstance(int8, Joined):
         raise UsageError("precision int8: cannot be exported for several encoders; give float32")
@@ -192,7 +197,8 @@ def export_onnx(index: Index, out: str | os.PathLike[str], backbone: Encoder = N
             ) from None
         props = {name: json.dumps(value, ensure_ascii=False) for name, value in facts.items()}
         onnx.helper.set_model_props(graph, props)
-        graph.producer_name, graph.producer_version = "retrieval-tip", version("retrieval-tip")
+        graph.producer_name = "retrieval-tip"
+        graph.producer_version = version("retrieval-tip")
         onnx.save_model(graph, temporary)
         facts["bytes"] = temporary.stat().st_size
         facts["agreement"] = _agreement(asked, backbone, outputs, temporary)
@@ -208,7 +214,8 @@ def _agreement(index: Index, backbone: Encoder, outputs: Sequence[str], file: Pa
     examples = [({FEATURES: key[None]}, key[None]) for key in index.rows.some(COMPARED)[0].astype(np.float32)]
     backbone = without_unused(backbone, index.shares)
     if backbone is not None:
-        given, examples = inputs_of(index, backbone), []
+        given = inputs_of(index, backbone)
+        examples = []
         for view in _views(index, backbone, COMPARED):
             views = backbone.views(view[None]) if isinstance(backbone, Joined) else [view[None]]
             used = zip(given.items(), (one for one in views if one is not None), strict=True)

@@ -151,7 +151,8 @@ def _remove(folder: Path, photos: list[Path]) -> tuple[int, int]:
             if sha256_of(path).startswith(path.name[:HEX]):
                 size = path.stat().st_size
                 path.unlink()
-                number, freed = number + 1, freed + size
+                number = number + 1
+                freed = freed + size
     for place in list(folder.iterdir()):
         if place.is_dir() and not place.is_symlink():
             freed += remove_leftovers(place)

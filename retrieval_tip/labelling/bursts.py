@@ -49,10 +49,12 @@ def classify_in_bursts(
     not fit in memory.
     """
     pool = Pool.of(sources, reader)
-    total, c = len(pool.names), len(index.class_names)
+    total = len(pool.names)
+    c = len(index.class_names)
     check_memory(16 * total * c, f"probabilities of {total:,} photos", "classify fewer photos at a time")
     numbers = bursts(pool.names, [noting.taken.get(name, UNKNOWN).taken_at for name in pool.names], gap)
-    rows, block = torch.from_numpy(numbers - 1), FeatureBlock.of(pool.features)
+    rows = torch.from_numpy(numbers - 1)
+    block = FeatureBlock.of(pool.features)
     sums = torch.zeros(int(numbers.max()), c, dtype=torch.float64)
     ask = replace(ask, neighbours=0)
     for own in index.answers([block], ask):

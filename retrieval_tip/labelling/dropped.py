@@ -28,7 +28,8 @@ def dropped_in(folder: Path) -> dict[int, str]:
 
 def keep(folder: Path, number: int, name: str, data: bytes) -> str:
     """Write a photo, and return its path. It is complete and on the disk as soon as it has its name."""
-    name, place = safe_name(name), folder / str(number)
+    name = safe_name(name)
+    place = folder / str(number)
     if Path(name).suffix.lower() not in images.extensions():
         name += images.extension(data)
     files.make_folders(place)

@@ -47,9 +47,12 @@ def find_photos(
     The memory needed does not depend on the number of photos.
     """
     check_count("n", n)
-    example, metric, known = example_of(query), None, None
+    example = example_of(query)
+    metric = None
+    known = None
     if example is not None:
-        block, metric = reader.encode(example), None if index is None else index.metric
+        block = reader.encode(example)
+        metric = None if index is None else index.metric
         (known,) = block.digests
         target = points_of(block.features, metric)[0]
     else:
@@ -58,7 +61,9 @@ def find_photos(
         if not backbone.has_text:
             raise UsageError(f"{show(query)}: {backbone.identity.model} has no text encoder; give an image file")
         target = torch.from_numpy(reader.text_weights([query], templates)[0])
-    names, best, total = pa.array([], pa.string()), torch.empty(0), 0
+    names = pa.array([], pa.string())
+    best = torch.empty(0)
+    total = 0
     for source in sources:
         for block in reader.blocks(source):
             similarity = torch.mv(points_of(block.features, metric), target)
@@ -67,7 +72,8 @@ def find_photos(
             every = torch.cat([best, similarity])
             best, order = every.sort(descending=True, stable=True)
             order = order[: min(n, int((best > -torch.inf).sum()))]
-            best, total = best[: len(order)], total + len(similarity)
+            best = best[: len(order)]
+            total = total + len(similarity)
             own = source.items["source"].take(pa.array(block.positions)).cast(pa.string())
             names = pa.concat_arrays([names, own.combine_chunks()]).take(pa.array(order.numpy()))
     return pa.table([pa.array(range(1, len(best) + 1)), names, best.double().numpy()], schema=FOUND), total

@@ -53,7 +53,8 @@ def group(features: Features, threshold: float, metric: tip.Metric | None = None
     check_memory(4 * (2 * m * d + min(m, MOST) ** 2), f"{m:,} photos without a match", "classify fewer at a time")
     points = points_of(raw, metric).numpy()
     order = np.random.default_rng(0).permutation(m) if m > MOST else np.arange(m)
-    sample, others = np.sort(order[:MOST]), np.sort(order[MOST:])
+    sample = np.sort(order[:MOST])
+    others = np.sort(order[MOST:])
     linked = [one for rows in _linked(points[sample], threshold) for one in _parts(points, sample[rows], threshold)]
     groups = [rows for rows in linked if len(rows) > 1]
     if groups and len(others):
@@ -82,8 +83,10 @@ def _linked(points: FloatArray, threshold: float) -> Iterator[Sequence[int]]:
     result more similar to a third group than both were, so groups that are each other's best partner can be merged in
     any order (nearest-neighbour chains, Murtagh, 1983), and a group without a partner is complete.
     """
-    sums, counts = points @ points.T, np.ones(len(points), dtype=np.float32)
-    left, members = np.ones(len(points), dtype=bool), [[row] for row in range(len(points))]
+    sums = points @ points.T
+    counts = np.ones(len(points), dtype=np.float32)
+    left = np.ones(len(points), dtype=bool)
+    members = [[row] for row in range(len(points))]
     chain: list[int] = []
     while left.any():
         last = chain[-1] if chain else int(left.argmax())
@@ -120,7 +123,8 @@ def threshold_of(index: Index) -> float:
     ids = torch.from_numpy(described["class_id"].to_numpy().astype(np.int64))
     c = len(index.class_names)
     sums = torch.zeros(c, points.shape[1], dtype=torch.float64).index_add_(0, ids, points)
-    n, squares = torch.bincount(ids, minlength=c).double(), (sums * sums).sum(1)
+    n = torch.bincount(ids, minlength=c).double()
+    squares = (sums * sums).sum(1)
     some = n > 1
     same = float(((squares - n) / (n * (n - 1)))[some].mean()) if some.any() else 1.0
     pairs = float(n.sum() ** 2 - (n * n).sum())

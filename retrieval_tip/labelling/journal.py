@@ -43,11 +43,13 @@ class Journal:
         Raises InputError if it is damaged, and StoreError if it cannot be read or its session still runs.
         """
         if store.local is not None:
-            folder, name = real(store.local).parent, store.name
+            folder = real(store.local).parent
+            name = store.name
         else:
             folder = (cache_folder() or Path(tempfile.gettempdir()) / "retrieval-tip") / "unsaved"
             name = f"{store.name}-{hashlib.sha256(store.resolved.encode()).hexdigest()[:8]}"
-        self.path, self._file = folder / f"{name}-unsaved.jsonl", -1
+        self.path = folder / f"{name}-unsaved.jsonl"
+        self._file = -1
         self.dropped = folder / f"{name}{DROPPED}"
         self.entries: dict[str, Entry] = {}
         if os.path.lexists(self.path):

@@ -197,7 +197,8 @@ def known_photos(
     of the other photos, as text, to their numbers.
     """
     columns = [name for name in ("key_id", "label", "digest", "source", PICKED) if name in index.labels.column_names]
-    labels, known = index.labels.select(columns), dict[int, LabelledPhoto]()
+    labels = index.labels.select(columns)
+    known = dict[int, LabelledPhoto]()
     paths = {path: [photo] for path, photo in numbers.items()}
     for column, photos in (("source", paths), ("digest", digests)):
         for row in labels.filter(pc.is_in(labels[column], value_set=pa.array(photos, pa.string()))).to_pylist():

@@ -160,7 +160,8 @@ def suggest_features(pool: Pool, n: int, index: Index | None = None) -> Suggesti
         answers = index.classify(pool.features, "keep", neighbours=0, logits=False)
         guesses = answers.written(["label", "probability", "no_match"])
         class_ids = pc.index_in(guesses["label"], value_set=pa.array(index.class_names)).to_numpy()
-        chances, counts = guesses["probability"].to_numpy(), np.array(index.counts)
+        chances = guesses["probability"].to_numpy()
+        counts = np.array(index.counts)
         picks = suggest(
             pool.features, n, uncertainty=uncertainty_of(chances, class_ids, counts),
             labelled=index.rows.some(MOST_KEYS)[0], metric=index.metric,

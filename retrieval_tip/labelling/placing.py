@@ -128,7 +128,8 @@ def check_folders(folder: Path, rows: Iterable[Placed]) -> None:
 
 def write_manifest(folder: Path, rows: Iterable[Placed]) -> None:
     """Replace the manifest of a folder, and wait until it is on the disk."""
-    text, path = files.csv_of([COLUMNS, *map(astuple, rows)]), folder / MANIFEST
+    text = files.csv_of([COLUMNS, *map(astuple, rows)])
+    path = folder / MANIFEST
     write(text.encode("utf-8", "surrogateescape"), path, partial(shutil.copymode, path))
     files.sync(folder)
 

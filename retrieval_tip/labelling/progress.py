@@ -96,7 +96,8 @@ def estimate_rest(index: Index, key_ids: Sequence[int], rest: Features) -> Estim
     holds the features of the unlabelled photos, of shape ``[m, d]``. At most :data:`MOST_REST` of them are used.
     Without labelled photos, any number can be wrong.
     """
-    m, rows = len(rest), photo_rows(index, key_ids)
+    m = len(rest)
+    rows = photo_rows(index, key_ids)
     if not len(rows) or not m:
         return Estimate(0.0, 0.0, 1.0, m, 0, m, min(m, SCREEN))
     few = rest[spread(m, MOST_REST)]
@@ -115,7 +116,8 @@ def estimate_rest(index: Index, key_ids: Sequence[int], rest: Features) -> Estim
 
 def _smaller(index: Index, rows: IntArray) -> Iterator[Index]:
     """Yield a small index without the last photos, fitted to the others."""
-    images, last = images_of(index.labels), rows[np.argsort(index.labels["key_id"].to_numpy()[rows])]
+    images = images_of(index.labels)
+    last = rows[np.argsort(index.labels["key_id"].to_numpy()[rows])]
     for left in range(STEP, min(STEPS * STEP, len(last) - LEAST + 1), STEP) if index.n <= SMALL else ():
         other = index.take(np.flatnonzero(~np.isin(images, images[last[-left:]])))
         yield closed_form.fit(other)[0]
@@ -147,7 +149,8 @@ def gain_of(index: Index, rest: Features, found: Estimate, more: int) -> float |
     photos, or with fewer than four labels.
     """
     check_count("more", more)
-    n, m = index.n, len(rest)
+    n = index.n
+    m = len(rest)
     order = np.argsort(index.labels["key_id"].to_numpy())
     half = next(without_parts(index, order[-1:], order[: n // 2]), None) if m and n >= 4 else None
     if half is None:
@@ -156,5 +159,6 @@ def gain_of(index: Index, rest: Features, found: Estimate, more: int) -> float |
     before = probabilities_of(half[1], features).argmax(1, keepdim=True)
     p = tip.probabilities(index.logits(features).cpu(), index.settings.temperature)
     lost = float((p.amax(1) - p.gather(1, before)[:, 0]).double().mean())
-    wrong, doublings = found.wrong / m, math.log((n + more) / n) / math.log(n / (n // 2))
+    wrong = found.wrong / m
+    doublings = math.log((n + more) / n) / math.log(n / (n // 2))
     return wrong - wrong * math.pow(wrong / (wrong + lost), doublings)

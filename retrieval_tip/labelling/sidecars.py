@@ -88,13 +88,15 @@ def undo_sidecars(photos: Iterable[str]) -> Sorted:
 
     Sidecars that have changed since are ``skipped``.
     """
-    places, result = dict.fromkeys(map(_place, photos)), Sorted("restored the keywords of")
+    places = dict.fromkeys(map(_place, photos))
+    result = Sorted("restored the keywords of")
     with _records(places) as records:
         for sidecar in dict.fromkeys(one for photo in places for one in _sidecars(photo)):
             record = _record_of(sidecar, records)
             with skipping(sidecar, "cannot be changed", result.skipped):
                 if record.exists():
-                    (before, after), now = _read_record(record), _bytes_of(sidecar)
+                    (before, after) = _read_record(record)
+                    now = _bytes_of(sidecar)
                     if _digest(now) in after:
                         _replace(sidecar, now, before)
                         result.done += 1
@@ -138,7 +140,8 @@ def _record_of(sidecar: Path, records: Path) -> Path:
 
 def _record(record: Path, old: bytes | None, new: bytes) -> None:
     """Add a change to the record of a sidecar, or begin one if somebody else has changed the sidecar since."""
-    before, after = old, list[str]()
+    before = old
+    after = list[str]()
     if record.exists() and _digest(old) in (known := _read_record(record))[1]:
         before, after = known
     head = " ".join(["absent" if before is None else "present", *after, _digest(new)])

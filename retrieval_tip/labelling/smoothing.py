@@ -59,21 +59,26 @@ class Smoothing(NamedTuple):
 
 def smooth(index: Index, blocks: Sequence[FeatureBlock], ask: Ask = Ask(), names: Sequence[str] = ()) -> Smoothing:
     """Smooth the answers to the photos of a folder. Raises UsageError if the probabilities do not fit in memory."""
-    m, c = sum(len(block.positions) for block in blocks), len(index.class_names)
+    m = sum(len(block.positions) for block in blocks)
+    c = len(index.class_names)
     check_memory(12 * m * (c + index.d), f"probabilities of {m:,} photos", "classify fewer photos at a time")
-    index, some = index.in_memory().with_settings(ask.settings(index.settings)), spread(m, MOST_NEAR)
+    index = index.in_memory().with_settings(ask.settings(index.settings))
+    some = spread(m, MOST_NEAR)
     alone = torch.cat([own.probabilities.cpu() for own in index.answers(blocks, Ask(neighbours=0))])
     features = np.concatenate([block.features for block in blocks])
     weight, held = _chosen(index, features[some])
     near, shares = _near(points_of(features, index.metric), points_of(features[some], index.metric))
     near = torch.cat([torch.arange(m)[:, None], torch.from_numpy(some)[near]], dim=1)
     shares = torch.cat([1 - weight * shares.sum(1, keepdim=True), weight * shares], dim=1)
-    mixed, before = embedding_bag(near, alone, per_sample_weights=shares, mode="sum"), alone.argmax(1)
+    mixed = embedding_bag(near, alone, per_sample_weights=shares, mode="sum")
+    before = alone.argmax(1)
     after = mixed.argmax(1)
     chosen = f"Similar photos count {100 * weight:.0f} %, chosen on {counted(len(held.labels), 'held-out photo')}"
     words = f"{chosen}; they changed {int((after != before).sum()):,} of {counted(m, 'answer')}"
-    labels, gives = np.array(index.class_names)[before.numpy()], shares * alone[near, after[:, None]]
-    at, named = pa.array(near.flatten().numpy()), (names or [str(row) for row in range(m)], labels)
+    labels = np.array(index.class_names)[before.numpy()]
+    gives = shares * alone[near, after[:, None]]
+    at = pa.array(near.flatten().numpy())
+    named = (names or [str(row) for row in range(m)], labels)
     columns = [pa.array(one, pa.string()).take(at) for one in named] + [pa.array(gives.double().flatten().numpy())]
     similar = lists(pa.StructArray.from_arrays(columns, fields=list(SIMILAR)), near.shape[1])
     parts = mixed.split([len(block.positions) for block in blocks])
@@ -94,8 +99,10 @@ def _near(points: Tensor, folder: Tensor) -> tuple[Tensor, Tensor]:
 
 def _chosen(index: Index, folder: FloatArray) -> tuple[float, HeldOut]:
     """Choose the weight on labelled photos, and return it with their smoothed probabilities."""
-    ids, every = index.class_ids.cpu(), photo_rows(index)
-    rows, photos = every[spread(len(every), MOST_HELD)], len(every) / len(ids.unique())
+    ids = index.class_ids.cpu()
+    every = photo_rows(index)
+    rows = every[spread(len(every), MOST_HELD)]
+    photos = len(every) / len(ids.unique())
     own, given = torch.zeros(2, len(rows), len(index.class_names))
     for part, others in without_parts(index, rows):
         keys = np.asarray(index.keys[rows[part]], dtype=np.float32)

@@ -112,7 +112,8 @@ def sort_photos(
     least = MORE_LIKELY_WRONG if min_probability is None else min_probability
     least = least if threshold is None else threshold.probability
     said = smoothing and smoothing.words
-    root, result = Path(folder), Sorted(_VERBS[action], threshold, said, skipped=reader.skipped)
+    root = Path(folder)
+    result = Sorted(_VERBS[action], threshold, said, skipped=reader.skipped)
     with locked(root, dry_run=dry_run):
         before = placing.read_manifest(root)
         plan = _Outputs(root, action, least, {row.input: row for row in before})
@@ -278,7 +279,8 @@ def undo_sort(folder: str | os.PathLike[str]) -> Sorted:
     root = Path(folder)
     if not (root / MANIFEST).exists():
         raise InputError(f"{show(root)}: has no {MANIFEST}; give the folder that sort has written")
-    result, left = Sorted("undid the sorting of"), list[Placed]()
+    result = Sorted("undid the sorting of")
+    left = list[Placed]()
     with locked(root):
         rows = placing.read_manifest(root)
         placing.check_folders(root, rows)
@@ -312,7 +314,8 @@ def _undone(row: Placed, target: Path) -> bool:
         if linked:
             target.unlink()
         return linked
-    original, there = Path(row.input), digest_at(target)
+    original = Path(row.input)
+    there = digest_at(target)
     if target.is_symlink() or there not in (None, EMPTY, row.digest):
         raise InputError("has changed")
     if there == row.digest:

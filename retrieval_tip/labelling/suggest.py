@@ -109,9 +109,11 @@ def _greedy(points: Tensor, weights: Tensor, near: Tensor, n: int) -> Tensor:
     Suggestions only reduce the gains of other photos, so earlier gains are upper bounds. Only the largest ones are
     evaluated again (Minoux, 1978).
     """
-    m, size = len(points), max(CROWD, CROWD_PER_PICK * n)
+    m = len(points)
+    size = max(CROWD, CROWD_PER_PICK * n)
     chosen, weights = _sampled(weights, size) if m > size else (slice(m), weights)
-    crowd, covered = points[chosen], near[chosen] ** POWER
+    crowd = points[chosen]
+    covered = near[chosen] ** POWER
 
     def gains(candidates: Tensor) -> Tensor:
         return similarity(candidates, crowd).sub_(covered).clamp_(min=0) @ weights
@@ -125,7 +127,9 @@ def _greedy(points: Tensor, weights: Tensor, near: Tensor, n: int) -> Tensor:
             stale = bounds.masked_fill(exact, -1).topk(min(STALE, m)).indices
             bounds[stale] = gains(points[stale]).masked_fill_(picked[stale], -1)
             exact[stale] = True
-        rows[place], picked[best], bounds[best] = best, True, -1
+        rows[place] = best
+        picked[best] = True
+        bounds[best] = -1
         covered = torch.maximum(covered, similarity(points[best][None], crowd)[0])
     return rows
 

@@ -122,7 +122,9 @@ class KeyTable:
     """A version of the table of a store. Only the latest version can be changed."""
 
     def __init__(self, address: Address, name: str, table: Any) -> None:
-        self.address, self.name, self.table = address, name, table
+        self.address = address
+        self.name = name
+        self.table = table
 
     @classmethod
     def at(cls, address: Address, name: str, version: int | None = None) -> KeyTable:

@@ -81,7 +81,8 @@ class TableWriter(Writer):
 
     def digests(self, table: Table) -> dict[str, str]:
         """Return the names of a table version's files and their SHA-256."""
-        engine, before = _engine_name(table), {} if self.parent is None else self.parent.digests
+        engine = _engine_name(table)
+        before = {} if self.parent is None else self.parent.digests
         files = {}
         with suppress(FileNotFoundError):  # another version of LanceDB may use a different name
             files[engine] = hashlib.sha256(self.store.files.get(engine, OBJECT_BYTES)).hexdigest()
@@ -101,7 +102,8 @@ class TableWriter(Writer):
 
     def flush(self) -> None:
         """Flush the new files of a local table to disk."""
-        new, root = [path for path, _ in self.store.table_files() - self._before], self.store.folder
+        new = [path for path, _ in self.store.table_files() - self._before]
+        root = self.store.folder
         for path in new:
             with path.open("rb+") as file:
                 os.fsync(file.fileno())
@@ -118,7 +120,9 @@ class LanceStore(Store):
     in_table = True
 
     def __init__(self, address: Address) -> None:
-        self.address, self.place, self.local = address, str(address), address.local
+        self.address = address
+        self.place = str(address)
+        self.local = address.local
         self.folder = self.local or Path()
         self.files = BucketFiles(address) if self.local is None else LocalFiles(self.local, self.place)
 
@@ -205,7 +209,8 @@ class LanceStore(Store):
         index_kind(asked)
         with self.write() as writer:
             writer.prunes |= writer.parent is None and material.fit is not None
-            kind, c = asked if material.fit is None else FLAT, len(material.words.class_names)
+            kind = asked if material.fit is None else FLAT
+            c = len(material.words.class_names)
             blocks = material.labelled_blocks()
             rows = TableRows.create(self.address, writer, blocks, c, material.plan["dtype"], kind)
             index = material.index(rows, rows.statistics(), index_kind(asked, rows.n, c)[1])
@@ -226,7 +231,8 @@ class LanceStore(Store):
         self.check_held(index)
         with self.write() as writer:
             metric = index.metric if index.values is None else None  # the table then contains the points
-            c, blocks = len(index.class_names), index.rows.blocks()
+            c = len(index.class_names)
+            blocks = index.rows.blocks()
             rows = TableRows.create(self.address, writer, blocks, c, index.dtype, metric=metric)
             self._committed(writer, index, rows, what)
         return self.load(device=index.device)
@@ -254,10 +260,12 @@ class LanceStore(Store):
         from retrieval_tip.model import Index
         from retrieval_tip.store.contents import metric_of
 
-        classes, files = self.classes(manifest), manifest.files.items()
+        classes = self.classes(manifest)
+        files = manifest.files.items()
         held = {kind: np.load(self._checked(file.name, file.sha256)) for kind, file in files if kind != "classes"}
         held |= {"text": _matrix(classes["text"])} | ({"metric": metric_of(held["metric"])} if "metric" in held else {})
-        counts, none = classes["keys"].to_numpy(), np.zeros((0, 0))
+        counts = classes["keys"].to_numpy()
+        none = np.zeros((0, 0))
         sums = {name: _matrix(classes[name]) for name in ("sum", "point_sum") if name in classes.column_names}
         rows = TableRows(
             table=self.table(manifest), known=Sums(counts, sums["sum"], held.get("second", none)),
@@ -313,15 +321,19 @@ class LanceStore(Store):
         from retrieval_tip.store.contents import write
 
         index.check_answers()
-        kind, rows = rows.kind, rows.kept_up(writer.prunes)
+        kind = rows.kind
+        rows = rows.kept_up(writer.prunes)
         built = replace(index.built, auto_index=rows.automatic)
         if rows.kind != kind:
-            scores, settings = index.current_scores, index.settings.override(k=index.settings.k or rows.few)
+            scores = index.current_scores
+            settings = index.settings.override(k=index.settings.k or rows.few)
             index = index.altered(settings=settings, scores=scores and replace(scores, settings=settings))
         classes = {"label": pa.array(index.class_names, pa.string()), "keys": pa.array(rows.known.counts)}
         classes |= {"text": vectors(index.text_weights.cpu().numpy()), "sum": vectors(rows.known.sums)}
         classes |= {} if rows.point_sums is None else {"point_sum": vectors(rows.point_sums.sums)}
-        size, second, values = rows.n * rows.d * np.dtype(rows.dtype).itemsize, rows.known.second, index.values
+        size = rows.n * rows.d * np.dtype(rows.dtype).itemsize
+        second = rows.known.second
+        values = index.values
         held = index.fit_contents() | {
             "classes": pa.table(classes),
             "second": second if 0 < second.nbytes * SUMS_FROM <= size else None,

@@ -73,8 +73,11 @@ class OrderedKeys(KeysInPlace):
     """
 
     def __init__(self, table: KeyTable, column: str, d: int, offsets: IntArray) -> None:
-        self.table, self.column, self.shape = table, column, (len(offsets), d)
-        self._offsets, self._places = offsets, np.argsort(offsets)
+        self.table = table
+        self.column = column
+        self.shape = (len(offsets), d)
+        self._offsets = offsets
+        self._places = np.argsort(offsets)
 
     def __getitem__(self, places: IntArray) -> KeyArray:
         offsets, where = np.unique(self._offsets[places], return_inverse=True)
@@ -83,7 +86,8 @@ class OrderedKeys(KeysInPlace):
 
     def blocks(self, places: IntArray) -> Iterator[tuple[KeyArray, IntArray]]:
         """The table is read once."""
-        wanted, start = np.zeros(len(self), dtype=bool), 0
+        wanted = np.zeros(len(self), dtype=bool)
+        start = 0
         wanted[self._offsets[places]] = True
         for batch in self.table.scan([self.column]):
             own = np.flatnonzero(wanted[start : start + len(batch)])
@@ -101,7 +105,10 @@ class LanceKeys(KeyStream):
     def __init__(self, table: KeyTable, sums: Sums, kind: str, device: str, metric: tip.Metric | None) -> None:
         total = torch.from_numpy(sums.counts.astype(np.float32)).to(device)
         super().__init__((sums.n, sums.sums.shape[1]), total, device, metric)
-        self.table, self._column, self._sums, self._counts = table, table.vector_column, sums.sums, sums.counts
+        self.table = table
+        self._column = table.vector_column
+        self._sums = sums.sums
+        self._counts = sums.counts
         self.index_type = kind
 
     @cached_property
@@ -126,8 +133,10 @@ class LanceKeys(KeyStream):
 
     def of_classes(self, class_ids: IntArray) -> Iterator[tuple[int, Tensor, Tensor]]:
         """See :meth:`keys.KeyStream.of_classes`. Classes are read together, unless they are too large."""
-        most, counts = PIECE // (4 * self.d), self._counts[class_ids]
-        read, pieces = np.zeros_like(counts), np.cumsum(counts) // most
+        most = PIECE // (4 * self.d)
+        counts = self._counts[class_ids]
+        read = np.zeros_like(counts)
+        pieces = np.cumsum(counts) // most
         for piece in np.unique(pieces):
             own = pieces == piece
             for keys, ids, rows in self._grouped(class_ids[own].tolist(), at_once=counts[own].sum() <= 2 * most):
@@ -147,15 +156,19 @@ class LanceKeys(KeyStream):
             found = [pa.Table.from_batches(batches)]
         for batch in found:
             ids = self.table.class_ids(batch["class_id"], self.n_classes)
-            keys, rows = self.table.matrix(batch[self._column]), batch[ROW].to_numpy().astype(np.int64)
+            keys = self.table.matrix(batch[self._column])
+            rows = batch[ROW].to_numpy().astype(np.int64)
             if (ids[1:] < ids[:-1]).any():
                 order = np.argsort(ids, kind="stable")
-                keys, ids, rows = keys[order], ids[order], rows[order]
+                keys = keys[order]
+                ids = ids[order]
+                rows = rows[order]
             keys = np.array(keys, dtype=np.float32)  # Arrow's are read-only
             yield tuple(torch.from_numpy(array).to(self.device) for array in (keys, ids, rows))  # type: ignore[misc]
 
     def _sample(self) -> tuple[Tensor, Tensor]:
-        number, key = SPREAD_QUERIES, 4 * self.d
+        number = SPREAD_QUERIES
+        key = 4 * self.d
         if self.n * key > SPREAD_BYTES:  # otherwise, all keys can be read cheaply
             number = int(np.clip(SPREAD_BYTES / (SPREAD_CLASSES * self.mean_count * key), SPREAD_LEAST, number))
         some = self.table.offsets(spread(self.n, number), ["class_id", self._column])
@@ -213,7 +226,8 @@ class TableRows(Rows):
         labels, keys = next(ahead)
         writer.begin()
         d = keys.shape[1]
-        sums, point_sums = Sums.of([], n_classes, d), None if metric is None else Sums.of([], n_classes, d, False)
+        sums = Sums.of([], n_classes, d)
+        point_sums = None if metric is None else Sums.of([], n_classes, d, False)
         extra = list(labels.schema)[len(LABEL_SCHEMA) :]
         check_columns(extra)
         vectors = [VECTOR] if metric is None else [VECTOR, POINT]
@@ -344,7 +358,8 @@ class TableRows(Rows):
             )
 
     def written(self, writer: Writer) -> ArrayRows:
-        places, start = np.argsort(self._order[0]), 0
+        places = np.argsort(self._order[0])
+        start = 0
         array = writer.stage_array("keys", (self.n, self.d), self.dtype)
         for _, keys in self.blocks():
             array[places[start : start + len(keys)]] = keys
@@ -406,7 +421,8 @@ class TableRows(Rows):
         """With one-hot values, the table is rewritten with the points of the keys."""
         if metric is not None and values is None:
             return self.rewritten(metric, factory, known=self.sums)
-        rows, moved = self, self.table.has_points
+        rows = self
+        moved = self.table.has_points
         if moved:
             self._changed.drop_points()
             rows = replace(self, point_sums=None)
@@ -472,13 +488,17 @@ class TableRows(Rows):
 
     def check(self, metric: tip.Metric | None) -> None:
         """Raise StoreError if a row is damaged or does not match the statistics or the metric."""
-        place, c = self.table.address, self.n_classes
-        of_keys, of_points = Along(c, self.d, LEAST), Along(c, self.d, LEAST)
+        place = self.table.address
+        c = self.n_classes
+        of_keys = Along(c, self.d, LEAST)
+        of_points = Along(c, self.d, LEAST)
         for batch in self.table.scan(self.table.schema.names):
-            ids, keys = self.table.class_ids(batch["class_id"], c), self.table.matrix(batch[VECTOR])
+            ids = self.table.class_ids(batch["class_id"], c)
+            keys = self.table.matrix(batch[VECTOR])
             of_keys.count(keys, ids)
             if self.table.has_points:
-                points, expected = self.table.matrix(batch[POINT]), points_of(metric, keys, "cpu")
+                points = self.table.matrix(batch[POINT])
+                expected = points_of(metric, keys, "cpu")
                 if expected is None or not np.allclose(points, expected, atol=MOVED[self.dtype]):
                     raise StoreError(f"{place}: points do not match their keys; run index set --index auto")
                 of_points.count(points, ids)

@@ -129,7 +129,10 @@ class Confusion(NamedTuple):
 
 def confusion_matrix(answers: Answers) -> Confusion:
     """Count the answers by true and predicted class, in the order of the index."""
-    truth, predicted, c, wrong = answers.truth, answers.predicted, len(answers.class_names), ~answers.right
+    truth = answers.truth
+    predicted = answers.predicted
+    c = len(answers.class_names)
+    wrong = ~answers.right
     totals = np.bincount(truth, minlength=c)
     chosen = occurring = np.flatnonzero(totals + np.bincount(predicted, minlength=c))
     if len(occurring) > MATRIX:
@@ -160,7 +163,8 @@ class Share(NamedTuple):
 
 def by_probability(evaluation: Evaluation) -> Iterator[Share]:
     """Yield the answers to photos of known classes by their probability, with its mean."""
-    answers, known = evaluation.answers, evaluation.answers.of_known
+    answers = evaluation.answers
+    known = evaluation.answers.of_known
     for low, high, n, mean, accuracy in reliability(answers.confidence[known], answers.right[known], 10):
         yield Share(f"{100 * low:.0f} to {100 * high:.0f} %", n, mean, accuracy)
 
@@ -176,8 +180,11 @@ def by_coverage(evaluation: Evaluation) -> Iterator[Share]:
 
 def provenance(results: Results) -> dict[str, list[tuple[str, str]]]:
     """Return the rows of each part by its title."""
-    index, skipped, used = results.index, results.reader.skipped, results.evaluation.settings.shown()
-    about, manifest = dict[str, object](folder=results.place), results.manifest
+    index = results.index
+    skipped = results.reader.skipped
+    used = results.evaluation.settings.shown()
+    about = dict[str, object](folder=results.place)
+    manifest = results.manifest
     if manifest is not None:
         about["version"] = f"{manifest.version}, {manifest.created_at}, by {manifest.created_by}"
         about["last change"] = manifest.change
@@ -249,7 +256,9 @@ class Results:
 
     def sentences(self) -> Iterator[str]:
         """Yield sentences about the accuracy and the reliability."""
-        n, top1, sure = self.evaluation.n, self.evaluation.top1, self.answers.confidence >= SURE
+        n = self.evaluation.n
+        top1 = self.evaluation.top1
+        sure = self.answers.confidence >= SURE
         low, high = self.evaluation.interval
         yield (
             f"{int(self.answers.right.sum()):,} of {counted(n, 'test photo', 'was', 'were')} classified correctly: "
@@ -264,7 +273,9 @@ class Results:
 
     def actions(self) -> Iterator[tuple[str, str, str]]:
         """Yield recommendations, weakest class first: what to do, why, and the command, if there is one."""
-        index, top1, wrong = self.index, self.evaluation.top1, int((~self.answers.right).sum())
+        index = self.index
+        top1 = self.evaluation.top1
+        wrong = int((~self.answers.right).sum())
 
         def command(name: str, rest: str = "") -> str:
             return command_line(*name.split(), portable(self.place), *rest.split()) if self.place else ""
@@ -287,7 +298,8 @@ class Results:
             why = "the other examples contradict " + ("it" if doubtful == 1 else "them")
             yield f"Check {counted(doubtful, 'label')}", why, command("index audit")
         confidence = self.answers.confidence
-        gap, noise = confidence.mean() - top1, (confidence * (1 - confidence)).sum() ** 0.5 / len(confidence)
+        gap = confidence.mean() - top1
+        noise = (confidence * (1 - confidence)).sum() ** 0.5 / len(confidence)
         if abs(gap) > max(MISCALIBRATED, 2 * noise):
             why = f"they are {100 * abs(gap):.0f} points too {'high' if gap > 0 else 'low'} on average"
             yield "Calibrate the probabilities", why, command("fit", " --calibrate --val SOURCE")
@@ -301,7 +313,9 @@ def portable(text: str | os.PathLike[str]) -> str:
     """
 
     def shortened(path: re.Match[str]) -> str:
-        full, here, home = Path(path[0]), Path.cwd(), Path.home()
+        full = Path(path[0])
+        here = Path.cwd()
+        home = Path.home()
         if full.is_relative_to(here):
             return str(full.relative_to(here))
         return str(Path(*(full.relative_to(home) if full.is_relative_to(home) else full).parts[-2:]))
@@ -322,7 +336,8 @@ def mistakes(results: Results) -> Iterator[dict[str, object]]:
 
     Each has the most probable classes, and the shots that caused the answer. A shot would explain itself.
     """
-    answers, names = results.answers, results.index.class_names
+    answers = results.answers
+    names = results.index.class_names
     wrong = np.flatnonzero(answers.of_known & ~answers.held_out & ~answers.right)
     places = wrong[np.argsort(answers.log_truth[wrong], kind="stable")][:MISTAKES].tolist()
     predictions = results.index.classify(results.block.features[places], "keep", top=3, neighbours=NEIGHBOURS)
@@ -342,7 +357,8 @@ def confusions(results: Results) -> Iterator[dict[str, object]]:
 
     A mistake that occurred once says little about two classes, so it is left out.
     """
-    answers, names = results.answers, results.answers.class_names
+    answers = results.answers
+    names = results.answers.class_names
     for truth, answer, times in results.evaluation.confusions[:PAIRS]:
         if times > 1:
             asked = answers.truth == names.index(truth)
@@ -358,7 +374,8 @@ def confusions(results: Results) -> Iterator[dict[str, object]]:
 
 
 def _of_item(results: Results, place: int) -> Picture:
-    test, position = results.test, int(results.answers.positions[place])
+    test = results.test
+    position = int(results.answers.positions[place])
     path = test.paths[position] if test.paths is not None else test.sources[position]
     label = results.answers.class_names[int(results.answers.truth[place])]
     return Picture(path, results.block.digests[place], f"test photo of {label}")

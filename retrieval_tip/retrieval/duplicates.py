@@ -117,9 +117,11 @@ def duplicates(
         keep: BoolArray = (class_ids[x] != class_ids[y]) & ((images[x] != images[y]) | (images[x] < 0))
         return keep
 
-    compared, more = "digests", (asked[:0], asked[:0], 0)
+    compared = "digests"
+    more = (asked[:0], asked[:0], 0)
     if len(asked) * n <= budget:
-        compared, more = "all", _closest(_near(keys, asked, new, remain), most)
+        compared = "all"
+        more = _closest(_near(keys, asked, new, remain), most)
     elif fresh is None:
         features = _codes_of_equal(keys)
         x, y, every = _pairs_of_equal(features, class_ids, new, most + len(a))
@@ -166,11 +168,14 @@ def _pairs_of_equal(codes: IntArray, class_ids: IntArray, new: BoolArray, most: 
 
 def _codes_of_equal(keys: KeyArray) -> IntArray:
     """Return a code for each key, which only identical keys share. Unique keys have the code -1."""
-    n, width = int(keys.shape[0]), math.gcd(8, int(keys.shape[1]) * keys.dtype.itemsize)
+    n = int(keys.shape[0])
+    width = math.gcd(8, int(keys.shape[1]) * keys.dtype.itemsize)
     words = (np.ascontiguousarray(keys[part]).view(f"u{width}") for part in slices(n, KEY_BLOCK))
     sums = np.concatenate([block.sum(axis=1, dtype=np.uint64) for block in words])
     _, codes, times = np.unique(sums, return_inverse=True, return_counts=True)
-    rows, exact, numbers = np.flatnonzero(times[codes] > 1), np.full(n, -1), dict[bytes, int]()
+    rows = np.flatnonzero(times[codes] > 1)
+    exact = np.full(n, -1)
+    numbers = dict[bytes, int]()
     for part in slices(len(rows), KEY_BLOCK):
         for row, key in zip(rows[part].tolist(), keys[rows[part]], strict=True):
             exact[row] = numbers.setdefault(blake2b(key.tobytes(), digest_size=16).digest(), len(numbers))
@@ -184,28 +189,36 @@ def _unit(keys: KeyArray, rows: IntArray) -> Tensor:
 
 def _near(keys: KeyArray, asked: IntArray, new: BoolArray, remain: Remain) -> Iterator[Near]:
     """Compare ``asked`` rows with all rows, and yield blocks of near-identical pairs."""
-    fresh, n = _unit(keys, asked).T, int(keys.shape[0])
+    fresh = _unit(keys, asked).T
+    n = int(keys.shape[0])
     number = np.where(new, np.cumsum(new) - 1, len(asked))  # the place of each row in ``asked``
     for part in slices(n, max(1, min(MOST_ROWS, BLOCK // max(1, len(asked))))):
         block = torch.from_numpy(np.require(keys[part], np.float32, ["W"]))
         cosine = (block @ fresh).div_(block.norm(dim=1, keepdim=True).clamp_min_(TINY))
         own, places = (cosine >= NEAR).nonzero(as_tuple=True)
-        near, x, y = cosine[own, places].numpy(), places.numpy(), own.numpy() + part.start
+        near = cosine[own, places].numpy()
+        x = places.numpy()
+        y = own.numpy() + part.start
         kept = (x < number[y]) & remain(asked[x], y)  # so that two asked rows are one pair
         yield asked[x[kept]], y[kept], near[kept]
 
 
 def _closest(blocks: Iterable[Near], most: int) -> tuple[IntArray, IntArray, int]:
     """Return the ``most`` pairs with the highest cosines, and the total number of pairs."""
-    total, a, b = 0, np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
+    total = 0
+    a = np.empty(0, dtype=np.int64)
+    b = np.empty(0, dtype=np.int64)
     cosine = np.empty(0, dtype=np.float32)
     for x, y, near in blocks:
         total += len(x)
         kept = near >= (cosine[-1] if 0 < len(cosine) == most else NEAR)
-        a, b = np.concatenate([a, x[kept]]), np.concatenate([b, y[kept]])
+        a = np.concatenate([a, x[kept]])
+        b = np.concatenate([b, y[kept]])
         cosine = np.concatenate([cosine, near[kept]])
         best = np.lexsort((b, a, -cosine))[:most]
-        a, b, cosine = a[best], b[best], cosine[best]
+        a = a[best]
+        b = b[best]
+        cosine = cosine[best]
     return a, b, total
 
 

@@ -89,8 +89,10 @@ class Contributors(NamedTuple):
         """
         there = near.rows >= 0
         nearest_first = near.affinity.masked_fill(~there, -torch.inf).argsort(dim=1, descending=True, stable=True)
-        near, there = near.at(nearest_first), there.gather(1, nearest_first)
-        winner, rival = winner.gather(1, nearest_first), rival.gather(1, nearest_first)
+        near = near.at(nearest_first)
+        there = there.gather(1, nearest_first)
+        winner = winner.gather(1, nearest_first)
+        rival = rival.gather(1, nearest_first)
         lowest, against = winner.masked_fill(~there, torch.inf).min(dim=1, keepdim=True)
         most, elsewhere = rival.masked_fill(~there, 0).max(dim=1, keepdim=True)
         opposing = near.at(torch.where(lowest < 0, against, elsewhere))

@@ -82,7 +82,8 @@ def joined(
 
     Raises InputError if the widths do not match the ``parts``.
     """
-    several, widths = are_several(features), [part.width for part in parts]
+    several = are_several(features)
+    widths = [part.width for part in parts]
     if len(parts) < 2:
         return features[0] if several and len(features) == 1 else features  # type: ignore[return-value]
     given = [matrix(one, what) for one in features] if several else [matrix(features, what)]  # type: ignore[arg-type]

@@ -100,8 +100,12 @@ class KeyStream(ABC):
         means: Callable[[], FloatArray] | None = None,
     ) -> None:
         self.n, self.d = shape
-        self.counts, self.n_classes, self.device = counts, len(counts), device
-        self.metric, self.values, self._known_means = metric, values, means
+        self.counts = counts
+        self.n_classes = len(counts)
+        self.device = device
+        self.metric = metric
+        self.values = values
+        self._known_means = means
         self.phi: Callable[[Tensor], Tensor] = metric or (lambda features: features)
         self._slack: dict[float, float] = {}
         times = 1 if device == "cpu" else GPU_BLOCKS
@@ -221,7 +225,8 @@ class KeyStream(ABC):
         query, slot = query[order], slot[order]
         sums = features.new_zeros(len(ids))
         groups, counts = ids.unique_consecutive(return_counts=True)
-        sizes, ends = counts.tolist(), counts.cumsum(0).tolist()
+        sizes = counts.tolist()
+        ends = counts.cumsum(0).tolist()
         memory = features.new_empty(max([QUERY_BLOCK * KEY_BLOCK, *sizes]))
         for place, block, _ in self.of_classes(groups.cpu().numpy()):
             size = sizes[place]
@@ -260,8 +265,10 @@ class KeyStream(ABC):
 
     def _spread(self, features: Tensor, classes: Tensor) -> Tensor:
         """Return the affinities of each query to a sample of keys of each of its ``classes``."""
-        affinity, asked = features.new_zeros(*classes.shape, SPREAD_KEYS), classes.unique()
-        counts, first = self.counts[asked].long().tolist(), [0] * len(asked)
+        affinity = features.new_zeros(*classes.shape, SPREAD_KEYS)
+        asked = classes.unique()
+        counts = self.counts[asked].long().tolist()
+        first = [0] * len(asked)
         steps = torch.arange(SPREAD_KEYS, device=self.device)
         for place, keys, _ in self.of_classes(asked.cpu().numpy()):
             rows = counts[place] * steps // SPREAD_KEYS - first[place]
@@ -276,7 +283,8 @@ class KeyStream(ABC):
 
         ``points`` must be on the device, and their dtype is the dtype of the sums. The result has the shape ``[q, c]``.
         """
-        values, parts = self.values, []
+        values = self.values
+        parts = []
         memory = points.new_empty(self.block * min(self.queries, len(points)))
         for own in points.split(self.queries):
             sums, row = points.new_zeros(self.n_classes, len(own)), 0  # transposed, to read contiguous memory
@@ -311,9 +319,12 @@ class Keys(KeyStream):
     ) -> None:
         if len(class_ids) != len(array) or (class_ids[1:] < class_ids[:-1]).any():
             raise InputError("labels: keys are not grouped by class; build the index again")
-        self.array, self.index, means = array, index, None
+        self.array = array
+        self.index = index
+        means = None
         if index is not None:
-            self.index_type, means = index.factory, index.vectors if index.by_class else None
+            self.index_type = index.factory
+            means = index.vectors if index.by_class else None
             if index.n != (n_classes if index.by_class else len(array)):
                 raise InputError(f"index: has {index.n} vectors for {len(array)} keys of {n_classes} classes")
         counts = np.bincount(class_ids, minlength=n_classes)

@@ -53,7 +53,8 @@ class Retrieval:
         their mean affinity. If each query retrieves its own keys, the result also includes ``neighbours`` shots for
         each answer. Otherwise, :meth:`contributors` finds them. Raises InputError if the logits overflow.
         """
-        keys, points = self.keys, self.keys.phi(features)
+        keys = self.keys
+        points = self.keys.phi(features)
         text = tip.text_logits(features, self.text, settings.logit_scale)
         discriminant = keys.discriminant(points) if settings.gamma else None
         k = settings.k or keys.n
@@ -76,7 +77,8 @@ class Retrieval:
         """Fill ``terms`` with cache logits from the ``k`` nearest keys of each query, and find ``neighbours`` shots."""
         kept = []
         for part in slices(len(points), max(QUERY_BLOCK, LOGITS // max(k, self.keys.n_classes))):
-            own, near = terms.queries(part), self.keys.nearest(points[part], k)
+            own = terms.queries(part)
+            near = self.keys.nearest(points[part], k)
             own.cache.copy_(self._logits_over(near, points[part], settings))
             tip.log_cache(own.cache, settings.log_offset)
             if neighbours:
@@ -102,7 +104,9 @@ class Retrieval:
         -1. If values are one-hot, the shots are the nearest keys of these classes. Otherwise, they can belong to any
         class.
         """
-        number, c, keys = min(number, self.keys.n), self.keys.n_classes, self.keys
+        number = min(number, self.keys.n)
+        c = self.keys.n_classes
+        keys = self.keys
         if keys.values is not None:
             supporting, opposing = self._extremes(keys.values, points, winner, number, beta)
             none = self._contributions(opposing, winner, beta)[:, 0] >= 0
@@ -135,7 +139,8 @@ class Retrieval:
     def _over_classes(self, points: Tensor, settings: Settings, k: int, terms: AnswerTerms) -> None:
         """Fill ``terms`` with cache logits from the classes that can win, using about ``k`` keys per query."""
         keys = self.keys
-        slack, most = keys.slack(settings.beta), min(max(LEAST_CLASSES, round(k / keys.mean_count)), keys.n_classes)
+        slack = keys.slack(settings.beta)
+        most = min(max(LEAST_CLASSES, round(k / keys.mean_count)), keys.n_classes)
         classes = torch.empty(len(points), most, dtype=torch.int64, device=keys.device)
         candidates = torch.empty(classes.shape, dtype=torch.bool, device=keys.device)
         block = QUERY_BLOCK if keys.device == "cpu" else max(QUERY_BLOCK, LOGITS // keys.n_classes)

@@ -51,7 +51,8 @@ def ridge_values(gram: Tensor, targets: Tensor, ridge: float | Tensor) -> Tensor
 
 def _forward(root: Tensor, targets: Tensor) -> Tensor:
     """Solve ``L X = Y`` for a lower triangle ``L``, skipping the zeros of ``X`` above the first key of each class."""
-    half, solution = len(root) // 2, torch.zeros_like(targets)
+    half = len(root) // 2
+    solution = torch.zeros_like(targets)
     early = targets[:half].any(0)
     if half < LEAST_HALF or early.all():
         torch.linalg.solve_triangular(root, targets, upper=False, out=solution)
@@ -115,7 +116,8 @@ class Ridge:
         wanted = one_hot(own_ids, self.n_classes).float()
         if keys.n + len(ids) <= SOLVED_AGAIN:
             return wanted
-        own, parts = self._on_device(points), [wanted[:0]]
+        own = self._on_device(points)
+        parts = [wanted[:0]]
         ridges = self._ridges(own_ids, torch.cat([keys.class_ids, own_ids]))
         for start in range(0, len(own), KEY_BLOCK):
             block = own[start : start + KEY_BLOCK]
@@ -130,10 +132,12 @@ class Ridge:
         if len(labelled.keys) <= SOLVED_AGAIN:
             return labelled  # `solved` will solve all of them
         own = self._on_device(np.asarray(labelled.vectors[rows]))
-        gram, values = self._gram(own), labelled.values.clone()
+        gram = self._gram(own)
+        values = labelled.values.clone()
         weights = tip.weight(tip.affinity(own, own), self.beta)
         others = keys.cache_logits(own, self.beta) - weights @ values[rows]
-        own_ids, every = torch.from_numpy(class_ids).to(self.device), keys.class_ids.clone()
+        own_ids = torch.from_numpy(class_ids).to(self.device)
+        every = keys.class_ids.clone()
         every[rows] = own_ids
         wanted = one_hot(own_ids, self.n_classes).float()
         values[rows] = self._solve(own, gram, wanted - others, self._ridges(own_ids, every))

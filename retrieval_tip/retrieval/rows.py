@@ -290,7 +290,9 @@ class ArrayRows(Rows):
 
     def replaced(self, gone: ArrayRows | None, new: ArrayRows | None) -> ArrayRows:
         """The rows stay sorted by class and key id."""
-        rows, sums, more = np.arange(self.n), self.sums, new or self.take(np.arange(0))
+        rows = np.arange(self.n)
+        sums = self.sums
+        more = new or self.take(np.arange(0))
         if gone is not None:
             rows = np.delete(rows, self.rows_of(gone.key_ids))
             sums = None if sums is None else sums.added(gone.keys, gone.class_ids, -1)
@@ -308,7 +310,8 @@ class ArrayRows(Rows):
             values = torch.cat([values, more.values.to(values)])[rows]
         if points is not None and more.points is not None:
             points = _picked(points, more.points, rows)
-        keys, labels = _picked(self.keys, more.keys, rows), labels.take(pa.array(rows))
+        keys = _picked(self.keys, more.keys, rows)
+        labels = labels.take(pa.array(rows))
         pending = self._with_pending(lambda table: table.replaced(gone, new))
         return ArrayRows(keys, labels, values, points, sums, kept_in=self.kept_in, pending=pending)
 

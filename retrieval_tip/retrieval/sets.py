@@ -38,7 +38,8 @@ class Scores:
         A class without a held-out photo is in every set, unless it is ``named`` (``[c]``), so that its text ranks it.
         With fewer than ``1 / (1 - coverage)`` held-out photos, every set has all classes.
         """
-        photos, lost = len(self.rows), 1 - coverage
+        photos = len(self.rows)
+        lost = 1 - coverage
         always = ~np.isin(np.arange(len(named)), self.rows[:, 2]) & ~named
         if photos * lost < 1 - 1e-9:
             return Sets(coverage, photos, 0.0, always)

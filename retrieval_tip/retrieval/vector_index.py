@@ -115,11 +115,15 @@ class VectorIndex:
         path: Path | None = None,
         trained: int | None = None,
     ) -> None:
-        self._cpu, self.n, self.d = index, int(index.ntotal), int(index.d)
+        self._cpu = index
+        self.n = int(index.ntotal)
+        self.d = int(index.d)
         self.trained = self.n if trained is None else trained
-        self.factory, self.path = factory, path
+        self.factory = factory
+        self.path = path
         self.by_class = factory == BY_CLASS
-        self._device, self._half = device, half
+        self._device = device
+        self._half = half
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _restored, (self.to_array(), self.factory, self._device, self._half, self.trained)
@@ -265,9 +269,11 @@ class VectorIndex:
 
     def _copy(self) -> FaissIndex:
         """Create the copy. Raises RuntimeError if this is not possible."""
-        asked, index = self._device.partition(":")[2], self._cpu
+        asked = self._device.partition(":")[2]
+        index = self._cpu
         number = int(asked or torch.cuda.current_device())
-        size, room = _bytes_on_gpu(index), int(torch.cuda.mem_get_info(number)[0]) // 2
+        size = _bytes_on_gpu(index)
+        room = int(torch.cuda.mem_get_info(number)[0]) // 2
         gpus = int(faiss().get_num_gpus())
         if not gpus:
             raise RuntimeError("FAISS finds no GPU, but torch does (see retrieval-tip doctor)")
@@ -303,12 +309,14 @@ def exact_search(vectors: Tensor, features: Tensor, k: int) -> tuple[Tensor, Ten
 
 
 def _nearest(vectors: Tensor, features: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    affinity, rows = features.new_empty(len(features), 0), features.new_empty(len(features), 0, dtype=torch.int64)
+    affinity = features.new_empty(len(features), 0)
+    rows = features.new_empty(len(features), 0, dtype=torch.int64)
     step = max(1, PRODUCTS[features.device.type] // max(features.shape))
     for start in range(0, len(vectors), step):
         block = vectors[start : start + step].to(features.device)
         near, place = tip.affinity(features, block.float()).topk(min(k, len(block)), dim=1)
-        affinity, rows = torch.cat([affinity, near], dim=1), torch.cat([rows, place + start], dim=1)
+        affinity = torch.cat([affinity, near], dim=1)
+        rows = torch.cat([rows, place + start], dim=1)
         if start:
             affinity, place = affinity.topk(min(k, affinity.shape[1]), dim=1)
             rows = rows.gather(1, place)

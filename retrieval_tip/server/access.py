@@ -64,11 +64,13 @@ Now = Annotated[Version, Depends(_version)]
 def _sends(request: Request, token: str | None) -> bool:
     headers = request.headers.getlist("authorization")
     scheme, _, text = headers[0].partition(" ") if len(headers) == 1 else ("", "", "")
-    sent, accepted = text.strip(" ").encode("latin-1"), scheme.lower() == "bearer"
+    sent = text.strip(" ").encode("latin-1")
+    accepted = scheme.lower() == "bearer"
     is_browser = "sec-fetch-site" in request.headers  # browsers repeat the password unasked
     if scheme.lower() == "basic" and request.url.path.startswith("/label-studio/") and not is_browser:
         with suppress(binascii.Error):
-            sent, accepted = base64.b64decode(sent, validate=True).partition(b":")[2], True
+            sent = base64.b64decode(sent, validate=True).partition(b":")[2]
+            accepted = True
     return accepted and token is not None and hmac.compare_digest(sent, token.strip(" ").encode())
 
 

@@ -48,8 +48,10 @@ def create_app(
         description="Few-shot image classification by retrieval. Errors are returned as application/problem+json "
                     "(RFC 9457).",
     )  # fmt: skip
-    app.state.service, app.state.labelling = service, labelling
-    app.state.token, app.state.private = token, private
+    app.state.service = service
+    app.state.labelling = labelling
+    app.state.token = token
+    app.state.private = private
     app.add_middleware(Guard, limits=service.limits)
     for kind in HANDLED:
         app.add_exception_handler(kind, handle)

@@ -36,7 +36,8 @@ class Turns:
     """
 
     def __init__(self, name: str, room: float) -> None:
-        self._name, self._room = name, room
+        self._name = name
+        self._room = room
         self._waiting: list[_Turn] = []
         self._now = 0.0
 
@@ -89,7 +90,10 @@ class Batches(Generic[K, T, R]):
     def __init__(
         self, name: str, pool: Executor, run: Callable[[K, list[T]], list[R]], most: Callable[[K], int]
     ) -> None:
-        self._name, self._pool, self._run, self._most = name, pool, run, most
+        self._name = name
+        self._pool = pool
+        self._run = run
+        self._most = most
         self._waiting: list[_Part[K, T, R]] = []
         self._working: asyncio.Task[None] | None = None
 
@@ -103,7 +107,8 @@ class Batches(Generic[K, T, R]):
 
     async def _work(self) -> None:
         while waiting := [part for part in self._waiting if not part.result.done()]:  # clients can disconnect
-            key, batch = waiting[0].key, waiting[:1]
+            key = waiting[0].key
+            batch = waiting[:1]
             self._waiting, room = [], self._most(key) - len(waiting[0].items)
             for part in waiting[1:]:
                 joins = part.key == key and len(part.items) <= room
@@ -137,7 +142,10 @@ class Kept(Generic[K, R]):
     """
 
     def __init__(self, pool: Executor, *, most: int, room: int, size: Callable[[R], int] = lambda _: 1) -> None:
-        self._pool, self._most, self._room, self._size_of = pool, most, room, size
+        self._pool = pool
+        self._most = most
+        self._room = room
+        self._size_of = size
         self._results: OrderedDict[K, R] = OrderedDict()
         self._making: dict[K, asyncio.Future[R]] = {}
         self._size = 0

@@ -87,7 +87,8 @@ async def rollback(service: TheService, one: Named, change: schemas.Rollback) ->
     """Restore an earlier version, as a new version. The current version is kept."""
 
     def call(place: Place, *, base: Index) -> Changed:
-        current, kept = one.place.manifest().version, one.place.names()
+        current = one.place.manifest().version
+        kept = one.place.names()
         if change.since not in (None, current):
             now = f"it is at version {current}, not {change.since}"
             raise Problem(409, f"the index has changed: {now}; reload it and try again")
@@ -130,14 +131,16 @@ async def create(
     (name,), maker = new.name, service.maker
     if maker is None or like is not None:
         model = service.index(like or next((name for name, one in service.served.items() if one.now.backbone), None))
-        backbone, into = backbone_of(model.now), model.beside
+        backbone = backbone_of(model.now)
+        into = model.beside
         if into is None:
             raise InputError("the index is in a bucket; to create indexes, restart the server with --out FOLDER")
         maker = Maker(into, lambda: backbone, model.backbones)
     _check_free(service, name, maker.into, another=True)
     used = await service.change(maker.load)
     readable, skipped = await service.read(sent, used)
-    place, backbones = maker.into / name, maker.backbones
+    place = maker.into / name
+    backbones = maker.backbones
     one = await service.open(lambda: Served(place, backbones, shots.build(place, used, readable, service.uploads)))
     return _answer(one, warnings=_of_spelling(spelled_alike(one.now.index.class_names)), skipped=skipped)
 
@@ -232,7 +235,9 @@ async def label_sort(service: TheService, labelling: TheLabelling, change: schem
     what follows for other photos. A dry run only considers photos that have been read.
     """
     give_time()
-    version, known, reader = labelling.version(), labelling.photos, replace(labelling.photos.reader, skipped=[])
+    version = labelling.version()
+    known = labelling.photos
+    reader = replace(labelling.photos.reader, skipped=[])
     every = known.own(known.paths)
     source = known.chosen(every)
     paths = source.paths or ()
@@ -249,7 +254,8 @@ async def label_sort(service: TheService, labelling: TheLabelling, change: schem
         some = known.own(labelling.labels()) if change.labelled else every
         reader = known.remembered(some) if change.dry_run else reader
         action: Action = "copy" if change.action == "xmp" else change.action
-        most, smooth = change.at_most_wrong, not change.labelled and version.index.n <= service.limits.estimated
+        most = change.at_most_wrong
+        smooth = not change.labelled and version.index.n <= service.limits.estimated
         call = partial(sort_photos, action=action, at_most_wrong=most, smooth=smooth, dry_run=xmp or change.dry_run)
         done = await run(call, version.index, [known.chosen(some)], reader, folder)
         if xmp and not change.dry_run:

@@ -86,7 +86,9 @@ class Guard:
     """ASGI middleware for an application. ``held`` is the total size of requests and responses in memory."""
 
     def __init__(self, app: ASGIApp, limits: Limits) -> None:
-        self.app, self.limits, self.held = app, limits, 0
+        self.app = app
+        self.limits = limits
+        self.held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request to the app, or answer it with a problem if it exceeds a limit."""
@@ -94,7 +96,8 @@ class Guard:
             await self.app(scope, receive, send)
             return
         CLIENT.set((scope.get("client") or [""])[0])
-        start, exchange = time.perf_counter(), _Exchange(self, scope, receive, send)
+        start = time.perf_counter()
+        exchange = _Exchange(self, scope, receive, send)
         try:
             with IN_FLIGHT.track_inprogress():
                 await exchange.run()
@@ -111,8 +114,12 @@ class _Exchange:
     """A request and its response. Both count towards ``limits.held``, and each has ``limits.seconds`` to complete."""
 
     def __init__(self, guard: Guard, scope: Scope, receive: Receive, send: Send) -> None:
-        self._guard, self._limits, self._scope = guard, guard.limits, scope
-        self._receive, self._send, self._headers = receive, send, Headers(scope=scope)
+        self._guard = guard
+        self._limits = guard.limits
+        self._scope = scope
+        self._receive = receive
+        self._send = send
+        self._headers = Headers(scope=scope)
         self._most = self._limits.bytes if kind_of(self._headers) in (FORM, FLOATS) else self._limits.json_bytes
         announced = self._headers.get("content-length", "")
         self._announced = int(announced) if announced.isdecimal() else 0
@@ -121,7 +128,8 @@ class _Exchange:
 
     async def run(self) -> None:
         """Answer the request."""
-        hosts, seconds = self._limits.hosts, f"within {self._limits.seconds:g} s; try again"
+        hosts = self._limits.hosts
+        seconds = f"within {self._limits.seconds:g} s; try again"
         name = re.sub(r":\d*$", "", self._headers.get("host", "").lower())
         if hosts is not None and name not in hosts:  # another site may have resolved it
             await self._refuse(Problem(421, f"unknown host {name!r}; restart the server with --allow-host {name}"))
@@ -139,7 +147,8 @@ class _Exchange:
     async def _read(self) -> Message:
         self._waits = not self._whole
         message = await self._receive()
-        self._waits, self._whole = False, not message.get("more_body")
+        self._waits = False
+        self._whole = not message.get("more_body")
         size = len(message.get("body", b""))
         self._received += size
         self._hold(size)
@@ -157,7 +166,8 @@ class _Exchange:
                     await self._refuse(problem)
         if self._refused:
             return
-        body, more = message.get("body", b""), message.get("more_body", False)
+        body = message.get("body", b"")
+        more = message.get("more_body", False)
         for at in range(PART, len(body), PART):
             await self._pass({"type": message["type"], "body": body[at - PART : at], "more_body": True})
             message = {"type": message["type"], "body": body[at : at + PART], "more_body": more}
@@ -165,7 +175,8 @@ class _Exchange:
 
     async def _pass(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            self.status, headers = message["status"], MutableHeaders(scope=message)
+            self.status = message["status"]
+            headers = MutableHeaders(scope=message)
             for name, value in SECURITY.items():
                 headers.setdefault(name, value)
         try:

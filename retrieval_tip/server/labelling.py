@@ -99,7 +99,8 @@ class Labelling:
 
         Raises the errors of :class:`journal.Journal`.
         """
-        self.place, self._store = place, places.at(place)
+        self.place = place
+        self._store = places.at(place)
         self.name, self._journal = self._store.name, Journal(self._store)
         self.dropped, kept = self._journal.dropped, dropped_in(self._journal.dropped)
         self._free = count(max(kept, default=MOST_PHOTOS - 1) + 1)
@@ -129,13 +130,15 @@ class Labelling:
         self._problem: str | None = None
         self._trouble: str | None = None
         self._closing = False
-        self._wake, self._due = asyncio.Event(), asyncio.Event()
+        self._wake = asyncio.Event()
+        self._due = asyncio.Event()
 
     @asynccontextmanager
     async def running(self, service: Service) -> AsyncIterator[None]:
         """Encode photos and choose the next ones in the background. On exit, labels are saved if possible."""
         self.service = service
-        self.encoding, self._thinking = service.pool("read"), service.pool("think")
+        self.encoding = service.pool("read")
+        self._thinking = service.pool("think")
         saving = asyncio.create_task(self._save())
         others = [asyncio.create_task(self._work(step)) for step in (self._encode, self._think)]
         try:
@@ -166,8 +169,10 @@ class Labelling:
 
     def status(self) -> Row:
         """Return the state of the session and the next photos (see :func:`routes.label_status`)."""
-        version, taken = self.version(), self._taken()
-        own, shown = self.photos.own, list[Row]()
+        version = self.version()
+        taken = self._taken()
+        own = self.photos.own
+        shown = list[Row]()
         readable = len(self.photos) - len(own(self.photos.unreadable))
         labelled = len(own(self.labels()))
         found = (self._progress or {}).get("estimate")
@@ -248,7 +253,8 @@ class Labelling:
         return numbers
 
     def _label(self, change: schemas.SetLabels) -> None:
-        labels, shown = self.labels(), {one.photo: one for one in self._queue.show(self._taken())}
+        labels = self.labels()
+        shown = {one.photo: one for one in self._queue.show(self._taken())}
         wanted = {self.photos.copies(one.photo)[0]: one for one in change.labels}.values()  # the last copy counts
         asked = {} if change.reviewed else shown
         unlabelled = Queued(-1, "reviewed" if change.reviewed else "similar")
@@ -373,7 +379,9 @@ class Labelling:
     async def _commit(self, labels: Mapping[int, Label]) -> None:
         """Save labels as one new version. Raises InputError if a photo can neither be read nor is in the index."""
         await self._read(labels, strict=False)
-        service, place, reader = self.service, self.place, self.photos.reader
+        service = self.service
+        place = self.place
+        reader = self.photos.reader
         assert service.maker is not None
         backbones = service.maker.backbones
         if self.version() is None and self._store.exists():  # another process has just built it
@@ -395,7 +403,8 @@ class Labelling:
 
     def _item(self, photo: int, label: Label) -> PhotoLabel | None:
         """Return what the index needs to know. The result is ``None`` if it lacks a photo whose label is removed."""
-        copy, known = self.photos.readable(photo), self._known.get(photo)
+        copy = self.photos.readable(photo)
+        known = self._known.get(photo)
         if known is None and copy not in self.photos.encoded:
             if label.label is None:
                 return None
@@ -447,13 +456,15 @@ class Labelling:
 
     def _choice_due(self) -> bool:
         """Return whether there is a new version, twice as many photos as at the last choice, or all photos."""
-        (version, before), encoded = self._chosen, len(self.photos.encoded)
+        (version, before) = self._chosen
+        encoded = len(self.photos.encoded)
         all_read = encoded == len(self.photos.paths) - len(self.photos.unreadable)
         grown = encoded >= 2 * before or (encoded > before and all_read)
         return bool(encoded) and (version is not self._seen or grown)
 
     async def _choose(self, version: Version | None) -> None:
-        index, encoded = None if version is None else version.index, len(self.photos.encoded)
+        index = None if version is None else version.index
+        encoded = len(self.photos.encoded)
         rows = sorted(self.photos.encoded - self._taken())
         if rows:
             picks = await self.service.run(self._thinking, _suggested, self.photos, rows, index)
@@ -466,12 +477,14 @@ class Labelling:
     async def _measure(self, version: Version) -> None:
         picked = {one.key_id: one.picked for one in self._known.values() if one.picked not in (None, "similar")}
         drawn = sum(how == "random" for how in picked.values())
-        measured, rest = self._chosen, sorted(self.photos.encoded - self._taken())
+        measured = self._chosen
+        rest = sorted(self.photos.encoded - self._taken())
         progress = None
         if drawn >= DRAWN and rest and version.index.n <= self.service.limits.estimated:
             features = self.photos.rows(rest)
             progress = await self.service.run(self._thinking, _measured_on, features, version.index, list(picked))
-        self._progress, self._measured = progress, measured
+        self._progress = progress
+        self._measured = measured
 
 
 def paths_of(sources: Sequence[Source]) -> list[str]:
@@ -505,7 +518,8 @@ def _facts_of(
     """Return the guesses for each photo that is shown, and the photos among ``rows`` that resemble it."""
     places = {photo: place for place, photo in enumerate(rows)}
     shown = [photo for photo in shown if photo in places]
-    features, own = photos.rows(rows), [places[photo] for photo in shown]
+    features = photos.rows(rows)
+    own = [places[photo] for photo in shown]
     near = alike(features, own)
     found = [] if index is None else guesses(index.classify(features[own], "keep", **vars(ASK)), none=False)
     probable = [one["guesses"] for one in found] or [None] * len(shown)
@@ -514,7 +528,9 @@ def _facts_of(
 
 
 def _measured_on(rest: FloatArray, index: Index, key_ids: Sequence[int]) -> Row:
-    index, more = index.in_memory(), min(MORE, len(rest))
+    index = index.in_memory()
+    more = min(MORE, len(rest))
     found = estimate_rest(index, key_ids, rest)
-    gain, review = gain_of(index, rest, found, more), found.first_wrong < REVIEWED
+    gain = gain_of(index, rest, found, more)
+    review = found.first_wrong < REVIEWED
     return {"estimate": found, "more": more, "gain": gain, "review": review}

@@ -69,7 +69,8 @@ def interface_of(config: object) -> Interface:
         raise InputError(f"label_config: is not XML ({error})") from None
     fields = {tag.get("name"): tag.get("value", "") for tag in tags if tag.tag == "Image"}
     for tag in tags:
-        name, image = tag.get("name", ""), tag.get("toName", "")
+        name = tag.get("name", "")
+        image = tag.get("toName", "")
         if tag.tag == "Choices" and tag.get("perRegion") != "true" and fields.get(image, "").startswith("$"):
             choices = (choice.get("alias", choice.get("value", "")) for choice in tag.iter("Choice"))
             return Interface(name, image, fields[image][1:], frozenset(choices))
@@ -89,7 +90,8 @@ async def setup(one: Named, sent: Json) -> Response:
     backbone_of(one.now)
     missing = [name for name in one.now.index.class_names if name not in interface.choices]
     if missing:
-        number, names = counted(len(missing), "class", "is", "are"), few(list(map(show, missing)))
+        number = counted(len(missing), "class", "is", "are")
+        names = few(list(map(show, missing)))
         warn_once(f"{one.name}: {number} not among the choices in Label Studio: {names}")
     return json_of({"model_version": _version_of(one), "classes_without_choice": missing})
 
@@ -101,10 +103,12 @@ async def predict(service: TheService, one: Named, sent: Json) -> Response:
     The result is empty if the photo cannot be read or resembles no shot, or if its class is not among the choices.
     """
     give_time(PREDICT_SECONDS)
-    interface, tasks = interface_of(sent.get("label_config")), sent.get("tasks")
+    interface = interface_of(sent.get("label_config"))
+    tasks = sent.get("tasks")
     if not isinstance(tasks, list) or len(tasks) > MOST_TASKS or not all(isinstance(task, dict) for task in tasks):
         raise InputError(f"tasks: must be a list of at most {MOST_TASKS:,} objects")
-    version, name = one.now, _version_of(one)
+    version = one.now
+    name = _version_of(one)
 
     async def prediction(task: Json) -> tuple[Json, str]:
         found: Json = {"result": [], "score": 0.0, "model_version": name}
@@ -135,7 +139,8 @@ async def webhook(service: TheService, one: Named, sent: Json) -> Response:
     If they disagree, the photo is no shot. Repeating a request changes nothing.
     """
     give_time()
-    names, key_ids = _named(sent), list[int]()
+    names = _named(sent)
+    key_ids = list[int]()
     async with service.annotating:  # the next event about an annotation may arrive before this one is done
         reasons = await _learn(service, one, names, sent, key_ids) if names else [NOT_LEARNT]
     what = f"annotation {few(names)}" if names else show(str(sent.get("action")))
@@ -168,10 +173,15 @@ def _named(sent: Json) -> list[str]:
 
 async def _learn(service: Service, one: Served, names: list[str], sent: Json, key_ids: list[int]) -> list[str]:
     """Note what an event says, and make the shots follow. Add the ids of changed keys, and return what is skipped."""
-    said, until, reasons = list[Any](), "~", list[str]()
+    said = list[Any]()
+    until = "~"
+    reasons = list[str]()
     if "DELETED" not in sent["action"]:
         task, annotation = sent["task"], sent["annotation"]
-        until, digest, address, chosen = json.dumps(annotation.get("updated_at")), None, None, set[str]()
+        until = json.dumps(annotation.get("updated_at"))
+        digest = None
+        address = None
+        chosen = set[str]()
         try:
             interface = interface_of(sent["project"]["label_config"])
             chosen = set(map(class_name, choices_of({"annotations": [annotation]}, interface.from_name)))
@@ -240,7 +250,8 @@ def _version_of(one: Served) -> str:
 @photoprism.post("/labels")
 async def labels(service: TheService, sent: Json, index: str | None = None) -> Response:
     """Return the labels of images. An image without a match has none."""
-    images, version = sent.get("images"), service.index(index).now
+    images = sent.get("images")
+    version = service.index(index).now
     if not isinstance(images, list) or not 1 <= len(images) <= service.limits.images:
         raise InputError(f"images: must be a list of 1 to {service.limits.images} data URLs")
     names = [f"image {i}" for i in range(len(images))]

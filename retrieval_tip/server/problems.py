@@ -29,7 +29,8 @@ class Problem(HTTPException):
 
 def answer(problem: HTTPException) -> Response:
     """Convert a problem into a response."""
-    status, detail = problem.status_code, one_line(problem.detail)
+    status = problem.status_code
+    detail = one_line(problem.detail)
     body = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status, "detail": detail}
     return Response(orjson.dumps(body), status, problem.headers, MEDIA)
 

@@ -46,7 +46,8 @@ PICTURE_OR_BYTES: dict[int | str, dict[str, object]] = {200: {"content": {"image
 Norms = Annotated[settings.Norms, Query(description=schemas.NORMS)]
 Size = Annotated[int, Query(ge=16, le=1024, description="Length of the longer side, in pixels.")]
 
-about, reads = APIRouter(), APIRouter(prefix="/v1", dependencies=READS)
+about = APIRouter()
+reads = APIRouter(prefix="/v1", dependencies=READS)
 
 
 # Routes are matched in order, so the most frequent one comes first.
@@ -106,7 +107,8 @@ async def indexes(request: Request, response: Response, service: TheService) -> 
 @reads.get("/indexes/{name}", response_model=Row)
 async def index(request: Request, version: Now) -> Response:
     """Describe an index as `index info` does. ``counts`` are the numbers of keys of the classes."""
-    index, fitted = version.index, version.index.fitted
+    index = version.index
+    fitted = version.index.fitted
     own = "one-hot" if index.values is None else "trained"
     more = {
         "name": version.name, "counts": list(index.counts), "changes": request.app.state.token is not None,
@@ -295,14 +297,18 @@ async def label_answers(service: TheService, labelling: TheLabelling) -> Respons
 
     ``groups`` lists the numbers of similar photos without a match.
     """
-    version, labels, photos = labelling.version(), labelling.labels(), labelling.photos
+    version = labelling.version()
+    labels = labelling.labels()
+    photos = labelling.photos
     shown = photos.own(photos.encoded | labels.keys())
     rows = [photo for photo in shown if photo not in labels]
-    found, groups = dict[int, Row](), list[list[int]]()
+    found = dict[int, Row]()
+    groups = list[list[int]]()
     if version is None:
         shown = []
     elif rows:
-        index, read = version.index, [one for one in shown if one in photos.encoded]
+        index = version.index
+        read = [one for one in shown if one in photos.encoded]
         pool = Pool([photos.name(one) for one in read], photos.rows(read), [])
         if index.n <= service.limits.estimated:
             answers, _ = await service.once(version, ("smoothed", len(read)), partial(pool.smoothed, index, ASK))
@@ -327,7 +333,8 @@ async def label_photo(
     size: Size = 160,
 ) -> Response:
     """Return a photo of the labelling session: a reduced JPEG image, its feature in float32, or its unchanged file."""
-    path, feature = labelling.path(photo), labelling.photos.features.get(photo)
+    path = labelling.path(photo)
+    feature = labelling.photos.features.get(photo)
     if what == "image":
         return jpeg(await service.thumbnail(path, partial(read_item, path), size), seconds=3600)
     if what == "file":

@@ -69,7 +69,8 @@ class LastServer:
         names = [command, *(str(real(place) if isinstance(place, Path) else place) for place in places)]
         name = hashlib.sha256(repr(names).encode()).hexdigest()
         self.file = (cache_folder() or Path(os.devnull)) / "servers" / name
-        self.port, self.token = 0, ""
+        self.port = 0
+        self.token = ""
         with suppress(OSError, InputError, ValueError), open_regular(self.file) as file:
             status = os.fstat(file.fileno())
             if status.st_uid == os.geteuid() and not status.st_mode & 0o077:
@@ -85,7 +86,8 @@ class LastServer:
 
     def token_for(self, listening: socket.socket) -> str:
         """Return the token of a listening server, which is new unless the server has the last port of this machine."""
-        port, token = listening.getsockname()[1], secrets.token_urlsafe(16)
+        port = listening.getsockname()[1]
+        token = secrets.token_urlsafe(16)
         if not is_local(listening):
             return token
         if port == self.port:
@@ -112,7 +114,8 @@ class Connection(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Handle data, and stop the timer only if a request is being answered."""
-        timer, self.timeout_keep_alive_task = self.timeout_keep_alive_task, None
+        timer = self.timeout_keep_alive_task
+        self.timeout_keep_alive_task = None
         super().data_received(data)
         if timer is None:
             return

@@ -196,8 +196,11 @@ def _body(*kinds: type[BaseModel], floats: bool = False) -> Row:
     return {"requestBody": {"required": True, "content": content}}
 
 
-CLASSIFY, GROUP = _body(Images, Features, floats=True), _body(Features, floats=True)
-ADD, MAKE, KEEP = _body(Shots, LabelledFeatures), _body(NewIndex), _body(Images)
+CLASSIFY = _body(Images, Features, floats=True)
+GROUP = _body(Features, floats=True)
+ADD = _body(Shots, LabelledFeatures)
+MAKE = _body(NewIndex)
+KEEP = _body(Images)
 
 
 def _list_of(items: Row, **more: object) -> Row:

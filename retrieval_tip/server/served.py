@@ -68,7 +68,8 @@ class Version:
 
     def cells(self, ask: Ask) -> int:
         """Return the count of numbers in one answer. If the request sets ``k``, add the number of keys to retrieve."""
-        index, c = self.index, len(self.index.class_names)
+        index = self.index
+        c = len(self.index.class_names)
         neighbours = NEIGHBOUR_CELLS * min(ask.neighbours, index.n)
         number = 0 if ask.k is None or ask.k == "all" else min(ask.k, index.n)
         return 4 * min(ask.top, c) + neighbours + c * (ask.logits + (ask.coverage is not None)) + number
@@ -88,7 +89,8 @@ class Version:
         results: dict[int, Row] = {}
         for part in slices(len(block.positions), self.at_once(ask)):
             for answers in answered(self.index, block.take(part), ask):
-                own, terms = answers.index.settings, answers.terms
+                own = answers.index.settings
+                terms = answers.terms
                 logits = terms.text, own.alpha * terms.photos(own).double()
                 texts, shots = (part.gather(1, answers.ranked).tolist() for part in logits)
                 for row, text, shot in zip(answers.predictions().rows(), texts, shots, strict=True):
@@ -110,7 +112,9 @@ class Backbones:
     """
 
     def __init__(self, device: str, precision: Precision, verify: Verify | None, *known: Backbone) -> None:
-        self.device, self.precision, self.verify = device, precision, verify
+        self.device = device
+        self.precision = precision
+        self.verify = verify
         self._open: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
         for backbone in known:
             self._open[backbone.identity.fingerprint] = backbone
@@ -151,7 +155,8 @@ class Served:
         self._changing = threading.Lock()
         # another process may have changed an index that was just built, so the first look is still due
         self._seen = None if index else self.place.stamp()
-        self._looked_at, self._retry_at = time.monotonic(), math.inf
+        self._looked_at = time.monotonic()
+        self._retry_at = math.inf
         self.now = self._opened(index or self.place.load(device=backbones.device, verify=backbones.verify))
 
     @property
@@ -182,7 +187,9 @@ class Served:
         If opening fails, keep the version that is already open.
         """
         with self._changing:
-            self._seen, self._looked_at, self._retry_at = self.place.stamp(), time.monotonic(), math.inf
+            self._seen = self.place.stamp()
+            self._looked_at = time.monotonic()
+            self._retry_at = math.inf
             try:
                 index = self.now.index.reload()
                 if index is not self.now.index:

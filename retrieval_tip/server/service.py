@@ -69,8 +69,11 @@ class Service:
         root: Path | None = None,
         maker: Maker | None = None,
     ) -> None:
-        self.served, self.limits, self.maker = served, limits, maker
-        self.uploads, self.annotating = uploads, asyncio.Lock()
+        self.served = served
+        self.limits = limits
+        self.maker = maker
+        self.uploads = uploads
+        self.annotating = asyncio.Lock()
         threads = min(4, os.cpu_count() or 1)
         self._images, self._large, self._features = self._turns = [
             Turns(name, limits.queue / 8) for name in ("images", "large images", "features")
@@ -194,7 +197,8 @@ class Service:
         else:
             self._admit()
         assert sent.features is not None
-        queries, block = list(sent.features), FeatureBlock.of(sent.features)
+        queries = list(sent.features)
+        block = FeatureBlock.of(sent.features)
         async with self._features.turn(CLIENT.get(), len(queries) / ROWS_PER_IMAGE):
             if looks and sent.images and version.index.n <= self.limits.estimated:
                 block = await self.find(version.recognised, block, sent.images)
@@ -214,7 +218,8 @@ class Service:
     async def add(self, one: Served, sent: Sent, annotation: str | None = None) -> tuple[Changed, list[Skipped]]:
         """Add images of one class, or features, as shots. Return what was added and the unreadable images."""
         give_time()
-        skipped, backbone = list[Skipped](), one.now.backbone
+        skipped = list[Skipped]()
+        backbone = one.now.backbone
         if sent.features is None:
             backbone = backbone_of(one.now)
             sent, skipped = await self.read(sent, backbone)

@@ -65,7 +65,9 @@ def _saved(
 
     On error, remove the new files and the folders created for them.
     """
-    labels, features, fresh = tuple(dict.fromkeys(sent.labels)), sent.features, list[Path]()
+    labels = tuple(dict.fromkeys(sent.labels))
+    features = sent.features
+    fresh = list[Path]()
     folders = [photos.class_folder(folder, label) for label in labels] + ([] if folder.exists() else [folder])
     assert features is not None
     kept: dict[tuple[str, Path], int] = {}

@@ -68,9 +68,13 @@ async def read(request: Request, limits: Limits, norms: Norms, d: int, *, labell
     features: FloatArray | list[list[float]]
     if kind == JSON:
         asked = _json(await request.body(), limits, d, LabelledFeatures if labelled else Features)
-        features, names, labels = asked.features, asked.inputs, getattr(asked, "labels", None)
+        features = asked.features
+        names = asked.inputs
+        labels = getattr(asked, "labels", None)
     elif kind == FLOATS and not labelled:
-        features, names, labels = _floats(await request.body(), d), None, None
+        features = _floats(await request.body(), d)
+        names = None
+        labels = None
     else:
         raise Problem(415, f"content type {kind!r}: send images as {FORM}, or features as {JSON}")
     rows = len(features)
@@ -91,7 +95,8 @@ async def read_form(request: Request, limits: Limits, fields: type[F]) -> tuple[
     _, options = parse_options_header(request.headers["content-type"])
     if options.get(b"charset", b"utf-8").lower() != b"utf-8":  # some Python codecs are slow or fail
         raise Problem(415, f"content type {FORM}: its charset must be UTF-8")
-    last, end = b"--%s--" % options.get(b"boundary", b""), b""
+    last = b"--%s--" % options.get(b"boundary", b"")
+    end = b""
 
     async def receive() -> Message:
         nonlocal end
@@ -131,7 +136,8 @@ def _floats(body: bytes, d: int) -> FloatArray:
 
 
 def _json(body: bytes, limits: Limits, d: int, kind: type[Features]) -> Features:
-    commas, others = body.count(b","), body.count(b"[") + body.count(b":")
+    commas = body.count(b",")
+    others = body.count(b"[") + body.count(b":")
     if commas > limits.rows * (d + PARTS_A_ROW) or others > limits.rows * PARTS_A_ROW:
         most = f"more than {limits.rows} features of {d} values"
         raise Problem(413, f"JSON: contains {most}; send fewer features at once")
@@ -146,7 +152,9 @@ class Photos:
 
     def __init__(self, root: Path | None, most: int, environment: Mapping[str, str]) -> None:
         """Raises UsageError if the environment variables do not contain the address of a web server and a key."""
-        self._root, self._most, self._key = root, most, environment.get("LABEL_STUDIO_API_KEY", "")
+        self._root = root
+        self._most = most
+        self._key = environment.get("LABEL_STUDIO_API_KEY", "")
         try:
             self._url = httpx2.URL(environment.get("LABEL_STUDIO_URL", "").rstrip("/") + "/")
         except httpx2.InvalidURL:
@@ -175,7 +183,9 @@ class Photos:
             raise InputError(f"{show(address[:80])}: cannot be fetched ({type(error).__name__})") from None
 
     async def _fetch(self, address: str) -> bytes:
-        own, url, data = self._url, self._url.join(address), bytearray()
+        own = self._url
+        url = self._url.join(address)
+        data = bytearray()
         inside = url.path.startswith(f"{own.path}data/") and ".." not in url.path.split("/")  # also if it was encoded
         if url.copy_with(raw_path=own.raw_path) != own or not inside:
             raise InputError("is not an upload of LABEL_STUDIO_URL (/data/...), and nothing else is fetched")

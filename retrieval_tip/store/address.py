@@ -56,7 +56,8 @@ class Address:
         """
         scheme, _, rest = text.partition("://")
         scheme = scheme.lower()
-        local, first = scheme == "lance", rest.partition("/")[0]
+        local = scheme == "lance"
+        first = rest.partition("/")[0]
         if re.search(r"^[^/@]*:[^@]*@", rest) or ("@" in first and not local):
             raise UsageError(f"{scheme}://...: remove the user and password; {set_credentials(scheme)}")
         if ":" in first and not local:
@@ -136,7 +137,8 @@ def set_credentials(scheme: str) -> str:
 
 
 def _endpoint(address: Address, variable: str) -> str:
-    endpoint, place = os.environ[variable], one_line(str(address))
+    endpoint = os.environ[variable]
+    place = one_line(str(address))
     if not re.fullmatch(r"https?://[^\s/@\[\]]+/*", endpoint):
         raise StoreError(f"{place}: {variable} is not a server address; set it to https://HOST, without a user")
     if endpoint.startswith("http:") and not _allow_http():

@@ -41,7 +41,10 @@ has the loss ``curve``. ``index`` is a :class:`vector_index.VectorIndex`, unless
 
 def read(folder: Path, manifest: Manifest) -> dict[str, Any]:
     """Read the data files of a version, except the FAISS index. The arrays are memory-mapped."""
-    files, n, c, d = manifest.files, manifest.n, len(manifest.class_names), manifest.d
+    files = manifest.files
+    n = manifest.n
+    c = len(manifest.class_names)
+    d = manifest.d
     keys = read_array(folder, files["keys"], (n, d), (np.dtype(manifest.dtype),))
     labels = read_labels(folder, manifest)
     rows = {kind: file.rows for kind, file in files.items()}
@@ -125,7 +128,8 @@ class Stored(Origin):
 
     def same(self, contents: Contents, writer: Writer) -> set[str]:
         """Return the kinds of ``contents`` that this version has a file of, if it is the parent of the next version."""
-        parent, files = writer.parent, self.manifest.files
+        parent = writer.parent
+        files = self.manifest.files
         if parent is None or parent.version != self.manifest.version or self.store.resolved != writer.store.resolved:
             return set()
         kinds = {kind for kind in contents.keys() & files.keys() if contents[kind] is self.contents.get(kind)}

@@ -57,7 +57,8 @@ class LocalFiles:
     """
 
     def __init__(self, folder: Path, place: str) -> None:
-        self.folder, self.place = folder, place
+        self.folder = folder
+        self.place = place
 
     def get(self, name: str, most: int) -> bytes:
         """Read a file.
@@ -65,7 +66,8 @@ class LocalFiles:
         Raises FileNotFoundError if it is missing, and StoreError if it has more than ``most`` bytes, is not a regular
         file or leads out of the folder.
         """
-        path, shown = self.folder / name, f"{self.place}/{name}"
+        path = self.folder / name
+        shown = f"{self.place}/{name}"
         if not lies_in(self.folder, path):
             raise StoreError(f"{shown}: is a link that leads out of the index; replace it with the file itself")
         try:
@@ -142,7 +144,8 @@ class LocalFiles:
         The digest is compared if the file is small or ``whole`` is true. A file of a table has no size in the manifest,
         and may be missing, because only earlier versions may need it.
         """
-        path, shown = self.folder / file.name, f"{self.place}/{file.name}"
+        path = self.folder / file.name
+        shown = f"{self.place}/{file.name}"
         try:
             if not lies_in(self.folder, path):
                 return f"{shown}: is a link that leads out of the index"
@@ -178,7 +181,8 @@ class BucketFiles:
         with self._asking(name, FileNotFoundError):
             result = obstore.get(self._client, name)
             if result.meta["size"] > most:
-                shown, size = one_line(f"{self.address}/{name}"), result.meta["size"]
+                shown = one_line(f"{self.address}/{name}")
+                size = result.meta["size"]
                 raise StoreError(f"{shown}: has {size:,} bytes, but at most {most:,} are expected; is it another file?")
             return bytes(result.bytes())
 
@@ -277,9 +281,13 @@ class BucketFiles:
 
     def _explained(self, name: str, error: Exception) -> StoreError:
         """Convert an error to a one-line StoreError that cannot contain an access key, unlike the original text."""
-        text, scheme, code = str(error), self.address.scheme, _code(error)
-        status, url = _found(r"status code: (\d{3})", text), _found(r"Error performing [A-Z]+ (\S+)", text)
-        said, account = code or f"status {status}", set_credentials(scheme)
+        text = str(error)
+        scheme = self.address.scheme
+        code = _code(error)
+        status = _found(r"status code: (\d{3})", text)
+        url = _found(r"Error performing [A-Z]+ (\S+)", text)
+        said = code or f"status {status}"
+        account = set_credentials(scheme)
         if code == "NoSuchBucket":
             why = f"no such bucket; create {self.address.bucket}, or give another address"
         elif re.search(r"^https?://[^/]+/(latest/(api/token|meta-data)|computeMetadata)\b", url) or (
@@ -360,7 +368,9 @@ def locked(folder: Path, place: object) -> Iterator[None]:
     Waits up to :data:`LOCK_WAIT` seconds for another writer. The folder and its ``data`` folder are created first.
     Raises StoreError naming ``place`` if the lock is still held or cannot be acquired.
     """
-    path, data, held = folder / "lock", folder / "data", None
+    path = folder / "lock"
+    data = folder / "data"
+    held = None
     for left in reversed(range(TRIES)):
         try:
             make_folders(data)

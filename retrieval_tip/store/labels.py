@@ -69,7 +69,9 @@ def edits_between(before: pa.Table, after: pa.Table) -> LabelChanges:
 
 def in_words(pairs: Iterable[tuple[str | None, str | None]], backbone: object) -> str:
     """Describe the labels of keys before and after a change, for example as ``5 photos: 3 crab, 2 ibis``."""
-    added, moved, removed = Counter[str](), Counter[str](), Counter[str]()
+    added = Counter[str]()
+    moved = Counter[str]()
+    removed = Counter[str]()
     for (before, after), n in Counter(pairs).items():
         if before is None and after is not None:
             added[after] = n
@@ -175,7 +177,8 @@ def images_of(labels: pa.Table) -> IntArray:
 
     Two keys belong to the same image if they have the same digest or, if they have no digest, the same source.
     """
-    images, sources = digest_codes(labels), _codes(labels["source"])
+    images = digest_codes(labels)
+    sources = _codes(labels["source"])
     return np.where(images < 0, images.max(initial=-1) + 1 + sources, images)
 
 

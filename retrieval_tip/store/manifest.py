@@ -157,7 +157,8 @@ class Manifest:
     @classmethod
     def from_bytes(cls, raw: bytes, name: str) -> Manifest:
         """Invert :meth:`to_bytes`. Raises StoreError if the manifest is damaged or in another format."""
-        damaged, remedy = f"{name}: damaged", "restore it, or delete it, which drops this version"
+        damaged = f"{name}: damaged"
+        remedy = "restore it, or delete it, which drops this version"
         try:
             body = json.loads(raw)
         except (ValueError, RecursionError) as error:
@@ -211,7 +212,8 @@ class Manifest:
     def _check(self) -> None:
         texts = (self.created_by, self.dtype, self.index, self.change)
         made = datetime.fromisoformat(self.created_at).astimezone(UTC)  # fails for the first and last hours of time
-        lists, table = (self.class_names, self.templates), self.table
+        lists = (self.class_names, self.templates)
+        table = self.table
         if self.backbone is not None:
             Identity.from_dict(self.backbone)
         for name, valid in {
@@ -244,7 +246,9 @@ class Manifest:
 
         A file whose number of rows is ``None`` may have any. A file is optional if the second entry is ``None``.
         """
-        c, d, n = len(self.class_names), self.d, self.n
+        c = len(self.class_names)
+        d = self.d
+        n = self.n
         moved = self.fitted is not None and self.fitted.has_metric
         if self.table is not None:
             solved = self.fitted is not None and self.fitted.solved

@@ -87,7 +87,8 @@ def _run(
         raise UsageError(f"{what}: the text is not UTF-8")
     if len(text) > MAX_TEXT or text.count("(") - text.count(")") > MAX_OPEN:
         raise UsageError(f"{what}: has more than {MAX_TEXT:,} characters or {MAX_OPEN} open parentheses; shorten it")
-    threads, held = min(4, os.cpu_count() or 1), 2 * sum(table.nbytes for table in tables.values())
+    threads = min(4, os.cpu_count() or 1)
+    held = 2 * sum(table.nbytes for table in tables.values())
     closed = {"enable_external_access": "false", "python_enable_replacements": "false", "temp_directory": ""}
     limits = {"threads": str(threads), "memory_limit": f"{MEMORY + held} bytes"}
     database = duckdb.connect(":memory:", config={**closed, **limits})
@@ -121,7 +122,8 @@ def _fetch(
 ) -> pa.Table:
     import duckdb
 
-    size, batches = 0, []
+    size = 0
+    batches = []
     try:
         answer = pa.RecordBatchReader.from_stream(database.sql(select(database)).select("*"))  # renames repeats
         for batch in answer:

@@ -53,7 +53,8 @@ class Sums:
         Only use this while no other code holds a reference to the object.
         """
         for start in range(0, len(keys), BLOCK):
-            own, wide = ids[start : start + BLOCK], np.array(keys[start : start + BLOCK], np.float64)
+            own = ids[start : start + BLOCK]
+            wide = np.array(keys[start : start + BLOCK], np.float64)
             if (own[1:] < own[:-1]).any():
                 order = np.argsort(own, kind="stable")
                 own, wide = own[order], wide[order]
@@ -76,7 +77,8 @@ class Sums:
     @property
     def nbytes(self) -> int:
         """Size in bytes of the array that :meth:`to_array` returns."""
-        c, d = len(self.counts), len(self.second)
+        c = len(self.counts)
+        d = len(self.second)
         return 8 * (c + d) * (1 + d)
 
     def added(self, keys: KeyArray, ids: IntArray, sign: int = 1) -> Sums:
@@ -130,7 +132,10 @@ class Along:
         """Start a check. Errors up to ``least``, as a share of one key, are always tolerated."""
         self._least = least
         self._direction = np.random.default_rng().standard_normal(d)
-        self._counts, self._sums, self._second, self._squares = np.zeros(c, np.int64), np.zeros(c), np.zeros(d), 0.0
+        self._counts = np.zeros(c, np.int64)
+        self._sums = np.zeros(c)
+        self._second = np.zeros(d)
+        self._squares = 0.0
 
     def count(self, keys: KeyArray, ids: IntArray) -> None:
         """Add a block of keys, of shape ``[b, d]``, with their class ids."""

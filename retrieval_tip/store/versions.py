@@ -90,7 +90,8 @@ class Writer:
     replaces = prunes = False
 
     def __init__(self, store: Versions, parent: Manifest | None) -> None:
-        self.store, self.parent = store, parent
+        self.store = store
+        self.parent = parent
         self.files: dict[str, DataFile] = {}  # files are sealed in several threads
         self.restored: Manifest | None = None
         self.newest = Newest()
@@ -142,7 +143,8 @@ class Writer:
 
     def put_array(self, kind: str, array: KeyArray) -> None:
         """Write a two-dimensional array as the data file of this kind."""
-        array, header = np.ascontiguousarray(array), BytesIO()
+        array = np.ascontiguousarray(array)
+        header = BytesIO()
         np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
         self.put(kind, len(array), header.getvalue(), array.reshape(-1).view(np.uint8).data)
 
@@ -375,7 +377,8 @@ class Versions:
 
         def attempt() -> T:
             nonlocal first
-            manifest, first = first or self.manifest(version), None
+            manifest = first or self.manifest(version)
+            first = None
             try:
                 return read(manifest)
             except StoreError:
@@ -501,7 +504,8 @@ class Versions:
         or cannot be written, or if the disk is full. Also raises StoreError if the newest version is lost, unless the
         caller ``accepts`` that the highest remaining version becomes current.
         """
-        folder, made = self.local, list[Path]()
+        folder = self.local
+        made = list[Path]()
         if folder is None:
             yield self._writer(accepts)
             return
@@ -652,7 +656,8 @@ class Check:
         detected. Files in ``known`` are skipped. Raises UsageError if ``verify`` has another value.
         """
         check_choice("verify", verify, Verify)
-        self.manifest, self.verify = manifest, verify
+        self.manifest = manifest
+        self.verify = verify
         wanted = [file for file in manifest.digested if file not in known]
         pool = ThreadPoolExecutor(min(len(wanted), 16) or 1, thread_name_prefix="check")
         self._problems = [pool.submit(files.problem, file, verify == "full") for file in wanted]
