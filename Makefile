@@ -45,7 +45,7 @@ lint: setup ## check formatting, lint, types, import directions, docstring refer
 	$(BIN)/python docs/prose.py
 	$(BIN)/python docs/size.py --check
 
-size: setup ## compare lines with the budgets, and list large classes and functions and duplicate names (another clone: CLONE=FOLDER)
+size: setup ## compare the size with the budgets, and list large classes and functions and duplicate names (another clone: CLONE=FOLDER)
 	$(BIN)/python docs/size.py $(CLONE)
 
 test: setup ## run the tests (some of them: ONLY='tests/test_tip.py -k tail')

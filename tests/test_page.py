@@ -2151,7 +2151,7 @@ def test_an_uncertain_photo_shows_the_group_that_is_sure(opened, tmp_path):
     go(page, "settings")
     groups.write_text("class,kind\npanda,animal\npanda,bear\n")
     page.set_input_files("#groups-file", groups)
-    expect(page.locator("#notice")).to_contain_text("groups.csv: class 'panda' occurs twice; keep one row")
+    expect(page.locator("#notice")).to_contain_text("groups: class 'panda' occurs twice; keep one row")
     groups.write_text("class,kind\npanda,animal\nyak,animal\n")
     drop(page, groups)
     expect(page.locator("#about")).to_contain_text("groupskind")
