@@ -24,12 +24,18 @@ def main(arguments: list[str]) -> int:
     def show() -> None:
         while not end.wait(0.5 if live else 10):
             done = len(list(folder.glob("*.dist-info"))) - before
-            line = f"pip: {time.monotonic() - start:.0f} s, {done} of {collected} installed, {step}"[:78]
+            line = (
+                f"pip: {time.monotonic() - start:.0f} s, {done} of {collected} installed, {step}"[
+                    :78
+                ]
+            )
             print(f"\r{line}\x1b[K" if live else line, end="" if live else "\n", flush=True)
 
     threading.Thread(target=show, daemon=True).start()
     command = [sys.executable, "-m", "pip", "install", "--progress-bar", "off", *arguments]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as pip:  # noqa: S603
+    with subprocess.Popen(  # noqa: S603
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as pip:
         assert pip.stdout is not None
         for line in pip.stdout:
             lines.append(line)
@@ -39,7 +45,9 @@ def main(arguments: list[str]) -> int:
                 step = f"{word.lower()} {rest}"
             elif word == "Installing":
                 step = "installing"
-            elif line.startswith("Successfully installed"):  # lists name-version; "Successfully built" comes earlier
+            elif line.startswith(
+                "Successfully installed"
+            ):  # lists name-version; "Successfully built" comes earlier
                 collected = len(rest.split()) - 1
     end.set()
     print("\r\x1b[K" if live else "", end="")

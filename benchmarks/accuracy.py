@@ -33,7 +33,18 @@ import pyarrow.parquet as pq
 import torch
 from baselines import class_means, discriminant, linear_probe
 from common import Run, add_runs, features_of, machine, markdown, read_runs, summary
-from methods import Answering, Items, Method, Shots, closed, draw_shots, fine_tuned, paper, searched, zero_shot
+from methods import (
+    Answering,
+    Items,
+    Method,
+    Shots,
+    closed,
+    draw_shots,
+    fine_tuned,
+    paper,
+    searched,
+    zero_shot,
+)
 from prior import TABLES, sums_of
 
 from retrieval_tip import EncodingCache, Index, Reader, build_index, load_backbone, open_source, tip
@@ -59,7 +70,11 @@ def grown(shots: Shots) -> Answering:
     with tempfile.TemporaryDirectory() as folder:
 
         def table(name: str, features: np.ndarray, labels: np.ndarray) -> Path:
-            columns = {"id": [f"{name}-{i}" for i in range(len(labels))], "label": labels, "feature": vectors(features)}
+            columns = {
+                "id": [f"{name}-{i}" for i in range(len(labels))],
+                "label": labels,
+                "feature": vectors(features),
+            }
             pq.write_table(pa.table(columns), f"{folder}/{name}.parquet")
             return Path(f"{folder}/{name}.parquet")
 
@@ -67,7 +82,9 @@ def grown(shots: Shots) -> Answering:
         ranks, index = np.arange(cache.n) - np.searchsorted(ids, ids), Path(folder) / "index"
         first = open_source(table("first", keys[ranks < STARTED], names[ids[ranks < STARTED]]))
         text = table("text", cache.text_weights.numpy(), names) if cache.has_text else None
-        build_index(first, index, Reader(), text=text, logit_scale=cache.settings.logit_scale, device="cpu")
+        build_index(
+            first, index, Reader(), text=text, logit_scale=cache.settings.logit_scale, device="cpu"
+        )
         for rank in range(STARTED, ranks.max() + 1):
             more = table(f"more-{rank}", keys[ranks == rank], names[ids[ranks == rank]])
             changes.add(index, open_source(more), Reader())
@@ -75,9 +92,18 @@ def grown(shots: Shots) -> Answering:
 
 
 DEFAULT, ZERO, PAPER, SEARCHED, PROBE = (
-    "the default", "zero-shot", "Tip-Adapter (1, 5.5)", "Tip-Adapter searched", "linear probe"
-)  # fmt: skip
-FINE_TUNED, GDA, GROWN, WITH_PRIOR = "Tip-Adapter-F", "GDA", "the default, grown", "the default, with a prior"
+    "the default",
+    "zero-shot",
+    "Tip-Adapter (1, 5.5)",
+    "Tip-Adapter searched",
+    "linear probe",
+)
+FINE_TUNED, GDA, GROWN, WITH_PRIOR = (
+    "Tip-Adapter-F",
+    "GDA",
+    "the default, grown",
+    "the default, with a prior",
+)
 METHODS: dict[str, Method] = {
     ZERO: zero_shot,
     PAPER: paper,
@@ -138,7 +164,9 @@ class Tables:
 
     def items(self, pool: Index, shared: Path) -> Items:
         features, labels, _ = self.read(shared, self.test, pool.class_names)
-        return Items(features, np.array([pool.class_names.index(label) for label in labels]), self.test)
+        return Items(
+            features, np.array([pool.class_names.index(label) for label in labels]), self.test
+        )
 
 
 @dataclass(frozen=True)
@@ -158,7 +186,9 @@ class Photos:
         train = open_source(shared / self.split, split="train")
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "index"
-            build_index(train, out, self.reader(shared), templates=[TEMPLATE], fit="none", device="cpu")
+            build_index(
+                train, out, self.reader(shared), templates=[TEMPLATE], fit="none", device="cpu"
+            )
             pool = Index.load(out, device="cpu")
             return pool.take(np.arange(pool.n))  # copied to memory, because the folder is deleted
 
@@ -173,7 +203,9 @@ DATASETS: dict[str, Tables | Photos] = {
     "dtd": Tables("DTD", "clip-vitb32/dtd", "test", "text", (1,), "val"),
     "cars": Tables("Stanford Cars", "clip-vitb32/stanford_cars", "val", "text", SHOTS),
     "caltech": Tables("Caltech101, images only", "clip-vitb32/caltech101", "test", None, SHOTS),
-    "caltech-text": Tables("Caltech101, 55 classes with text", "clip-vitb32/caltech101", "test", "text_part", SHOTS),
+    "caltech-text": Tables(
+        "Caltech101, 55 classes with text", "clip-vitb32/caltech101", "test", "text_part", SHOTS
+    ),
     "flowers": Tables("Flowers102, images only", "clip-vitb32/oxford_flowers", "test", None, SHOTS),
     "food": Tables("9 classes of Food-101", "clip-food9", "test", "text", (), "train"),
     "photos": Photos("Caltech101 photos, lit-mini", "data/caltech101/split_zhou_Caltech101.json"),
@@ -225,7 +257,11 @@ def _numbers_of(cache: Index, numbers: np.ndarray, draw: np.random.Generator) ->
 
 def with_wrong_labels(pool: Index, number: int, seed: int, wrong: float) -> Index:
     """Return an index in which a share of the shots has the label of another class."""
-    cache, c, draw = draw_shots(pool, number, seed), len(pool.class_names), np.random.default_rng(seed)
+    cache, c, draw = (
+        draw_shots(pool, number, seed),
+        len(pool.class_names),
+        np.random.default_rng(seed),
+    )
     ids = cache.class_ids.numpy().copy()
     rows = draw.permutation(cache.n)[: round(wrong * cache.n)]
     ids[rows] = (ids[rows] + draw.integers(1, c, len(rows))) % c
@@ -238,11 +274,20 @@ def with_class_search(pool: Index, number: int, seed: int) -> Index:
 
 
 def _again(cache: Index, ids: np.ndarray, index: str = "Flat") -> Index:
-    keys, text = np.asarray(cache.keys[np.arange(cache.n)]), cache.text_weights if cache.has_text else None
+    keys, text = (
+        np.asarray(cache.keys[np.arange(cache.n)]),
+        cache.text_weights if cache.has_text else None,
+    )
     return Index.from_features(
-        keys, ids, cache.class_names, text, settings=cache.settings, index=index, device="cpu",
+        keys,
+        ids,
+        cache.class_names,
+        text,
+        settings=cache.settings,
+        index=index,
+        device="cpu",
         sources=cache.labels["source"].to_pylist(),
-    )  # fmt: skip
+    )
 
 
 def with_k(pool: Index, number: int, seed: int, k: int) -> Index:
@@ -252,13 +297,19 @@ def with_k(pool: Index, number: int, seed: int, k: int) -> Index:
 
 SHAPES: dict[str, Shape] = {
     "even": Shape(draw_shots, random=False),
-    **{f"covered-{part}": Shape(functools.partial(with_some_classes, covered=part / 100)) for part in (20, 50, 90)},
+    **{
+        f"covered-{part}": Shape(functools.partial(with_some_classes, covered=part / 100))
+        for part in (20, 50, 90)
+    },
     "tail": Shape(with_long_tail, uneven=True),
     "one-of-500": Shape(with_one_large, uneven=True, pool=LARGE),
     "k-64": Shape(functools.partial(with_k, k=64), random=False),
     "classes": Shape(with_class_search, random=False),
     "growth": Shape(draw_shots, random=False, method=GROWN),
-    **{f"wrong-{part}": Shape(functools.partial(with_wrong_labels, wrong=part / 100)) for part in (5, 10, 20)},
+    **{
+        f"wrong-{part}": Shape(functools.partial(with_wrong_labels, wrong=part / 100))
+        for part in (5, 10, 20)
+    },
     "prior": Shape(draw_shots, random=False, method=WITH_PRIOR),
 }
 
@@ -274,7 +325,13 @@ RUN = ("shape", "dataset", "shots", "seed", "method")
 
 
 def runs(
-    shape: str, name: str, shared: Path, shots: Sequence[int], seeds: int, methods: Sequence[str], done: set[Any]
+    shape: str,
+    name: str,
+    shared: Path,
+    shots: Sequence[int],
+    seeds: int,
+    methods: Sequence[str],
+    done: set[Any],
 ) -> Iterator[Run]:
     """Yield a row for each number of shots, seed and method of a dataset, unless the row is already in ``done``."""
     dataset, drawing, items, prior = DATASETS[name], SHAPES[shape], None, None
@@ -287,10 +344,14 @@ def runs(
         items = items or dataset.items(pool, shared)
         only = not drawing.random and set(np.bincount(pool.class_ids.numpy())) == {number}
         for seed in range(1, 2 if only else seeds + 1):
-            drawn = Shots(drawing.draw(pool, number, seed), source, dataset.reader(shared), seed, prior)
+            drawn = Shots(
+                drawing.draw(pool, number, seed), source, dataset.reader(shared), seed, prior
+            )
             for method in methods:
                 run = (shape, name, number, seed, method)
-                without = (method == ZERO and not pool.has_text) or (method == SEARCHED and number < 2)
+                without = (method == ZERO and not pool.has_text) or (
+                    method == SEARCHED and number < 2
+                )
                 if run in done or without:
                     continue
                 start = time.process_time()
@@ -309,21 +370,32 @@ def scores(answering: Answering, items: Items, uneven: Index | None) -> dict[str
     temperature = answering.settings.temperature if isinstance(answering, Index) else 1.0
     confidence, ids = tip.probabilities(answering.logits(items.features), temperature).max(1)
     right = ids.cpu().numpy() == items.ids
-    found = {"top1": float(right.mean()), "ece": expected_calibration_error(confidence.cpu().numpy(), right)}
+    found = {
+        "top1": float(right.mean()),
+        "ece": expected_calibration_error(confidence.cpu().numpy(), right),
+    }
     if isinstance(answering, Index) and (least := answering.settings.least_cache) is not None:
-        strongest = answering.terms(torch.from_numpy(items.features)).strongest(answering.retrieval.keys.counts)
+        strongest = answering.terms(torch.from_numpy(items.features)).strongest(
+            answering.retrieval.keys.counts
+        )
         found["no_match"] = float((strongest < least).double().mean())
     if uneven is None:
         return found
     tested = np.unique(items.ids)
     per_class = [right[items.ids == i].mean() for i in tested]
     shots = np.bincount(uneven.class_ids.numpy(), minlength=len(uneven.class_names))[tested]
-    return found | {"top1": float(np.mean(per_class)), "uneven": float(np.average(per_class, weights=shots))}
+    return found | {
+        "top1": float(np.mean(per_class)),
+        "uneven": float(np.average(per_class, weights=shots)),
+    }
 
 
 def cell(rows: Sequence[Run], column: str) -> str:
     """Return the mean of a column over all draws, with the standard error of an accuracy if draws differ."""
-    values, form = [row[column] for row in rows if column in row], {"ece": ".3f", "seconds": ".1f"}.get(column)
+    values, form = (
+        [row[column] for row in rows if column in row],
+        {"ece": ".3f", "seconds": ".1f"}.get(column),
+    )
     if not values or form is not None:
         return format(statistics.mean(values), form) if values and form else "-"
     mean, error = summary(values)
@@ -334,7 +406,10 @@ def print_table(title: str, rows: Sequence[Run], columns: Sequence[tuple[str, st
     """Print a row for each dataset and number of shots. A column is a head, a method and a column of the results."""
     lines = []
     for (name, number), own in cells_of(rows).items():
-        cells = [cell([row for row in own if row["method"] == method], column) for _, method, column in columns]
+        cells = [
+            cell([row for row in own if row["method"] == method], column)
+            for _, method, column in columns
+        ]
         lines.append([DATASETS[name].title, number, *cells])
     click.echo(f"\n{title}\n\n{markdown(['', 'shots', *(head for head, *_ in columns)], lines)}")
 
@@ -351,8 +426,10 @@ def print_losses(rows: Sequence[Run]) -> None:
     """Print the cases in which another method is more accurate than the default, with the largest gap first."""
     found = []
     for (name, number), some in cells_of(rows).items():
-        of = {method: {row["seed"]: 100 * row["top1"] for row in some if row["method"] == method} for method in
-              {row["method"] for row in some} | {DEFAULT}}  # fmt: skip
+        of = {
+            method: {row["seed"]: 100 * row["top1"] for row in some if row["method"] == method}
+            for method in {row["method"] for row in some} | {DEFAULT}
+        }
         for method, own in of.items():
             gaps = [own[seed] - of[DEFAULT][seed] for seed in of[DEFAULT].keys() & own.keys()]
             if gaps and statistics.mean(gaps) > SHOWN:
@@ -369,23 +446,52 @@ def print_losses(rows: Sequence[Run]) -> None:
 @click.command(help=__doc__)
 @common.shared_option
 @click.option("--shape", type=click.Choice(list(SHAPES)), default="even", show_default=True)
-@click.option("--dataset", "chosen", type=click.Choice(list(DATASETS)), multiple=True, help="[default: all]")
-@click.option("--shots", type=int, multiple=True, default=SHOTS, show_default=True)
-@click.option("--method", "methods", type=click.Choice(list(METHODS)), multiple=True,
-              help="[default: depends on the shape]")  # fmt: skip
-@click.option("--seeds", default=3, show_default=True, help="Number of random draws, if shots are drawn.")
 @click.option(
-    "--finetune", "tuning", is_flag=True, help=f"Include {FINE_TUNED}: seconds for tables, minutes for photos."
+    "--dataset", "chosen", type=click.Choice(list(DATASETS)), multiple=True, help="[default: all]"
 )
-@click.option("--results", type=click.Path(path_type=Path),
-              help="File with one JSON line per finished run. These runs are skipped. Runs of other methods are also "
-              "printed.")  # fmt: skip
-@click.option("--encoders", "joined", is_flag=True, help="Compare one encoder with several (see encoders.py).")
-@click.option("--weights", type=click.Path(path_type=Path, exists=True), help="With --encoders, of EfficientNet-Lite0.")
+@click.option("--shots", type=int, multiple=True, default=SHOTS, show_default=True)
+@click.option(
+    "--method",
+    "methods",
+    type=click.Choice(list(METHODS)),
+    multiple=True,
+    help="[default: depends on the shape]",
+)
+@click.option(
+    "--seeds", default=3, show_default=True, help="Number of random draws, if shots are drawn."
+)
+@click.option(
+    "--finetune",
+    "tuning",
+    is_flag=True,
+    help=f"Include {FINE_TUNED}: seconds for tables, minutes for photos.",
+)
+@click.option(
+    "--results",
+    type=click.Path(path_type=Path),
+    help="File with one JSON line per finished run. These runs are skipped. Runs of other methods are also "
+    "printed.",
+)
+@click.option(
+    "--encoders", "joined", is_flag=True, help="Compare one encoder with several (see encoders.py)."
+)
+@click.option(
+    "--weights",
+    type=click.Path(path_type=Path, exists=True),
+    help="With --encoders, of EfficientNet-Lite0.",
+)
 def main(
-    shared: Path, shape: str, chosen: tuple[str, ...], shots: tuple[int, ...], methods: tuple[str, ...], seeds: int,
-    tuning: bool, results: Path | None, joined: bool, weights: Path | None,
-) -> None:  # fmt: skip
+    shared: Path,
+    shape: str,
+    chosen: tuple[str, ...],
+    shots: tuple[int, ...],
+    methods: tuple[str, ...],
+    seeds: int,
+    tuning: bool,
+    results: Path | None,
+    joined: bool,
+    weights: Path | None,
+) -> None:
     """Fit the indexes, classify the test items, and print the results."""
     click.echo(
         f"{machine()}; seeds 1 to {seeds}.\nAll settings are chosen on the shots alone. Top-1 in %, mean over draws ± "
@@ -396,7 +502,11 @@ def main(
         return
     further = SHAPES[shape].method
     if not methods:
-        asked = [method for method in METHODS if method not in (GROWN, WITH_PRIOR) and (tuning or method != FINE_TUNED)]
+        asked = [
+            method
+            for method in METHODS
+            if method not in (GROWN, WITH_PRIOR) and (tuning or method != FINE_TUNED)
+        ]
         methods = tuple(asked if shape == "even" else COMPARED) + ((further,) if further else ())
     rows, names = read_runs(results), chosen or tuple(DATASETS)
     done = {tuple(row[name] for name in RUN) for row in rows}
@@ -404,9 +514,15 @@ def main(
         for row in runs(shape, name, shared, shots, seeds, methods, done):
             rows.append(row)
             add_runs(results, [row])
-    rows = [row for row in rows if row["shape"] == shape and row["dataset"] in names and row["shots"] in shots]
+    rows = [
+        row
+        for row in rows
+        if row["shape"] == shape and row["dataset"] in names and row["shots"] in shots
+    ]
     others = {row["method"]: None for row in rows if row["method"] not in METHODS}
-    named = [method for method in METHODS if any(row["method"] == method for row in rows)] + list(others)
+    named = [method for method in METHODS if any(row["method"] == method for row in rows)] + list(
+        others
+    )
     fitted = [method for method in named if method in (DEFAULT, further)]
     top1 = [(method, method, "top1") for method in named]
     if shape == "even":
@@ -416,7 +532,9 @@ def main(
         largest = [row for row in rows if row["shots"] == max(shots)]
         print_table("Seconds:", largest, [(method, method, "seconds") for method in named])
     else:
-        weighted = [(f"uneven test: {method}", method, "uneven") for method in named if SHAPES[shape].uneven]
+        weighted = [
+            (f"uneven test: {method}", method, "uneven") for method in named if SHAPES[shape].uneven
+        ]
         eces = [(f"ECE: {method}", method, "ece") for method in fitted]
         no_match = [(f"no match: {method}", method, "no_match") for method in fitted]
         print_table(f"{shape}:", rows, top1 + eces + no_match + weighted)

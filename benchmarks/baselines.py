@@ -87,9 +87,15 @@ def discriminant(cache: Index) -> Linear:
     folds = _folds(cache)
     whole, a, b = _gaussian(folds, torch.arange(cache.n)), 1.0, 1.0
     if folds.held:
-        features, ids = (torch.cat([getattr(held, name) for held in folds.held]) for name in ("features", "ids"))
-        logits = torch.cat([_gaussian(folds, held.rows).logits(held.features) for held in folds.held])
-        blended = HeldTerms(None if folds.text is None else features @ folds.text.T, logits, None, ids).blend()
+        features, ids = (
+            torch.cat([getattr(held, name) for held in folds.held]) for name in ("features", "ids")
+        )
+        logits = torch.cat(
+            [_gaussian(folds, held.rows).logits(held.features) for held in folds.held]
+        )
+        blended = HeldTerms(
+            None if folds.text is None else features @ folds.text.T, logits, None, ids
+        ).blend()
         a, b = blended.a, blended.b
     text = 0.0 if folds.text is None else a * folds.text
     return Linear(text + b * whole.weights, b * whole.bias)
@@ -116,7 +122,11 @@ def _gaussian(folds: Folds, rows: Tensor) -> Linear:
     """Return the discriminant of the keys in ``rows``, excluding the text term."""
     means, d = _means(folds, rows).double(), folds.keys.shape[1]
     metric = Within(d / (len(rows) - 1 + d)).fit(folds.scatter(rows))
-    weights = means if metric is None else means @ (metric.transform.double() @ metric.transform.double().T)
+    weights = (
+        means
+        if metric is None
+        else means @ (metric.transform.double() @ metric.transform.double().T)
+    )
     return Linear(weights.float(), (weights * means).sum(1).div(-2).float())
 
 
@@ -129,7 +139,11 @@ def _probes(folds: Folds, rows: Tensor, cs: tuple[float, ...]) -> list[Linear]:
     probes = []
     for c in cs:
         optimizer = torch.optim.LBFGS(
-            [weights, bias], max_iter=STEPS, tolerance_grad=1e-6, tolerance_change=1e-8, line_search_fn="strong_wolfe"
+            [weights, bias],
+            max_iter=STEPS,
+            tolerance_grad=1e-6,
+            tolerance_change=1e-8,
+            line_search_fn="strong_wolfe",
         )
 
         def loss(c: float = c, optimizer: torch.optim.LBFGS = optimizer) -> Tensor:

@@ -46,19 +46,27 @@ PROGRAM = (sys.executable, "-P", "-m", "retrieval_tip")
 """The real command, from the package on PYTHONPATH. The option ``-P`` excludes the current folder."""
 
 shared_option = click.option(
-    "--shared", type=click.Path(path_type=Path), default=SHARED, show_default=True, help="Folder of the datasets."
+    "--shared",
+    type=click.Path(path_type=Path),
+    default=SHARED,
+    show_default=True,
+    help="Folder of the datasets.",
 )
 folder_option = click.option(
-    "--folder", type=click.Path(path_type=Path, exists=True), default=tempfile.gettempdir(),
+    "--folder",
+    type=click.Path(path_type=Path, exists=True),
+    default=tempfile.gettempdir(),
     help="Folder for temporary files.",
-)  # fmt: skip
+)
 device_option = click.option(
     "--device", default="auto", show_default=True, help="Device to use: auto, cpu, cuda or cuda:N."
 )
 results_option = click.option(
-    "--results", type=click.Path(path_type=Path), required=True,
+    "--results",
+    type=click.Path(path_type=Path),
+    required=True,
     help="File with one JSON line per finished run. These runs are not repeated, and the tables show all of them.",
-)  # fmt: skip
+)
 
 Side = Callable[[int], float]
 """Type of a measured function, which gets the number of the turn and returns seconds."""
@@ -71,7 +79,9 @@ def clocked(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def take_turns(title: str, sides: Mapping[str, Side], rounds: int, warm: int = 1) -> dict[str, list[float]]:
+def take_turns(
+    title: str, sides: Mapping[str, Side], rounds: int, warm: int = 1
+) -> dict[str, list[float]]:
     """Measure each side once per turn, and return its seconds for each turn, excluding the first ``warm`` turns."""
     taken: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(rounds + warm):
@@ -97,7 +107,11 @@ def show(title: str, rows: Sequence[Mapping[str, object]]) -> None:
     click.echo(f"\n{title}" if title else "")
     for line in lines:
         cells = zip(line, widths, right, strict=True)
-        click.echo("  ".join(cell.rjust(width) if r else cell.ljust(width) for cell, width, r in cells).rstrip())
+        click.echo(
+            "  ".join(
+                cell.rjust(width) if r else cell.ljust(width) for cell, width, r in cells
+            ).rstrip()
+        )
 
 
 def markdown(heads: Sequence[str], rows: Iterable[Iterable[object]], left: int = 1) -> str:
@@ -121,7 +135,10 @@ def machine(*packages: str) -> str:
     import torch
 
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    cpu = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
+    cpu = next(
+        (line.partition(": ")[2] for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     found = []
@@ -203,7 +220,9 @@ def launch(*command: object) -> Finished:
         output.seek(0)
         printed = output.read()
     if process.returncode:
-        raise click.ClickException(f"{' '.join(map(str, command))}: exit status {process.returncode}")
+        raise click.ClickException(
+            f"{' '.join(map(str, command))}: exit status {process.returncode}"
+        )
     return Finished(printed, seconds, *(peak * 1024 / GIB for peak in peaks.values()))
 
 
@@ -236,12 +255,23 @@ def against(command: click.Command) -> click.Command:
             return _compare(Path(against).resolve(), against)
         with tempfile.TemporaryDirectory() as folder:
             root = Path(__file__).resolve().parents[1]
-            run("git", "-C", root, "archive", "--output", f"{folder}/package.tar", against, "retrieval_tip")
+            run(
+                "git",
+                "-C",
+                root,
+                "archive",
+                "--output",
+                f"{folder}/package.tar",
+                against,
+                "retrieval_tip",
+            )
             shutil.unpack_archive(f"{folder}/package.tar", folder)
             return _compare(Path(folder), against)
 
     command.callback = callback
-    command.params.append(click.Option(["--against"], help="Another checkout or commit to measure in turn."))
+    command.params.append(
+        click.Option(["--against"], help="Another checkout or commit to measure in turn.")
+    )
     return command
 
 
@@ -267,22 +297,33 @@ def _compare(other: Path, commit: str) -> None:
     at = next(i for i, word in enumerate(sys.argv) if word.startswith("--against"))
     arguments = [*sys.argv[:at], *sys.argv[at + (1 if "=" in sys.argv[at] else 2) :]]
     trees = [Path(__file__).resolve().parents[1], other]
-    pipes = [os.pipe(), os.pipe()]  # each process waits on its own pipe, and writes to the other pipe
+    pipes = [
+        os.pipe(),
+        os.pipe(),
+    ]  # each process waits on its own pipe, and writes to the other pipe
     os.write(pipes[0][1], b".")
     with tempfile.TemporaryDirectory() as folder:
         files, processes = [Path(folder) / name for name in ("this", "other")], []
         for i, tree in enumerate(trees):
             ends = (pipes[i][0], pipes[1 - i][1])
             turns = f"{ends[0]} {ends[1]} {files[i]}"
-            known = {"PYTHONPATH": str(tree), "OMP_WAIT_POLICY": "PASSIVE", "BENCHMARK_TURNS": turns}
+            known = {
+                "PYTHONPATH": str(tree),
+                "OMP_WAIT_POLICY": "PASSIVE",
+                "BENCHMARK_TURNS": turns,
+            }
             shown = None if i == 0 else subprocess.DEVNULL
             command = [sys.executable, *arguments]
-            processes.append(subprocess.Popen(command, env=os.environ | known, pass_fds=ends, stdout=shown))
+            processes.append(
+                subprocess.Popen(command, env=os.environ | known, pass_fds=ends, stdout=shown)
+            )
         for end in (end for pipe in pipes for end in pipe):
             os.close(end)
         if sum(process.wait() for process in processes):
             raise click.ClickException("a version failed: see above")
-        ours, theirs = ([json.loads(line) for line in file.read_text("utf-8").splitlines()] for file in files)
+        ours, theirs = (
+            [json.loads(line) for line in file.read_text("utf-8").splitlines()] for file in files
+        )
     tables: dict[str, list[dict[str, object]]] = {}
     for (title, name, mine), (_, _, others) in zip(ours, theirs, strict=True):
         ratios = sorted(a / b for a, b in zip(mine, others, strict=True))

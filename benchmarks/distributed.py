@@ -40,12 +40,19 @@ def compare(name: str, n: int, every: Sequence[object], few: Sequence[object], o
         start = seconds(*few, out / f"{name}-few{suffix}", *more)
         whole = seconds(*every, out / f"{name}{suffix}", *more)
         rate = (n - FEW) / max(whole - start, 1e-9)
-        click.echo(f"{name:<9}{engine:<6}{n:>10,} items{whole:>9.1f} s (start {start:.1f} s, then {rate:,.0f}/s)")
+        click.echo(
+            f"{name:<9}{engine:<6}{n:>10,} items{whole:>9.1f} s (start {start:.1f} s, then {rate:,.0f}/s)"
+        )
 
 
 @click.command(help=__doc__)
-@click.option("--images", "folder", type=click.Path(path_type=Path), show_default=True,
-              default=SHARED / "data/caltech101/101_ObjectCategories")  # fmt: skip
+@click.option(
+    "--images",
+    "folder",
+    type=click.Path(path_type=Path),
+    show_default=True,
+    default=SHARED / "data/caltech101/101_ObjectCategories",
+)
 @click.option("--model", default=f"local-dir:{SHARED / 'models/lit-mini'}", show_default=True)
 def main(folder: Path, model: str) -> None:
     """Measure both engines, and print the results."""
@@ -56,7 +63,9 @@ def main(folder: Path, model: str) -> None:
         for name, some in (("photos", paths), ("few", paths[:FEW])):
             pq.write_table(pa.table({"path": some}), out / f"{name}.parquet")
         model_options = ("--model", model, "--no-cache", "--out")
-        sources = [("encode", out / f"{name}.parquet", *model_options) for name in ("photos", "few")]
+        sources = [
+            ("encode", out / f"{name}.parquet", *model_options) for name in ("photos", "few")
+        ]
         compare("encode", len(paths), *sources, out)
 
 

@@ -74,7 +74,10 @@ class Drawing:
 
     def encode_images(self, pixels: torch.Tensor) -> npt.NDArray[np.float32]:
         """Return one feature for each image."""
-        rows = [np.random.default_rng(each.flatten()[:8].long().tolist()).normal(size=self.dim) for each in pixels]
+        rows = [
+            np.random.default_rng(each.flatten()[:8].long().tolist()).normal(size=self.dim)
+            for each in pixels
+        ]
         return np.stack(rows).astype(np.float32)
 
     def encode_texts(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
@@ -112,9 +115,13 @@ def hold(folder: Path) -> None:
     place, dim = folder / "index", json.loads((folder / "size.json").read_text())[1]
     backbone = Drawing(dim)
     backbones = Backbones("cpu", "float32", None, backbone)
-    service = Service(open_all([place], backbones), Limits(), maker=Maker(folder, lambda: backbone, backbones))
+    service = Service(
+        open_all([place], backbones), Limits(), maker=Maker(folder, lambda: backbone, backbones)
+    )
     paths = labelling.paths_of([*open_inputs([str(folder / "photos")])])
-    app = create_app(service, token="t", labelling=labelling.Labelling(place, paths, Reader(backbone)))
+    app = create_app(
+        service, token="t", labelling=labelling.Labelling(place, paths, Reader(backbone))
+    )
     with TestClient(app, headers={"Authorization": "Bearer t"}) as http:
         edit = Edit(http, place, dim, len(paths))
         edit.until(lambda state: state["encoded"] == len(paths) and not state["busy"])
@@ -145,7 +152,11 @@ class Edit:
 
     def make(self, what: str, turn: int, names: Sequence[str]) -> None:
         """Make one edit, of another photo or shot in each turn."""
-        label, keys, before = names[turn % len(names)], "/v1/indexes/index/keys", max(self.manifests.iterdir())
+        label, keys, before = (
+            names[turn % len(names)],
+            "/v1/indexes/index/keys",
+            max(self.manifests.iterdir()),
+        )
         if what == EDITS[0]:
             body: dict[str, Any] = {"labels": [{"photo": turn % self.photos, "label": label}]}
             answer = self.http.post("/v1/label", json=body)
@@ -155,7 +166,9 @@ class Edit:
             answer = self.http.post(keys, json=body)
         elif what == EDITS[2]:
             other = names[(turn + 1) % len(names)]  # keys cycle through the classes
-            answer = self.http.post("/v1/indexes/index/relabel", json={"labels": {str(turn): other}})
+            answer = self.http.post(
+                "/v1/indexes/index/relabel", json={"labels": {str(turn): other}}
+            )
         else:
             answer = self.http.delete(f"{keys}?key_id={100 + turn}")
         if answer.status_code not in (200, 201):
@@ -203,7 +216,9 @@ class Holder:
 def held(folder: Path) -> Iterator[Holder]:
     """Start a process that holds the index in a folder."""
     pipe = subprocess.PIPE
-    with subprocess.Popen([sys.executable, __file__, "--hold", folder], stdin=pipe, stdout=pipe, text=True) as process:
+    with subprocess.Popen(
+        [sys.executable, __file__, "--hold", folder], stdin=pipe, stdout=pipe, text=True
+    ) as process:
         try:
             yield Holder(process)
         finally:
@@ -213,13 +228,22 @@ def held(folder: Path) -> Iterator[Holder]:
 @against
 @click.command(help=__doc__)
 @click.option(
-    "--size", "sizes", type=(int, int, int), multiple=True, default=SIZES, show_default=True,
+    "--size",
+    "sizes",
+    type=(int, int, int),
+    multiple=True,
+    default=SIZES,
+    show_default=True,
     help="Keys, values and classes of an index.",
-)  # fmt: skip
-@click.option("--times", type=click.IntRange(min=1), default=10, show_default=True, help="Number of turns.")
+)
+@click.option(
+    "--times", type=click.IntRange(min=1), default=10, show_default=True, help="Number of turns."
+)
 @common.folder_option
 @click.option("--hold", "to_hold", type=click.Path(path_type=Path), hidden=True)
-def main(sizes: Sequence[tuple[int, int, int]], times: int, folder: Path, to_hold: Path | None) -> None:
+def main(
+    sizes: Sequence[tuple[int, int, int]], times: int, folder: Path, to_hold: Path | None
+) -> None:
     """Measure each size, and print the results. The hidden option runs the measured process."""
     if to_hold is not None:
         hold(to_hold)
@@ -229,18 +253,30 @@ def main(sizes: Sequence[tuple[int, int, int]], times: int, folder: Path, to_hol
         n, d, c = size
         title = f"{n:,} keys x {d}, {c:,} classes"
         if shutil.disk_usage(folder).free < 32 * n * d:  # several versions of the keys
-            raise click.ClickException(f"{folder}: needs {32 * n * d / common.GIB:.1f} GiB of free space")
+            raise click.ClickException(
+                f"{folder}: needs {32 * n * d / common.GIB:.1f} GiB of free space"
+            )
         with tempfile.TemporaryDirectory(prefix="retrieval-tip-edits-", dir=folder) as name:
             make(Path(name), size, times + 1)
             (Path(name) / "size.json").write_text(json.dumps(size))
             with held(Path(name)) as server:
-                taken = take_turns(title, {what: partial(server.edit, what=what) for what in EDITS}, times)
+                taken = take_turns(
+                    title, {what: partial(server.edit, what=what) for what in EDITS}, times
+                )
                 peaks = {"resident": server.memory("VmHWM"), "anonymous": server.anonymous}
-        processor = {what: values[1:] for what, values in server.processor.items()}  # without the warm-up turn
+        processor = {
+            what: values[1:] for what, values in server.processor.items()
+        }  # without the warm-up turn
         for name, values in (*processor.items(), *((name, [peak]) for name, peak in peaks.items())):
             record(f"{title}: {'MiB' if name in peaks else 'seconds on a processor'}", name, values)
         found, busy = medians(taken), medians(processor)
-        show(title, [{"edit": what, "ms": 1e3 * found[what], "ms on a processor": 1e3 * busy[what]} for what in EDITS])
+        show(
+            title,
+            [
+                {"edit": what, "ms": 1e3 * found[what], "ms on a processor": 1e3 * busy[what]}
+                for what in EDITS
+            ],
+        )
         show("", [{"peak": name, "MiB": peak} for name, peak in peaks.items()])
 
 

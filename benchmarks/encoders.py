@@ -35,18 +35,26 @@ CLIP, RN50, LIT, LITE0 = "CLIP ViT-B/32", "CLIP RN50", "lit-mini", "EfficientNet
 COLUMNS = {CLIP: "feature", RN50: "feature_rn50", LIT: "feature_lit", LITE0: "feature_lite0"}
 PHOTOS, VAL = ("photos_16", "photos_test"), ("shots_16", "val")
 JOINED = [
-    (PHOTOS, (CLIP, LIT)), (PHOTOS, (CLIP, LITE0)), (PHOTOS, (LIT, LITE0)), (PHOTOS, (CLIP, LIT, LITE0)),
+    (PHOTOS, (CLIP, LIT)),
+    (PHOTOS, (CLIP, LITE0)),
+    (PHOTOS, (LIT, LITE0)),
+    (PHOTOS, (CLIP, LIT, LITE0)),
     (VAL, (CLIP, RN50)),
-]  # fmt: skip
+]
 WEAK, SHUFFLED, VALUES = "weak", "shuffled", 32
 """Kinds of useless parts, and number of values of a weak one before it gets noise."""
 MADE = [
-    (PHOTOS, (CLIP, f"{WEAK} {LIT}")), (PHOTOS, (LIT, f"{WEAK} {CLIP}")), (PHOTOS, (LITE0, f"{WEAK} {LITE0}")),
-    (PHOTOS, (CLIP, LIT, f"{WEAK} {LITE0}")), (VAL, (CLIP, f"{WEAK} {RN50}")),
-    (PHOTOS, (CLIP, f"{SHUFFLED} {LIT}")), (PHOTOS, (LIT, f"{SHUFFLED} {CLIP}")),
-    (PHOTOS, (LITE0, f"{SHUFFLED} {LITE0}")), (PHOTOS, (CLIP, LIT, f"{SHUFFLED} {LITE0}")),
+    (PHOTOS, (CLIP, f"{WEAK} {LIT}")),
+    (PHOTOS, (LIT, f"{WEAK} {CLIP}")),
+    (PHOTOS, (LITE0, f"{WEAK} {LITE0}")),
+    (PHOTOS, (CLIP, LIT, f"{WEAK} {LITE0}")),
+    (VAL, (CLIP, f"{WEAK} {RN50}")),
+    (PHOTOS, (CLIP, f"{SHUFFLED} {LIT}")),
+    (PHOTOS, (LIT, f"{SHUFFLED} {CLIP}")),
+    (PHOTOS, (LITE0, f"{SHUFFLED} {LITE0}")),
+    (PHOTOS, (CLIP, LIT, f"{SHUFFLED} {LITE0}")),
     (VAL, (CLIP, f"{SHUFFLED} {RN50}")),
-]  # fmt: skip
+]
 DRAWN = 10
 """Number of classes in a draw."""
 
@@ -68,14 +76,24 @@ def of_table(file: Path) -> Part:
 
 def of_photos(shared: Path, part: str, weights: Path) -> Part:
     source = open_source(shared / "data/caltech101/split_zhou_Caltech101.json", split=part)
-    models = {LIT: f"local-dir:{shared / 'models/lit-mini'}", LITE0: f"timm:tf_efficientnet_lite0@{weights}"}
-    reader = Reader(load_backbone("+".join(models.values()), device="cpu"), cache=EncodingCache.default())
+    models = {
+        LIT: f"local-dir:{shared / 'models/lit-mini'}",
+        LITE0: f"timm:tf_efficientnet_lite0@{weights}",
+    }
+    reader = Reader(
+        load_backbone("+".join(models.values()), device="cpu"), cache=EncodingCache.default()
+    )
     both = reader.encode(source).features
     ends = np.cumsum([one.dim for one in reader.backbone.parts])[:-1]  # type: ignore[union-attr]
-    return Part(np.array(source.labels), dict(zip(models, map(unit, np.split(both, ends, axis=1)), strict=True)))
+    return Part(
+        np.array(source.labels),
+        dict(zip(models, map(unit, np.split(both, ends, axis=1)), strict=True)),
+    )
 
 
-def accuracy(shots: Part, test: Part, names: Sequence[str], number: int, seed: int) -> tuple[float, tuple[float, ...]]:
+def accuracy(
+    shots: Part, test: Part, names: Sequence[str], number: int, seed: int
+) -> tuple[float, tuple[float, ...]]:
     """Fit an index to shots of these encoders, and return its accuracy and the shares."""
     classes = sorted(set(shots.labels.tolist()))
     features = [shots.features[name] for name in names]
@@ -89,7 +107,9 @@ def accuracy(shots: Part, test: Part, names: Sequence[str], number: int, seed: i
 def rows(shots: Part, test: Part, names: Sequence[str], number: int, seeds: int) -> Iterator[str]:
     """Yield the cells of a row: each encoder alone, all joined, the gain, the shares, and the gain in reverse order."""
     draws = range(1, 2 if number == 16 else seeds + 1)
-    alone = {name: [accuracy(shots, test, [name], number, seed)[0] for seed in draws] for name in names}
+    alone = {
+        name: [accuracy(shots, test, [name], number, seed)[0] for seed in draws] for name in names
+    }
     joined = [accuracy(shots, test, names, number, seed) for seed in draws]
     mirrored = [accuracy(shots, test, names[::-1], number, seed) for seed in draws]
     yield from (f"{100 * statistics.mean(own):.1f}" for own in alone.values())
@@ -104,13 +124,19 @@ def rows(shots: Part, test: Part, names: Sequence[str], number: int, seeds: int)
 def compare(shared: Path, shots: Sequence[int], seeds: int, weights: Path | None) -> None:
     """Print a table for each combination of encoders."""
     folder = shared / "data/two-encoders"
-    parts = [(where, names, *(of_table(folder / f"{name}.parquet") for name in where)) for where, names in JOINED]
+    parts = [
+        (where, names, *(of_table(folder / f"{name}.parquet") for name in where))
+        for where, names in JOINED
+    ]
     if weights is not None:
         own = of_photos(shared, "train", weights), of_photos(shared, "test", weights)
         parts.append((("photos encoded here", ""), (LIT, LITE0), *own))
     for (name, _), names, own_shots, test in parts:
         heads = ["shots", *names, "joined", "gain", "shares", "gain, other order"]
-        lines = ([number, *rows(own_shots, test, names, number, seeds)] for number in sorted(shots, reverse=True))
+        lines = (
+            [number, *rows(own_shots, test, names, number, seeds)]
+            for number in sorted(shots, reverse=True)
+        )
         click.echo(f"\n{name}:\n\n{markdown(heads, lines, left=0)}")
 
 
@@ -168,12 +194,30 @@ def print_changes(runs: Sequence[Run], before: Sequence[Run]) -> None:
     for number, useless in itertools.product(sorted({run["shots"] for run in runs}), (False, True)):
         both = [changes(side, number, useless) for side in (runs, before) if side]
         for title, found in zip(("now", "before"), both, strict=False):
-            every, means = np.concatenate(list(found.values())), [own.mean() for own in found.values()]
-            figures = every.mean(), min(means), np.quantile(every, 0.01), sum(mean for mean in means if mean > 0)
+            every, means = (
+                np.concatenate(list(found.values())),
+                [own.mean() for own in found.values()],
+            )
+            figures = (
+                every.mean(),
+                min(means),
+                np.quantile(every, 0.01),
+                sum(mean for mean in means if mean > 0),
+            )
             kind = "useless part" if useless else "real parts"
             lines.append([number, kind, title, *(f"{figure:+.2f}" for figure in figures)])
-        single += [[names, number, *(f"{found[names].mean():+.2f}" for found in both)] for names in both[0]]
-    heads = ["shots", "combinations with", "version", "mean", "lowest mean", "lowest 1 %", "sum of gains"]
+        single += [
+            [names, number, *(f"{found[names].mean():+.2f}" for found in both)] for names in both[0]
+        ]
+    heads = [
+        "shots",
+        "combinations with",
+        "version",
+        "mean",
+        "lowest mean",
+        "lowest 1 %",
+        "sum of gains",
+    ]
     click.echo(f"\n{markdown(heads, lines, left=0)}")
     single.sort(key=lambda line: line[0])
     titles = ["parts", "shots", "mean change", "before"][: len(single[0])]
@@ -186,7 +230,9 @@ def print_changes(runs: Sequence[Run], before: Sequence[Run]) -> None:
 @click.option("--draws", default=20, show_default=True)
 @click.option("--before", type=click.Path(path_type=Path), help="Results of another version.")
 @common.results_option
-def main(shared: Path, shots: tuple[int, ...], draws: int, before: Path | None, results: Path) -> None:
+def main(
+    shared: Path, shots: tuple[int, ...], draws: int, before: Path | None, results: Path
+) -> None:
     """Measure how well shares are chosen if there are few photos."""
     click.echo(f"{machine()}; {draws} draws of {DRAWN} classes.")
     done = {(run["shots"], run["seed"]) for run in read_runs(results)}
@@ -198,7 +244,9 @@ def main(shared: Path, shots: tuple[int, ...], draws: int, before: Path | None, 
     for seed, number in itertools.product(range(draws), shots):
         if (number, seed) not in done:
             add_runs(results, list(measured(tables, number, seed)))
-    print_changes(*([run for run in read_runs(file) if run["seed"] < draws] for file in (results, before)))
+    print_changes(
+        *([run for run in read_runs(file) if run["seed"] < draws] for file in (results, before))
+    )
 
 
 if __name__ == "__main__":

@@ -58,13 +58,17 @@ Encode = Callable[[Sequence[str]], npt.NDArray[np.float32]]
 
 def plain(model: str, device: str, batch: int) -> Encode:
     """Return the loop from the open_clip documentation."""
-    network, _, transform = open_clip.create_model_and_transforms(*split_weights(model), device=device)
+    network, _, transform = open_clip.create_model_and_transforms(
+        *split_weights(model), device=device
+    )
     network.eval()
 
     def encode(paths: Sequence[str]) -> npt.NDArray[np.float32]:
         features = []
         for start in range(0, len(paths), batch):
-            pixels = torch.stack([transform(Image.open(path)) for path in paths[start : start + batch]])
+            pixels = torch.stack(
+                [transform(Image.open(path)) for path in paths[start : start + batch]]
+            )
             with torch.no_grad():
                 features.append(network.encode_image(pixels.to(device)).cpu().numpy())
         return unit(np.concatenate(features))
@@ -109,17 +113,23 @@ def compare(name: str, paths: list[str], sides: dict[str, Encode], rounds: int) 
     features: dict[str, npt.NDArray[np.float32]] = {}
 
     def encode(side: str, turn: int) -> float:
-        seconds = clocked(lambda: features.update({side: sides[side](paths if turn else paths[:4])}))
+        seconds = clocked(
+            lambda: features.update({side: sides[side](paths if turn else paths[:4])})
+        )
         return seconds / len(paths)
 
     turns: dict[str, Side] = {side: lambda turn, side=side: encode(side, turn) for side in sides}
     found = medians(take_turns(name, turns, rounds))
     first = next(iter(sides))
     lines = [
-        {"side": side, "images/s": 1 / seconds, "x first": found[first] / seconds,
-         "lowest cosine": float((features[side] * features[first]).sum(axis=1).min())}
+        {
+            "side": side,
+            "images/s": 1 / seconds,
+            "x first": found[first] / seconds,
+            "lowest cosine": float((features[side] * features[first]).sum(axis=1).min()),
+        }
         for side, seconds in found.items()
-    ]  # fmt: skip
+    ]
     show(f"{len(paths)} {name}, medians of {rounds} rounds", lines)
 
 
@@ -129,7 +139,11 @@ def alone(backbone: Backbone, held: dict[str, torch.Tensor]) -> Encode:
     def encode(paths: Sequence[str]) -> npt.NDArray[np.float32]:
         size = backbone.batch_size
         parts = [paths[start : start + size] for start in range(0, len(paths), size)]
-        return unit(np.concatenate([backbone.encode_images(torch.stack([held[p] for p in part])) for part in parts]))
+        return unit(
+            np.concatenate(
+                [backbone.encode_images(torch.stack([held[p] for p in part])) for part in parts]
+            )
+        )
 
     return encode
 
@@ -153,7 +167,9 @@ def accuracy(model: str, split: Path, draws: int) -> None:
         row: dict[str, object] = {"shots": shots, "seed": seed}
         with tempfile.TemporaryDirectory() as scratch:
             for keys, reader in encoders.items():
-                index = build_index(train, Path(scratch) / keys, replace(reader, seed=seed), shots=shots)
+                index = build_index(
+                    train, Path(scratch) / keys, replace(reader, seed=seed), shots=shots
+                )
                 for queries in dict.fromkeys((keys, *(("int8",) if keys == "float32" else ()))):
                     right = evaluate(index, test, encoders[queries]).top1
                     row[f"{keys} keys, {queries}"] = 100 * right
@@ -189,18 +205,52 @@ def recommended(paths: list[str], precisions: Sequence[Precision], rounds: int) 
 @click.command(help=__doc__)
 @click.option("--model", default=f"local-dir:{SHARED}/models/lit-mini", show_default=True)
 @common.device_option
-@click.option("--folder", type=click.Path(path_type=Path), default=SHARED / "data/caltech101", show_default=True)
+@click.option(
+    "--folder",
+    type=click.Path(path_type=Path),
+    default=SHARED / "data/caltech101",
+    show_default=True,
+)
 @click.option("--number", default=64, show_default=True, help="Number of photos from the folder.")
-@click.option("--large", default=32, show_default=True, help="Number of large synthetic photos. Use 0 for no photos.")
-@click.option("--size", type=(int, int), default=(4000, 3000), show_default=True, help="Size of the large photos.")
+@click.option(
+    "--large",
+    default=32,
+    show_default=True,
+    help="Number of large synthetic photos. Use 0 for no photos.",
+)
+@click.option(
+    "--size",
+    type=(int, int),
+    default=(4000, 3000),
+    show_default=True,
+    help="Size of the large photos.",
+)
 @click.option("--rounds", default=3, show_default=True)
 @click.option("--precision", "precisions", multiple=True, default=PRECISIONS, show_default=True)
-@click.option("--accuracy", "draws", type=int, help="Number of draws to measure the accuracy on, instead of the speed.")
-@click.option("--recommended", "of_each", is_flag=True, help="Measure the recommended encoders, instead of one.")
+@click.option(
+    "--accuracy",
+    "draws",
+    type=int,
+    help="Number of draws to measure the accuracy on, instead of the speed.",
+)
+@click.option(
+    "--recommended",
+    "of_each",
+    is_flag=True,
+    help="Measure the recommended encoders, instead of one.",
+)
 def main(
-    model: str, device: str, folder: Path, number: int, large: int, size: tuple[int, int],
-    rounds: int, precisions: tuple[Precision, ...], draws: int | None, of_each: bool,
-) -> None:  # fmt: skip
+    model: str,
+    device: str,
+    folder: Path,
+    number: int,
+    large: int,
+    size: tuple[int, int],
+    rounds: int,
+    precisions: tuple[Precision, ...],
+    draws: int | None,
+    of_each: bool,
+) -> None:
     """Measure all sides, and print the results."""
     device = resolve_device(device)
     click.echo(machine("open_clip_torch", "openvino", "nncf", "pillow"))
@@ -208,7 +258,9 @@ def main(
         recommended(chosen(folder, number), [one for one in precisions if one != "int8"], rounds)
         return
     if draws is not None:
-        with tempfile.TemporaryDirectory() as own:  # no earlier calibration, which may be on test photos
+        with (
+            tempfile.TemporaryDirectory() as own
+        ):  # no earlier calibration, which may be on test photos
             os.environ["RETRIEVAL_TIP_CACHE"] = own
             accuracy(model, folder / SPLIT, draws)
         return
@@ -218,8 +270,15 @@ def main(
     whole, photos = next(iter(backbones.values())), chosen(folder, number)
     click.echo(f"{whole.identity} on {device}")
     held = {path: whole.preprocess(images.decode(read_item(path))) for path in photos}
-    compare("photos in memory", photos, {name: alone(each, held) for name, each in backbones.items()}, rounds)
-    sides = {f"plain loop, batches of {batch}": plain(model, device, batch) for batch in PLAIN_BATCHES}
+    compare(
+        "photos in memory",
+        photos,
+        {name: alone(each, held) for name, each in backbones.items()},
+        rounds,
+    )
+    sides = {
+        f"plain loop, batches of {batch}": plain(model, device, batch) for batch in PLAIN_BATCHES
+    }
     looped = next(iter(sides.values()))
     sides |= {f"ours, {name}": ours(backbone) for name, backbone in backbones.items()}
     compare("photos", photos, sides, rounds)

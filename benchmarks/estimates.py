@@ -31,8 +31,16 @@ FEWEST = 5
 DRAWS = 100
 """Number of draws of right and wrong answers to measure the floor of an ECE."""
 HEADS = (
-    "builds", "number", "in the interval", "bias", "mean error", "mean width", "ECE", "its floor", "ECE above 0.06",
-)  # fmt: skip
+    "builds",
+    "number",
+    "in the interval",
+    "bias",
+    "mean error",
+    "mean width",
+    "ECE",
+    "its floor",
+    "ECE above 0.06",
+)
 
 
 @dataclass(frozen=True)
@@ -82,11 +90,17 @@ def drawn(name: str, shared: Path, draw: np.random.Generator) -> Drawn:
         rows.append(there[: shots if even else int(draw.integers(2, 2 * shots))])
     chosen = np.concatenate(rows)
     index = Index.from_features(
-        np.asarray(pool.keys)[chosen], np.searchsorted(classes, ids[chosen]), [pool.class_names[i] for i in classes],
-        pool.text_weights.numpy()[classes] if text else None, settings=pool.settings, device="cpu",
-    )  # fmt: skip
+        np.asarray(pool.keys)[chosen],
+        np.searchsorted(classes, ids[chosen]),
+        [pool.class_names[i] for i in classes],
+        pool.text_weights.numpy()[classes] if text else None,
+        settings=pool.settings,
+        device="cpu",
+    )
     asked = np.isin(items.ids, classes)
-    shape = f"{DATASETS[name].title}, {len(classes)} classes, {shots} shots{'' if even else ', uneven'}"
+    shape = (
+        f"{DATASETS[name].title}, {len(classes)} classes, {shots} shots{'' if even else ', uneven'}"
+    )
     truth = np.searchsorted(classes, items.ids[asked])
     few = shots <= 5 and not text
     return Drawn(shape + (", text" if text else ""), few, index, items.features[asked], truth)
@@ -104,11 +118,15 @@ def build(made: Drawn) -> Build | None:
     index, choice = closed_form.fit(made.index)
     if choice.both is None or choice.interval is None:
         return None
-    confidence, found = tip.probabilities(index.logits(made.features), index.settings.temperature).max(1)
+    confidence, found = tip.probabilities(
+        index.logits(made.features), index.settings.temperature
+    ).max(1)
     right = found.numpy() == made.truth
     ece = expected_calibration_error(confidence.numpy(), right)
     floor = ece_floor(confidence.numpy())
-    return Build(made.shape, made.few, choice.both, *choice.interval, made.balanced(right), ece, floor)
+    return Build(
+        made.shape, made.few, choice.both, *choice.interval, made.balanced(right), ece, floor
+    )
 
 
 @click.command(help=__doc__)
@@ -126,11 +144,21 @@ def main(shared: Path, builds: int, seed: int, each: bool) -> None:
     for one in done if each else ():
         click.echo("  ".join(str(part) for part in dataclasses.astuple(one)))
     lines = []
-    for name, own in (("all", done), ("at most 5 shots, no text", [one for one in done if one.few])):
+    for name, own in (
+        ("all", done),
+        ("at most 5 shots, no text", [one for one in done if one.few]),
+    ):
         gaps = [100 * (one.estimate - one.truth) for one in own]
         width = 100 * statistics.mean(one.high - one.low for one in own)
-        eces = (f"{statistics.mean(values):.3f}" for values in zip(*((one.ece, one.floor) for one in own), strict=True))
-        errors = f"{statistics.mean(gaps):+.1f}", f"{statistics.mean(map(abs, gaps)):.1f}", f"{width:.1f}"
+        eces = (
+            f"{statistics.mean(values):.3f}"
+            for values in zip(*((one.ece, one.floor) for one in own), strict=True)
+        )
+        errors = (
+            f"{statistics.mean(gaps):+.1f}",
+            f"{statistics.mean(map(abs, gaps)):.1f}",
+            f"{width:.1f}",
+        )
         covered, above = sum(one.covered for one in own), sum(one.ece > 0.06 for one in own)
         lines.append((name, len(own), covered, *errors, *eces, above))
     click.echo(f"\n{markdown(HEADS, lines)}")

@@ -35,7 +35,11 @@ def peak() -> float:
 def main(keys: int, classes: int, dim: int) -> None:
     """Fit an index, classify the queries, and print the results."""
     click.echo(machine())
-    made, ids, test = Made(classes, dim, SEED), np.sort(np.arange(keys) % classes), np.arange(QUERIES) % classes
+    made, ids, test = (
+        Made(classes, dim, SEED),
+        np.sort(np.arange(keys) % classes),
+        np.arange(QUERIES) % classes,
+    )
     names = made.names
     cache = Index.from_features(made.draw(ids, 1), ids, names, made.text, device="cpu")
     before, queries = peak(), made.draw(test, 2)
@@ -53,15 +57,20 @@ def main(keys: int, classes: int, dim: int) -> None:
 
     seconds = take_turns("fit", {"fit": lambda _: clocked(fit)}, 1, warm=0)
     cache = fitted.pop()
-    row: dict[str, object] = {"fit, s": seconds["fit"][0], "processor s": time.process_time() - begun}
+    row: dict[str, object] = {
+        "fit, s": seconds["fit"][0],
+        "processor s": time.process_time() - begun,
+    }
     row |= {"GiB more than the keys": peak() - before}
     row |= {"top-1, Tip-Adapter (1, 5.5)": plain, "top-1, fitted": right(cache)}
     if cache.values is not None and cache.metric is not None:
         points, values = cache.metric(torch.from_numpy(queries)), cache.values
         met = cache.metric(torch.from_numpy(np.array(cache.keys)))
         weights = points @ met.T
-        sides = {"answers": lambda _: clocked(lambda: cache.logits(queries)),
-                 "two products": lambda _: clocked(lambda: (points @ met.T, weights @ values))}  # fmt: skip
+        sides = {
+            "answers": lambda _: clocked(lambda: cache.logits(queries)),
+            "two products": lambda _: clocked(lambda: (points @ met.T, weights @ values)),
+        }
         taken = medians(take_turns("answers over all keys", sides, ROUNDS))
         row["answers, x the two products"] = taken["answers"] / taken["two products"]
     show(f"{keys} keys x {dim}, {classes} classes, {QUERIES} queries", [row])

@@ -49,7 +49,11 @@ Rows = Iterator[Sequence[str]]
 
 
 def measured(
-    what: str, runs: Mapping[str, Callable[[], object]], products: Mapping[str, str], device: str, rounds: int
+    what: str,
+    runs: Mapping[str, Callable[[], object]],
+    products: Mapping[str, str],
+    device: str,
+    rounds: int,
 ) -> Rows:
     """Measure the sides in turn, and yield the lines of the table. The first side is the plain form.
 
@@ -117,7 +121,10 @@ def answers(size: Size, queries: Sequence[int], rounds: int, device: str) -> Row
 
 def encodings(model: str, folder: Path, number: int, rounds: int, device: str) -> Rows:
     """Measure the encoding of photos on disk, and the encoding of as many pixels in memory with only the tower."""
-    paths, plain = encoding.chosen(folder, number), encoding.plain(model, device, encoding.PLAIN_BATCHES[0])
+    paths, plain = (
+        encoding.chosen(folder, number),
+        encoding.plain(model, device, encoding.PLAIN_BATCHES[0]),
+    )
     runs: dict[str, Callable[[], object]] = {"plain loop of open_clip": lambda: plain(paths)}
     precisions = ("float32", "float16" if device != "cpu" else "bfloat16")
     for precision in precisions:
@@ -153,14 +160,19 @@ class Views:
         keys /= np.linalg.norm(keys, axis=1, keepdims=True)
         names = [f"row {i}" for i in range(len(ids))]
         return cls(
-            seen, Index.from_features(keys, ids, made.names, made.text, device=device, settings=SETTINGS, sources=names)
+            seen,
+            Index.from_features(
+                keys, ids, made.names, made.text, device=device, settings=SETTINGS, sources=names
+            ),
         )
 
     def batch(self, size: int) -> tuple[Tensor, Tensor]:
         """Draw features of shape ``[b, d]``, and their class ids of shape ``[b]``."""
         random = np.random.default_rng(SEED)
         at = random.choice(len(self.views), size, replace=False)
-        views = torch.from_numpy(self.views[at, random.integers(0, VIEWS, size)]).to(self.index.device)
+        views = torch.from_numpy(self.views[at, random.integers(0, VIEWS, size)]).to(
+            self.index.device
+        )
         return views, self.index.class_ids[torch.from_numpy(at).to(self.index.device)]
 
     def source(self, folder: Path) -> Source:
@@ -168,7 +180,9 @@ class Views:
         n, v, d = self.views.shape
         ids = np.repeat(np.arange(n), v)
         labels = np.array(self.index.class_names)[self.index.class_ids.cpu().numpy()][ids]
-        table = rows(self.views.reshape(-1, d), labels).set_column(0, "id", [[f"row {i}" for i in ids]])
+        table = rows(self.views.reshape(-1, d), labels).set_column(
+            0, "id", [[f"row {i}" for i in ids]]
+        )
         pq.write_table(table, folder / "views.parquet", compression="none")
         return open_source(folder / "views.parquet")
 
@@ -184,7 +198,9 @@ def plain_step(cache: Index) -> Step:
     def step(f: Tensor, ids: Tensor) -> float:
         affinity = adapter(f)
         cache_logits = ((-1) * (settings.beta - settings.beta * affinity)).exp() @ values
-        loss = functional.cross_entropy(settings.logit_scale * f @ weights + cache_logits * settings.alpha, ids)
+        loss = functional.cross_entropy(
+            settings.logit_scale * f @ weights + cache_logits * settings.alpha, ids
+        )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -227,7 +243,10 @@ def write(text: str, place: Path) -> None:
     """Replace the table in a page. If the page has no table, append the table."""
     page = place.read_text("utf-8") if place.exists() else "# How fast\n"
     before, _, rest = page.partition(START)
-    place.write_text(f"{before.rstrip()}\n\n{START}\n\n{text}\n\n{END}{rest.partition(END)[2] or chr(10)}", "utf-8")
+    place.write_text(
+        f"{before.rstrip()}\n\n{START}\n\n{text}\n\n{END}{rest.partition(END)[2] or chr(10)}",
+        "utf-8",
+    )
 
 
 SIZES = ((16_000, 1024, 1000), (1_000_000, 512, 1000))
@@ -236,21 +255,54 @@ SIZES = ((16_000, 1024, 1000), (1_000_000, 512, 1000))
 @against
 @click.command(help=__doc__)
 @click.option("--device", default="cuda", show_default=True)
-@click.option("--size", "sizes", type=(int, int, int), multiple=True, default=SIZES, show_default=True,
-              help="Number of keys, dimensions and classes.")  # fmt: skip
+@click.option(
+    "--size",
+    "sizes",
+    type=(int, int, int),
+    multiple=True,
+    default=SIZES,
+    show_default=True,
+    help="Number of keys, dimensions and classes.",
+)
 @click.option("--queries", type=int, multiple=True, default=(1, 64, 50_000), show_default=True)
-@click.option("--training", "trained", type=(int, int, int), default=(1000, 16, 1024), show_default=True,
-              help="Number of classes, shots and dimensions.")  # fmt: skip
+@click.option(
+    "--training",
+    "trained",
+    type=(int, int, int),
+    default=(1000, 16, 1024),
+    show_default=True,
+    help="Number of classes, shots and dimensions.",
+)
 @click.option("--epochs", default=20, show_default=True)
 @click.option("--model", default=f"local-dir:{SHARED}/models/lit-mini", show_default=True)
-@click.option("--folder", type=click.Path(path_type=Path), default=SHARED / "data/caltech101", show_default=True)
-@click.option("--photos", default=1024, show_default=True, help="Number of photos to encode. Use 0 for no photos.")
+@click.option(
+    "--folder",
+    type=click.Path(path_type=Path),
+    default=SHARED / "data/caltech101",
+    show_default=True,
+)
+@click.option(
+    "--photos",
+    default=1024,
+    show_default=True,
+    help="Number of photos to encode. Use 0 for no photos.",
+)
 @click.option("--rounds", default=5, show_default=True)
-@click.option("--out", type=click.Path(path_type=Path), help="Markdown page in which the table is inserted.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Markdown page in which the table is inserted."
+)
 def main(
-    device: str, sizes: Sequence[Size], queries: Sequence[int], trained: Size, epochs: int, model: str, folder: Path,
-    photos: int, rounds: int, out: Path | None,
-) -> None:  # fmt: skip
+    device: str,
+    sizes: Sequence[Size],
+    queries: Sequence[int],
+    trained: Size,
+    epochs: int,
+    model: str,
+    folder: Path,
+    photos: int,
+    rounds: int,
+    out: Path | None,
+) -> None:
     """Measure all sides, and print or write the table."""
     device = resolve_device(device)
     lines: list[Sequence[str]] = []

@@ -27,9 +27,14 @@ from retrieval_tip.labelling.groups import group_no_match
 
 UNKNOWN, KNOWN, FAMILIAR, SHOTS, SHOWN = 7, 30, 210, 16, 5
 HEADS = (
-    "", "groups", "unknown classes found", "upper bound", "known photos without a match", "purity, %",
+    "",
+    "groups",
+    "unknown classes found",
+    "upper bound",
+    "known photos without a match",
+    "purity, %",
     "draws with 6 or more",
-)  # fmt: skip
+)
 DATASETS = {name: POOLS[name] for name in ("photos", "flowers", "caltech", "dtd", "cars")}
 DATASETS["food"] = DEVELOPED["food"]
 
@@ -49,14 +54,19 @@ def trial(pool: Index, items: Items, far: Items | None, each: int, seed: int) ->
     else:
         known = draw.permutation(np.unique(ids))[:KNOWN]
         unknown = draw.permutation(np.unique(far.ids))[:UNKNOWN] + len(pool.class_names)
-        features, ids = np.concatenate([features, far.features]), np.append(ids, far.ids + len(pool.class_names))
+        features, ids = (
+            np.concatenate([features, far.features]),
+            np.append(ids, far.ids + len(pool.class_names)),
+        )
     own = pool.class_ids.numpy()
     shots = drawn(draw, own, known, SHOTS)
     index = Index.from_features(pool.keys[shots], own[shots], pool.class_names, device="cpu")
     index, _ = closed_form.fit(index)
     familiar = drawn(draw, ids, known, -(-FAMILIAR // len(known)))[:FAMILIAR]
     rows = np.concatenate([familiar, drawn(draw, ids, unknown, each)])
-    answers = group_no_match(index, features[rows], index.classify(features[rows], neighbours=0)).to_arrow()
+    answers = group_no_match(
+        index, features[rows], index.classify(features[rows], neighbours=0)
+    ).to_arrow()
     numbers, no_match = (answers[name].to_numpy() for name in ("group", "no_match"))
     found, truth, most = set(), ids[rows], 0
     for number in range(1, int(np.nanmax(numbers, initial=0)) + 1):
@@ -71,18 +81,27 @@ def trial(pool: Index, items: Items, far: Items | None, each: int, seed: int) ->
 
 @click.command(help=__doc__)
 @common.shared_option
-@click.option("--pool", "pools", type=click.Choice(list(DATASETS)), multiple=True, default=list(DATASETS))
+@click.option(
+    "--pool", "pools", type=click.Choice(list(DATASETS)), multiple=True, default=list(DATASETS)
+)
 @click.option("--far", type=click.Choice(list(DATASETS)), help="Dataset of the unknown classes.")
-@click.option("--each", default=8, show_default=True, help="Number of photos of each unknown class.")
+@click.option(
+    "--each", default=8, show_default=True, help="Number of photos of each unknown class."
+)
 @click.option("--draws", default=20, show_default=True)
 def main(shared: Path, pools: tuple[str, ...], far: str | None, each: int, draws: int) -> None:
     """Print the numbers of groups and of unknown classes."""
     click.echo(f"{machine()}; {draws} draws of {UNKNOWN} unknown classes, mean ± standard error.\n")
-    rows, others = [], None if far is None else DATASETS[far].items(DATASETS[far].pool_of(0, shared)[0], shared)
+    rows, others = (
+        [],
+        None if far is None else DATASETS[far].items(DATASETS[far].pool_of(0, shared)[0], shared),
+    )
     for name in pools:
         pool, _ = DATASETS[name].pool_of(0, shared)
         items = DATASETS[name].items(pool, shared)
-        runs = list(zip(*(trial(pool, items, others, each, seed) for seed in range(draws)), strict=True))
+        runs = list(
+            zip(*(trial(pool, items, others, each, seed) for seed in range(draws)), strict=True)
+        )
         cells = ["{:.1f} ± {:.1f}".format(*summary(part)) for part in runs]
         rows.append((DATASETS[name].title, *cells, sum(n >= UNKNOWN - 1 for n in runs[1])))
     click.echo(markdown(HEADS, rows))

@@ -90,7 +90,9 @@ def margin(now: Round) -> IntArray:
 def centres(now: Round) -> IntArray:
     """Choose the photo that is nearest to the centre of each k-means cluster of the unlabelled photos."""
     points = now.centred[now.rest]
-    clusters = faiss.Kmeans(points.shape[1], now.n, niter=20, seed=now.seed, min_points_per_centroid=1)
+    clusters = faiss.Kmeans(
+        points.shape[1], now.n, niter=20, seed=now.seed, min_points_per_centroid=1
+    )
     clusters.train(points)
     nearest = np.unique((clusters.centroids @ points.T).argmax(axis=1))
     others = np.random.default_rng(now.seed).permutation(np.delete(np.arange(len(points)), nearest))
@@ -106,7 +108,9 @@ def of_skactiveml(name: str) -> Strategy:
         known = np.full(len(now.ids), np.nan)
         known[now.labelled] = now.ids[now.labelled]
         classes = range(now.ids.max() + 1)
-        classifier = SklearnClassifier(LogisticRegression(max_iter=200), classes=classes, missing_label=np.nan)
+        classifier = SklearnClassifier(
+            LogisticRegression(max_iter=200), classes=classes, missing_label=np.nan
+        )
         more = {"clf": classifier} if name in NEED_CLASSIFIER else {}
         own = {"n_classes": len(classes)} if name == "ProbCover" else {}
         strategy = getattr(skactiveml.pool, name)(random_state=now.seed, **own)
@@ -119,10 +123,16 @@ def of_skactiveml(name: str) -> Strategy:
 
 NEED_CLASSIFIER = ("Badge", "Falcun")
 STRATEGIES: dict[str, Strategy] = {
-    "suggest": suggested, "random": at_random, "margin": margin, "cluster centres": centres,
-}  # fmt: skip
+    "suggest": suggested,
+    "random": at_random,
+    "margin": margin,
+    "cluster centres": centres,
+}
 if find_spec("skactiveml"):
-    STRATEGIES |= {name: of_skactiveml(name) for name in ("MaxHerding", "TypiClust", "ProbCover", "Badge", "Falcun")}
+    STRATEGIES |= {
+        name: of_skactiveml(name)
+        for name in ("MaxHerding", "TypiClust", "ProbCover", "Badge", "Falcun")
+    }
 
 CLIP = "clip-vitb32"
 POOLS = {
@@ -130,24 +140,37 @@ POOLS = {
     "dtd-text": Tables("DTD val with text", f"{CLIP}/dtd", "test", "text", (), "val"),
     "flowers": Tables("Flowers102 val", f"{CLIP}/oxford_flowers", "test", None, (), "val"),
     "caltech": Tables("Caltech101 val", f"{CLIP}/caltech101", "test", None, (), "val"),
-    "cars": Tables("Stanford Cars, 16 shots, test on val", f"{CLIP}/stanford_cars", "val", None, (), "shots_16"),
+    "cars": Tables(
+        "Stanford Cars, 16 shots, test on val", f"{CLIP}/stanford_cars", "val", None, (), "shots_16"
+    ),
     "photos": DATASETS["photos"],
 }
 DEVELOPED = {
-    "cars-text": Tables("Stanford Cars, 16 shots with text", f"{CLIP}/stanford_cars", "val", "text", (), "shots_16"),
+    "cars-text": Tables(
+        "Stanford Cars, 16 shots with text", f"{CLIP}/stanford_cars", "val", "text", (), "shots_16"
+    ),
     "cars-val": Tables("Stanford Cars val", f"{CLIP}/stanford_cars", "val", None, (), "val"),
     "food": Tables("9 classes of Food-101", "clip-food9", "test", None, (), "train"),
-    "food-small": Tables("9 classes of Food-101, test photos", "clip-food9", "test", None, (), "test"),
+    "food-small": Tables(
+        "9 classes of Food-101, test photos", "clip-food9", "test", None, (), "test"
+    ),
     "dtd-test": Tables("DTD test", f"{CLIP}/dtd", "test", None, (), "test"),
     "dtd-test-text": Tables("DTD test with text", f"{CLIP}/dtd", "test", "text", (), "test"),
     "flowers-test": Tables("Flowers102 test", f"{CLIP}/oxford_flowers", "test", None, (), "test"),
-    "caltech-text": Tables("Caltech101 test with text", f"{CLIP}/caltech101", "test", "text_part", (), "test"),
+    "caltech-text": Tables(
+        "Caltech101 test with text", f"{CLIP}/caltech101", "test", "text_part", (), "test"
+    ),
 }
 ALL_POOLS = POOLS | DEVELOPED
 
 
 def curve(
-    pool: Index, test: tuple[npt.NDArray[np.float32], IntArray], choose: Strategy, draw: int, *, smoothing: bool = False
+    pool: Index,
+    test: tuple[npt.NDArray[np.float32], IntArray],
+    choose: Strategy,
+    draw: int,
+    *,
+    smoothing: bool = False,
 ) -> Run:
     """Label a random part of the pool in rounds, and return the accuracies in % after each round."""
     rows = np.sort(np.random.default_rng(draw).permutation(pool.n)[: int(SHARE * pool.n)])
@@ -158,7 +181,9 @@ def curve(
         rest = np.setdiff1d(np.arange(len(ids)), labelled)
         n = min(labels * len(pool.class_names) - len(labelled), len(rest))
         start = time.perf_counter()
-        chosen = np.asarray(choose(Round(features, ids, labelled, rest, n, index, draw)), dtype=np.int64)
+        chosen = np.asarray(
+            choose(Round(features, ids, labelled, rest, n, index, draw)), dtype=np.int64
+        )
         seconds += time.perf_counter() - start
         labelled, rest = np.concatenate([labelled, chosen]), np.setdiff1d(rest, chosen)
         index, known = fitted(pool, features[labelled], ids[labelled])
@@ -166,7 +191,9 @@ def curve(
             right = known[index.logits(queries).argmax(1).numpy()] == truth
             accuracies[part].append(100 * float(right.mean()) if len(right) else float("nan"))
         if smoothing and len(rest):
-            best = smooth(index, [FeatureBlock.of(features)]).blocks[0].mixed[rest].argmax(1).numpy()
+            best = (
+                smooth(index, [FeatureBlock.of(features)]).blocks[0].mixed[rest].argmax(1).numpy()
+            )
             accuracies["smoothed"].append(100 * float((known[best] == ids[rest]).mean()))
         accuracies["classes"].append(100 * len(np.unique(ids[labelled])) / len(pool.class_names))
     return {**accuracies, "seconds": seconds, "alike": alike(features, ids)}
@@ -178,13 +205,19 @@ def show_smoothed(runs: Sequence[Run], pools: Sequence[str]) -> None:
     for name in pools:
         own = [run for run in runs if (run["pool"], run["strategy"]) == (name, "smooth")]
         for place, labels in enumerate(LABELS[:3]):
-            alone, smoothed = (np.array([run[part][place] for run in own]) for part in ("unlabelled", "smoothed"))
+            alone, smoothed = (
+                np.array([run[part][place] for run in own]) for part in ("unlabelled", "smoothed")
+            )
             gain, error = summary((smoothed - alone).tolist())
             gains.append(gain)
             worst = f"{(smoothed - alone).min():+.2f}"
-            rows.append((name, labels, f"{alone.mean():.1f}", f"{gain:+.2f} ± {error:.2f}", worst, len(own)))
+            rows.append(
+                (name, labels, f"{alone.mean():.1f}", f"{gain:+.2f} ± {error:.2f}", worst, len(own))
+            )
     click.echo(markdown(("pool", "labels per class", "alone", "gain", "worst draw", "draws"), rows))
-    click.echo(f"\nMean gain {statistics.mean(gains):+.2f}, smallest gain of a cell {min(gains):+.2f}")
+    click.echo(
+        f"\nMean gain {statistics.mean(gains):+.2f}, smallest gain of a cell {min(gains):+.2f}"
+    )
 
 
 def alike(features: npt.NDArray[np.float32], ids: IntArray) -> float:
@@ -211,18 +244,31 @@ def over_labels(runs: Sequence[Run], part: str) -> list[tuple[float, float]]:
 
 
 def by_strategy(runs: Sequence[Run], pool: str) -> dict[str, list[Run]]:
-    own = {name: [run for run in runs if (run["pool"], run["strategy"]) == (pool, name)] for name in STRATEGIES}
+    own = {
+        name: [run for run in runs if (run["pool"], run["strategy"]) == (pool, name)]
+        for name in STRATEGIES
+    }
     return {name: some for name, some in own.items() if some}
 
 
 def show(runs: Sequence[Run], pool: str) -> None:
     """Print the table of a pool."""
-    heads = ["", *(f"{part}, {labels}" for part in PARTS for labels in LABELS), "classes", "s", "draws"]
+    heads = [
+        "",
+        *(f"{part}, {labels}" for part in PARTS for labels in LABELS),
+        "classes",
+        "s",
+        "draws",
+    ]
     own_runs, rows = by_strategy(runs, pool), []
     for name, own in own_runs.items():
-        cells = [f"{mean:.1f} ± {error:.1f}" for part in PARTS for mean, error in over_labels(own, part)]
+        cells = [
+            f"{mean:.1f} ± {error:.1f}" for part in PARTS for mean, error in over_labels(own, part)
+        ]
         cells.append(" / ".join(f"{mean:.0f}" for mean, _ in over_labels(own, "classes")))
-        rows.append([name, *cells, f"{statistics.mean(run['seconds'] for run in own):.1f}", len(own)])
+        rows.append(
+            [name, *cells, f"{statistics.mean(run['seconds'] for run in own):.1f}", len(own)]
+        )
     share = statistics.mean(run["alike"] for own in own_runs.values() for run in own)
     click.echo(
         f"\n**{ALL_POOLS[pool].title}**: {share:.0f} % of the photos are most similar to a photo of their class\n"
@@ -246,7 +292,9 @@ def draw_curves(runs: Sequence[Run], pools: Sequence[str]) -> Figure:
             }  # C1 resembles the colour of suggest
             if name == "suggest":
                 look = {"color": "#D55E00", "linewidth": 2.4, "zorder": 5}
-            labels = [labels * 2 ** (0.03 * (place - 4)) for labels in LABELS]  # prevents error bars from overlapping
+            labels = [
+                labels * 2 ** (0.03 * (place - 4)) for labels in LABELS
+            ]  # prevents error bars from overlapping
             axes.errorbar(labels, means, yerr=errors, marker="o", markersize=3, label=name, **look)
         axes.set_xscale("log", base=2)
         axes.set_xticks(LABELS, list(map(str, LABELS)))
@@ -255,29 +303,53 @@ def draw_curves(runs: Sequence[Run], pools: Sequence[str]) -> Figure:
         axes.set(xlabel="labels per class on average", ylabel="test accuracy, %")
     for axes in drawn[len(pools) :]:
         axes.set_visible(False)
-    figure.supxlabel("mean and standard error over draws", x=0.98, ha="right", fontsize=6.5, color="#8C8C8C")
+    figure.supxlabel(
+        "mean and standard error over draws", x=0.98, ha="right", fontsize=6.5, color="#8C8C8C"
+    )
     figure.legend(*drawn[0].get_legend_handles_labels(), loc="outside upper center", ncols=9)
     return figure
 
 
 @click.command(help=__doc__)
 @common.shared_option
-@click.option("--pool", "pools", type=click.Choice(list(ALL_POOLS)), multiple=True, default=list(POOLS))
-@click.option("--strategy", "strategies", type=click.Choice(list(STRATEGIES)), multiple=True, default=list(STRATEGIES))
+@click.option(
+    "--pool", "pools", type=click.Choice(list(ALL_POOLS)), multiple=True, default=list(POOLS)
+)
+@click.option(
+    "--strategy",
+    "strategies",
+    type=click.Choice(list(STRATEGIES)),
+    multiple=True,
+    default=list(STRATEGIES),
+)
 @click.option("--smooth", "smoothing", is_flag=True, help="Compare answers with smoothed answers.")
 @click.option("--draws", default=5, show_default=True)
 @common.results_option
-@click.option("--plot", type=click.Path(path_type=Path), help="PNG or SVG file with the accuracy on the test sets.")
+@click.option(
+    "--plot",
+    type=click.Path(path_type=Path),
+    help="PNG or SVG file with the accuracy on the test sets.",
+)
 def main(
-    shared: Path, pools: tuple[str, ...], strategies: tuple[str, ...], smoothing: bool, draws: int, results: Path,
+    shared: Path,
+    pools: tuple[str, ...],
+    strategies: tuple[str, ...],
+    smoothing: bool,
+    draws: int,
+    results: Path,
     plot: Path | None,
-) -> None:  # fmt: skip
+) -> None:
     """Label the pools in rounds, and print the accuracies."""
     click.echo(f"{machine('scikit-activeml')}. Top-1 in %, mean ± standard error over draws.")
     strategies = ("smooth",) if smoothing else strategies
     for name in pools:
         done = {(run["pool"], run["strategy"], run["draw"]) for run in read_runs(results)}
-        missing = [(name, way, draw) for draw in range(draws) for way in strategies if (name, way, draw) not in done]
+        missing = [
+            (name, way, draw)
+            for draw in range(draws)
+            for way in strategies
+            if (name, way, draw) not in done
+        ]
         if missing:
             pool, _ = ALL_POOLS[name].pool_of(0, shared)
             items = ALL_POOLS[name].items(pool, shared)

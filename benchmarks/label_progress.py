@@ -62,7 +62,9 @@ DONE, STOP, NUMBERS = 0.02, 0.01, ("wrong", "truth", "least_wrong", "most_wrong"
 def pool_of(name: str, shared: Path) -> tuple[npt.NDArray[np.float32], IntArray]:
     """Return the features and the class ids of all photos of a pool."""
     folder, names, column = POOLS[name]
-    table = pa.concat_tables([pq.read_table(shared / f"data/{folder}/{one}.parquet") for one in names])
+    table = pa.concat_tables(
+        [pq.read_table(shared / f"data/{folder}/{one}.parquet") for one in names]
+    )
     return features_of(table, column), np.unique(table["label"].to_pylist(), return_inverse=True)[1]
 
 
@@ -114,14 +116,20 @@ class Session:
         return np.setdiff1d(np.arange(len(self.ids)), self.labelled)
 
     def suggest(self) -> None:
-        pool = Pool([str(row) for row in self.rest], self.features[self.rest], [None] * len(self.rest))
-        picks = [(int(name), "") for name in suggest_features(pool, queue.QUEUED, self.index).inputs]
+        pool = Pool(
+            [str(row) for row in self.rest], self.features[self.rest], [None] * len(self.rest)
+        )
+        picks = [
+            (int(name), "") for name in suggest_features(pool, queue.QUEUED, self.index).inputs
+        ]
         self.queue.suggest(picks, set(self.labelled), len(self.labelled))
 
     def label(self, rows: Iterable[int], picked: Iterable[str]) -> None:
         self.labelled, self.picked = [*self.labelled, *rows], [*self.picked, *picked]
         names = [str(one) for one in self.ids[self.labelled]]
-        index = Index.from_features(self.features[self.labelled], names, sorted(set(names)), device="cpu")
+        index = Index.from_features(
+            self.features[self.labelled], names, sorted(set(names)), device="cpu"
+        )
         how = pa.array([self.picked[key_id] for key_id in index.labels["key_id"].to_pylist()])
         index.rows = replace(index.rows, labels=index.rows.labels.append_column(PICKED, how))
         index, _ = closed_form.fit(index)
@@ -135,7 +143,9 @@ class Session:
 
     def review(self) -> None:
         assert self.index is not None
-        answers = self.index.classify(self.features[self.rest], neighbours=0, norms="keep", logits=False).to_arrow()
+        answers = self.index.classify(
+            self.features[self.rest], neighbours=0, norms="keep", logits=False
+        ).to_arrow()
         order = np.argsort(answers["probability"].to_numpy(), kind="stable")[:PAGE]
         self.label(self.rest[order].tolist(), ["reviewed"] * len(order))
 
@@ -153,7 +163,10 @@ class Session:
 
 def stages(features: npt.NDArray[np.float32], ids: IntArray) -> Iterator[Run]:
     """Yield the estimate and the truth at each stage of a session."""
-    session, before = Session(features, ids, queue.Queue(len(ids))), dict[int, tuple[npt.NDArray[np.bool_], Any]]()
+    session, before = (
+        Session(features, ids, queue.Queue(len(ids))),
+        dict[int, tuple[npt.NDArray[np.bool_], Any]](),
+    )
     for number in SINGLE:
         session.single(number)
         right = session.right()
@@ -175,7 +188,12 @@ def stages(features: npt.NDArray[np.float32], ids: IntArray) -> Iterator[Run]:
 
 def stage(name: str, single: int, reviewed: int, session: Session, found: Estimate) -> Run:
     right = session.right()[session.rest]
-    numbers = {"single": single, "reviewed": reviewed, "photos": len(session.ids), "rest": len(right)}
+    numbers = {
+        "single": single,
+        "reviewed": reviewed,
+        "photos": len(session.ids),
+        "rest": len(right),
+    }
     return {"stage": name} | numbers | {"truth": int((~right).sum())} | vars(found)
 
 
@@ -183,7 +201,12 @@ def stage(name: str, single: int, reviewed: int, session: Session, found: Estima
 @common.shared_option
 @click.option("--pool", "pools", type=click.Choice(NAMES), multiple=True, default=NAMES)
 @click.option("--draws", default=20, show_default=True)
-@click.option("--first", default=9, show_default=True, help="First draw. Draws 0 to 8 were used to choose settings.")
+@click.option(
+    "--first",
+    default=9,
+    show_default=True,
+    help="First draw. Draws 0 to 8 were used to choose settings.",
+)
 @common.results_option
 def main(shared: Path, pools: tuple[str, ...], draws: int, first: int, results: Path) -> None:
     """Simulate labelling sessions, and print how often the interval contains the truth."""
@@ -202,21 +225,52 @@ def main(shared: Path, pools: tuple[str, ...], draws: int, first: int, results: 
 
 def errors(pools: Sequence[str], runs: Sequence[Run]) -> None:
     """Print the errors of the estimated accuracy and its moves by pool."""
-    heads = ("", *(f"error at {number}" for number in SIGNED), "root mean square", "truth inside", "width", "moves")
+    heads = (
+        "",
+        *(f"error at {number}" for number in SIGNED),
+        "root mean square",
+        "truth inside",
+        "width",
+        "moves",
+    )
     rows = []
     for name in (*pools, "all"):
-        own = {(run["pool"], run["draw"], run["single"]): run for run in runs if name in (run["pool"], "all")}
-        error = {at: 100 * (run["accuracy"] - 1 + run["truth"] / run["rest"]) for at, run in own.items()}
-        signed = [statistics.mean(value for at, value in error.items() if at[2] == number) for number in SIGNED]
+        own = {
+            (run["pool"], run["draw"], run["single"]): run
+            for run in runs
+            if name in (run["pool"], "all")
+        }
+        error = {
+            at: 100 * (run["accuracy"] - 1 + run["truth"] / run["rest"]) for at, run in own.items()
+        }
+        signed = [
+            statistics.mean(value for at, value in error.items() if at[2] == number)
+            for number in SIGNED
+        ]
         some = [run for at, run in own.items() if at[2] in SIGNED]
         rms = statistics.mean(error[at] ** 2 for at in own if at[2] in SIGNED) ** 0.5
         inside = sum(run["least_wrong"] <= run["truth"] <= run["most_wrong"] for run in some)
         width = 100 * statistics.mean(run["high"] - run["low"] for run in some)
-        later = [(run, own.get((pool, draw, at + BATCH))) for (pool, draw, at), run in own.items() if at >= SIGNED[0]]
-        moves = [abs(run["accuracy"] - after["accuracy"]) <= MOVE for run, after in later if after is not None]
+        later = [
+            (run, own.get((pool, draw, at + BATCH)))
+            for (pool, draw, at), run in own.items()
+            if at >= SIGNED[0]
+        ]
+        moves = [
+            abs(run["accuracy"] - after["accuracy"]) <= MOVE
+            for run, after in later
+            if after is not None
+        ]
         cells = [f"{value:+.1f}" for value in signed]
         rows.append(
-            (name, *cells, f"{rms:.1f}", f"{inside} of {len(some)}", f"{width:.0f}", f"{100 * np.mean(moves):.0f}")
+            (
+                name,
+                *cells,
+                f"{rms:.1f}",
+                f"{inside} of {len(some)}",
+                f"{width:.0f}",
+                f"{100 * np.mean(moves):.0f}",
+            )
         )
     click.echo(
         f"\nEstimated accuracy, in points; moves of at most {100 * MOVE:.0f} points in %\n\n{markdown(heads, rows)}"
@@ -225,27 +279,55 @@ def errors(pools: Sequence[str], runs: Sequence[Run]) -> None:
 
 def show(name: str, runs: Sequence[Run]) -> None:
     """Print the tables of a pool."""
-    heads = ("single", "reviewed", "truth inside", "wrong, estimated", "wrong", "interval", "accuracy in %")
+    heads = (
+        "single",
+        "reviewed",
+        "truth inside",
+        "wrong, estimated",
+        "wrong",
+        "interval",
+        "accuracy in %",
+    )
     rows = []
     places = sorted({(run["single"], run["reviewed"]) for run in runs if run["stage"] != "gain"})
     counted = [run for run in runs if run["stage"] != "gain"]
-    for own in [*([run for run in counted if (run["single"], run["reviewed"]) == at] for at in places), counted]:
+    for own in [
+        *([run for run in counted if (run["single"], run["reviewed"]) == at] for at in places),
+        counted,
+    ]:
         inside = sum(run["least_wrong"] <= run["truth"] <= run["most_wrong"] for run in own)
         wrong, truth, least, most = (statistics.mean(run[one] for run in own) for one in NUMBERS)
         accuracy = 100 * statistics.mean(1 - run["truth"] / run["rest"] for run in own)
         at = (own[0]["single"], own[0]["reviewed"]) if own is not counted else ("all", "")
-        cells = (*at, f"{inside} of {len(own)}", f"{wrong:.1f}", f"{truth:.1f}", f"{least:.0f} to {most:.0f}")
+        cells = (
+            *at,
+            f"{inside} of {len(own)}",
+            f"{wrong:.1f}",
+            f"{truth:.1f}",
+            f"{least:.0f} to {most:.0f}",
+        )
         rows.append((*cells, f"{accuracy:.1f}"))
     click.echo(f"\n**{name}**\n\n{markdown(heads, rows, left=0)}")
     sessions = {(run["pool"], run["draw"]) for run in counted}
-    ends = [run for run in counted if run["single"] <= SWITCH and run["most_wrong"] < DONE * run["photos"]]
-    done = list({(run["pool"], run["draw"]): run for run in reversed(ends)}.values())  # the first of each session
+    ends = [
+        run
+        for run in counted
+        if run["single"] <= SWITCH and run["most_wrong"] < DONE * run["photos"]
+    ]
+    done = list(
+        {(run["pool"], run["draw"]): run for run in reversed(ends)}.values()
+    )  # the first of each session
     labelled = sorted(run["photos"] - run["rest"] for run in done)
     right = sum(run["truth"] < DONE * run["photos"] for run in done)
-    click.echo(f"\nDone: {len(done)} of {len(sessions)} sessions, after {labelled} photos; {right} below {DONE:.0%}")
+    click.echo(
+        f"\nDone: {len(done)} of {len(sessions)} sessions, after {labelled} photos; {right} below {DONE:.0%}"
+    )
     gains = [run for run in runs if run["stage"] == "gain"]
     stops = [run for run in gains if run["gain"] < STOP]
-    good, little = sum(run["true"] < 1.5 * STOP for run in stops), sum(run["true"] < STOP for run in gains)
+    good, little = (
+        sum(run["true"] < 1.5 * STOP for run in stops),
+        sum(run["true"] < STOP for run in gains),
+    )
     error = statistics.mean((run["gain"] - run["true"]) ** 2 for run in gains) ** 0.5
     click.echo(
         f"Stop: {len(stops)} of {len(gains)} times, {good} with a true gain below 1.5 points; in {little}, it was "

@@ -36,11 +36,24 @@ from retrieval_tip.index import changes
 @click.option("--classes", type=click.IntRange(min=1), default=1000, show_default=True)
 @click.option("--index", default="auto", show_default=True)
 @click.option("--metric", is_flag=True, help="Fit a metric, with one-hot values.")
-@click.option("--times", type=click.IntRange(min=1), default=5, show_default=True, help="Number of turns.")
+@click.option(
+    "--times", type=click.IntRange(min=1), default=5, show_default=True, help="Number of turns."
+)
 @common.folder_option
-def main(keys: int, added: int, dim: int, classes: int, index: str, metric: bool, times: int, folder: Path) -> None:
+def main(
+    keys: int,
+    added: int,
+    dim: int,
+    classes: int,
+    index: str,
+    metric: bool,
+    times: int,
+    folder: Path,
+) -> None:
     """Measure the build and the changes, and print the results."""
-    if shutil.disk_usage(folder).free < 16 * keys * dim:  # the table, the keys, an index that holds them, a new version
+    if (
+        shutil.disk_usage(folder).free < 16 * keys * dim
+    ):  # the table, the keys, an index that holds them, a new version
         raise click.ClickException(f"{folder}: needs {16 * keys * dim / GIB:.1f} GiB of free space")
     click.echo(machine())
     title, made = f"{keys:,} keys x {dim}, {classes:,} classes", Made(classes, dim, SEED)
@@ -61,7 +74,11 @@ def main(keys: int, added: int, dim: int, classes: int, index: str, metric: bool
             return clocked(lambda: changes.add(target, open_source(late), Reader()))
 
         def remove(turn: int, first: int) -> float:
-            return clocked(lambda: changes.remove(target, key_ids=range(first + 10 * turn, first + 10 * turn + 10)))
+            return clocked(
+                lambda: changes.remove(
+                    target, key_ids=range(first + 10 * turn, first + 10 * turn + 10)
+                )
+            )
 
         def load(_: int, verify: str) -> float:
             return clocked(lambda: Index.load(target, device="cpu", verify=verify))
@@ -76,8 +93,13 @@ def main(keys: int, added: int, dim: int, classes: int, index: str, metric: bool
         taken |= take_turns(title, sides, times, warm=0)
         factory = Index.load(target, device="cpu", verify="fast").index_type
     found = medians(taken)
-    show(f"{title}, index {factory}", [{"what": what, "seconds": value, "times in a build": found["build"] / value}
-                 for what, value in found.items()])  # fmt: skip
+    show(
+        f"{title}, index {factory}",
+        [
+            {"what": what, "seconds": value, "times in a build": found["build"] / value}
+            for what, value in found.items()
+        ],
+    )
 
 
 if __name__ == "__main__":

@@ -56,11 +56,15 @@ class Made:
         apart = self._centres - self._centres.mean(axis=0)
         noise = rng.standard_normal((self.c + 1, self.d), dtype=np.float32)
         shared = (1 - TEXT**2 - TEXT_OWN**2) ** 0.5 * _unit(noise[:1])
-        self.text = _unit(TEXT * _unit(apart) + shared + TEXT_OWN * _unit(noise[1:])).astype(np.float32)
+        self.text = _unit(TEXT * _unit(apart) + shared + TEXT_OWN * _unit(noise[1:])).astype(
+            np.float32
+        )
         self._centres = self._centres.astype(np.float32)
         self.names = [f"class {i:06d}" for i in range(self.c)]  # in sorted order
 
-    def draw(self, ids: npt.NDArray[np.int64], seed: int, dtype: npt.DTypeLike = np.float32) -> npt.NDArray:
+    def draw(
+        self, ids: npt.NDArray[np.int64], seed: int, dtype: npt.DTypeLike = np.float32
+    ) -> npt.NDArray:
         """Draw one feature for each class id. The result has shape ``[m, d]``."""
         rng = np.random.default_rng([self.seed, seed])
         found = np.empty((len(ids), self.d), dtype=dtype)
@@ -83,7 +87,9 @@ def write_tables(folder: Path, made: Made, n: int, dtype: str = "float32") -> No
     The labels cycle through the classes, so that the keys of a class are not contiguous.
     """
     path = folder / "table.parquet"
-    with pq.ParquetWriter(path, _schema(made.d, dtype), use_dictionary=["label"], compression="none") as writer:
+    with pq.ParquetWriter(
+        path, _schema(made.d, dtype), use_dictionary=["label"], compression="none"
+    ) as writer:
         for start in range(0, n, ROWS):
             ids = np.arange(start, min(start + ROWS, n)) % made.c
             features = made.draw(ids, 10 + start // ROWS, dtype)

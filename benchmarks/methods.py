@@ -95,7 +95,9 @@ def searched(shots: Shots) -> Answering:
 
 def search_grid(cache: Index, val: Items, scales: tuple[float, float]) -> Index:
     """Search the published grid of beta and alpha. The first of several equally good settings is selected."""
-    betas, alphas = ([0.1 + i * (s - 0.1) / n for i in range(n)] for s, n in zip(scales, STEPS, strict=True))
+    betas, alphas = (
+        [0.1 + i * (s - 0.1) / n for i in range(n)] for s, n in zip(scales, STEPS, strict=True)
+    )
     best, chosen, y = -1, cache.settings, torch.from_numpy(val.ids)
     for beta in betas:
         terms = cache.with_settings(cache.settings.override(beta=beta)).terms(val.features, "all")
@@ -113,7 +115,9 @@ def cache_alone(shots: Shots) -> Answering:
 
 def fine_tuned(shots: Shots) -> Answering:
     own = shots_of(shots.index, shots.source)
-    return finetune(shots.index, own, shots.reader, Recipe(seed=shots.seed), val=shots.queries).index
+    return finetune(
+        shots.index, own, shots.reader, Recipe(seed=shots.seed), val=shots.queries
+    ).index
 
 
 def closed(shots: Shots, asked: closed_form.Fit | None = None) -> Answering:

@@ -82,7 +82,13 @@ def scrolled(page: Page, speed: int) -> tuple[float, float]:
     session.on("Tracing.tracingComplete", lambda end: done.append(end))
     traced = {"includedCategories": ["disabled-by-default-devtools.timeline.frame"]}
     session.send("Tracing.start", {"traceConfig": traced, "transferMode": "ReportEvents"})
-    gesture = {"x": 640, "y": 420, "yDistance": -SCROLLED * speed, "speed": speed, "gestureSourceType": "mouse"}
+    gesture = {
+        "x": 640,
+        "y": 420,
+        "yDistance": -SCROLLED * speed,
+        "speed": speed,
+        "gestureSourceType": "mouse",
+    }
     session.send("Input.synthesizeScrollGesture", gesture)
     session.send("Tracing.end")
     while not done:
@@ -133,7 +139,9 @@ def measured(page: Page, address: str, index: str, new: list[Path]) -> dict[str,
 
     for speed in SPEEDS:
         frames, updated = scrolled(page, speed)
-        click.echo(f"scrolling {ANSWERS:,} photos at {speed:,} px/s: {frames:.0f} frames/s, {updated:.0f} of the page")
+        click.echo(
+            f"scrolling {ANSWERS:,} photos at {speed:,} px/s: {frames:.0f} frames/s, {updated:.0f} of the page"
+        )
 
     opened("made")
     shown = expect(page.locator("#map-canvas"))
@@ -155,13 +163,24 @@ def measured(page: Page, address: str, index: str, new: list[Path]) -> dict[str,
 @click.argument("new", type=click.Path(exists=True, file_okay=False, path_type=Path))
 def main(index: Path, new: Path) -> None:
     """Serve INDEX, and drop photos from NEW, a folder of class folders, on its page."""
-    files = sorted(path.resolve() for path in new.rglob("*") if path.is_file() and not path.name.startswith("."))
+    files = sorted(
+        path.resolve()
+        for path in new.rglob("*")
+        if path.is_file() and not path.name.startswith(".")
+    )
     with tempfile.TemporaryDirectory() as folder:
         made, ids = Made(CLASSES, D), np.arange(KEYS) % CLASSES
-        keys = Index.from_features(made.draw(ids, 1), ids, made.names, text_weights=made.text, device="cpu")
+        keys = Index.from_features(
+            made.draw(ids, 1), ids, made.names, text_weights=made.text, device="cpu"
+        )
         keys.save(Path(folder) / "made")
-        with server(index, f"{folder}/made", "--device", "cpu") as (address, _), chromium() as browser:
-            page = browser.new_page(viewport={"width": 1280, "height": 840}, reduced_motion="reduce")
+        with (
+            server(index, f"{folder}/made", "--device", "cpu") as (address, _),
+            chromium() as browser,
+        ):
+            page = browser.new_page(
+                viewport={"width": 1280, "height": 840}, reduced_motion="reduce"
+            )
             page.set_default_timeout(WAIT)
             expect.set_options(WAIT)
             found = measured(page, address, index.name, files)

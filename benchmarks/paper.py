@@ -23,15 +23,33 @@ import click
 import numpy as np
 from baselines import class_means, linear_probe
 from common import SHARED, machine, summary
-from methods import Items, Method, Shots, cache_alone, closed, draw_shots, fine_tuned, paper, searched, zero_shot
+from methods import (
+    Items,
+    Method,
+    Shots,
+    cache_alone,
+    closed,
+    draw_shots,
+    fine_tuned,
+    paper,
+    searched,
+    zero_shot,
+)
 
 from retrieval_tip import EncodingCache, Reader, build_index, load_backbone, open_source
 from retrieval_tip.data.source import Source, few_shot, of_images
 from retrieval_tip.errors import RetrievalTipError
 from retrieval_tip.store.versions import Versions
 
-IMAGENET = ("itap of a {}.", "a bad photo of the {}.", "a origami {}.", "a photo of the large {}.",
-            "a {} in a video game.", "art of the {}.", "a photo of the small {}.")  # fmt: skip
+IMAGENET = (
+    "itap of a {}.",
+    "a bad photo of the {}.",
+    "a origami {}.",
+    "a photo of the large {}.",
+    "a {} in a video game.",
+    "art of the {}.",
+    "a photo of the small {}.",
+)
 DATASETS: dict[str, tuple[str, Sequence[str]]] = {
     "ImageNet": ("imagenet", IMAGENET),
     "Caltech101": ("caltech-101", ["a photo of a {}."]),
@@ -65,10 +83,18 @@ PUBLISHED = ("zero-shot", "tip-adapter", "tip-adapter-f")
 SLOW = ("linear-probe", "tip-adapter-f")
 """Methods that are not measured on feature tables."""
 SCALES = {
-    "ImageNet": (7.0, 3.0), "Caltech101": (12.0, 5.0), "OxfordPets": (7.0, 3.0), "StanfordCars": (20.0, 10.0),
-    "Flowers102": (50.0, 50.0), "Food101": (10.0, 10.0), "FGVCAircraft": (30.0, 30.0), "SUN397": (12.0, 10.0),
-    "DTD": (13.0, 13.0), "EuroSAT": (12.0, 10.0), "UCF101": (7.0, 3.0),
-}  # fmt: skip
+    "ImageNet": (7.0, 3.0),
+    "Caltech101": (12.0, 5.0),
+    "OxfordPets": (7.0, 3.0),
+    "StanfordCars": (20.0, 10.0),
+    "Flowers102": (50.0, 50.0),
+    "Food101": (10.0, 10.0),
+    "FGVCAircraft": (30.0, 30.0),
+    "SUN397": (12.0, 10.0),
+    "DTD": (13.0, 13.0),
+    "EuroSAT": (12.0, 10.0),
+    "UCF101": (7.0, 3.0),
+}
 """Largest beta and alpha of the published grid."""
 
 
@@ -80,21 +106,29 @@ def published() -> list[dict[str, str]]:
 
 def opened(name: str, root: Path, part: str) -> Source:
     """Open a part of a dataset, which is in its usual folder in root, or in a folder with its name."""
-    folder = next((root / one for one in (DATASETS[name][0], name.lower()) if (root / one).is_dir()), None)
+    folder = next(
+        (root / one for one in (DATASETS[name][0], name.lower()) if (root / one).is_dir()), None
+    )
     if folder is None:
         raise click.UsageError(f"no folder {DATASETS[name][0]} in {root}")
     if name == "ImageNet":  # results are reported on images/val
-        names = dict(line.split(maxsplit=1) for line in (folder / "classnames.txt").read_text().splitlines())
+        names = dict(
+            line.split(maxsplit=1) for line in (folder / "classnames.txt").read_text().splitlines()
+        )
         photos = open_source(folder / "images" / {"train": "train", "test": "val"}[part])
         return of_images(photos.sources, photos.name, [names[label] for label in photos.labels])
     if name == "FGVCAircraft":
         lines = (folder / f"images_variant_{part}.txt").read_text().splitlines()
         numbers, labels = zip(*(line.split(maxsplit=1) for line in lines), strict=True)
-        return of_images([f"{folder}/images/{number}.jpg" for number in numbers], f"{name} ({part})", labels)
+        return of_images(
+            [f"{folder}/images/{number}.jpg" for number in numbers], f"{name} ({part})", labels
+        )
     return open_source(next(folder.glob("split_zhou_*.json")), split=part)
 
 
-def dataset_rows(name: str, root: Path, work: Path, backbone: Any, options: dict[str, Any]) -> list[dict[str, Any]]:
+def dataset_rows(
+    name: str, root: Path, work: Path, backbone: Any, options: dict[str, Any]
+) -> list[dict[str, Any]]:
     """Measure a dataset that consists of photos."""
     train, test = (opened(name, root, part) for part in ("train", "test"))
     reader = Reader(backbone, cache=EncodingCache(EncodingCache.default_folder()), progress=True)
@@ -118,9 +152,13 @@ def table_rows(folder: Path, work: Path, options: dict[str, Any]) -> list[dict[s
     return list(measure(Shots(pool, train, reader, 0), out, Items.of(pool, test, reader), options))
 
 
-def measure(whole: Shots, out: Path, test: Items, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def measure(
+    whole: Shots, out: Path, test: Items, options: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
     """Yield the accuracy for each number of shots, seed and method. Finished runs are kept next to the index."""
-    results = out.with_name(f"{out.name}-{Versions(out).manifest().files['keys'].sha256[:12]}.jsonl")
+    results = out.with_name(
+        f"{out.name}-{Versions(out).manifest().files['keys'].sha256[:12]}.jsonl"
+    )
     rows = results.read_text(encoding="utf-8").splitlines() if results.exists() else []
     done = {tuple(row[name] for name in RUN): row for row in map(json.loads, rows)}
     for number, seed in itertools.product(options["shots"], options["seeds"]):
@@ -132,7 +170,11 @@ def measure(whole: Shots, out: Path, test: Items, options: dict[str, Any]) -> It
                 start = time.perf_counter()
                 answers = METHODS[method](shots).logits(test.features).argmax(dim=1).cpu().numpy()
                 found = {"top1": float((answers == test.ids).mean()), "n": len(answers)}
-                done[run] = dict(zip(RUN, run, strict=True)) | found | {"seconds": time.perf_counter() - start}
+                done[run] = (
+                    dict(zip(RUN, run, strict=True))
+                    | found
+                    | {"seconds": time.perf_counter() - start}
+                )
                 with results.open("a", encoding="utf-8") as file:
                     file.write(f"{json.dumps(done[run])}\n")
             yield done[run]
@@ -142,7 +184,9 @@ def drawn(whole: Shots, number: int, seed: int) -> Shots:
     """Draw shots by the published rule, and with them the published validation images, unless all are used."""
     pool, val = whole.index, whole.val
     if val is not None and whole.scales is None:
-        labels = pool.class_ids.cpu().numpy()[np.argsort(pool.labels["key_id"].to_numpy(), kind="stable")]
+        labels = pool.class_ids.cpu().numpy()[
+            np.argsort(pool.labels["key_id"].to_numpy(), kind="stable")
+        ]
         generator = random.Random(seed)
         few_shot(labels.tolist(), number, generator)
         seen = few_shot(val.ids.tolist(), min(number, 4), generator)
@@ -150,14 +194,18 @@ def drawn(whole: Shots, number: int, seed: int) -> Shots:
     return replace(whole, index=draw_shots(pool, number, seed), seed=seed, val=val)
 
 
-def print_rows(name: str, label: str, rows: list[dict[str, Any]], facts: list[dict[str, str]]) -> None:
+def print_rows(
+    name: str, label: str, rows: list[dict[str, Any]], facts: list[dict[str, str]]
+) -> None:
     """Print the measured and published accuracy by number of shots."""
     click.echo(f"\n{name}, measured with {label}, {rows[0]['n']} test items; published: (RN50)")
     click.echo(f"{'':<24}" + "".join(f"{f'{shots} shots':>15}" for shots in SHOTS))
     for method in dict.fromkeys(row["method"] for row in rows):
         text = ""
         for shots in SHOTS:
-            if own := [row["top1"] for row in rows if (row["method"], row["shots"]) == (method, shots)]:
+            if own := [
+                row["top1"] for row in rows if (row["method"], row["shots"]) == (method, shots)
+            ]:
                 text += "{:>9.1f} +-{:4.1f}".format(*(100 * one for one in summary(own)))
         click.echo(f"{method:<24}{text}")
     for method in PUBLISHED:
@@ -180,19 +228,33 @@ def print_published(table: str, title: str, why: str, facts: list[dict[str, str]
 
 @click.command(help=__doc__)
 @click.option("--root", type=click.Path(path_type=Path), default=SHARED / "data", show_default=True)
-@click.option("--work", type=click.Path(path_type=Path), default=Path("indexes/paper"), show_default=True)
+@click.option(
+    "--work", type=click.Path(path_type=Path), default=Path("indexes/paper"), show_default=True
+)
 @click.option("--model", default=f"local-dir:{SHARED}/models/lit-mini", show_default=True)
-@click.option("--dataset", "chosen", type=click.Choice(list(DATASETS)), multiple=True, help="[default: all available]")
+@click.option(
+    "--dataset",
+    "chosen",
+    type=click.Choice(list(DATASETS)),
+    multiple=True,
+    help="[default: all available]",
+)
 @click.option("--seeds", default=3, show_default=True)
 @click.option("--shots", type=int, multiple=True, default=SHOTS, show_default=True)
-@click.option("--method", "methods", type=click.Choice(list(METHODS)), multiple=True, default=list(METHODS))
-@click.option("--protocol", type=click.Choice(["honest", "paper"]), default="honest", show_default=True)
+@click.option(
+    "--method", "methods", type=click.Choice(list(METHODS)), multiple=True, default=list(METHODS)
+)
+@click.option(
+    "--protocol", type=click.Choice(["honest", "paper"]), default="honest", show_default=True
+)
 def main(root: Path, work: Path, model: str, chosen: tuple[str, ...], **given: Any) -> None:
     """Run all rows that can be measured, and list the others."""
     facts = published()
     click.echo(machine("open_clip_torch"))
     click.echo(f"protocol {given['protocol']}, seeds 1 to {given['seeds']}")
-    options = {name: given[name] for name in ("protocol", "shots")} | {"seeds": range(1, given["seeds"] + 1)}
+    options = {name: given[name] for name in ("protocol", "shots")} | {
+        "seeds": range(1, given["seeds"] + 1)
+    }
     options["methods"] = given["methods"]
     work.mkdir(parents=True, exist_ok=True)
     measured: dict[str, list[dict[str, Any]]] = {}
@@ -202,7 +264,12 @@ def main(root: Path, work: Path, model: str, chosen: tuple[str, ...], **given: A
         try:
             backbone = backbone or load_backbone(model)
             measured[name] = dataset_rows(name, root, work, backbone, options)
-            print_rows(name, str(backbone.identity), measured[name], [r for r in facts if r["dataset"] == name])
+            print_rows(
+                name,
+                str(backbone.identity),
+                measured[name],
+                [r for r in facts if r["dataset"] == name],
+            )
         except (OSError, RetrievalTipError, click.UsageError) as error:
             missing.append(f"{name}: {error}")
     food = root / "clip-food9"

@@ -39,7 +39,11 @@ SPLIT = "split_zhou_Caltech101.json"
 
 WAYS = ("both", "keyboard", "mouse", "phone")
 DESKTOP: dict[str, Any] = {"viewport": {"width": 1280, "height": 840}}
-PHONE: dict[str, Any] = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
+PHONE: dict[str, Any] = {
+    "viewport": {"width": 390, "height": 844},
+    "has_touch": True,
+    "is_mobile": True,
+}
 CHECKED = 10
 """Number of single labels between two checks."""
 DONE = 0.02
@@ -78,9 +82,12 @@ class Person:
             if not state["busy"] and not state["unsaved"] and state["encoded"] == state["photos"]:
                 break
             time.sleep(0.1)
-        answers = self.page.evaluate("async () => (await fetch('/v1/label/answers')).json()")["photos"]
+        answers = self.page.evaluate("async () => (await fetch('/v1/label/answers')).json()")[
+            "photos"
+        ]
         right = sum(
-            (one["label"] or one["guesses"][0]["label"]) == self.truth[Path(one["name"]).name] for one in answers
+            (one["label"] or one["guesses"][0]["label"]) == self.truth[Path(one["name"]).name]
+            for one in answers
         )
         return right / len(self.truth)
 
@@ -89,7 +96,9 @@ class Person:
         state = self.page.evaluate("async () => (await fetch('/v1/label')).json()")
         estimate = (state["progress"] or {}).get("estimate", {})
         most = estimate["most_wrong"] if estimate else state["photos"] - state["labelled"]
-        advised = self.page.evaluate("document.getElementById('label-review').classList.contains('primary')")
+        advised = self.page.evaluate(
+            "document.getElementById('label-review').classList.contains('primary')"
+        )
         return {
             "wrong": estimate.get("wrong"),
             "done": most < DONE * state["photos"],
@@ -104,7 +113,10 @@ class Person:
         guesses = self.page.locator("#label-choices .name").all_text_contents()
         if not self.points and truth in guesses:
             self.act(self.page.keyboard.press, ["Enter", "2", "3"][guesses.index(truth)])
-        elif self.points and (known := self.page.locator(f'#label-stage button[data-label="{truth}"]')).count():
+        elif (
+            self.points
+            and (known := self.page.locator(f'#label-stage button[data-label="{truth}"]')).count()
+        ):
             self.press(known.first)
         else:  # a typed name is one action
             if self.by == "phone":
@@ -112,7 +124,9 @@ class Person:
             self.page.keyboard.type(truth)
             self.act(self.page.keyboard.press, "Enter")
         if self.page.locator("#alike-dialog").count():
-            self.act(self.page.keyboard.press, "Shift+Enter")  # a new class that resembles another one
+            self.act(
+                self.page.keyboard.press, "Shift+Enter"
+            )  # a new class that resembles another one
         expect(photo).not_to_have_attribute("alt", name)
 
     def tiles(self) -> list[dict[str, Any]]:
@@ -130,7 +144,11 @@ class Person:
     def review_screen(self) -> int:
         """Correct the wrong answers on the screen, and confirm the others. Return how many were wrong."""
         wrong = 0
-        while found := [one for one in self.tiles() if one["visible"] and one["label"] != self.truth[one["name"]]]:
+        while found := [
+            one
+            for one in self.tiles()
+            if one["visible"] and one["label"] != self.truth[one["name"]]
+        ]:
             label = self.truth[found[0]["name"]]
             same = [one for one in found if self.truth[one["name"]] == label]
             if self.by == "keyboard":
@@ -163,13 +181,21 @@ class Person:
             down, right = tiles[tile]["top"] - active["top"], tiles[tile]["left"] - active["left"]
             if not (down or right):
                 return True
-            key = ("ArrowDown" if down > 0 else "ArrowUp") if down else "ArrowRight" if right > 0 else "ArrowLeft"
+            key = (
+                ("ArrowDown" if down > 0 else "ArrowUp")
+                if down
+                else "ArrowRight"
+                if right > 0
+                else "ArrowLeft"
+            )
             self.act(self.page.keyboard.press, key)
         raise RuntimeError(f"no way to {tile}")
 
     def give(self, label: str) -> None:
         """Give the selected photos a class."""
-        chip = self.page.locator("#selection-chips button", has_text=re.compile(rf"^\d {re.escape(label)}$"))
+        chip = self.page.locator(
+            "#selection-chips button", has_text=re.compile(rf"^\d {re.escape(label)}$")
+        )
         known = self.page.locator("#selection-class option").all_text_contents()
         if self.points and chip.count():
             try:
@@ -206,7 +232,10 @@ def drawn(photos: Path, into: Path, classes: int, number: int, seed: int) -> dic
 
 @contextmanager
 def opened(photos: Path, index: Path, model: tuple[str, ...], by: str) -> Iterator[Page]:
-    with server(photos, "--out", index, *model, "--device", "cpu", command="label") as (url, _), chromium() as browser:
+    with (
+        server(photos, "--out", index, *model, "--device", "cpu", command="label") as (url, _),
+        chromium() as browser,
+    ):
         page = browser.new_page(**(PHONE if by == "phone" else DESKTOP), reduced_motion="reduce")
         page.set_default_timeout(PATIENCE)
         page.goto(url)
@@ -214,7 +243,9 @@ def opened(photos: Path, index: Path, model: tuple[str, ...], by: str) -> Iterat
         yield page
 
 
-def run(truth: dict[str, str], photos: Path, index: Path, model: tuple[str, ...], by: str, checks: int) -> list[Row]:
+def run(
+    truth: dict[str, str], photos: Path, index: Path, model: tuple[str, ...], by: str, checks: int
+) -> list[Row]:
     """Label and review until nothing is left to do by the page's own advice. Return what it said and what was true."""
     rows: list[Row] = []
 
@@ -267,7 +298,13 @@ def run(truth: dict[str, str], photos: Path, index: Path, model: tuple[str, ...]
 @click.option("--by", type=click.Choice(WAYS), multiple=True, default=WAYS)
 @click.option("--seed", multiple=True, default=(0, 1, 2), show_default=True)
 def main(
-    photos: Path, model: str, classes: int, number: int, screens: int, by: tuple[str, ...], seed: tuple[int, ...]
+    photos: Path,
+    model: str,
+    classes: int,
+    number: int,
+    screens: int,
+    by: tuple[str, ...],
+    seed: tuple[int, ...],
 ) -> None:
     click.echo(machine())
     options = ("--model", model)
@@ -280,7 +317,9 @@ def main(
             click.echo(f"\n{way}, seed {draw}, {time.monotonic() - start:.0f} s")
             for step, actions, right, wrong, done in rows:
                 told = "" if wrong is None else f", about {wrong:.0f} wrong"
-                click.echo(f"{step:22} {actions:4} actions {100 * right:6.1f} % right{told}{', done' if done else ''}")
+                click.echo(
+                    f"{step:22} {actions:4} actions {100 * right:6.1f} % right{told}{', done' if done else ''}"
+                )
             for goal in GOALS:
                 reached = next((actions for _, actions, right, _, _ in rows if right >= goal), None)
                 click.echo(f"{goal:.0%} right after {reached} actions")

@@ -17,7 +17,13 @@ from common import features_of
 from retrieval_tip.fit.scatter import PRIOR_SCALE, PRIORS, pooled
 from retrieval_tip.store.sums import Sums
 
-TABLES = ("stanford_cars/shots_16", "oxford_flowers/shots_16", "caltech101/shots_16", "dtd/val", "imagenet/shots_4")
+TABLES = (
+    "stanford_cars/shots_16",
+    "oxford_flowers/shots_16",
+    "caltech101/shots_16",
+    "dtd/val",
+    "imagenet/shots_4",
+)
 
 
 def sums_of(table: Path) -> Sums:
@@ -30,13 +36,20 @@ def sums_of(table: Path) -> Sums:
 
 @click.command(help=__doc__)
 @common.shared_option
-@click.option("--out", type=click.Path(path_type=Path), default=PRIORS / "ViT-B-32-openai.npy", show_default=True)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=PRIORS / "ViT-B-32-openai.npy",
+    show_default=True,
+)
 def main(shared: Path, out: Path) -> None:
     found = [sums_of(shared / "data/clip-vitb32" / f"{name}.parquet") for name in TABLES]
     prior = pooled(found)
     out.parent.mkdir(parents=True, exist_ok=True)
     np.save(out, (PRIOR_SCALE * prior).astype(np.float16))
-    click.echo(f"{out}: {sum(part.n for part in found):,} keys of {sum(len(part.counts) for part in found):,} classes")
+    click.echo(
+        f"{out}: {sum(part.n for part in found):,} keys of {sum(len(part.counts) for part in found):,} classes"
+    )
 
 
 if __name__ == "__main__":

@@ -77,8 +77,17 @@ LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 def plain(folder: Path, what: str, device: str, port: int) -> None:
     """Run the plain server. This function runs in a separate process."""
     cache = Index.load(folder, device=device)
-    fields = ("label", "probability", "labels", "probabilities", "text_logit", "cache_logit", "neighbours", "opposing",
-              "no_match")  # fmt: skip
+    fields = (
+        "label",
+        "probability",
+        "labels",
+        "probabilities",
+        "text_logit",
+        "cache_logit",
+        "neighbours",
+        "opposing",
+        "no_match",
+    )
     app = FastAPI()
 
     def answer(names: list[str], features: np.ndarray) -> dict[str, object]:
@@ -93,7 +102,9 @@ def plain(folder: Path, what: str, device: str, port: int) -> None:
 
         @app.post("/v1/classify")
         def classify(features: list[list[float]] = Body(embed=True)) -> dict[str, object]:  # noqa: B008
-            return answer([f"row {i}" for i in range(len(features))], np.array(features, dtype=np.float32))
+            return answer(
+                [f"row {i}" for i in range(len(features))], np.array(features, dtype=np.float32)
+            )
 
     else:
         assert cache.backbone is not None
@@ -105,7 +116,9 @@ def plain(folder: Path, what: str, device: str, port: int) -> None:
             features = np.concatenate([unit(backbone.encode_images(own)) for own in pixels])
             return answer([image.filename or "" for image in images], features)
 
-    uvicorn.run(app, host="127.0.0.1", port=port, log_level="warning", access_log=False, backlog=1024)
+    uvicorn.run(
+        app, host="127.0.0.1", port=port, log_level="warning", access_log=False, backlog=1024
+    )
 
 
 # The servers, from outside
@@ -194,7 +207,9 @@ class Load:
                 break
             try:
                 if writer is None:
-                    reader, writer = await asyncio.open_connection("127.0.0.1", self.port, limit=MIB)
+                    reader, writer = await asyncio.open_connection(
+                        "127.0.0.1", self.port, limit=MIB
+                    )
                 start = time.perf_counter()
                 writer.write(self.requests[number])
                 head = await reader.readuntil(b"\r\n\r\n")
@@ -224,7 +239,9 @@ class Load:
         """Raise ClickException if a request failed."""
         if self.failures or not self.taken:
             lines = "\n".join(self.failures[:5])
-            raise click.ClickException(f"{what}: {len(self.taken)} answers, {len(self.failures)} failures\n{lines}")
+            raise click.ClickException(
+                f"{what}: {len(self.taken)} answers, {len(self.failures)} failures\n{lines}"
+            )
 
 
 # The requests
@@ -239,7 +256,9 @@ class Material:
     requests: list[bytes]
 
     @classmethod
-    def features(cls, place: Path, keys: int, dim: int, classes: int, index: str, k: int | None) -> Material:
+    def features(
+        cls, place: Path, keys: int, dim: int, classes: int, index: str, k: int | None
+    ) -> Material:
         """Make an index of synthetic features, and queries for it."""
         made, folder = Made(classes, dim, SEED), place / "made"
         write_tables(place, made, keys)
@@ -248,7 +267,9 @@ class Material:
         build_index(source, folder, Reader(), device="cpu", **options)
         asked = made.draw(made.classes(REQUESTS["features"], 2), 3)
         bodies = [json.dumps({"features": [row.tolist()]}).encode() for row in asked]
-        return cls("features", folder, [_request("application/json", body, folder.name) for body in bodies])
+        return cls(
+            "features", folder, [_request("application/json", body, folder.name) for body in bodies]
+        )
 
     @classmethod
     def images(cls, place: Path, shared: Path) -> Material:
@@ -259,11 +280,17 @@ class Material:
         template = ["a photo of a {}."]
         build_index(open_source(split), folder, reader, templates=template, device="cpu")
         paths = open_source(split, split="test").paths or ()
-        chosen = [paths[at] for at in np.linspace(0, len(paths) - 1, REQUESTS["images"]).astype(int)]
+        chosen = [
+            paths[at] for at in np.linspace(0, len(paths) - 1, REQUESTS["images"]).astype(int)
+        ]
         part = b'--image\r\nContent-Disposition: form-data; name="images"; filename="photo.jpg"\r\n'
         part += b"Content-Type: application/octet-stream\r\n\r\n"
         bodies = [part + Path(path).read_bytes() + b"\r\n--image--\r\n" for path in chosen]
-        return cls("images", folder, [_request("multipart/form-data; boundary=image", b, folder.name) for b in bodies])
+        return cls(
+            "images",
+            folder,
+            [_request("multipart/form-data; boundary=image", b, folder.name) for b in bodies],
+        )
 
     @property
     def title(self) -> str:
@@ -284,7 +311,9 @@ def _request(content_type: str, body: bytes, index: str) -> bytes:
 # The two measurements
 
 
-def compare(material: Material, clients: tuple[int, ...], seconds: float, rounds: int, device: str) -> None:
+def compare(
+    material: Material, clients: tuple[int, ...], seconds: float, rounds: int, device: str
+) -> None:
     """Measure our server, and the plain one unless versions are compared, for each number of clients."""
     what, kinds = material.what, KINDS[:1] if TURNS else KINDS
     with ExitStack() as running:
@@ -294,15 +323,24 @@ def compare(material: Material, clients: tuple[int, ...], seconds: float, rounds
             click.echo(agreement(material, servers, max(clients)))
         lines: list[dict[str, object]] = []
         for number in clients:
-            title, figures = f"{what}, {number} clients", {kind: list[dict[str, float]]() for kind in kinds}
+            title, figures = (
+                f"{what}, {number} clients",
+                {kind: list[dict[str, float]]() for kind in kinds},
+            )
             sides: dict[str, Side] = {
                 kind: partial(turn, server, material, number, seconds, figures[kind])
                 for kind, server in servers.items()
             }
             taken = take_turns(title, sides, rounds)
             for kind, turns in figures.items():
-                line = {"clients": number, "server": kind, "requests/s": 1 / statistics.median(taken[kind])}
-                line["ratio"] = statistics.median(a / b for a, b in zip(taken[kinds[-1]], taken[kind], strict=True))
+                line = {
+                    "clients": number,
+                    "server": kind,
+                    "requests/s": 1 / statistics.median(taken[kind]),
+                }
+                line["ratio"] = statistics.median(
+                    a / b for a, b in zip(taken[kinds[-1]], taken[kind], strict=True)
+                )
                 for figure in turns[0]:
                     values = [own[figure] for own in turns[1:]]  # the first turn was a warm-up
                     line[figure] = statistics.median(values)
@@ -312,7 +350,12 @@ def compare(material: Material, clients: tuple[int, ...], seconds: float, rounds
 
 
 def turn(
-    server: Server, material: Material, clients: int, seconds: float, figures: list[dict[str, float]], _: int
+    server: Server,
+    material: Material,
+    clients: int,
+    seconds: float,
+    figures: list[dict[str, float]],
+    _: int,
 ) -> float:
     """Send requests to a server, add its figures, and return the seconds per request."""
     before, sent = server.processor(), Load(server.port, material.requests, clients, seconds).run()
@@ -333,7 +376,9 @@ def agreement(material: Material, servers: dict[str, Server], clients: int) -> s
         sent.check(material.what)
         found.append(sent.answers)
     pairs = [(found[0][number], found[-1][number]) for number in range(len(material.requests))]
-    difference = max(np.abs(np.subtract(a["probabilities"], b["probabilities"])).max() for a, b in pairs)
+    difference = max(
+        np.abs(np.subtract(a["probabilities"], b["probabilities"])).max() for a, b in pairs
+    )
     differ = sum(a["label"] != b["label"] for a, b in pairs)
     line = f"{len(pairs)} requests: {differ} labels differ, probabilities differ by at most {difference:.1e}"
     if differ or difference > DIFFERENCE:
@@ -355,8 +400,12 @@ def soak(material: Material, seconds: float, every: float, device: str) -> bool:
         sent = Load(server.port, material.requests, 8, seconds).run()
         watching.join()
         replacing.join()
-    click.echo(f"{len(sent.taken):,} requests, {len(sent.failures)} failures, {len(sent.versions)} versions seen")
-    click.echo(f"p50 {sent.wait(50):.1f} ms, p99 {sent.wait(99):.1f} ms, {min(sizes):.0f} to {max(sizes):.0f} MiB")
+    click.echo(
+        f"{len(sent.taken):,} requests, {len(sent.failures)} failures, {len(sent.versions)} versions seen"
+    )
+    click.echo(
+        f"p50 {sent.wait(50):.1f} ms, p99 {sent.wait(99):.1f} ms, {min(sizes):.0f} to {max(sizes):.0f} MiB"
+    )
     for reason in sent.failures[:5]:
         click.echo(f"  {reason}")
     return not sent.failures and len(sent.versions) > 1 and replacing.exitcode == 0
@@ -364,7 +413,12 @@ def soak(material: Material, seconds: float, every: float, device: str) -> bool:
 
 def replace(folder: Path, seconds: float, every: float, ready: Barrier) -> None:
     """Repeatedly remove, add and relabel shots, rebuild the index and build it again. Runs in a separate process."""
-    table, text, reader, added = folder.parent / "table.parquet", folder.parent / "text.parquet", Reader(), [0]
+    table, text, reader, added = (
+        folder.parent / "table.parquet",
+        folder.parent / "text.parquet",
+        Reader(),
+        [0],
+    )
     source = open_source(table)
     ready.wait()
     begun = time.monotonic()
@@ -395,25 +449,65 @@ def watch(server: Server, seconds: float, sizes: list[float]) -> None:
 
 @against
 @click.command(help=__doc__)
-@click.option("--only", type=click.Choice(WHATS), multiple=True, help="Kind of requests.  [default: both]")
+@click.option(
+    "--only", type=click.Choice(WHATS), multiple=True, help="Kind of requests.  [default: both]"
+)
 @click.option("--keys", type=click.IntRange(min=1), default=16_000, show_default=True)
 @click.option("--dim", type=click.IntRange(min=1), default=512, show_default=True)
 @click.option("--classes", type=click.IntRange(min=2), default=1000, show_default=True)
 @click.option("--index", default="Flat", show_default=True)
-@click.option("-k", type=click.IntRange(min=1), help="Number of nearest keys to use per query.  [default: all]")
+@click.option(
+    "-k",
+    type=click.IntRange(min=1),
+    help="Number of nearest keys to use per query.  [default: all]",
+)
 @common.shared_option
-@click.option("--clients", type=int, multiple=True, default=(1, 8, 64), show_default=True, help="Clients; repeatable.")
-@click.option("--seconds", type=float, default=1.0, show_default=True, help="Length of a turn, in seconds.")
-@click.option("--rounds", default=5, show_default=True, help="Number of timed turns. Use 0 for no turns.")
-@click.option("--soak", "soaked", type=float, metavar="SECONDS", help="Length of a test with replaced indexes.")
-@click.option("--every", type=float, default=5.0, show_default=True, help="Number of seconds between index versions.")
+@click.option(
+    "--clients",
+    type=int,
+    multiple=True,
+    default=(1, 8, 64),
+    show_default=True,
+    help="Clients; repeatable.",
+)
+@click.option(
+    "--seconds", type=float, default=1.0, show_default=True, help="Length of a turn, in seconds."
+)
+@click.option(
+    "--rounds", default=5, show_default=True, help="Number of timed turns. Use 0 for no turns."
+)
+@click.option(
+    "--soak",
+    "soaked",
+    type=float,
+    metavar="SECONDS",
+    help="Length of a test with replaced indexes.",
+)
+@click.option(
+    "--every",
+    type=float,
+    default=5.0,
+    show_default=True,
+    help="Number of seconds between index versions.",
+)
 @common.device_option
 @common.folder_option
 def main(
-    only: tuple[str, ...], keys: int, dim: int, classes: int, index: str, k: int | None, shared: Path,
-    clients: tuple[int, ...], seconds: float, rounds: int, soaked: float | None, every: float, device: str,
+    only: tuple[str, ...],
+    keys: int,
+    dim: int,
+    classes: int,
+    index: str,
+    k: int | None,
+    shared: Path,
+    clients: tuple[int, ...],
+    seconds: float,
+    rounds: int,
+    soaked: float | None,
+    every: float,
+    device: str,
     folder: Path,
-) -> None:  # fmt: skip
+) -> None:
     """Measure the servers, and print the results."""
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     click.echo(machine("fastapi", "uvicorn"))
@@ -421,7 +515,9 @@ def main(
         for what in only or WHATS:
             features = (keys, dim, classes, index, k)
             made = (
-                Material.features(Path(name), *features) if what == "features" else Material.images(Path(name), shared)
+                Material.features(Path(name), *features)
+                if what == "features"
+                else Material.images(Path(name), shared)
             )
             if rounds:
                 compare(made, clients, seconds, rounds, device)

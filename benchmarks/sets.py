@@ -29,24 +29,45 @@ from retrieval_tip.settings import Ask
 
 COVERAGES, WRONG = (0.8, 0.9, 0.95), (0.01, 0.02, 0.05)
 COVERED = (
-    "builds", "promised", "covered", "builds below", "a tenth of the classes, at most", "photos without a match",
-    "covered there", "classes in a set", "top-k", "empty sets",
-)  # fmt: skip
-PLACED = ("builds", "promised", "wrong", "builds above", "builds above the printed bound", "sorted photos")
+    "builds",
+    "promised",
+    "covered",
+    "builds below",
+    "a tenth of the classes, at most",
+    "photos without a match",
+    "covered there",
+    "classes in a set",
+    "top-k",
+    "empty sets",
+)
+PLACED = (
+    "builds",
+    "promised",
+    "wrong",
+    "builds above",
+    "builds above the printed bound",
+    "sorted photos",
+)
 Row = tuple[float, ...]
 
 
 def covered(made: Drawn, p: torch.Tensor, matched: np.ndarray) -> Iterator[Row]:
     """Yield the figures of :data:`COVERED` for each promise, from 0 to 1."""
     truth = made.truth
-    ranks, some = (p > p[torch.arange(len(p)), truth][:, None]).sum(1).numpy(), replace(made, truth=truth[matched])
+    ranks, some = (
+        (p > p[torch.arange(len(p)), truth][:, None]).sum(1).numpy(),
+        replace(made, truth=truth[matched]),
+    )
     tops = [some.balanced(ranks[matched] < k) for k in range(1, p.shape[1] + 1)]
     for coverage in COVERAGES:
         sets = made.index.sets(Ask(coverage=coverage))
         assert sets is not None
         inside = sets.members(p).numpy()
         own, sizes = inside[np.arange(len(p)), truth], inside[matched].sum(1)
-        share, classes = some.balanced(own[matched]), [own[matched & (truth == i)].mean() for i in set(some.truth)]
+        share, classes = (
+            some.balanced(own[matched]),
+            [own[matched & (truth == i)].mean() for i in set(some.truth)],
+        )
         k = next((k for k, top in enumerate(tops, 1) if top >= share - 1e-9), p.shape[1])
         without = own[~matched].mean() if not matched.all() else np.nan
         figures = share, share < coverage, np.quantile(classes, 0.1), 1 - matched.mean(), without
@@ -55,7 +76,11 @@ def covered(made: Drawn, p: torch.Tensor, matched: np.ndarray) -> Iterator[Row]:
 
 def placed(made: Drawn, p: torch.Tensor, matched: np.ndarray) -> Iterator[Row]:
     """Yield the figures of :data:`PLACED` for each promise, from 0 to 1."""
-    held, (top, found), truth = held_out_probabilities(made.index), (part.numpy() for part in p.max(1)), made.truth
+    held, (top, found), truth = (
+        held_out_probabilities(made.index),
+        (part.numpy() for part in p.max(1)),
+        made.truth,
+    )
     weights = np.array(made.index.counts)[truth] / np.bincount(truth)[truth]
     for most in WRONG:
         threshold = threshold_of(held, most)
@@ -64,7 +89,9 @@ def placed(made: Drawn, p: torch.Tensor, matched: np.ndarray) -> Iterator[Row]:
         yield wrong, wrong > most, wrong > threshold.highest, kept.mean()
 
 
-def mean_rows(promises: Row, builds: dict[str, list[list[Row]]], parts: list[str]) -> Iterator[list[str]]:
+def mean_rows(
+    promises: Row, builds: dict[str, list[list[Row]]], parts: list[str]
+) -> Iterator[list[str]]:
     """Yield a line for each promise and data set. A part is formatted with the mean, or printed as mean ± deviation."""
     every = {"all": [rows for own in builds.values() for rows in own], **builds}
     for i, promise in enumerate(promises):

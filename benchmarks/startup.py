@@ -25,7 +25,9 @@ from retrieval_tip import Index
 CLASSES = 100
 
 
-def sides(folder: Path, image: Path, build: tuple[object, ...], keys: int, dim: int) -> dict[str, Side]:
+def sides(
+    folder: Path, image: Path, build: tuple[object, ...], keys: int, dim: int
+) -> dict[str, Side]:
     """Return the commands to time, which use the indexes ``images`` and ``rows`` in a folder."""
     images, features = folder / "images", folder / "rows"
     large, row = f"one row of features, {keys:,} keys x {dim}", folder / "row.parquet"
@@ -47,9 +49,19 @@ def sides(folder: Path, image: Path, build: tuple[object, ...], keys: int, dim: 
 @against
 @click.command(help=__doc__)
 @common.shared_option
-@click.option("--model", help="Encoder to use, named as on the command line.  [default: models/lit-mini in --shared]")
-@click.option("--images", default=CLASSES, show_default=True, help="Number of photos in the index of one per class.")
-@click.option("--keys", default=200_000, show_default=True, help="Number of keys in the index of features.")
+@click.option(
+    "--model",
+    help="Encoder to use, named as on the command line.  [default: models/lit-mini in --shared]",
+)
+@click.option(
+    "--images",
+    default=CLASSES,
+    show_default=True,
+    help="Number of photos in the index of one per class.",
+)
+@click.option(
+    "--keys", default=200_000, show_default=True, help="Number of keys in the index of features."
+)
 @click.option("--dim", default=512, show_default=True)
 @click.option("--runs", default=5, show_default=True)
 def main(shared: Path, model: str | None, images: int, keys: int, dim: int, runs: int) -> None:
@@ -64,14 +76,25 @@ def main(shared: Path, model: str | None, images: int, keys: int, dim: int, runs
         table = pa.table({"path": list(first.values()), "label": list(first)}).slice(0, images)
         pq.write_table(table, folder / "shots.parquet")
         source, options = folder / "shots.parquet", ("--model", model, "--fit", "none")
-        run(*PROGRAM, "-q", *(build := ("index", "build", source, *options)), "--out", folder / "images")
+        run(
+            *PROGRAM,
+            "-q",
+            *(build := ("index", "build", source, *options)),
+            "--out",
+            folder / "images",
+        )
         made, ids = Made(CLASSES, dim, SEED), np.arange(keys) % CLASSES
-        Index.from_features(made.draw(ids, 1), ids, made.names, made.text, device="cpu").save(folder / "rows")
+        Index.from_features(made.draw(ids, 1), ids, made.names, made.text, device="cpu").save(
+            folder / "rows"
+        )
         pq.write_table(rows(made.draw(ids[:1], 2), ["?"]), folder / "row.parquet")
         commands = sides(folder, photos / split["test"][0][0], build, keys, dim)
         found = take_turns(f"medians of {runs} processes", commands, runs)
     click.echo(f"{machine('openvino')}\nmodel {model}")
-    show(f"medians of {runs} processes", [{"what": what, "seconds": value} for what, value in medians(found).items()])
+    show(
+        f"medians of {runs} processes",
+        [{"what": what, "seconds": value} for what, value in medians(found).items()],
+    )
 
 
 if __name__ == "__main__":

@@ -58,7 +58,9 @@ class Photos:
     def encode(self, model: Any, transform: Transform) -> Tensor:
         """Return the features of all photos."""
         parts = torch.arange(len(self.paths)).split(CHUNK)
-        return torch.cat([normalize(model.encode_image(self.pixels(rows.tolist(), transform))) for rows in parts])
+        return torch.cat(
+            [normalize(model.encode_image(self.pixels(rows.tolist(), transform))) for rows in parts]
+        )
 
 
 @dataclass
@@ -88,11 +90,24 @@ class Bench:
         Encoders stay in evaluation mode, because a feature must not depend on the other photos in the batch.
         """
         torch.manual_seed(1)
-        parts, model, scale = row.split("+"), copy.deepcopy(self.model), float(self.model.logit_scale.exp())
+        parts, model, scale = (
+            row.split("+"),
+            copy.deepcopy(self.model),
+            float(self.model.logit_scale.exp()),
+        )
         keys, values = self.keys.clone(), one_hot(self.shots.ids).float()
-        matrices = [matrix.requires_grad_() for name, matrix in (("keys", keys), ("values", values)) if name in parts]
+        matrices = [
+            matrix.requires_grad_()
+            for name, matrix in (("keys", keys), ("values", values))
+            if name in parts
+        ]
         towers = {"visual": model.visual, "text": model.text}
-        encoders = [weight for name, tower in towers.items() if name in parts for weight in tower.parameters()]
+        encoders = [
+            weight
+            for name, tower in towers.items()
+            if name in parts
+            for weight in tower.parameters()
+        ]
         for weight in encoders:
             weight.requires_grad_()
         with torch.no_grad():
@@ -119,7 +134,9 @@ class Bench:
                 schedule.step()
         with torch.no_grad():
             f = self.test.encode(model, self.centre) if "visual" in parts else self.queries
-            logits = answer(f, keys, values, self.text(model), alpha=ALPHA, beta=BETA, logit_scale=scale)
+            logits = answer(
+                f, keys, values, self.text(model), alpha=ALPHA, beta=BETA, logit_scale=scale
+            )
         right = 100 * float((logits.argmax(1) == self.test.ids).double().mean())
         return sum(weight.numel() for weight in (*matrices, *encoders)), loss, right
 
@@ -128,7 +145,11 @@ def prepare(split: Path, name: str, classes: int | None, views: int) -> Bench:
     """Read the photos of the first ``classes`` classes, and encode ``views`` crops of each shot."""
     model, _, centre = open_clip.create_model_and_transforms(name)
     model.eval().requires_grad_(False)
-    size = model.visual.image_size if isinstance(model.visual.image_size, int) else model.visual.image_size[0]
+    size = (
+        model.visual.image_size
+        if isinstance(model.visual.image_size, int)
+        else model.visual.image_size[0]
+    )
     crop = RandomResizedCrop(size, scale=(0.5, 1.0), interpolation=Image.Resampling.BICUBIC)
     train, unseen = (open_source(split, split=part) for part in ("train", "test"))
     names = list(train.class_names)[:classes]
@@ -139,8 +160,16 @@ def prepare(split: Path, name: str, classes: int | None, views: int) -> Bench:
         return Photos([path for path, _ in kept], torch.tensor([number for _, number in kept]))
 
     tokens = open_clip.get_tokenizer(name)([TEMPLATE.format(label) for label in names])
-    last = [step for step in centre.transforms if type(step).__name__ in ("ToTensor", "MaybeToTensor", "Normalize")]
-    shots, test, crop = chosen(train), chosen(unseen), Compose([crop, RandomHorizontalFlip(), *last])
+    last = [
+        step
+        for step in centre.transforms
+        if type(step).__name__ in ("ToTensor", "MaybeToTensor", "Normalize")
+    ]
+    shots, test, crop = (
+        chosen(train),
+        chosen(unseen),
+        Compose([crop, RandomHorizontalFlip(), *last]),
+    )
     torch.manual_seed(0)
     encoded = torch.stack([shots.encode(model, crop) for _ in range(views)])
     keys, queries = (photos.encode(model, centre) for photos in (shots, test))
@@ -148,20 +177,40 @@ def prepare(split: Path, name: str, classes: int | None, views: int) -> Bench:
 
 
 @click.command(help=__doc__)
-@click.option("--split", type=click.Path(path_type=Path), show_default=True,
-              default=SHARED / "data/caltech101/split_zhou_Caltech101.json", help="CoOp's split file.")  # fmt: skip
-@click.option("--model", default="local-dir:../shared/models/lit-mini", show_default=True, help="Model of open_clip.")
+@click.option(
+    "--split",
+    type=click.Path(path_type=Path),
+    show_default=True,
+    default=SHARED / "data/caltech101/split_zhou_Caltech101.json",
+    help="CoOp's split file.",
+)
+@click.option(
+    "--model",
+    default="local-dir:../shared/models/lit-mini",
+    show_default=True,
+    help="Model of open_clip.",
+)
 @click.option("--classes", type=int, help="Number of classes to use.  [default: all]")
-@click.option("--epochs", type=int, help="Number of epochs of every row.  [default: 20; 2 or 5 for encoders]")
-@click.option("--views", default=VIEWS, show_default=True, help="Number of encoded crops of each shot.")
+@click.option(
+    "--epochs", type=int, help="Number of epochs of every row.  [default: 20; 2 or 5 for encoders]"
+)
+@click.option(
+    "--views", default=VIEWS, show_default=True, help="Number of encoded crops of each shot."
+)
 def main(split: Path, model: str, classes: int | None, epochs: int | None, views: int) -> None:
     """Train every row, and print the table."""
     click.echo(machine("open_clip_torch"))
     bench = prepare(split, model, classes, views)
     with (Path(__file__).parent / "published.csv").open(encoding="utf-8", newline="") as file:
-        published = {row["trained"]: row["accuracy"] for row in csv.DictReader(file) if row["table"] == "1"}
-    click.echo(f"{len(bench.shots.ids)} shots, {len(bench.test.ids)} test photos, alpha {ALPHA:g}, beta {BETA:g}")
-    click.echo(f"{'trained':<13}{'epochs':>7}{'parameters':>12}{'seconds':>9}{'loss':>8}{'test':>7}{'published':>11}")
+        published = {
+            row["trained"]: row["accuracy"] for row in csv.DictReader(file) if row["table"] == "1"
+        }
+    click.echo(
+        f"{len(bench.shots.ids)} shots, {len(bench.test.ids)} test photos, alpha {ALPHA:g}, beta {BETA:g}"
+    )
+    click.echo(
+        f"{'trained':<13}{'epochs':>7}{'parameters':>12}{'seconds':>9}{'loss':>8}{'test':>7}{'published':>11}"
+    )
     for row in ROWS:
         number, start = 0 if not row else epochs or EPOCHS.get(row, 20), time.perf_counter()
         parameters, loss, right = bench.train(row, number)

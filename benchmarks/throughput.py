@@ -57,7 +57,9 @@ class Way:
         for call in range(self.calls):
             at = starts[(turn * self.calls + call) % len(starts)]
             found: list[Tensor] = []
-            seconds += clocked(lambda f=self.queries[at : at + self.batch], found=found: found.append(self._run(f)))
+            seconds += clocked(
+                lambda f=self.queries[at : at + self.batch], found=found: found.append(self._run(f))
+            )
             self.answers[at] = found[0].argmax(dim=1).cpu()
         return seconds / (self.batch * self.calls)
 
@@ -69,13 +71,20 @@ class Way:
 
     def right(self, expected: Tensor) -> float:
         """Return the percentage of answers that are equal to the expected answers."""
-        hits = [(found == expected[at : at + len(found)]).float() for at, found in self.answers.items()]
+        hits = [
+            (found == expected[at : at + len(found)]).float() for at, found in self.answers.items()
+        ]
         return 100 * float(torch.cat(hits).mean())
 
 
 def dense(cache: Index) -> Run:
     """Return the plain dense form. If there are many keys, it computes in blocks."""
-    weights, alpha, beta, c = cache.text_weights, cache.settings.alpha, cache.settings.beta, len(cache.class_names)
+    weights, alpha, beta, c = (
+        cache.text_weights,
+        cache.settings.alpha,
+        cache.settings.beta,
+        len(cache.class_names),
+    )
     keys, ids = torch.from_numpy(cache.keys).to(cache.device), cache.class_ids[:, None]
     one_hot = torch.zeros(min(cache.n, DENSE_BLOCK), c, device=cache.device)
     whole = cache.n <= DENSE_BLOCK
@@ -121,7 +130,13 @@ class Material:
         keys = made.draw(ids, 1)
         alpha, beta = untouched_settings(keys, ids)
         cache = Index.from_features(
-            keys, ids, made.names, made.text, settings=Settings(alpha=alpha, beta=beta), index=index, device=device
+            keys,
+            ids,
+            made.names,
+            made.text,
+            settings=Settings(alpha=alpha, beta=beta),
+            index=index,
+            device=device,
         )
         asked = made.classes(queries, 2)
         return cls(cache, torch.from_numpy(made.draw(asked, 3)).to(device), torch.from_numpy(asked))
@@ -131,9 +146,14 @@ class Material:
         cache = self.index
         settings = replace(cache.settings, k=None)
         return Index.from_features(
-            cache.keys, cache.class_ids.cpu().numpy(), cache.class_names, cache.text_weights.cpu().numpy(),
-            settings=settings, index=index, device=cache.device,
-        )  # fmt: skip
+            cache.keys,
+            cache.class_ids.cpu().numpy(),
+            cache.class_names,
+            cache.text_weights.cpu().numpy(),
+            settings=settings,
+            index=index,
+            device=cache.device,
+        )
 
     @property
     def title(self) -> str:
@@ -141,14 +161,18 @@ class Material:
         cache, (alpha, beta) = self.index, (self.index.settings.alpha, self.index.settings.beta)
         return f"{cache.n:,} x {cache.d}, {len(cache.class_names)} classes, alpha {alpha:.4g}, beta {beta:.4g}"
 
-    def compare(self, section: str, ways: dict[str, Way], rounds: int, expected: Tensor | None = None) -> None:
+    def compare(
+        self, section: str, ways: dict[str, Way], rounds: int, expected: Tensor | None = None
+    ) -> None:
         """Measure the given ways in turn, and compare them with the first one."""
         title = f"{section}: {self.title}, medians of {rounds} turns"
         seconds = medians(take_turns(title, ways, rounds))
         plain = next(iter(ways))
         lines = []
         for name, way in ways.items():
-            known = way.queries is self.features and way.batch > 1 and not name.startswith("product")
+            known = (
+                way.queries is self.features and way.batch > 1 and not name.startswith("product")
+            )
             base = f"{plain}, alone" if way.batch == 1 else plain
             line = {"way": name, "queries a call": way.batch, "us a query": 1e6 * seconds[name]}
             line |= {"x plain": seconds[base] / seconds[name]}
@@ -167,10 +191,14 @@ def exact(size: Size, queries: int, rounds: int, device: str) -> None:
         "k all, float32": lambda f: cache.logits(f, "all"),
     }
     expected = cache.logits(f, "all").argmax(dim=1).cpu()
-    material.compare("exact", {name: Way(call, f, queries) for name, call in ways.items()}, rounds, expected)
+    material.compare(
+        "exact", {name: Way(call, f, queries) for name, call in ways.items()}, rounds, expected
+    )
 
 
-def retrieval(size: Size, queries: int, large: int, rounds: int, device: str, others: list[tuple[str, int]]) -> None:
+def retrieval(
+    size: Size, queries: int, large: int, rounds: int, device: str, others: list[tuple[str, int]]
+) -> None:
     """Measure `--index auto` and other index types with batches, large batches and single queries."""
     material = Material.make(size, queries, "auto", device)
     cache, f = material.index, material.features
@@ -185,9 +213,13 @@ def retrieval(size: Size, queries: int, large: int, rounds: int, device: str, ot
     }
     for factory, k in others:
         other = material.other(factory)
-        ways[f"{factory}, k {k}"] = Way(lambda f, other=other, k=k: other.logits(f, k), f, min(queries, 256))
+        ways[f"{factory}, k {k}"] = Way(
+            lambda f, other=other, k=k: other.logits(f, k), f, min(queries, 256)
+        )
     expected = torch.cat([cache.logits(part, "all").argmax(dim=1).cpu() for part in f.split(1024)])
-    material.compare(f"retrieval, {cache.index_type}, k {cache.settings.k or 'all'}", ways, rounds, expected)
+    material.compare(
+        f"retrieval, {cache.index_type}, k {cache.settings.k or 'all'}", ways, rounds, expected
+    )
 
 
 SIZES = ((16_000, 1024, 1000), (16_000, 512, 1000), (160_000, 512, 1000), (1_000_000, 512, 1000))
@@ -197,19 +229,52 @@ SIZE = (int, int, int)
 
 @against
 @click.command(help=__doc__)
-@click.option("--only", type=click.Choice(SECTIONS), multiple=True, help="Section to run; repeatable.  [default: all]")
+@click.option(
+    "--only",
+    type=click.Choice(SECTIONS),
+    multiple=True,
+    help="Section to run; repeatable.  [default: all]",
+)
 @click.option("--exact-size", type=SIZE, default=SIZES[0], show_default=True)
-@click.option("--size", "sizes", type=SIZE, multiple=True, default=SIZES, help="Size for `retrieval`; repeatable.")
-@click.option("--index", "others", type=(str, int), multiple=True, metavar="FACTORY K",
-              help="FAISS factory string and k to compare in `retrieval`. Can be repeated.")  # fmt: skip
-@click.option("--rounds", default=3, show_default=True, help="Number of timed turns. `exact` uses twice this number.")
-@click.option("--queries", type=int, help="[default: 1000 for exact, 8192, and 4096 above 200,000 keys]")
-@click.option("--large-batch", default=32768, show_default=True, help="Batch size of the large batch.")
+@click.option(
+    "--size",
+    "sizes",
+    type=SIZE,
+    multiple=True,
+    default=SIZES,
+    help="Size for `retrieval`; repeatable.",
+)
+@click.option(
+    "--index",
+    "others",
+    type=(str, int),
+    multiple=True,
+    metavar="FACTORY K",
+    help="FAISS factory string and k to compare in `retrieval`. Can be repeated.",
+)
+@click.option(
+    "--rounds",
+    default=3,
+    show_default=True,
+    help="Number of timed turns. `exact` uses twice this number.",
+)
+@click.option(
+    "--queries", type=int, help="[default: 1000 for exact, 8192, and 4096 above 200,000 keys]"
+)
+@click.option(
+    "--large-batch", default=32768, show_default=True, help="Batch size of the large batch."
+)
 @common.device_option
 def main(
-    only: tuple[str, ...], exact_size: Size, sizes: tuple[Size, ...], others: tuple[tuple[str, int], ...], rounds: int,
-    queries: int | None, large_batch: int, device: str,
-) -> None:  # fmt: skip
+    only: tuple[str, ...],
+    exact_size: Size,
+    sizes: tuple[Size, ...],
+    others: tuple[tuple[str, int], ...],
+    rounds: int,
+    queries: int | None,
+    large_batch: int,
+    device: str,
+) -> None:
     """Run the sections, and print the results."""
     torch.manual_seed(SEED)
     device, chosen = resolve_device(device), only or SECTIONS

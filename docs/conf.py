@@ -22,7 +22,10 @@ myst_heading_anchors = 3
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"retrieval-tip {release}"
-suppress_warnings = ["myst.header", "myst.xref_missing"]  # pages link to repository files that are not pages
+suppress_warnings = [
+    "myst.header",
+    "myst.xref_missing",
+]  # pages link to repository files that are not pages
 
 
 def setup(app: Sphinx) -> None:
@@ -30,7 +33,9 @@ def setup(app: Sphinx) -> None:
     app.connect("missing-reference", by_end)
 
 
-def by_end(app: Sphinx, env: BuildEnvironment, node: pending_xref, contnode: Element) -> Element | None:
+def by_end(
+    app: Sphinx, env: BuildEnvironment, node: pending_xref, contnode: Element
+) -> Element | None:
     """Resolve a reference to the only object whose full name ends with the given name."""
     if node.get("refdomain") != "py":
         return None

@@ -27,7 +27,9 @@ DATASETS = {
 
 def rows() -> list[dict[str, str]]:
     """Return the rows of the table."""
-    lines = re.findall(r"^\|(.*)\|$", TABLE.read_text(encoding="utf-8").partition("\nECE:")[0], re.MULTILINE)
+    lines = re.findall(
+        r"^\|(.*)\|$", TABLE.read_text(encoding="utf-8").partition("\nECE:")[0], re.MULTILINE
+    )
     head, _, *body = ([cell.strip() for cell in line.split("|")] for line in lines)
     return [dict(zip(head, row, strict=True)) for row in body]
 
@@ -38,9 +40,15 @@ def main() -> None:
     figure, axes = plt.subplots(1, len(DATASETS), figsize=(11, 2.7), layout="constrained")
     for axis, (dataset, title) in zip(axes, DATASETS.items(), strict=True):
         for column, (name, colour) in METHODS.items():
-            found = [(int(row["shots"]), row[column].split(" ")[0]) for row in rows() if row[""] == dataset]
+            found = [
+                (int(row["shots"]), row[column].split(" ")[0])
+                for row in rows()
+                if row[""] == dataset
+            ]
             points = [(shots, float(accuracy)) for shots, accuracy in found if accuracy]
-            axis.plot(*zip(*points, strict=True), "o-", ms=3, color=colour, label=name) if points else None
+            axis.plot(
+                *zip(*points, strict=True), "o-", ms=3, color=colour, label=name
+            ) if points else None
         axis.set(title=title, xscale="log", xlabel="photos per class")
         axis.set_xticks([1, 2, 4, 8, 16], labels=["1", "2", "4", "8", "16"])
         axis.minorticks_off()

@@ -29,7 +29,9 @@ Record = tuple[str, str, str]
 """The heading, the names and the help of an option."""
 
 
-def commands(group: click.Group, ctx: click.Context) -> Iterator[tuple[click.Command, click.Context]]:
+def commands(
+    group: click.Group, ctx: click.Context
+) -> Iterator[tuple[click.Command, click.Context]]:
     """Yield each command of a group and its subgroups, with its context."""
     for name, command in group.commands.items():
         own = command.context_class(command, info_name=name, parent=ctx)
@@ -67,7 +69,9 @@ def listed(own: list[Record], common: list[Record]) -> Iterator[str]:
     """Yield the names of a command's common options. If most options of a heading are used, name the heading."""
     for heading in dict.fromkeys(record[0] for record in common):
         every = [record for record in common if record[0] == heading]
-        used, missing = ([record for record in every if (record in own) is there] for there in (True, False))
+        used, missing = (
+            [record for record in every if (record in own) is there] for there in (True, False)
+        )
         if len(used) > max(1, len(missing)):
             yield f"{heading} (without {', '.join(map(name, missing))})" if missing else heading
         else:
@@ -90,19 +94,28 @@ def entry(command: click.Command, ctx: click.Context, own: list[Record], common:
             formatter.write_dl([record[1:] for record in own], COLUMN)
     if common:
         with formatter.section("Common options"):
-            formatter.write(textwrap.indent("\n".join(textwrap.wrap(common, WIDTH, break_on_hyphens=False)), "  "))
+            formatter.write(
+                textwrap.indent(
+                    "\n".join(textwrap.wrap(common, WIDTH, break_on_hyphens=False)), "  "
+                )
+            )
     return f"## {ctx.command_path.partition(' ')[2]}\n\n{block(formatter)}"
 
 
 def reference() -> str:
     """Return the text of the page."""
-    found = [(*one, options(*one)) for one in commands(main, main.context_class(main, info_name="retrieval-tip"))]
+    found = [
+        (*one, options(*one))
+        for one in commands(main, main.context_class(main, info_name="retrieval-tip"))
+    ]
     uses = Counter(record for *_, records in found for record in records)
     common = shared(uses)
     parts = [HEAD]
     for command, ctx, records in found:
         own = [record for record in records if record not in common]
-        names = ", ".join(listed([record for record in records if uses[record] < len(found)], common))
+        names = ", ".join(
+            listed([record for record in records if uses[record] < len(found)], common)
+        )
         parts.append(entry(command, ctx, own, names))
     formatter = click.HelpFormatter(width=WIDTH)
     for heading in dict.fromkeys(record[0] for record in common):

@@ -107,7 +107,9 @@ def pictures(page: Page, new: Path) -> None:
     page.wait_for_selector("#known button img")
     picture("page-start")
     beside(page, "start")
-    files = sorted(path for path in new.rglob("*") if path.is_file() and not path.name.startswith("."))
+    files = sorted(
+        path for path in new.rglob("*") if path.is_file() and not path.name.startswith(".")
+    )
     page.set_input_files("#files", files)
     page.wait_for_selector("#grid .tile[data-label]")
     while "done" in (page.locator("#progress").text_content() or ""):
@@ -160,7 +162,9 @@ def pictures(page: Page, new: Path) -> None:
     picture("page-teach")
     beside(page, "teach")
     page.evaluate("location.hash = '#settings'")
-    page.locator("#settings-view details").evaluate_all("all => all.forEach((one) => (one.open = true))")
+    page.locator("#settings-view details").evaluate_all(
+        "all => all.forEach((one) => (one.open = true))"
+    )
     beside(page, "settings")
 
 
@@ -169,7 +173,9 @@ def pictures(page: Page, new: Path) -> None:
 @click.argument("new", type=click.Path(exists=True, file_okay=False, path_type=Path))
 def main(index: Path, new: Path) -> None:
     """Serve a copy of INDEX, and classify the photos in NEW, which is a folder of class folders."""
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    chromium = next(
+        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+    )
     with tempfile.TemporaryDirectory() as folder:
         copy = shutil.copytree(index, Path(folder) / index.name)
         new = shutil.copytree(new, Path(folder) / "new")  # browsers reject links
@@ -180,13 +186,29 @@ def main(index: Path, new: Path) -> None:
             (pictures, ["serve", str(copy)]),
         )
         for pictured, command in commands:
-            program = [sys.executable, "-m", "retrieval_tip", *command, "--port", "0", "--device", "cpu"]
+            program = [
+                sys.executable,
+                "-m",
+                "retrieval_tip",
+                *command,
+                "--port",
+                "0",
+                "--device",
+                "cpu",
+            ]
             serving = subprocess.Popen(program, stderr=subprocess.PIPE, text=True)  # noqa: S603  # itself
             with serving, sync_playwright() as playwright:
                 assert serving.stderr is not None
-                address = next(filter(None, (re.search(r"http[^\s;]+#token=[^\s;]+", line) for line in serving.stderr)))
+                address = next(
+                    filter(
+                        None,
+                        (re.search(r"http[^\s;]+#token=[^\s;]+", line) for line in serving.stderr),
+                    )
+                )
                 try:
-                    browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+                    browser = playwright.chromium.launch(
+                        executable_path=chromium, args=["--no-sandbox"]
+                    )
                     page = browser.new_page(viewport=DESKTOP, reduced_motion="reduce")
                     page.set_default_timeout(WAIT)
                     page.goto(address[0])
@@ -196,7 +218,15 @@ def main(index: Path, new: Path) -> None:
                     serving.terminate()
     first, *rest = [frame for frame, _ in FRAMES]
     durations = [duration for _, duration in FRAMES]
-    first.save(HERE / "page.webp", save_all=True, append_images=rest, duration=durations, loop=0, quality=70, method=6)
+    first.save(
+        HERE / "page.webp",
+        save_all=True,
+        append_images=rest,
+        duration=durations,
+        loop=0,
+        quality=70,
+        method=6,
+    )
 
 
 if __name__ == "__main__":

@@ -26,7 +26,15 @@ from retrieval_tip.data import images
 from retrieval_tip.data.encoding_cache import EncodingCache
 from retrieval_tip.data.pictures import Picture, features_of, is_one, open_images
 from retrieval_tip.data.reader import Reader
-from retrieval_tip.data.sources import Source, check_images, kind_of, open_inputs, open_items, open_source, read_item
+from retrieval_tip.data.sources import (
+    Source,
+    check_images,
+    kind_of,
+    open_inputs,
+    open_items,
+    open_source,
+    read_item,
+)
 from retrieval_tip.data.tables import check_backbone, is_frame
 from retrieval_tip.errors import InputError, RetrievalTipError, UsageError, counted, few
 from retrieval_tip.evaluation.audit import audit
@@ -47,7 +55,15 @@ from retrieval_tip.labelling.sort import Sorted, sort_photos
 from retrieval_tip.model import Index
 from retrieval_tip.predictions import Prediction, Predictions, SimilarShot
 from retrieval_tip.retrieval.inputs import Features
-from retrieval_tip.settings import Ask, AskOptions, BuildOptions, ClassPrior, MetricName, Precision, ValuesName
+from retrieval_tip.settings import (
+    Ask,
+    AskOptions,
+    BuildOptions,
+    ClassPrior,
+    MetricName,
+    Precision,
+    ValuesName,
+)
 from retrieval_tip.store.address import parse
 
 if TYPE_CHECKING:
@@ -102,7 +118,14 @@ class OpenIndex:
         self.reader = replace(reader, parts=index.parts)
 
     @classmethod
-    def load(cls, place: Place, model: Model = None, *, device: str = "auto", precision: Precision = "auto") -> Self:
+    def load(
+        cls,
+        place: Place,
+        model: Model = None,
+        *,
+        device: str = "auto",
+        precision: Precision = "auto",
+    ) -> Self:
         """Open an index folder or a LanceDB store (``lance://``, ``s3://`` or ``gs://``), and load its encoder.
 
         If the encoder of the index cannot be loaded by its name, pass it as ``model``, as for ``from_folder``. If the
@@ -132,9 +155,13 @@ class OpenIndex:
         return self.index.n
 
     def __repr__(self) -> str:
-        backbone = self.index.backbone.model if self.index.backbone else "features of an unnamed backbone"
+        backbone = (
+            self.index.backbone.model if self.index.backbone else "features of an unnamed backbone"
+        )
         place = self._saved_at() or "not saved"
-        return f"Classifier({self.index.n} photos, {len(self.classes)} classes, {backbone}, {place})"
+        return (
+            f"Classifier({self.index.n} photos, {len(self.classes)} classes, {backbone}, {place})"
+        )
 
     def _repr_html_(self) -> str:
         return self.index._repr_html_()
@@ -180,7 +207,9 @@ class OpenIndex:
 
     def save(self, folder: Place) -> Self:
         """Copy the index to a new folder or LanceDB store, which this classifier uses from now on."""
-        self.index = changes.clone(self._written(), _place("folder", folder)).index.on(self.index.device)
+        self.index = changes.clone(self._written(), _place("folder", folder)).index.on(
+            self.index.device
+        )
         self._temporary = None
         return self
 
@@ -219,7 +248,11 @@ class OpenIndex:
         return self._change(changes.remove, where=where, key_ids=key_ids)
 
     def relabel(
-        self, label: str | Mapping[int, str], *, where: str | None = None, key_ids: Sequence[int] | None = None
+        self,
+        label: str | Mapping[int, str],
+        *,
+        where: str | None = None,
+        key_ids: Sequence[int] | None = None,
     ) -> Changed:
         """Move shots to other classes of the index (see :func:`changes.relabel`)."""
         return self._change(changes.relabel, label, where=where, key_ids=key_ids)
@@ -259,9 +292,14 @@ class OpenIndex:
         """
         source = None if val is None else _opened(val, "val")
         done = self._change(
-            changes.fit_index, metric=metric, values=values, class_prior=class_prior, prior=prior, validation=source,
+            changes.fit_index,
+            metric=metric,
+            values=values,
+            class_prior=class_prior,
+            prior=prior,
+            validation=source,
             reader=self.reader,
-        )  # fmt: skip
+        )
         assert done.fit is not None
         return done.fit
 
@@ -296,7 +334,9 @@ class OpenIndex:
         from retrieval_tip.fit.finetune import finetune_into, shots_of
 
         if not isinstance(recipe, settings.Recipe | None):
-            raise UsageError(f"recipe: got an object of type {type(recipe).__name__}; give a Recipe")
+            raise UsageError(
+                f"recipe: got an object of type {type(recipe).__name__}; give a Recipe"
+            )
         index = self._in_folder()
         held_out = None if val is None else _opened(val, "val")
         shots = shots_of(index, None if source is None else _opened(source, "train"))
@@ -356,7 +396,10 @@ class Classifier(OpenIndex):
         backbone = given_backbone(model, device, precision)
         reader = Reader(backbone, seed=seed, cache=EncodingCache.default())
         temporary, place = _new_place(out)
-        made = cls(build_index(source, place, replace(reader, views=views), device=device, **options), reader)
+        made = cls(
+            build_index(source, place, replace(reader, views=views), device=device, **options),
+            reader,
+        )
         made._temporary = temporary
         return made
 
@@ -377,9 +420,16 @@ class Classifier(OpenIndex):
     @overload
     def predict(self, what: Picture, **options: Unpack[PredictOptions]) -> Prediction: ...  # type: ignore[overload-overlap] # a path is also an iterable of letters
     @overload
-    def predict(self, what: Iterable[Picture] | Features, **options: Unpack[PredictOptions]) -> Predictions: ...
     def predict(
-        self, what: Any, *, group_no_match: bool = False, norms: Checked = "check", **asked: Unpack[AskOptions]
+        self, what: Iterable[Picture] | Features, **options: Unpack[PredictOptions]
+    ) -> Predictions: ...
+    def predict(
+        self,
+        what: Any,
+        *,
+        group_no_match: bool = False,
+        norms: Checked = "check",
+        **asked: Unpack[AskOptions],
     ) -> Prediction | Predictions:
         """Classify photos or features.
 
@@ -414,7 +464,9 @@ class Classifier(OpenIndex):
 
     __call__ = predict
 
-    def predict_proba(self, what: Query, *, norms: Checked = "check", **asked: Unpack[AskOptions]) -> FloatArray:
+    def predict_proba(
+        self, what: Query, *, norms: Checked = "check", **asked: Unpack[AskOptions]
+    ) -> FloatArray:
         """Return the probabilities of all classes, of shape ``[q, c]``, in the order of ``classes``.
 
         The arguments are the same as for :meth:`predict`. A single photo gives one row. Unreadable photos in a folder
@@ -425,7 +477,9 @@ class Classifier(OpenIndex):
         one = isinstance(answers, Prediction)
         own = answers.logits if one else answers.to_arrow()["logits"].combine_chunks().flatten()
         logits = torch.tensor(np.asarray(own), dtype=torch.float32)
-        chances = tip.probabilities(logits.view(-1, len(self.classes)), self.index.settings.temperature)
+        chances = tip.probabilities(
+            logits.view(-1, len(self.classes)), self.index.settings.temperature
+        )
         return np.asarray(chances)
 
     def score(self, what: Query, y: Iterable[object]) -> float:
@@ -435,13 +489,19 @@ class Classifier(OpenIndex):
         has another length or no class of the index.
         """
         answers: Any = self.predict(what, neighbours=0)
-        found = [answers.label] if isinstance(answers, Prediction) else answers.to_arrow()["label"].to_pylist()
+        found = (
+            [answers.label]
+            if isinstance(answers, Prediction)
+            else answers.to_arrow()["label"].to_pylist()
+        )
         right = [str(label) for label in y]
         if len(found) != len(right):
             what_ = f"got {counted(len(right), 'label')} for {counted(len(found), 'photo')}"
             raise InputError(f"y: {what_}; give one per photo")
         if right and not set(right) & set(self.classes):
-            raise InputError(f"y: {right[0]} is not a class of this index; it has {few(self.classes)}")
+            raise InputError(
+                f"y: {right[0]} is not a class of this index; it has {few(self.classes)}"
+            )
         return float(np.mean(np.array(found) == np.array(right)))
 
     def explain(self, what: Picture, **asked: Unpack[AskOptions]) -> Explanation:
@@ -453,12 +513,16 @@ class Classifier(OpenIndex):
             raise UsageError("what: expected a single photo; call explain for each photo")
         asked.setdefault("top", 3)
         given = open_images(what)
-        (prediction,) = Predictions.joined(classify_sources(self.index, [given], self.reader, Ask(**asked)))
+        (prediction,) = Predictions.joined(
+            classify_sources(self.index, [given], self.reader, Ask(**asked))
+        )
         (path,) = given.paths or ()
         shots = [_file(neighbour.source) for neighbour in prediction.neighbours]
         return Explanation(prediction, given.load(path), shots)
 
-    def similar(self, photo: Picture | Features, n: int = 5, *, norms: Checked = "check") -> list[SimilarShot]:
+    def similar(
+        self, photo: Picture | Features, n: int = 5, *, norms: Checked = "check"
+    ) -> list[SimilarShot]:
         """Return the ``n`` shots most similar to a photo or a feature (see :meth:`model.Index.similar`)."""
         if (features := features_of(photo)) is None and is_one(photo):
             features = self.reader.encode(open_images(photo)).features
@@ -477,7 +541,9 @@ class Classifier(OpenIndex):
             return suggest_photos(_photos(photos), n, self.reader, self.index)
         self.index.queries(features, "check")
         names = [str(row) for row in range(len(features))]
-        return suggest_features(Pool(names, features.astype(np.float32), [None] * len(features)), n, self.index)
+        return suggest_features(
+            Pool(names, features.astype(np.float32), [None] * len(features)), n, self.index
+        )
 
     def sort(
         self,
@@ -495,24 +561,45 @@ class Classifier(OpenIndex):
         ``photos`` are one or several paths of photos, folders or tables. For the other arguments and the errors,
         see :func:`sort.sort_photos`.
         """
-        paths = list(photos) if isinstance(photos, Iterable) and not isinstance(photos, str | os.PathLike) else [photos]
+        paths = (
+            list(photos)
+            if isinstance(photos, Iterable) and not isinstance(photos, str | os.PathLike)
+            else [photos]
+        )
         names = [os.fspath(path) for path in paths if isinstance(path, str | os.PathLike)]
         if len(names) < len(paths):
-            raise UsageError("photos: only files can be sorted; give the path of a photo or a folder, or several paths")
+            raise UsageError(
+                "photos: only files can be sorted; give the path of a photo or a folder, or several paths"
+            )
         sources = [*open_inputs(names)]
         reader = replace(self.reader, skipped=[])
         return sort_photos(
-            self.index, sources, reader, folder, action=action, min_probability=min_probability,
-            at_most_wrong=at_most_wrong, smooth=smooth, dry_run=dry_run,
-        )  # fmt: skip
+            self.index,
+            sources,
+            reader,
+            folder,
+            action=action,
+            min_probability=min_probability,
+            at_most_wrong=at_most_wrong,
+            smooth=smooth,
+            dry_run=dry_run,
+        )
 
-    def evaluate(self, test: Any, *, abstain: float | None = None, **asked: Unpack[AskOptions]) -> Evaluation:
+    def evaluate(
+        self, test: Any, *, abstain: float | None = None, **asked: Unpack[AskOptions]
+    ) -> Evaluation:
         """Classify labelled test photos, and return the accuracy and other metrics.
 
         ``test`` is a labelled source: a path, or photos in memory opened by :func:`pictures.open_images`. If it has a
         test split, only this split is used. For the other arguments, see :func:`evaluate.evaluate`.
         """
-        return evaluate(self.index, _opened(test, "test"), replace(self.reader, skipped=[]), abstain=abstain, **asked)
+        return evaluate(
+            self.index,
+            _opened(test, "test"),
+            replace(self.reader, skipped=[]),
+            abstain=abstain,
+            **asked,
+        )
 
     def compare(self, other: Place | Classifier, test: Any) -> Compared:
         """Compare this classifier (A) with another classifier or index (B) on the same photos.
@@ -541,7 +628,9 @@ class Classifier(OpenIndex):
         """
         from retrieval_tip.report.report import write_report
 
-        return write_report(self.index.in_memory(), _opened(test, "test"), replace(self.reader, skipped=[]), out)
+        return write_report(
+            self.index.in_memory(), _opened(test, "test"), replace(self.reader, skipped=[]), out
+        )
 
     def as_module(self) -> torch.nn.Module:
         """Return a copy of the classifier as a torch module, which maps pixels to logits.
@@ -555,7 +644,9 @@ class Classifier(OpenIndex):
         from retrieval_tip.index.onnx_graph import answering
 
         if (self.index.settings.k or self.index.n) < self.index.n:
-            raise UsageError(f"as_module: k is {self.index.settings.k}, but a module uses all keys; set k to all")
+            raise UsageError(
+                f"as_module: k is {self.index.settings.k}, but a module uses all keys; set k to all"
+            )
         backbone = cast("TorchBackbone | Joined | None", self.reader.backbone)
         return copy.deepcopy(answering(self.index.in_memory(), backbone, alone=True)).eval()
 
@@ -590,7 +681,10 @@ class Explanation:
             for key, shot in zip(self.prediction.neighbours, self.shots, strict=True)
         ]
         chances = zip(self.prediction.labels, self.prediction.probabilities, strict=True)
-        asked = table((), [(_shown(self.picture), ", ".join(f"{label} {share:.1%}" for label, share in chances))])
+        asked = table(
+            (),
+            [(_shown(self.picture), ", ".join(f"{label} {share:.1%}" for label, share in chances))],
+        )
         columns = ("shot", "class", "contribution", "affinity", "source")
         return asked + table(columns, rows, "the shots behind the answer", numbers=(2, 3))
 

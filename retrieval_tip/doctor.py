@@ -10,11 +10,30 @@ from dataclasses import dataclass
 
 from retrieval_tip.errors import install, pip, version_of
 
-FAISS_DISTRIBUTIONS = ("faiss-gpu", "faiss-cpu", "faiss-gpu-cuvs", "faiss-gpu-cu11", "faiss-gpu-cu12", "faiss")
-PACKAGES = ("torch", "torchvision", "open_clip_torch", "numpy", "pillow", "pyarrow", "duckdb", "click", "transformers")
+FAISS_DISTRIBUTIONS = (
+    "faiss-gpu",
+    "faiss-cpu",
+    "faiss-gpu-cuvs",
+    "faiss-gpu-cu11",
+    "faiss-gpu-cu12",
+    "faiss",
+)
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "open_clip_torch",
+    "numpy",
+    "pillow",
+    "pyarrow",
+    "duckdb",
+    "click",
+    "transformers",
+)
 
 OLDER_TORCH = "https://download.pytorch.org/whl/cu126"
-OLD_DRIVER = "PyPI's torch needs CUDA 13 and driver 580 or newer (see nvidia-smi); for an older driver:"
+OLD_DRIVER = (
+    "PyPI's torch needs CUDA 13 and driver 580 or newer (see nvidia-smi); for an older driver:"
+)
 
 
 @dataclass(frozen=True)
@@ -63,9 +82,15 @@ def _torch(facts: dict[str, str], problems: list[str]) -> None:
 
 
 def _faiss(facts: dict[str, str], problems: list[str]) -> None:
-    installed = {name: version for name in FAISS_DISTRIBUTIONS if (version := version_of(name)) is not None}
-    facts["faiss distribution"] = ", ".join(f"{name} {version}" for name, version in installed.items()) or "none"
-    right = "faiss-gpu" if sys.platform == "linux" and platform.machine() == "x86_64" else "faiss-cpu"
+    installed = {
+        name: version for name in FAISS_DISTRIBUTIONS if (version := version_of(name)) is not None
+    }
+    facts["faiss distribution"] = (
+        ", ".join(f"{name} {version}" for name, version in installed.items()) or "none"
+    )
+    right = (
+        "faiss-gpu" if sys.platform == "linux" and platform.machine() == "x86_64" else "faiss-cpu"
+    )
     if len(installed) > 1:
         problems.append(
             f"{' and '.join(installed)} are both installed and overwrite each other's files; "
@@ -74,7 +99,9 @@ def _faiss(facts: dict[str, str], problems: list[str]) -> None:
     try:
         faiss = importlib.import_module("faiss")
     except Exception as error:
-        problems.append(f"faiss cannot be imported ({error}); run {pip('install --force-reinstall ' + right)}")
+        problems.append(
+            f"faiss cannot be imported ({error}); run {pip('install --force-reinstall ' + right)}"
+        )
         return
     facts["faiss"] = str(faiss.__version__)
     facts["faiss build"] = str(faiss.get_compile_options()).strip()

@@ -42,7 +42,9 @@ def apply(made: Index, edits: Edits) -> None:
         _rename(made, *edits.rename)
     if edits.drop:
         empty = [name for name in made.bare if name in edits.drop]
-        drop_classes(made, np.array([made.class_names.index(name) for name in empty], dtype=np.int64))
+        drop_classes(
+            made, np.array([made.class_names.index(name) for name in empty], dtype=np.int64)
+        )
     if edits.text:
         _set_text(made, edits.text)
     if edits.templates is not None:
@@ -56,7 +58,10 @@ def drop_classes(made: Index, class_ids: IntArray) -> None:
     left = np.delete(np.arange(len(made.class_names)), class_ids)
     made.rows = made.rows.narrowed(class_ids, len(made.class_names))
     made.scores = None
-    made.class_names, made.text_weights = [made.class_names[i] for i in left], made.text_weights[left]
+    made.class_names, made.text_weights = (
+        [made.class_names[i] for i in left],
+        made.text_weights[left],
+    )
     made.follow()
 
 
@@ -66,7 +71,9 @@ def _append_classes(made: Index, classes: Mapping[str, Features | None]) -> None
         raise InputError(f"classes: {again[0]!r} already exists in the index")
     given = [weights for weights in classes.values() if weights is not None]
     if len(given) < len(names) and made.has_text:
-        raise InputError(f"classes: {names[0]!r} has no text weight; pass one, because the index has text")
+        raise InputError(
+            f"classes: {names[0]!r} has no text weight; pass one, because the index has text"
+        )
     weights = inputs.text_weights(np.stack(given) if given else None, len(names), made.d)
     made.class_names = [*made.class_names, *names]
     made.text_weights = torch.cat([made.text_weights, weights.to(made.text_weights)])
@@ -83,14 +90,22 @@ def _add(made: Index, new: NewKeys) -> None:
     """
     matrix = inputs.matrix(new.features, "keys")
     if matrix.shape[1] != made.d:
-        raise InputError(f"keys: each key has {matrix.shape[1]} values; the index requires {made.d}")
+        raise InputError(
+            f"keys: each key has {matrix.shape[1]} values; the index requires {made.d}"
+        )
     if np.abs(matrix).max() > np.finfo(made.dtype).max:
         raise InputError(f"keys: values are too large for the index's {made.dtype}")
     ids = inputs.ids_of(new.labels, made.class_names, len(matrix))
     assert made.next_key_id is not None
     key_ids = np.arange(made.next_key_id, made.next_key_id + len(matrix))
     labels = label_table(
-        made.class_names, ids, new.sources, key_ids=key_ids, views=new.views, digests=new.digests, extra=new.extra
+        made.class_names,
+        ids,
+        new.sources,
+        key_ids=key_ids,
+        views=new.views,
+        digests=new.digests,
+        extra=new.extra,
     )
     matrix = np.asarray(matrix).astype(made.dtype)
     rows = ArrayRows(matrix, labels, points=points_of(made.metric, matrix, made.device))
@@ -117,7 +132,9 @@ def _values_of(made: Index, new: ArrayRows) -> Tensor | None:
     if made.values is None:
         return None
     if made.ridge is None:
-        return functional.one_hot(torch.from_numpy(new.class_ids), len(made.class_names)).to(made.values)
+        return functional.one_hot(torch.from_numpy(new.class_ids), len(made.class_names)).to(
+            made.values
+        )
     assert isinstance(made.retrieval.keys, Keys)
     return made.ridge.added(made.retrieval.keys, new.vectors, new.class_ids)
 
@@ -125,7 +142,11 @@ def _values_of(made: Index, new: ArrayRows) -> Tensor | None:
 def _move(made: Index, labels: Mapping[int, str]) -> None:
     """Move keys to other classes, where they become the last shots."""
     wanted = dict(
-        zip(labels, inputs.ids_of(list(labels.values()), made.class_names, len(labels)).tolist(), strict=True)
+        zip(
+            labels,
+            inputs.ids_of(list(labels.values()), made.class_names, len(labels)).tolist(),
+            strict=True,
+        )
     )
     part = made.rows.of(list(wanted))
     class_ids = np.array([wanted[key_id] for key_id in part.key_ids.tolist()], dtype=np.int64)
@@ -138,7 +159,9 @@ def _move(made: Index, labels: Mapping[int, str]) -> None:
     if made.ridge is not None:
         assert isinstance(rows, ArrayRows)
         assert isinstance(made.retrieval.keys, Keys)
-        rows = made.ridge.relabelled(made.retrieval.keys, rows, rows.rows_of(part.key_ids), class_ids)
+        rows = made.ridge.relabelled(
+            made.retrieval.keys, rows, rows.rows_of(part.key_ids), class_ids
+        )
         part = rows.of(part.key_ids.tolist())
     _hold(made, rows.moved(part, class_ids, made.class_names))
 

@@ -68,13 +68,22 @@ def json_line(value: Any) -> str:
 
     Values that JSON does not support are converted to strings.
     """
-    return _escaped(json.dumps(value, ensure_ascii=False, default=str), lambda character: json.dumps(character)[1:-1])
+    return _escaped(
+        json.dumps(value, ensure_ascii=False, default=str),
+        lambda character: json.dumps(character)[1:-1],
+    )
 
 
 def _escaped(text: str, escape: Callable[[str], str]) -> str:
     if text.isprintable():
         return text
-    return text.translate({ord(character): escape(character) for character in set(text) if not character.isprintable()})
+    return text.translate(
+        {
+            ord(character): escape(character)
+            for character in set(text)
+            if not character.isprintable()
+        }
+    )
 
 
 def message(text: str) -> str:
@@ -96,8 +105,12 @@ def few(names: Sequence[str], total: int | None = None) -> str:
 def first_line(error: BaseException) -> str:
     """Return the first line of an error message, or the type of the error if the message is empty."""
     line = one_line(str(error).strip().partition("\n")[0]) or type(error).__name__
-    unsafe = re.search("weights.only", line, re.IGNORECASE)  # torch and timm advise to run the code in the file
-    return "it is damaged, or contains code, which is never run; use another copy" if unsafe else line
+    unsafe = re.search(
+        "weights.only", line, re.IGNORECASE
+    )  # torch and timm advise to run the code in the file
+    return (
+        "it is damaged, or contains code, which is never run; use another copy" if unsafe else line
+    )
 
 
 @cache
@@ -115,12 +128,21 @@ def counted(number: int, what: str, does: str = "", do: str = "") -> str:
 def percent(share: float) -> str:
     """Format a share, for example ``92.5 %``. A share is never rounded to 0 or 100 %."""
     shown = f"{100 * share:.1f} %"
-    return ">99.9 %" if shown == "100.0 %" and share < 1 else "<0.1 %" if shown == "0.0 %" and share > 0 else shown
+    return (
+        ">99.9 %"
+        if shown == "100.0 %" and share < 1
+        else "<0.1 %"
+        if shown == "0.0 %" and share > 0
+        else shown
+    )
 
 
 def version_of(name: str) -> str | None:
     """Return the version of an installed distribution, or ``None`` if it is not installed."""
-    from importlib.metadata import PackageNotFoundError, version  # takes 20 ms, which --help does not need
+    from importlib.metadata import (
+        PackageNotFoundError,
+        version,
+    )  # takes 20 ms, which --help does not need
 
     try:
         return version(name)
@@ -151,7 +173,11 @@ def install(extra: str) -> str:
     from importlib.metadata import PackageNotFoundError, requires  # slow
 
     try:
-        needed = [one for one in requires("retrieval-tip") or [] if re.search(f"extra == ['\"]{extra}['\"]", one)]
+        needed = [
+            one
+            for one in requires("retrieval-tip") or []
+            if re.search(f"extra == ['\"]{extra}['\"]", one)
+        ]
     except PackageNotFoundError:  # a clone on the path
         return pip("install " + shlex.quote(f"{Path(__file__).parent.parent}[{extra}]"))
     return pip("install " + shlex.join(one.partition(";")[0].strip() for one in needed))
@@ -181,20 +207,28 @@ def check_count(name: str, value: object, least: int = 1) -> None:
     most = MOST.get(name, MANY)
     if isinstance(value, Integral) and least <= int(value) <= most:
         return
-    too_long = isinstance(value, Integral) and abs(int(value)) > 2**64  # Python cannot print very long integers
-    raise UsageError(f"{name} is {'too large' if too_long else value}: expected a whole number from {least} to {most}")
+    too_long = (
+        isinstance(value, Integral) and abs(int(value)) > 2**64
+    )  # Python cannot print very long integers
+    raise UsageError(
+        f"{name} is {'too large' if too_long else value}: expected a whole number from {least} to {most}"
+    )
 
 
 def check_memory(needed: int, what: str, remedy: str) -> None:
     """Raise UsageError if ``needed`` bytes exceed the memory that is available to this process."""
     there = memory()
     if there is not None and needed > there:
-        raise UsageError(f"{what}: needs {amount(needed)} of memory, but only {amount(there)} is available; {remedy}")
+        raise UsageError(
+            f"{what}: needs {amount(needed)} of memory, but only {amount(there)} is available; {remedy}"
+        )
 
 
 def memory() -> int | None:
     """Return the memory that is available to this process, in bytes, or ``None`` if it is unknown."""
-    sizes = [limit for limit in resource.getrlimit(resource.RLIMIT_AS) if limit != resource.RLIM_INFINITY]
+    sizes = [
+        limit for limit in resource.getrlimit(resource.RLIMIT_AS) if limit != resource.RLIM_INFINITY
+    ]
     with suppress(OSError, ValueError):
         sizes.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     for name in _LIMITS:  # limits of the container

@@ -101,7 +101,9 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
         """
         return self._first(X, y, self.class_names)
 
-    def partial_fit(self, X: npt.ArrayLike, y: npt.ArrayLike, classes: npt.ArrayLike | None = None) -> Self:
+    def partial_fit(
+        self, X: npt.ArrayLike, y: npt.ArrayLike, classes: npt.ArrayLike | None = None
+    ) -> Self:
         """Add the rows of ``X`` to the keys. The result is the same as a :meth:`fit` on all rows so far.
 
         Each call rebuilds the index, so it is faster to pass many rows at once. ``classes`` lists all possible labels.
@@ -109,7 +111,9 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
         """
         if not hasattr(self, "index_"):
             if classes is None and self.class_names is None:
-                raise UsageError("classes: list all classes in the first call of partial_fit, or set class_names")
+                raise UsageError(
+                    "classes: list all classes in the first call of partial_fit, or set class_names"
+                )
             if classes is not None and self.class_names is not None:
                 _same_classes(classes, _classes(self.class_names, once=True)[0])
             return self._first(X, y, classes if self.class_names is None else self.class_names)
@@ -120,7 +124,9 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
         index: Index = self.index_
         if self._fit is not None:
             index = index.with_fit(None, None, None)  # the next fit solves the values again
-        index = index.edited(Edits(add=NewKeys(_rows(rows, self.blocks), _ids(labels, self._names))))
+        index = index.edited(
+            Edits(add=NewKeys(_rows(rows, self.blocks), _ids(labels, self._names)))
+        )
         if self._fit is not None:
             index, _ = closed_form.fit(index, self._fit)
         self.index_: Index = index
@@ -151,7 +157,9 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
         If two classes are tied, the class that sorts first is returned.
         """
         scores = self.decision_function(X)
-        labels: Array = self.classes_[(scores > 0).astype(int) if scores.ndim == 1 else scores.argmax(axis=1)]
+        labels: Array = self.classes_[
+            (scores > 0).astype(int) if scores.ndim == 1 else scores.argmax(axis=1)
+        ]
         return labels
 
     def kneighbors(self, X: npt.ArrayLike, n_neighbors: int = 5) -> tuple[FloatArray, IntArray]:
@@ -169,9 +177,13 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
         queries = torch.from_numpy(features).to(self.index_.device)
         nearest, rows = self.index_.nearest(queries, int(n_neighbors))
         affinity = np.where(rows < 0, -np.inf, nearest.cpu().numpy()).astype(np.float32)
-        order = np.argsort(-affinity, axis=1, kind="stable")  # a compressed index sorts by approximate affinities
+        order = np.argsort(
+            -affinity, axis=1, kind="stable"
+        )  # a compressed index sorts by approximate affinities
         key_ids = np.where(rows < 0, -1, self.index_.labels["key_id"].to_numpy()[rows])
-        return np.take_along_axis(affinity, order, axis=1), np.take_along_axis(key_ids, order, axis=1)
+        return np.take_along_axis(affinity, order, axis=1), np.take_along_axis(
+            key_ids, order, axis=1
+        )
 
     def _first(self, X: npt.ArrayLike, y: npt.ArrayLike, labels: npt.ArrayLike | None) -> Self:
         """Fit the first rows. ``labels`` defaults to the labels in ``y``."""
@@ -179,13 +191,21 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
         check_classification_targets(own)
         auto = isinstance(self.alpha, str) and self.alpha == "auto"
         if not auto and (self.metric is not None or self.values is not None):
-            raise UsageError('metric and values: only valid with alpha="auto"; set alpha, or remove them')
+            raise UsageError(
+                'metric and values: only valid with alpha="auto"; set alpha, or remove them'
+            )
         if auto and self.beta is not None:
-            raise UsageError('beta: is fitted with alpha="auto"; set alpha to a number, or remove beta')
+            raise UsageError(
+                'beta: is fitted with alpha="auto"; set alpha to a number, or remove beta'
+            )
         alpha = Settings.alpha if auto else cast(float, self.alpha)
         beta = self.beta
-        settings = Settings(alpha, Settings.beta if beta is None else beta, self.logit_scale, self.k, self.tail)
-        classes, order = _classes(own if labels is None else labels, once=self.class_names is not None)
+        settings = Settings(
+            alpha, Settings.beta if beta is None else beta, self.logit_scale, self.k, self.tail
+        )
+        classes, order = _classes(
+            own if labels is None else labels, once=self.class_names is not None
+        )
         names = classes if self.class_names is None else np.asarray(labels)
         text = self.text_weights
         if text is not None:
@@ -195,10 +215,15 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
                 what = f"there are {len(text)} rows for {len(classes)} classes"
                 raise InputError(f"text_weights: {what}; list all classes in class_names")
         index = Index.from_features(
-            _rows(rows, self.blocks), _ids(own, names),
-            [str(label) or repr(label) for label in names.tolist()], text, settings=settings, index=self.index,
-            device=self.device, blocks=self.blocks or (),
-        )  # fmt: skip
+            _rows(rows, self.blocks),
+            _ids(own, names),
+            [str(label) or repr(label) for label in names.tolist()],
+            text,
+            settings=settings,
+            index=self.index,
+            device=self.device,
+            blocks=self.blocks or (),
+        )
         fit = Fit(self.metric, self.values, self.class_prior) if auto else None
         if fit is not None:
             index, _ = closed_form.fit(index, fit)
@@ -214,9 +239,13 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
         return _rows(validate_data(self, X, reset=False, dtype=DTYPES), self.blocks)
 
     def _logits(self, X: npt.ArrayLike) -> torch.Tensor:
-        features = self._queries(X)  # must come first, because it raises an error if the estimator is not fitted
+        features = self._queries(
+            X
+        )  # must come first, because it raises an error if the estimator is not fitted
         queries = self.index_.queries(features)
-        if self.index_.values is not None:  # in float32, the rounding errors of such values depend on the batch
+        if (
+            self.index_.values is not None
+        ):  # in float32, the rounding errors of such values depend on the batch
             queries = queries.double()
         logits = self.index_.retrieval.answer(queries, self.index_.settings)[1]
         return logits if self._order is None else logits[:, self._order]
@@ -227,7 +256,9 @@ def _rows(X: Array, blocks: Sequence[int] | None = None) -> FloatArray:
     if blocks:
         return side_by_side([_rows(part) for part in np.split(X, np.cumsum(blocks)[:-1], axis=1)])
     _, exponent = np.frexp(np.abs(X).max(axis=1, keepdims=True))
-    X = np.ldexp(X.astype(np.float64), -exponent)  # scaling by a power of 2 is exact and prevents overflow
+    X = np.ldexp(
+        X.astype(np.float64), -exponent
+    )  # scaling by a power of 2 is exact and prevents overflow
     rows = np.zeros(X.shape, dtype=np.float32)
     some = X.any(axis=1)
     rows[some] = unit(X[some])
@@ -239,7 +270,9 @@ def _classes(labels: npt.ArrayLike, *, once: bool) -> tuple[Array, Array]:
     try:
         classes, order = np.unique(given, return_index=True)
     except TypeError:
-        raise InputError("classes: labels of different types cannot be sorted; use one type") from None
+        raise InputError(
+            "classes: labels of different types cannot be sorted; use one type"
+        ) from None
     if given.ndim != 1 or (once and len(classes) < len(given)):
         distinct = f"shape {given.shape} has {len(classes)} distinct labels"
         raise InputError(f"class_names: {distinct}; list each label exactly once")
@@ -248,7 +281,9 @@ def _classes(labels: npt.ArrayLike, *, once: bool) -> tuple[Array, Array]:
 
 def _same_classes(given: npt.ArrayLike, known: Array) -> None:
     if not np.array_equal(_classes(given, once=False)[0], known):
-        raise UsageError("classes: these are not the classes of the first call; omit them, or call fit again")
+        raise UsageError(
+            "classes: these are not the classes of the first call; omit them, or call fit again"
+        )
 
 
 def _ids(labels: Array, classes: Array) -> IntArray:

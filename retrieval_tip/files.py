@@ -85,7 +85,9 @@ def read_regular(path: str | os.PathLike[str], most: int) -> bytes:
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > most:
-            raise InputError(f"{one_line(os.fspath(path))}: file has {size:,} bytes; expected at most {most:,}")
+            raise InputError(
+                f"{one_line(os.fspath(path))}: file has {size:,} bytes; expected at most {most:,}"
+            )
         return file.read(size)
 
 
@@ -118,13 +120,17 @@ def make_folders(path: str | os.PathLike[str]) -> None:
 def _check(status: os.stat_result, path: str | os.PathLike[str]) -> None:
     if not stat.S_ISREG(status.st_mode):
         raise NotAFileError(path, _KINDS.get(stat.S_IFMT(status.st_mode), "of an unknown kind"))
-    if status.st_dev in _kernel_devices():  # these files look regular, but reading them may block, as with /proc/kmsg
+    if (
+        status.st_dev in _kernel_devices()
+    ):  # these files look regular, but reading them may block, as with /proc/kmsg
         raise NotAFileError(path, KERNEL)
 
 
 @cache
 def _kernel_devices() -> frozenset[int]:
-    return frozenset(folder.stat().st_dev for folder in (Path("/proc"), Path("/sys")) if folder.is_mount())
+    return frozenset(
+        folder.stat().st_dev for folder in (Path("/proc"), Path("/sys")) if folder.is_mount()
+    )
 
 
 def cache_folder() -> Path | None:
@@ -190,7 +196,9 @@ def temporary(place: Path, *, folder: bool = False, clean: bool = True) -> Itera
             new.mkdir() if folder else new.touch(exist_ok=False)
             with suppress(OSError):
                 held = lock(new)
-            if new.exists():  # another process may have removed it as a leftover before it was locked
+            if (
+                new.exists()
+            ):  # another process may have removed it as a leftover before it was locked
                 break
         assert new is not None
         yield new
@@ -239,7 +247,12 @@ def locked_folder(folder: Path, *, alone: bool, wait: float) -> Iterator[bool]:
 
 
 def lock(
-    path: str | os.PathLike[str], flags: int = os.O_RDONLY, mode: int = 0o666, *, alone: bool = True, wait: float = 0.0
+    path: str | os.PathLike[str],
+    flags: int = os.O_RDONLY,
+    mode: int = 0o666,
+    *,
+    alone: bool = True,
+    wait: float = 0.0,
 ) -> int | None:
     """Open a file or a folder, and lock it until the returned descriptor is closed.
 
@@ -277,7 +290,9 @@ def csv_of(rows: Iterable[Iterable[object]]) -> str:
     """Return rows as CSV with lines that end with LF. Fields that contain CR or LF are quoted."""
     lines: list[str] = []
     target: Any = SimpleNamespace(write=lines.append)
-    csv.writer(target, lineterminator="\r\n").writerows(rows)  # it only quotes the characters that end its lines
+    csv.writer(target, lineterminator="\r\n").writerows(
+        rows
+    )  # it only quotes the characters that end its lines
     return "".join(f"{line[:-2]}\n" for line in lines)
 
 

@@ -19,7 +19,11 @@ if TYPE_CHECKING:
 
 @cache
 def _templates() -> Environment:
-    from jinja2 import Environment, PackageLoader, StrictUndefined  # this import takes 0.1 s, so it is done on demand
+    from jinja2 import (
+        Environment,
+        PackageLoader,
+        StrictUndefined,
+    )  # this import takes 0.1 s, so it is done on demand
 
     return Environment(
         loader=PackageLoader("retrieval_tip", "."),
@@ -45,7 +49,11 @@ def render(template: str, **values: object) -> str:
 
 
 def table(
-    columns: Sequence[object], rows: Iterable[Sequence[object]], caption: object = "", numbers: Collection[int] = ()
+    columns: Sequence[object],
+    rows: Iterable[Sequence[object]],
+    caption: object = "",
+    numbers: Collection[int] = (),
 ) -> str:
     """Render an HTML table for a notebook, legible on light and dark backgrounds."""
-    return str(_templates().get_template("table.html.j2").module.table(columns, rows, caption, numbers))  # type: ignore[attr-defined]
+    macros = _templates().get_template("table.html.j2").module
+    return str(macros.table(columns, rows, caption, numbers))  # type: ignore[attr-defined]

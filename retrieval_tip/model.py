@@ -156,15 +156,22 @@ class Index:
             pending=(),
         )
         return {own.name: getattr(self, own.name) for own in fields(self) if own.init} | {
-            "rows": rows, "text_weights": self.text_weights.cpu(), "prior": _not_mapped(self.prior),
-            "metric": None if self.metric is None else self.metric.to("cpu"), "scores": self.scores,
-        }  # fmt: skip
+            "rows": rows,
+            "text_weights": self.text_weights.cpu(),
+            "prior": _not_mapped(self.prior),
+            "metric": None if self.metric is None else self.metric.to("cpu"),
+            "scores": self.scores,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         prior = state.pop("prior")
         scores = state.pop("scores")
         rows = state.pop("rows")
-        rows = replace(rows, keys=_writable(rows.keys), points=None if rows.points is None else _writable(rows.points))
+        rows = replace(
+            rows,
+            keys=_writable(rows.keys),
+            points=None if rows.points is None else _writable(rows.points),
+        )
         self.__init__(rows=rows, device=present(state.pop("device")), **state)  # type: ignore[misc]
         self.prior = prior
         self.scores = scores
@@ -176,7 +183,9 @@ class Index:
         elif points is None:
             points = points_of(self.metric, rows.keys, self.device)
         if values is not None:
-            inputs.check_shape("values", values.shape, (rows.n, len(self.class_names)), "one row per key")
+            inputs.check_shape(
+                "values", values.shape, (rows.n, len(self.class_names)), "one row per key"
+            )
             values = values.detach().to(self.device, torch.float32)
         return replace(rows, points=points, values=values)
 
@@ -184,10 +193,19 @@ class Index:
         """Compute again what follows from the rows, the classes and the text."""
         rows = self.rows
         c = len(self.class_names)
-        if isinstance(rows, ArrayRows) and rows.index is not None and rows.index.by_class and rows.index.n != c:
+        if (
+            isinstance(rows, ArrayRows)
+            and rows.index is not None
+            and rows.index.by_class
+            and rows.index.n != c
+        ):
             self.rows = rows.indexed(c, device=self.device)
         scale = inputs.scale_of(self.parts, self.shares) if self.parts else None
-        text = self.text_weights if scale is None else self.text_weights * scale.square().to(self.text_weights)
+        text = (
+            self.text_weights
+            if scale is None
+            else self.text_weights * scale.square().to(self.text_weights)
+        )
         self.retrieval = Retrieval(self.rows.stream(c, self.device, self.metric), text)
 
     @property
@@ -244,7 +262,9 @@ class Index:
     @property
     def bare(self) -> list[str]:
         """The classes that have no keys."""
-        return [name for name, number in zip(self.class_names, self.counts, strict=True) if not number]
+        return [
+            name for name, number in zip(self.class_names, self.counts, strict=True) if not number
+        ]
 
     @property
     def index_type(self) -> str:
@@ -262,18 +282,28 @@ class Index:
         own = () if self.fitted is None else self.fitted.shares
         return own or equal_shares(self.parts)
 
-    def find(self, labels: Sequence[str] = (), source: str | None = None, key_ids: Sequence[int] = ()) -> pa.Table:
+    def find(
+        self, labels: Sequence[str] = (), source: str | None = None, key_ids: Sequence[int] = ()
+    ) -> pa.Table:
         """Return the rows of the label store that match all of the given filters.
 
         By default, all classes and key ids match. ``source`` matches any source that contains it, ignoring case.
         """
         if key_ids:
-            return rows_with(self.rows.where("key_id", list(dict.fromkeys(key_ids))), labels, source)
-        return rows_with(self.rows.where("label", list(dict.fromkeys(labels))) if labels else self.labels, (), source)
+            return rows_with(
+                self.rows.where("key_id", list(dict.fromkeys(key_ids))), labels, source
+            )
+        return rows_with(
+            self.rows.where("label", list(dict.fromkeys(labels))) if labels else self.labels,
+            (),
+            source,
+        )
 
     def having(self, column: Literal["digest", "source"], values: Iterable[str | None]) -> pa.Table:
         """Return the rows of the label store that have one of the given digests or sources."""
-        return self.rows.where(column, list(dict.fromkeys(value for value in values if value is not None)))
+        return self.rows.where(
+            column, list(dict.fromkeys(value for value in values if value is not None))
+        )
 
     def known(self, digests: Sequence[str | None]) -> set[tuple[str, str]]:
         """Return the digest and the label of every key that has one of the given digests."""
@@ -333,7 +363,9 @@ class Index:
         if isinstance(features, Tensor):
             f = features.detach().float()
         else:
-            with np.errstate(over="ignore"):  # overflow becomes infinity, which raises an error below
+            with np.errstate(
+                over="ignore"
+            ):  # overflow becomes infinity, which raises an error below
                 array = np.require(inputs.numbers(features, "features"), np.float32, ["C", "W"])
             f = torch.from_numpy(array)
         d = self.text_weights.shape[1]
@@ -352,7 +384,9 @@ class Index:
 
         They are not multiplied by alpha and gamma. The arguments are the same as for :meth:`logits`.
         """
-        return self.retrieval.answer(self.queries(features), self.settings.override(k=k, tail=tail))[0]
+        return self.retrieval.answer(
+            self.queries(features), self.settings.override(k=k, tail=tail)
+        )[0]
 
     def logits(self, features: Features, k: KeysMet = None, tail: bool | None = None) -> Tensor:
         """Return the logits ``logit_scale * f W^T + alpha * (C + gamma * B)``, in the order of the classes.
@@ -370,7 +404,9 @@ class Index:
             InputError: if the features are not finite or do not have the shape ``[q, d]``, or if the logits overflow.
             UsageError: if ``k`` is less than 1.
         """
-        return self.retrieval.answer(self.queries(features), self.settings.override(k=k, tail=tail))[1]
+        return self.retrieval.answer(
+            self.queries(features), self.settings.override(k=k, tail=tail)
+        )[1]
 
     def answers(self, blocks: Iterable[FeatureBlock], ask: Ask = Ask()) -> Iterator[AnswerBlock]:
         """Classify blocks of features, and yield their answers in order. Everything that classifies uses this loop.
@@ -395,7 +431,11 @@ class Index:
     @property
     def current_scores(self) -> Scores | None:
         """The scores of the last fit, or ``None`` if keys, labels, text or settings have changed since."""
-        return self.scores if self.scores is not None and self.scores.settings == self.settings else None
+        return (
+            self.scores
+            if self.scores is not None and self.scores.settings == self.settings
+            else None
+        )
 
     def sets(self, ask: Ask) -> Sets | None:
         """Return the rule for the sets of classes that a question asks for.
@@ -404,7 +444,9 @@ class Index:
         settings.
         """
         if ask.at_least is not None and self.groups is None:
-            raise UsageError("at_least: the index has no groups; set them first (index set --groups TABLE)")
+            raise UsageError(
+                "at_least: the index has no groups; set them first (index set --groups TABLE)"
+            )
         if ask.coverage is None:
             return None
         scores = self.current_scores
@@ -425,9 +467,13 @@ class Index:
         if 4 * self.n * self.d > MOST_COPIED:
             raise UsageError(f"without: {self.n:,} keys are too many to copy; leave it out")
         k = None if self.retrieval.keys.by_class else self.settings.k
-        return replace(self, rows=self.rows.take(np.flatnonzero(~gone)), settings=replace(self.settings, k=k))
+        return replace(
+            self, rows=self.rows.take(np.flatnonzero(~gone)), settings=replace(self.settings, k=k)
+        )
 
-    def classify(self, features: Features, norms: Norms = "check", **asked: Unpack[AskOptions]) -> Predictions:
+    def classify(
+        self, features: Features, norms: Norms = "check", **asked: Unpack[AskOptions]
+    ) -> Predictions:
         """Classify features, and return labels, probabilities and the shots that contributed most to each answer.
 
         Args:
@@ -450,7 +496,9 @@ class Index:
         near = self.retrieval.keys.nearest(self.retrieval.keys.phi(features), k)
         return near.affinity, near.rows.cpu().numpy()
 
-    def similar(self, features: Features, n: int = 5, *, norms: Norms = "check") -> list[list[SimilarShot]]:
+    def similar(
+        self, features: Features, n: int = 5, *, norms: Norms = "check"
+    ) -> list[list[SimilarShot]]:
         """Return the ``n`` shots that are nearest to each query in the metric of the index, nearest first.
 
         ``features`` has the shape ``[q, d]``. If the index searches approximately, a shot may be missed. See
@@ -463,8 +511,14 @@ class Index:
         used, places = np.unique(rows.clip(min=0), return_inverse=True)
         described = self.rows.described(used, ["key_id", "source", "label"]).to_pylist()
         return [
-            [SimilarShot(**described[i], affinity=float(x)) for row, i, x in zip(*one, strict=True) if row >= 0]
-            for one in zip(rows, places.reshape(rows.shape), affinity.double().cpu().numpy(), strict=True)
+            [
+                SimilarShot(**described[i], affinity=float(x))
+                for row, i, x in zip(*one, strict=True)
+                if row >= 0
+            ]
+            for one in zip(
+                rows, places.reshape(rows.shape), affinity.double().cpu().numpy(), strict=True
+            )
         ]
 
     def ids_of(self, source: Source) -> IntArray:
@@ -494,12 +548,16 @@ class Index:
             return self
         if not isinstance(own, Stored):
             return cast("Index", own.store.load(device=device, version=own.manifest.version))
-        return type(self).load(own.store.folder, device=device, verify="fast", version=own.manifest.version)
+        return type(self).load(
+            own.store.folder, device=device, verify="fast", version=own.manifest.version
+        )
 
     def check_answers(self) -> None:
         """Classify a few keys as if they were queries, and raise InputError if their logits overflow."""
         keys, labels = self.rows.some(ASKED)
-        order = np.argsort(labels["class_id"].to_numpy(), kind="stable")  # a table is not grouped by class
+        order = np.argsort(
+            labels["class_id"].to_numpy(), kind="stable"
+        )  # a table is not grouped by class
         values = None if self.values is None else self.values[spread(self.n, ASKED)]
         few = replace(self, rows=ArrayRows(keys[order], labels.take(pa.array(order)), values))
         few.logits(functional.normalize(torch.from_numpy(keys.astype(np.float32))), "all")
@@ -550,7 +608,9 @@ class Index:
         rows = self.rows.in_memory()
         settings = self.settings
         if factory == "auto":
-            factory, k = auto_for(rows.keys.shape, dtype or self.dtype, len(self.class_names), self.device)
+            factory, k = auto_for(
+                rows.keys.shape, dtype or self.dtype, len(self.class_names), self.device
+            )
             settings = replace(settings, k=k)
         ordered = rows.take(rows.order())
         with np.errstate(over="ignore"):  # overflow becomes infinity, which raises an error below
@@ -564,14 +624,20 @@ class Index:
         return made.solved() if made.n <= MOST_SOLVED else made
 
     def with_fit(
-        self, metric: tip.Metric | None, values: Tensor | None, fitted: Fitted | None, factory: str | None = None
+        self,
+        metric: tip.Metric | None,
+        values: Tensor | None,
+        fitted: Fitted | None,
+        factory: str | None = None,
     ) -> Self:
         """Return an index with another metric and values, whose FAISS index has the transformed keys.
 
         ``factory`` defaults to the current type. Raises UsageError if the factory is invalid.
         """
         rows = self.rows.fitted(metric, values, factory, self.device)
-        changed = self.metric is not None or metric is not None or factory not in (None, self.index_type)
+        changed = (
+            self.metric is not None or metric is not None or factory not in (None, self.index_type)
+        )
         if isinstance(rows, ArrayRows) and changed:
             rows = rows.indexed(len(self.class_names), factory, self.device)
         return self.altered(rows=rows, metric=metric, fitted=fitted, scores=None)
@@ -583,10 +649,14 @@ class Index:
         too many keys.
         """
         class_ids = self.rows.class_ids[rows]
-        part = self._on_device(self.rows.take(np.asarray(rows)[np.argsort(class_ids, kind="stable")]))
+        part = self._on_device(
+            self.rows.take(np.asarray(rows)[np.argsort(class_ids, kind="stable")])
+        )
         part = part if self.ridge is None else self.ridge.solved(part)
         with suppress(UsageError):
-            part = replace(part, index=self.rows.index).indexed(len(self.class_names), device=self.device)
+            part = replace(part, index=self.rows.index).indexed(
+                len(self.class_names), device=self.device
+            )
         return replace(self, rows=part)
 
     def in_memory(self) -> Self:
@@ -643,16 +713,27 @@ class Index:
         ids = inputs.ids_of(labels, names, len(matrix))
         device = resolve_device(device)
         if sources is not None and len(sources) != len(ids):
-            raise InputError(f"sources: there are {len(sources)} sources for {len(ids)} keys; pass one source per key")
+            raise InputError(
+                f"sources: there are {len(sources)} sources for {len(ids)} keys; pass one source per key"
+            )
         order = np.argsort(ids, kind="stable")
-        table = label_table(names, ids[order], None if sources is None else [sources[i] for i in order], key_ids=order)
+        table = label_table(
+            names,
+            ids[order],
+            None if sources is None else [sources[i] for i in order],
+            key_ids=order,
+        )
         ordered = np.ascontiguousarray(matrix[order])
         settings = Settings() if settings is None else settings
         if index == "auto":
             index, k = auto_for(matrix.shape, matrix.dtype, len(names), device)
             settings = replace(settings, k=k)
         shape = len(ids), len(names)
-        trained = None if values is None else inputs.shaped(values, "values", shape, "one row per key")[order]
+        trained = (
+            None
+            if values is None
+            else inputs.shaped(values, "values", shape, "one row per key")[order]
+        )
         return cls(
             ArrayRows(ordered, table, trained),
             names,
@@ -693,7 +774,11 @@ class Index:
     def _repr_html_(self) -> str:
         shown = zip(self.class_names[:SHOWN_CLASSES], self.counts, strict=False)
         few = ", ".join(f"{name} {number}" for name, number in shown)
-        more = f" and {len(self.class_names) - SHOWN_CLASSES:,} more" if len(self.class_names) > SHOWN_CLASSES else ""
+        more = (
+            f" and {len(self.class_names) - SHOWN_CLASSES:,} more"
+            if len(self.class_names) > SHOWN_CLASSES
+            else ""
+        )
         own = self.settings
         settings = f"alpha {own.alpha:.4g}, beta {own.beta:.4g}, k {own.k or 'all'}, "
         settings += f"{'with' if own.tail else 'without'} tail, temperature {own.temperature:.4g}"
@@ -701,10 +786,18 @@ class Index:
             ("keys", f"{self.n:,} of {self.d:,} values, {self.dtype}"),
             ("classes and their keys", f"{len(self.class_names):,}: {few}{more}"),
             ("settings", settings),
-            ("text", f"logit scale {own.logit_scale:.4g}" if self.has_text else "none: only the cache is used"),
+            (
+                "text",
+                f"logit scale {own.logit_scale:.4g}"
+                if self.has_text
+                else "none: only the cache is used",
+            ),
             ("index", f"{self.index_type} on {self.device}"),
             ("backbone", self.backbone or "unnamed"),
-            ("folder", f"{self.place}, version {self.version}" if self.place else "not from a folder"),
+            (
+                "folder",
+                f"{self.place}, version {self.version}" if self.place else "not from a folder",
+            ),
         ]
         return table((), rows, markup(f"<b>{type(self).__name__}</b>"))
 
@@ -740,7 +833,9 @@ class Index:
             return Check(store.files, manifest, verify)
 
         first = None if check is None else check.manifest
-        return store.opened(lambda manifest: cls._opened(store, checked(manifest), device), version, first)
+        return store.opened(
+            lambda manifest: cls._opened(store, checked(manifest), device), version, first
+        )
 
     @classmethod
     def _opened(cls, store: Versions, check: Check, device: str) -> Self:
@@ -754,22 +849,38 @@ class Index:
         values = None if values is None else torch.from_numpy(values)
         rows = ArrayRows(keys, held["labels"], values, points, held.get("sums"))
         rows = replace(rows, index=_read_index(place, manifest, device))
-        index = cls.of_version(rows, manifest, device, held, curve=held.get("curve"), factory=manifest.index)
+        index = cls.of_version(
+            rows, manifest, device, held, curve=held.get("curve"), factory=manifest.index
+        )
         index.stored = Stored(store, manifest, check.verify, index._contents())
         return index
 
     @classmethod
-    def of_version(cls, rows: Rows, manifest: Manifest, device: str, held: Mapping[str, Any], **more: Any) -> Self:
+    def of_version(
+        cls, rows: Rows, manifest: Manifest, device: str, held: Mapping[str, Any], **more: Any
+    ) -> Self:
         """Return the index of a version with these rows. The other arrays and ``text`` are ``held`` by kind."""
         index = cls(
-            rows, text_weights=torch.from_numpy(held["text"]), metric=held.get("metric"), device=device,
-            class_names=manifest.class_names, settings=manifest.settings, templates=manifest.templates,
-            backbone=manifest.identity, parts=tuple(manifest.parts), provenance=manifest.provenance,
-            next_key_id=manifest.next_key_id, fitted=manifest.fitted, built=manifest.built, groups=manifest.groups,
+            rows,
+            text_weights=torch.from_numpy(held["text"]),
+            metric=held.get("metric"),
+            device=device,
+            class_names=manifest.class_names,
+            settings=manifest.settings,
+            templates=manifest.templates,
+            backbone=manifest.identity,
+            parts=tuple(manifest.parts),
+            provenance=manifest.provenance,
+            next_key_id=manifest.next_key_id,
+            fitted=manifest.fitted,
+            built=manifest.built,
+            groups=manifest.groups,
             **more,
-        )  # fmt: skip
+        )
         index.prior = held.get("prior")
-        index.scores = Scores(held["scores"], index.settings) if held.get("scores") is not None else None
+        index.scores = (
+            Scores(held["scores"], index.settings) if held.get("scores") is not None else None
+        )
         return index
 
     def reload(self) -> Index:
@@ -785,7 +896,9 @@ class Index:
             return self
         if not isinstance(self.stored, Stored):
             return cast("Index", store.load(device=self.device))
-        check = Check(store.files, manifest, self.stored.verify, set(self.stored.manifest.data_files))
+        check = Check(
+            store.files, manifest, self.stored.verify, set(self.stored.manifest.data_files)
+        )
         return type(self).load(store.folder, device=self.device, check=check)
 
     def save(self, folder: str | os.PathLike[str], change: str = "save") -> Self:
@@ -800,7 +913,10 @@ class Index:
             InputError: if the contents cannot be stored.
         """
         with Versions(folder).write() as writer:
-            own = isinstance(self.stored, Stored) and self.stored.store.resolved == writer.store.resolved
+            own = (
+                isinstance(self.stored, Stored)
+                and self.stored.store.resolved == writer.store.resolved
+            )
             if writer.parent is not None and own:
                 self._check_current(writer)
             if not isinstance(self.rows, ArrayRows):
@@ -826,7 +942,11 @@ class Index:
         rows = self.rows.in_memory()
         held: dict[str, Any] = {"keys": rows.keys, "points": rows.points, "values": rows.values}
         for kind, array in held.items():
-            if array is not None and kind in writer.files and not (isinstance(array, Tensor) and array.is_cuda):
+            if (
+                array is not None
+                and kind in writer.files
+                and not (isinstance(array, Tensor) and array.is_cuda)
+            ):
                 mapped = read_array(writer.store.folder, writer.files[kind], array.shape)
                 held[kind] = torch.from_numpy(mapped) if isinstance(array, Tensor) else mapped
         return replace(rows, **held, kept_in=None, pending=())
@@ -850,30 +970,54 @@ class Index:
             "curve": self.curve,
             "index": rows.index,
             "points": None if derived else rows.points,
-            "sums": sums if sums is not None and sums.nbytes * SUMS_FROM <= rows.keys.nbytes else None,
+            "sums": sums
+            if sums is not None and sums.nbytes * SUMS_FROM <= rows.keys.nbytes
+            else None,
         }
         return {kind: held for kind, held in contents.items() if held is not None}
 
     def fit_contents(self) -> dict[str, Any]:
         """Return what a fit found, by kind of file, apart from the values. It is ``None`` if it does not exist."""
         scores = self.current_scores
-        return {"metric": self.metric, "prior": self.prior, "scores": None if scores is None else scores.rows}
+        return {
+            "metric": self.metric,
+            "prior": self.prior,
+            "scores": None if scores is None else scores.rows,
+        }
 
     def manifest_of(
-        self, writer: Writer, change: str, table: Table | None = None, digests: dict[str, str] | None = None
+        self,
+        writer: Writer,
+        change: str,
+        table: Table | None = None,
+        digests: dict[str, str] | None = None,
     ) -> Manifest:
         """Create the manifest of the next version, whose files are written. ``change`` tells what has changed."""
         assert self.next_key_id is not None
         files = {kind: writer.files[kind] for kind in SUFFIXES if kind in writer.files}
         return Manifest(
-            version=writer.number, parent=writer.before, **created(),
-            n=self.n, d=self.d, dtype=self.dtype, class_names=self.class_names, templates=self.templates,
-            settings=self.settings, index=self.index_type,
+            version=writer.number,
+            parent=writer.before,
+            **created(),
+            n=self.n,
+            d=self.d,
+            dtype=self.dtype,
+            class_names=self.class_names,
+            templates=self.templates,
+            settings=self.settings,
+            index=self.index_type,
             backbone=self.backbone.to_dict() if self.backbone and not self.parts else None,
-            provenance=self.provenance, files=files, next_key_id=self.next_key_id, change=change, table=table,
-            fitted=self.fitted, built=self.built, parts=list(self.parts), digests=digests or {},
+            provenance=self.provenance,
+            files=files,
+            next_key_id=self.next_key_id,
+            change=change,
+            table=table,
+            fitted=self.fitted,
+            built=self.built,
+            parts=list(self.parts),
+            digests=digests or {},
             groups=self.groups,
-        )  # fmt: skip
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -933,20 +1077,28 @@ class AnswerBlock:
             "probabilities": lists(chances, m),
             "text_logit": _doubles(terms.text.gather(1, winner))[:, 0],
             "cache_logit": settings.alpha * _doubles(terms.cache.gather(1, winner))[:, 0],
-            "shot": pa.array(self.block.shots, mask=np.full(len(ranked), self.block.key_ids is None)),
+            "shot": pa.array(
+                self.block.shots, mask=np.full(len(ranked), self.block.key_ids is None)
+            ),
             "neighbours": pa.array([[]] * len(ranked), PREDICTIONS["neighbours"]),
             "opposing": pa.nulls(len(ranked), PREDICTIONS["opposing"]),
         }
         if self.ask.at_least is not None and self.index.groups is not None:
-            columns |= narrowest(self.probabilities, self.index.class_names, self.index.groups, self.ask.at_least)
+            columns |= narrowest(
+                self.probabilities, self.index.class_names, self.index.groups, self.ask.at_least
+            )
         shots = terms.shots
         retrieval = self.index.retrieval
         if shots is None and self.ask.neighbours:
             points = retrieval.keys.phi(self.features)
-            shots = retrieval.contributors(points, *first_two(self._scores), self.ask.neighbours, settings.beta)
+            shots = retrieval.contributors(
+                points, *first_two(self._scores), self.ask.neighbours, settings.beta
+            )
         if shots is not None:
             there = shots.supporting.rows >= 0
-            ends = np.concatenate([[0], there.sum(dim=1).cumsum(dim=0).cpu().numpy()]).astype(np.int32)
+            ends = np.concatenate([[0], there.sum(dim=1).cumsum(dim=0).cpu().numpy()]).astype(
+                np.int32
+            )
             supporting = self._described(shots.supporting, ranked)
             columns["neighbours"] = pa.ListArray.from_arrays(pa.array(ends), supporting)
             against = (shots.opposing.rows[:, 0] >= 0).cpu().numpy()
@@ -956,7 +1108,9 @@ class AnswerBlock:
             columns["logits"] = lists(logits.cpu().numpy(), logits.shape[1])
         if terms.discriminant is not None:
             factor = settings.alpha * settings.gamma
-            columns["discriminant_logit"] = factor * _doubles(terms.discriminant.gather(1, winner))[:, 0]
+            columns["discriminant_logit"] = (
+                factor * _doubles(terms.discriminant.gather(1, winner))[:, 0]
+            )
         columns["no_match"] = pa.nulls(len(ranked), pa.bool_())
         if settings.least_cache is not None:
             strongest = terms.strongest(retrieval.keys.counts)
@@ -978,14 +1132,20 @@ class AnswerBlock:
         else:
             values = every[near.rows.clamp_min(0)[:, :, None], classes[:, None]]
         used, places = np.unique(near.rows[there].cpu().numpy(), return_inverse=True)
-        described = self.index.rows.described(used, ["key_id", "source", "label"]).take(pa.array(places))
+        described = self.index.rows.described(used, ["key_id", "source", "label"]).take(
+            pa.array(places)
+        )
         named = [column.combine_chunks() for column in described.columns]
         figures = [pa.array(_doubles(figure[there])) for figure in (near.affinity, weight)]
         gives = lists(_doubles((weight[:, :, None] * values)[there]), classes.shape[1])
-        return pa.StructArray.from_arrays([*named, *figures, gives], fields=list(PREDICTIONS["opposing"]))
+        return pa.StructArray.from_arrays(
+            [*named, *figures, gives], fields=list(PREDICTIONS["opposing"])
+        )
 
 
-def narrowest(probabilities: Tensor, class_names: Sequence[str], groups: Levels, least: float) -> dict[str, pa.Array]:
+def narrowest(
+    probabilities: Tensor, class_names: Sequence[str], groups: Levels, least: float
+) -> dict[str, pa.Array]:
     """Return the columns of answers that name the class, or else the narrowest group, whose probability is ``least``.
 
     The probability of a group is the sum over its classes (``[q, c]``). If no level reaches ``least``, the label is
@@ -998,7 +1158,9 @@ def narrowest(probabilities: Tensor, class_names: Sequence[str], groups: Levels,
     for level, own in groups.of(class_names).items():
         if names := list(dict.fromkeys(filter(None, own))):
             position = {name: place for place, name in enumerate(names)}
-            at = torch.tensor([position.get(name or "", len(names)) for name in own]).to(every.device)
+            at = torch.tensor([position.get(name or "", len(names)) for name in own]).to(
+                every.device
+            )
             sums = every.new_zeros(len(every), len(names) + 1).index_add_(1, at, every)[:, :-1]
             best, places = (part.cpu().numpy() for part in sums.max(1))
             now = open_ & (best >= least)
@@ -1052,14 +1214,20 @@ def verify(folder: str | os.PathLike[str]) -> Index:
     if not torch.isfinite(index.text_weights).all():
         raise StoreError(f"{place}: text weights are not finite; build the index again")
     if rows.values is not None and not torch.isfinite(rows.values).all():
-        raise StoreError(f"{place}: values are not finite; fit again, or roll back to the previous version")
+        raise StoreError(
+            f"{place}: values are not finite; fit again, or roll back to the previous version"
+        )
     class_ids = rows.class_ids
     blocks = ((rows.keys[part], class_ids[part]) for part in slices(rows.n, KEY_BLOCK))
     if rows.sums is not None and not rows.sums.are_of(blocks):
-        raise StoreError(f"{place}: sums do not match the keys; run index set --index auto, then fit")
+        raise StoreError(
+            f"{place}: sums do not match the keys; run index set --index auto, then fit"
+        )
     own = rows.vectors
     vectors = rows.index
-    if vectors is not None and vectors.by_class:  # the means are recomputed, because those in the index may be damaged
+    if (
+        vectors is not None and vectors.by_class
+    ):  # the means are recomputed, because those in the index may be damaged
         own = Keys(rows.vectors, class_ids, len(index.class_names)).means.numpy()
     sample = np.unique(np.linspace(0, len(own) - 1, min(len(own), 256)).astype(int))
     queries = np.ascontiguousarray(own[sample], dtype=np.float32)
@@ -1071,5 +1239,7 @@ def verify(folder: str | os.PathLike[str]) -> Index:
     if vectors.exact_affinity:
         expected = np.einsum("qd,qd->q", queries, own[np.maximum(found[:, 0], 0)], dtype=np.float64)
         if not np.allclose(affinity[:, 0], expected, rtol=1e-3, atol=1e-3):
-            raise StoreError(f"{place}: the FAISS index does not match the keys; build the index again")
+            raise StoreError(
+                f"{place}: the FAISS index does not match the keys; build the index again"
+            )
     return index

@@ -143,7 +143,9 @@ class Prediction:
     similar: list[dict[str, Any]] | None = None
 
     def __repr__(self) -> str:
-        chances = list(zip(self.labels, map(shown_probability, self.probabilities), strict=True))[:SHOWN_LABELS]
+        chances = list(zip(self.labels, map(shown_probability, self.probabilities), strict=True))[
+            :SHOWN_LABELS
+        ]
         parts = [f"{self.label}, {shown_probability(self.probability)}"]
         parts += [", ".join(f"{label} {chance}" for label, chance in chances[1:])]
         parts += ["no match"] if self.no_match else []
@@ -157,9 +159,19 @@ class Prediction:
             caption += f" + class average {self.discriminant_logit:.4g}"
         shown = table(("class", "probability"), classes, caption, numbers=(1,))
         against = [self.opposing] if self.opposing else []
-        for keys, what in ((self.neighbours, f"shots for {self.label}"), (against, "strongest shot against it")):
+        for keys, what in (
+            (self.neighbours, f"shots for {self.label}"),
+            (against, "strongest shot against it"),
+        ):
             near = (
-                (f"{key.contribution:.1e}", f"{key.affinity:.4f}", key.label, key.source, key.key_id) for key in keys
+                (
+                    f"{key.contribution:.1e}",
+                    f"{key.affinity:.4f}",
+                    key.label,
+                    key.source,
+                    key.key_id,
+                )
+                for key in keys
             )
             columns = ("contribution", "affinity", "label", "source", "key")
             shown += table(columns, near, what, numbers=(0, 1, 4)) if keys else ""
@@ -230,16 +242,22 @@ class Predictions:
     def __repr__(self) -> str:
         few = ", ".join(map(str, self._columns["label"][:SHOWN_LABELS].to_pylist()))
         more = " ..." if len(self) > SHOWN_LABELS else ""
-        return one_line(f"Predictions({counted(len(self), 'prediction')}{': ' if few else ''}{few}{more})")
+        return one_line(
+            f"Predictions({counted(len(self), 'prediction')}{': ' if few else ''}{few}{more})"
+        )
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """Yield the columns of each prediction as a dictionary. The value of ``logits`` is a float32 array."""
-        plain = self._columns.select([column for column in self._columns.column_names if column != "logits"])
+        plain = self._columns.select(
+            [column for column in self._columns.column_names if column != "logits"]
+        )
         rows = (row for batch in plain.to_batches(ROWS) for row in batch.to_pylist())
         if plain.num_columns == self._columns.num_columns:
             return rows
         chunks = (chunk for chunk in self._columns["logits"].chunks if len(chunk))
-        logits = (row for chunk in chunks for row in chunk.flatten().to_numpy().reshape(len(chunk), -1))
+        logits = (
+            row for chunk in chunks for row in chunk.flatten().to_numpy().reshape(len(chunk), -1)
+        )
         return (row | {"logits": own} for row, own in zip(rows, logits, strict=True))
 
     def withheld(self, abstain: Abstain) -> pa.ChunkedArray:
@@ -275,12 +293,24 @@ class Predictions:
 
     def _repr_html_(self) -> str:
         cut = f"; the first {SHOWN_PREDICTIONS}" if len(self) > SHOWN_PREDICTIONS else ""
-        columns = ("query", "label", "probability", "text logit", "cache logit", "affinity", "strongest shot")
+        columns = (
+            "query",
+            "label",
+            "probability",
+            "text logit",
+            "cache logit",
+            "affinity",
+            "strongest shot",
+        )
         rows = []
         for place, one in enumerate(self[:SHOWN_PREDICTIONS]):
             key = one.neighbours[0] if one.neighbours else None
             near = (f"{key.affinity:.4f}", f"{key.label} ({key.source})") if key else ("-", "-")
-            figures = shown_probability(one.probability), f"{one.text_logit:.4g}", f"{one.cache_logit:.4g}"
+            figures = (
+                shown_probability(one.probability),
+                f"{one.text_logit:.4g}",
+                f"{one.cache_logit:.4g}",
+            )
             rows.append((place, one.label, *figures, *near))
         return table(columns, rows, counted(len(self), "prediction") + cut, numbers=(0, 2, 3, 4, 5))
 

@@ -90,17 +90,27 @@ class Settings:
             value = getattr(self, name)
             above = name in ("logit_scale", "temperature")
             if not _is_finite(value) or value < 0 or (above and value == 0):
-                raise UsageError(f"{name} is {value}: expected a finite number{' above 0' if above else ', 0 or more'}")
+                raise UsageError(
+                    f"{name} is {value}: expected a finite number{' above 0' if above else ', 0 or more'}"
+                )
             object.__setattr__(self, name, float(value))
         if self.k is not None:
             if not _is_whole(self.k) or self.k < 1:
-                raise UsageError(f"k is {self.k}: expected a whole number of keys, at least 1, or all")
+                raise UsageError(
+                    f"k is {self.k}: expected a whole number of keys, at least 1, or all"
+                )
             object.__setattr__(self, "k", int(self.k))
         object.__setattr__(self, "tail", bool(self.tail))
         if self.least_cache is not None and not _is_finite(self.least_cache):
-            raise UsageError(f"least_cache is {self.least_cache}: expected a finite number, or None")
-        if self.log_offset is not None and not (_is_finite(self.log_offset) and self.log_offset > 0):
-            raise UsageError(f"log_offset is {self.log_offset}: expected a finite number above 0, or None")
+            raise UsageError(
+                f"least_cache is {self.least_cache}: expected a finite number, or None"
+            )
+        if self.log_offset is not None and not (
+            _is_finite(self.log_offset) and self.log_offset > 0
+        ):
+            raise UsageError(
+                f"log_offset is {self.log_offset}: expected a finite number above 0, or None"
+            )
         for name in FITTED:
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, float(getattr(self, name)))
@@ -265,8 +275,14 @@ class Recipe:
     seed: int = 1
 
     def __post_init__(self) -> None:
-        if not self.train or len(set(self.train)) < len(self.train) or not set(self.train) <= set(TRAINED):
-            raise UsageError(f"train {', '.join(self.train) or '(nothing)'}: expected some of {', '.join(TRAINED)}")
+        if (
+            not self.train
+            or len(set(self.train)) < len(self.train)
+            or not set(self.train) <= set(TRAINED)
+        ):
+            raise UsageError(
+                f"train {', '.join(self.train) or '(nothing)'}: expected some of {', '.join(TRAINED)}"
+            )
         for name, fewest in (("epochs", 1), ("seed", 0)):
             check_count(name, getattr(self, name), fewest)
         if not (math.isfinite(self.lr) and self.lr > 0):
@@ -308,7 +324,9 @@ class Fitted:
         if type(self.metric) is not str or self.values not in VALUES:
             raise UsageError(f"fitted: metric {self.metric!r} or values {self.values!r} is unknown")
         for given, needed in ((self.shrinkage, self.metric != "none"), (self.ridge, self.solved)):
-            if (given is not None) != needed or (given is not None and not (_is_finite(given) and given >= 0)):
+            if (given is not None) != needed or (
+                given is not None and not (_is_finite(given) and given >= 0)
+            ):
                 raise UsageError(
                     f"fitted: shrinkage {self.shrinkage} and ridge {self.ridge} do not match the metric and the values"
                 )
@@ -346,8 +364,14 @@ class Built:
 
     def __post_init__(self) -> None:
         numbers = ((self.shots, 1), (self.seed, 0), (self.views, 1))
-        whole = all(number is None or (type(number) is int and number >= least) for number, least in numbers)
-        if not whole or not isinstance(self.source, str | None) or type(self.auto_index) is not bool:
+        whole = all(
+            number is None or (type(number) is int and number >= least) for number, least in numbers
+        )
+        if (
+            not whole
+            or not isinstance(self.source, str | None)
+            or type(self.auto_index) is not bool
+        ):
             raise UsageError(f"built: invalid values {self}")
 
 
@@ -367,31 +391,51 @@ class Levels:
     def __post_init__(self) -> None:
         object.__setattr__(self, "levels", tuple(self.levels))
         object.__setattr__(self, "paths", {name: tuple(path) for name, path in self.paths.items()})
-        names = [*self.levels, *(name for path in self.paths.values() for name in path if name is not None)]
-        valid = 2 <= len(set(self.levels)) == len(self.levels) and all(isinstance(name, str) and name for name in names)
+        names = [
+            *self.levels,
+            *(name for path in self.paths.values() for name in path if name is not None),
+        ]
+        valid = 2 <= len(set(self.levels)) == len(self.levels) and all(
+            isinstance(name, str) and name for name in names
+        )
         if not valid or any(len(path) != len(self.levels) - 1 for path in self.paths.values()):
-            raise InputError("groups: expected a column of classes and columns of broader groups with different names")
+            raise InputError(
+                "groups: expected a column of classes and columns of broader groups with different names"
+            )
         broader: dict[str, Sequence[str | None]] = {}
         for path in self.paths.values():
             for level, own in enumerate(path, 1):
                 if own is not None and broader.setdefault(own, path[level:]) != path[level:]:
-                    raise InputError(f"groups: {own!r} has two levels or two broader groups; a group has one place")
+                    raise InputError(
+                        f"groups: {own!r} has two levels or two broader groups; a group has one place"
+                    )
 
     def at(self, level: int, label: str) -> str | None:
         """Return the group of a class at a level, which is the class itself at level 0."""
-        return label if level == 0 else self.paths[label][level - 1] if label in self.paths else None
+        return (
+            label if level == 0 else self.paths[label][level - 1] if label in self.paths else None
+        )
 
     def of(self, class_names: Sequence[str]) -> dict[str, list[str | None]]:
         """Return the group of each class at each level."""
-        return {level: [self.at(number, name) for name in class_names] for number, level in enumerate(self.levels)}
+        return {
+            level: [self.at(number, name) for name in class_names]
+            for number, level in enumerate(self.levels)
+        }
 
     def labels(self, class_names: Sequence[str]) -> list[str]:
         """Return the names of these classes, and then of their groups."""
-        return list(dict.fromkeys(name for own in self.of(class_names).values() for name in own if name is not None))
+        return list(
+            dict.fromkeys(
+                name for own in self.of(class_names).values() for name in own if name is not None
+            )
+        )
 
     def path(self, label: str) -> tuple[str, ...]:
         """Return the groups that contain a class or a group, broadest first, and its own name last."""
-        paths = ((name, *path) for name, path in self.paths.items() if name == label or label in path)
+        paths = (
+            (name, *path) for name, path in self.paths.items() if name == label or label in path
+        )
         own = next(paths, (label,))
         return tuple(filter(None, reversed(own[own.index(label) :])))
 

@@ -99,7 +99,9 @@ class Metric:
 
     def to(self, device: str) -> Metric:
         """Return a copy of this metric on another device."""
-        whole, factor = (None if one is None else one.to(device) for one in (self.whole, self.factor))
+        whole, factor = (
+            None if one is None else one.to(device) for one in (self.whole, self.factor)
+        )
         return Metric(self.mean.to(device), whole, factor)
 
 
@@ -153,7 +155,9 @@ def weight(affinity: Tensor, beta: float, out: Tensor | None = None) -> Tensor:
 
     ``beta`` is the sharpness. If it is 0, every key has weight 1. The larger it is, the more the nearest keys dominate.
     """
-    return torch.sub(affinity, 1, out=out).mul_(beta).exp_()  # this is the largest array, so allocate it at most once
+    return (
+        torch.sub(affinity, 1, out=out).mul_(beta).exp_()
+    )  # this is the largest array, so allocate it at most once
 
 
 def at_mean(number: Tensor, mean: Tensor, beta: float, out: Tensor | None = None) -> Tensor:
@@ -277,10 +281,16 @@ def cache_logits(
     if rest is None:
         return values.weighted(weights.where(filled, 0))
     if values.sums is None:
-        raise ValueError("values: no sums; a tail needs the sum of the values of each class, [c, c]")
+        raise ValueError(
+            "values: no sums; a tail needs the sum of the values of each class, [c, c]"
+        )
     number, mean = rest
-    left = weight(mean, beta).where(number > 0, 0)  # weights of the tail, which is computed for all keys of a class
-    own = left.gather(1, class_ids.clamp_max(n_classes - 1).expand_as(weights))  # and taken off the retrieved ones
+    left = weight(mean, beta).where(
+        number > 0, 0
+    )  # weights of the tail, which is computed for all keys of a class
+    own = left.gather(
+        1, class_ids.clamp_max(n_classes - 1).expand_as(weights)
+    )  # and taken off the retrieved ones
     return values.weighted((weights - own).where(filled, 0)) + left @ values.sums
 
 
@@ -326,7 +336,11 @@ class Terms:
 
     def queries(self, part: slice) -> Terms:
         """Return the terms of some queries, which share their memory."""
-        return Terms(self.text[part], self.cache[part], None if self.discriminant is None else self.discriminant[part])
+        return Terms(
+            self.text[part],
+            self.cache[part],
+            None if self.discriminant is None else self.discriminant[part],
+        )
 
 
 def probabilities(logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -334,4 +348,6 @@ def probabilities(logits: Tensor, temperature: float = 1.0) -> Tensor:
 
     The temperature never changes the ranking, and the result is finite for every temperature.
     """
-    return ((logits - logits.amax(dim=1, keepdim=True)).double() / temperature).softmax(dim=1).float()
+    return (
+        ((logits - logits.amax(dim=1, keepdim=True)).double() / temperature).softmax(dim=1).float()
+    )

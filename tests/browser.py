@@ -10,9 +10,14 @@ from playwright.sync_api import expect, sync_playwright
 
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 ARGUMENTS = [
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
-]  # fmt: skip
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 PATIENCE = 30_000  # ms, for busy machines with two cores
 
 
@@ -46,7 +51,8 @@ class Opened:
         self.page.on(
             "request",
             lambda request: (
-                request.url.startswith((address, "blob:")) or self.wrong.append(f"request to {request.url}")
+                request.url.startswith((address, "blob:"))
+                or self.wrong.append(f"request to {request.url}")
             ),
         )
         self.page.goto(f"{address}{at}")

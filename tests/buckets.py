@@ -18,7 +18,9 @@ def _one_at_a_time(app):
     lock = threading.Lock()
 
     def call(environ, start_response):
-        if length := environ.get("CONTENT_LENGTH"):  # read first, so that a stopped client blocks no other
+        if length := environ.get(
+            "CONTENT_LENGTH"
+        ):  # read first, so that a stopped client blocks no other
             environ["wsgi.input"] = io.BytesIO(environ["wsgi.input"].read(int(length)))
         with lock:
             return list(app(environ, start_response))
@@ -29,7 +31,11 @@ def _one_at_a_time(app):
 @functools.cache
 def endpoint():
     """Return the address of this process's server, and start it on first use. It ends with the process."""
-    from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
+    from moto.moto_server.werkzeug_app import (
+        DomainDispatcherApplication,
+        MotoRequestHandler,
+        create_backend_app,
+    )
     from werkzeug.serving import make_server
 
     class Quiet(MotoRequestHandler):
@@ -38,7 +44,9 @@ def endpoint():
 
     app = _one_at_a_time(DomainDispatcherApplication(create_backend_app))
     server = make_server("127.0.0.1", 0, app, threaded=True, request_handler=Quiet)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+    thread = threading.Thread(
+        target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
+    )
     thread.start()
 
     def stop():

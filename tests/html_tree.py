@@ -31,13 +31,19 @@ class Node:
     def text(self):
         """The text as a reader sees it. Inline elements are joined to the text around them, and others are not."""
         parts = (
-            part if isinstance(part, str) else part.text if part.name in INLINE else f" {part.text} "
+            part
+            if isinstance(part, str)
+            else part.text
+            if part.name in INLINE
+            else f" {part.text} "
             for part in self.inside
         )
         return " ".join("".join(parts).split())
 
     def rows(self):
-        return [[cell.text for cell in row.all() if cell.name in ("td", "th")] for row in self.all("tr")]
+        return [
+            [cell.text for cell in row.all() if cell.name in ("td", "th")] for row in self.all("tr")
+        ]
 
 
 class Tree(HTMLParser):

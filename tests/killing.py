@@ -81,7 +81,11 @@ class Steps:
         import faiss
 
         def audit(event, arguments):
-            if event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR):
+            if (
+                event == "open"
+                and isinstance(arguments[2], int)
+                and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+            ):
                 self.step("open to write")
 
         for name in ("fsync", "posix_fallocate"):
@@ -150,7 +154,9 @@ class Server:
     def start(self, *jobs, step=None, after=None, how="SIGKILL"):
         """Start jobs; kill them (or stop them, by ``how``) before step number ``step``, or ``after`` seconds."""
         common = {"step": step, "how": how, "steps": str(self.counted)}
-        self.process.stdin.write(json.dumps({"jobs": [job | common for job in jobs], "after": after}) + "\n")
+        self.process.stdin.write(
+            json.dumps({"jobs": [job | common for job in jobs], "after": after}) + "\n"
+        )
         self.process.stdin.flush()
 
     def _reply(self):

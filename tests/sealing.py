@@ -14,7 +14,10 @@ from retrieval_tip.errors import StoreError
 def snapshot(folder):
     """Return all files below a folder with their bytes, except the lock, which names the last writer."""
     paths = [path for path in sorted(folder.rglob("*")) if path.name != "lock"]
-    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in paths}
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in paths
+    }
 
 
 def one_line(error, *parts):

@@ -37,7 +37,9 @@ def caltech_photos(shared, part, classes, each):
     names = sorted({name for _, _, name in items})[:classes]
     found = []
     for name in names:
-        found += [(data / "101_ObjectCategories" / path, name) for path, _, own in items if own == name][:each]
+        found += [
+            (data / "101_ObjectCategories" / path, name) for path, _, own in items if own == name
+        ][:each]
     return found
 
 
@@ -59,8 +61,14 @@ def server(*arguments, token=None, path=None, command="serve", printed=None, por
     The server runs in a new interpreter, or as the program found on ``path``. Its exit status is checked unless the
     test has already ended the process. Its standard error is added to ``printed``.
     """
-    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"} | ({"RETRIEVAL_TIP_TOKEN": token} if token else {})
-    program = [str(shutil.which("retrieval-tip", path=path))] if path else [sys.executable, "-m", "retrieval_tip"]
+    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"} | (
+        {"RETRIEVAL_TIP_TOKEN": token} if token else {}
+    )
+    program = (
+        [str(shutil.which("retrieval-tip", path=path))]
+        if path
+        else [sys.executable, "-m", "retrieval_tip"]
+    )
     program += [command, *map(str, arguments), *([] if port is None else ["--port", str(port)])]
     process = subprocess.Popen(program, stderr=subprocess.PIPE, text=True, env=environment)
     lines = queue.Queue()
@@ -100,7 +108,9 @@ def random_index(folder, n, d, classes):
     """Write an index of random features."""
     keys = np.random.default_rng(0).normal(size=(n, d)).astype(np.float32)
     keys /= np.linalg.norm(keys, axis=1, keepdims=True)
-    Index.from_features(keys, np.arange(n) % classes, [f"class {i}" for i in range(classes)]).save(folder)
+    Index.from_features(keys, np.arange(n) % classes, [f"class {i}" for i in range(classes)]).save(
+        folder
+    )
     return folder
 
 

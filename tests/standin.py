@@ -21,7 +21,10 @@ SIMILAR = {  # Caltech101 class: images of the package
     "butterfly": ["animals/insects/**"],
     "camera": ["household", "household/dishes/**", "household/arttools"],
     "okapi": ["animals/mammals/bovines"],
-    "panda": [f"animals/mammals/{kind}" for kind in ("bears", "apes", "cats", "dogs", "rodents", "aquatic")],
+    "panda": [
+        f"animals/mammals/{kind}"
+        for kind in ("bears", "apes", "cats", "dogs", "rodents", "aquatic")
+    ],
     "pigeon": ["animals/birds"],
     "pizza": ["food/vegetables"],
     "stop_sign": ["town/roadsigns"],
@@ -32,8 +35,16 @@ SIMILAR = {  # Caltech101 class: images of the package
     "yin_yang": ["sports"],
 }
 DISHES = [
-    "apple_pie", "french_fries", "garlic_bread", "hamburger", "ice_cream", "omelette", "pizza", "ramen", "sushi",
-]  # fmt: skip
+    "apple_pie",
+    "french_fries",
+    "garlic_bread",
+    "hamburger",
+    "ice_cream",
+    "omelette",
+    "pizza",
+    "ramen",
+    "sushi",
+]
 D = 512
 
 
@@ -72,7 +83,9 @@ def write_photos(stamps, out):
                 picture = Image.new("RGB", cut.size, "white")
                 picture.paste(cut, mask=cut.getchannel("A"))
             path = f"{name}/image_{number + 1:04}.jpg"
-            ImageOps.contain(picture, (300, 300)).save(out / "101_ObjectCategories" / path, quality=90)
+            ImageOps.contain(picture, (300, 300)).save(
+                out / "101_ObjectCategories" / path, quality=90
+            )
             test, val = max(4, len(files) // 4), max(1, len(files) // 8)
             part = "test" if number < test else "val" if number < test + val else "train"
             parts[part].append((path, label, name))
@@ -90,12 +103,20 @@ def write_features(out):
     common, own = rng.normal(size=D), rng.normal(size=(len(DISHES), D))
     for part, each, spread in (("train", 200, 0.8), ("test", 50, 0.8), ("text", 1, 0.1)):
         ids = np.repeat(np.arange(len(DISHES)), each)
-        rows = common + 0.4 * own[ids] + spread * rng.uniform(0.5, 4, (len(ids), 1)) * rng.normal(size=(len(ids), D))
+        rows = (
+            common
+            + 0.4 * own[ids]
+            + spread * rng.uniform(0.5, 4, (len(ids), 1)) * rng.normal(size=(len(ids), D))
+        )
         rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
         names = [DISHES[i] for i in ids]
-        numbered = names if part == "text" else [f"{name}-{i % each:04}" for i, name in enumerate(names)]
+        numbered = (
+            names if part == "text" else [f"{name}-{i % each:04}" for i, name in enumerate(names)]
+        )
         feature = pa.FixedSizeListArray.from_arrays(pa.array(rows.ravel()), D)
-        pq.write_table(pa.table({"id": numbered, "label": names, "feature": feature}), out / f"{part}.parquet")
+        pq.write_table(
+            pa.table({"id": numbered, "label": names, "feature": feature}), out / f"{part}.parquet"
+        )
 
 
 def write_encoder(weights, out):
@@ -111,12 +132,19 @@ def write_encoder(weights, out):
     torch.manual_seed(1)
     model = open_clip.CustomTextCLIP(1280, dict(vision), dict(text)).eval()
     trunk = model.visual.trunk.state_dict()
-    given = [tensor for name, tensor in torch.load(weights, weights_only=True).items() if not name.startswith("_fc")]
+    given = [
+        tensor
+        for name, tensor in torch.load(weights, weights_only=True).items()
+        if not name.startswith("_fc")
+    ]
     model.visual.trunk.load_state_dict(dict(zip(trunk, given, strict=True)))
     model.logit_scale.data.fill_(4.6052)
     out.mkdir(parents=True)
     save_file(
-        {name: tensor.contiguous() for name, tensor in model.state_dict().items()}, out / "open_clip_model.safetensors"
+        {name: tensor.contiguous() for name, tensor in model.state_dict().items()},
+        out / "open_clip_model.safetensors",
     )
     preprocess = {"mean": half, "std": half, "interpolation": "bicubic", "resize_mode": "shortest"}
-    (out / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}))
+    (out / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": config, "preprocess_cfg": preprocess})
+    )

@@ -29,7 +29,11 @@ def path_of(place):
 def everything(place):
     """Return all files or objects of a store with their bytes."""
     if not place.startswith("s3://"):
-        return {str(p.relative_to(path_of(place))): p.read_bytes() for p in path_of(place).rglob("*") if p.is_file()}
+        return {
+            str(p.relative_to(path_of(place))): p.read_bytes()
+            for p in path_of(place).rglob("*")
+            if p.is_file()
+        }
     client = BucketFiles(Address.parse(place))._client
     names = [entry["path"] for batch in obstore.list(client) for entry in batch]
     return {name: bytes(obstore.get(client, name).bytes()) for name in names}
@@ -64,7 +68,9 @@ def labels_of(place):
 
 def rows_of(table):
     assert len(set(table["key_id"].to_pylist())) == len(table)
-    rows = table.drop_columns([name for name in ("version", "added_at") if name in table.column_names]).to_pylist()
+    rows = table.drop_columns(
+        [name for name in ("version", "added_at") if name in table.column_names]
+    ).to_pylist()
     return {row["key_id"]: row for row in rows}
 
 

@@ -19,7 +19,9 @@ TINY = {
 def read_features(path):
     """Return the features and the labels of a feature table."""
     table = pq.read_table(path)
-    return np.stack(table["feature"].to_numpy()).astype(np.float32), np.array(table["label"].to_pylist())
+    return np.stack(table["feature"].to_numpy()).astype(np.float32), np.array(
+        table["label"].to_pylist()
+    )
 
 
 def write_table(path, features, labels=None, ids=None, **extra):
@@ -78,7 +80,9 @@ def tiny(folder, seed=0, **config):
 
 def picture(size=(50, 40)):
     """Return an image of random pixels."""
-    return Image.fromarray(np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8))
+    return Image.fromarray(
+        np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+    )
 
 
 def some_pixels(model, number=2):
@@ -105,4 +109,9 @@ def png_chunk(kind, body):
 def png(width, height, data, depth=8, colour=2):
     """Return a PNG file whose header declares this size; its compressed rows may differ."""
     header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + png_chunk(b"IDAT", data) + png_chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + png_chunk(b"IHDR", header)
+        + png_chunk(b"IDAT", data)
+        + png_chunk(b"IEND", b"")
+    )

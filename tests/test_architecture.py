@@ -10,23 +10,34 @@ from conftest import ROOT
 
 
 def test_each_package_has_an_import_contract():  # make lint checks the contracts
-    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
-    covered = {container for contract in contracts if contract["exhaustive"] for container in contract["containers"]}
-    packages = {f"retrieval_tip.{init.parent.name}" for init in (ROOT / "retrieval_tip").glob("*/__init__.py")}
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"][
+        "contracts"
+    ]
+    covered = {
+        container
+        for contract in contracts
+        if contract["exhaustive"]
+        for container in contract["containers"]
+    }
+    packages = {
+        f"retrieval_tip.{init.parent.name}"
+        for init in (ROOT / "retrieval_tip").glob("*/__init__.py")
+    }
     assert covered == packages | {"retrieval_tip"}
 
 
 def test_a_broken_docstring_reference_is_reported(tmp_path):
     (tmp_path / "made").mkdir()
-    text = (
-        'class Kind:\n  """As :func:`two.there`, :func:`two.gone`."""\n  def again(self):\n    """A :class:`Kind`."""\n'
-    )
+    text = 'class Kind:\n  """As :func:`two.there`, :func:`two.gone`."""\n'
+    text += '  def again(self):\n    """A :class:`Kind`."""\n'
     (tmp_path / "made/one.py").write_text(text)
     (tmp_path / "made/two.py").write_text("def there():\n    pass\n")
     command = [sys.executable, ROOT / "docs/crossrefs.py", tmp_path / "made"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr
-    assert [line.partition("not found: ")[2].split()[0] for line in done.stderr.splitlines()] == ["two.gone"]
+    assert [line.partition("not found: ")[2].split()[0] for line in done.stderr.splitlines()] == [
+        "two.gone"
+    ]
 
 
 def test_the_method_only_imports_torch():
@@ -54,7 +65,9 @@ def assigned(code):
         match node:
             case ast.Attribute(value=owner, attr=name, ctx=ast.Store() | ast.Del()):
                 pass
-            case ast.Call(func=ast.Name("setattr" | "delattr"), args=[owner, ast.Constant(str(name)), *_]):
+            case ast.Call(
+                func=ast.Name("setattr" | "delattr"), args=[owner, ast.Constant(str(name)), *_]
+            ):
                 pass
             case _:
                 continue
@@ -71,7 +84,9 @@ def test_nobody_assigns_to_an_index_from_outside():
     fields_of_index, package = {field.name for field in fields(Index)}, ROOT / "retrieval_tip"
     places = [
         f"{name}:{line}: {owner}.{attribute}"
-        for name in sorted({path.relative_to(package).as_posix() for path in package.rglob("*.py")} - EDITORS)
+        for name in sorted(
+            {path.relative_to(package).as_posix() for path in package.rglob("*.py")} - EDITORS
+        )
         for line, owner, attribute in assigned((package / name).read_text())
         if attribute in fields_of_index and owner not in NO_INDEX.get(name, ())
     ]

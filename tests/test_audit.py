@@ -40,10 +40,16 @@ def reference(cache, k=None):
         for y in range(c):
             if (shown & (ids == y)).any():
                 own = [j for j in met if shown[j] and ids[j] == y]
-                scores[y] = np.exp(-beta * (1 - affinity[i, own])).sum() / (shown & (ids == y)).sum()
+                scores[y] = (
+                    np.exp(-beta * (1 - affinity[i, own])).sum() / (shown & (ids == y)).sum()
+                )
         norms = np.linalg.norm(keys, axis=1)
         twins = [
-            (digests[j] == digests[i] and bool(digests[i]), affinity[i, j] / norms[i] / norms[j], -j)
+            (
+                digests[j] == digests[i] and bool(digests[i]),
+                affinity[i, j] / norms[i] / norms[j],
+                -j,
+            )
             for j in met
             if ids[j] != ids[i]
         ]
@@ -51,12 +57,22 @@ def reference(cache, k=None):
         seen = [j for j in met if shown[j]]
         nearest = max(seen, key=lambda j: affinity[i, j], default=None)
         judged = not np.isnan(scores[ids[i]])
-        lowest = 0 if nearest is None else np.finfo(np.float32).tiny * np.exp(-beta * (1 - affinity[i, nearest]))
-        suggested = int(np.nanargmax(scores)) if judged and scores[ids[i]] < np.nanmax(scores) else int(ids[i])
+        lowest = (
+            0
+            if nearest is None
+            else np.finfo(np.float32).tiny * np.exp(-beta * (1 - affinity[i, nearest]))
+        )
+        suggested = (
+            int(np.nanargmax(scores))
+            if judged and scores[ids[i]] < np.nanmax(scores)
+            else int(ids[i])
+        )
         if twins or suggested != ids[i]:
             found[key_ids[i]] = {
                 "suggested": cache.class_names[suggested] if judged else None,
-                "margin": np.log(scores[suggested] / max(scores[ids[i]], lowest)) if judged else None,
+                "margin": np.log(scores[suggested] / max(scores[ids[i]], lowest))
+                if judged
+                else None,
                 "nearest_key_id": None if nearest is None else key_ids[nearest],
                 "nearest_affinity": None if nearest is None else affinity[i, nearest],
                 "duplicate_of": {key_ids[-j] for digest, cosine, j in twins} or None,
@@ -82,10 +98,17 @@ def check(cache, k=None):
             assert row[name] == wanted[name], name
         for name in ("margin", "nearest_affinity"):
             assert row[name] == (
-                wanted[name] if wanted[name] is None else pytest.approx(wanted[name], rel=2e-3, abs=1e-5)
+                wanted[name]
+                if wanted[name] is None
+                else pytest.approx(wanted[name], rel=2e-3, abs=1e-5)
             )
-        assert row["duplicate_of"] == wanted["duplicate_of"] or row["duplicate_of"] in wanted["duplicate_of"]
-        assert (row["source"], row["label"]) == tuple(described[row["key_id"]][x] for x in ("source", "label"))
+        assert (
+            row["duplicate_of"] == wanted["duplicate_of"]
+            or row["duplicate_of"] in wanted["duplicate_of"]
+        )
+        assert (row["source"], row["label"]) == tuple(
+            described[row["key_id"]][x] for x in ("source", "label")
+        )
         if row["nearest_key_id"] is not None:
             near = described[row["nearest_key_id"]]
             assert (row["nearest_source"], row["nearest_label"]) == (near["source"], near["label"])
@@ -100,7 +123,9 @@ def check(cache, k=None):
     return table
 
 
-def random_index(seed, n=30, c=4, d=8, dtype=np.float32, digests=None, beta=5.5, norms=True, values=False):
+def random_index(
+    seed, n=30, c=4, d=8, dtype=np.float32, digests=None, beta=5.5, norms=True, values=False
+):
     """Return an index of random keys; some classes have one key, or none."""
     generator = np.random.default_rng(seed)
     keys = generator.normal(size=(n, d))
@@ -117,19 +142,28 @@ def random_index(seed, n=30, c=4, d=8, dtype=np.float32, digests=None, beta=5.5,
     )
     if digests is not None:
         column = pa.array([digests[i] for i in cache.labels["key_id"].to_pylist()], pa.string())
-        labels = cache.labels.set_column(cache.labels.column_names.index("digest"), "digest", column)
+        labels = cache.labels.set_column(
+            cache.labels.column_names.index("digest"), "digest", column
+        )
         cache.rows = replace(cache.rows, labels=labels)
     return cache
 
 
 @settings(max_examples=examples(60), deadline=None)
-@given(st.integers(0, 10**6), st.sampled_from([1, 2, 5, 30]), st.sampled_from([np.float32, np.float16]), st.booleans())
+@given(
+    st.integers(0, 10**6),
+    st.sampled_from([1, 2, 5, 30]),
+    st.sampled_from([np.float32, np.float16]),
+    st.booleans(),
+)
 def test_an_audit_matches_the_dense_reference(seed, n, dtype, valued):
     """It ignores the settings and the trained values of the index, so that a margin means the same in every index."""
     generator = np.random.default_rng(seed)
     digests = [[None, "", "a", "b", "c"][i] for i in generator.integers(0, 5, n)]
     beta = float(generator.choice([0, 0.5, 5.5, 30, 1e30]))
-    check(random_index(seed, n, dtype=dtype, digests=digests, beta=beta, norms=n != 5, values=valued))
+    check(
+        random_index(seed, n, dtype=dtype, digests=digests, beta=beta, norms=n != 5, values=valued)
+    )
 
 
 @settings(max_examples=examples(20), deadline=None)
@@ -142,7 +176,9 @@ def planted(n, c, d=32, spread=0.5, seed=0):
     """Return features around one centre per class, and their class ids."""
     generator = np.random.default_rng(seed)
     ids = np.arange(n) % c
-    keys = np.random.default_rng(7).normal(size=(c, d))[ids] + spread * generator.normal(size=(n, d))
+    keys = np.random.default_rng(7).normal(size=(c, d))[ids] + spread * generator.normal(
+        size=(n, d)
+    )
     return (keys / np.linalg.norm(keys, axis=1, keepdims=True)).astype(np.float32), ids
 
 
@@ -159,7 +195,9 @@ def test_exactly_the_planted_wrong_labels_are_found(seed, k):
     cache = Index.from_features(keys, wrong, [f"class {i}" for i in range(10)], device="cpu")
     table = audited(cache, k)
     assert set(table["key_id"].to_pylist()) == set(flipped.tolist())  # precision and recall of 1
-    assert table["suggested"].to_pylist() == [f"class {ids[i]}" for i in table["key_id"].to_pylist()]
+    assert table["suggested"].to_pylist() == [
+        f"class {ids[i]}" for i in table["key_id"].to_pylist()
+    ]
     assert (table["margin"].to_numpy() > 0).all()
     assert table["duplicate_of"].null_count == len(table)
 
@@ -171,7 +209,9 @@ def test_every_interface_lists_the_same_shots(run, tmp_path):
     wrong = ids.copy()
     wrong[:8] = (ids[:8] + 1) % 4
     rows = write_table(tmp_path / "rows.parquet", keys, [names[i] for i in wrong])
-    test = write_table(tmp_path / "test.parquet", planted(40, 4, seed=1)[0], [names[i % 4] for i in range(40)])
+    test = write_table(
+        tmp_path / "test.parquet", planted(40, 4, seed=1)[0], [names[i % 4] for i in range(40)]
+    )
     index, store = tmp_path / "index", f"lance://{tmp_path}/store"
     for arguments in (
         ("index", "build", rows, "--out", index),
@@ -181,7 +221,9 @@ def test_every_interface_lists_the_same_shots(run, tmp_path):
         assert run("-q", *arguments).exit_code == 0
     cache = Index.load(index, device="cpu")
     assert cache.fitted is not None
-    clear, everything = (audit(cache, borderline=more)["key_id"].to_pylist() for more in (False, True))
+    clear, everything = (
+        audit(cache, borderline=more)["key_id"].to_pylist() for more in (False, True)
+    )
     assert 5 < len(clear) < len(everything)
     assert f"Check {len(clear)} labels" in (tmp_path / "r.html").read_text()
     with TestClient(app_of(index)) as client:
@@ -189,7 +231,9 @@ def test_every_interface_lists_the_same_shots(run, tmp_path):
             found = client.get(f"/v1/indexes/index/audit{asked}").json()
             assert [shot["key_id"] for shot in found] == listed
             for place in (index, store):
-                printed = run("index", "audit", place, *flags, "--format", "json").stdout.splitlines()
+                printed = run(
+                    "index", "audit", place, *flags, "--format", "json"
+                ).stdout.splitlines()
                 assert [json.loads(line)["key_id"] for line in printed] == listed
 
 
@@ -203,7 +247,9 @@ def test_an_audit_of_a_fitted_index_finds_a_wrong_label():
     cache = Index.from_features(keys, labels, list("abcdef"))
     cache, _ = closed_form.fit(cache, closed_form.Fit(metric="within", values="solved"))
     [worst, *_] = audit(cache).to_pylist()
-    wrong = cache.labels["key_id"].to_pylist()[np.abs(np.asarray(cache.keys) - keys[7]).sum(1).argmin()]
+    wrong = cache.labels["key_id"].to_pylist()[
+        np.abs(np.asarray(cache.keys) - keys[7]).sum(1).argmin()
+    ]
     assert (worst["key_id"], worst["label"], worst["suggested"]) == (wrong, "e", "b")
     assert cache.fitted is not None
 
@@ -217,7 +263,9 @@ def mislabelled(ids, share, seed):
 
 @needs_real
 @pytest.mark.parametrize("seed", few([1, 2, 3]))
-@pytest.mark.parametrize(("file", "precise"), [("dtd/val", 0.65), ("oxford_flowers/shots_16", 0.95)])
+@pytest.mark.parametrize(
+    ("file", "precise"), [("dtd/val", 0.65), ("oxford_flowers/shots_16", 0.95)]
+)
 def test_an_audit_of_real_photos_lists_most_wrong_and_few_right_labels(shared, file, precise, seed):
     keys, labels = read_features(shared / f"data/clip-vitb32/{file}.parquet")
     names, ids = np.unique(labels, return_inverse=True)

@@ -35,7 +35,9 @@ def test_features_match_plain_open_clip(lit_mini, shared):
     path = next((shared / "data/caltech101/101_ObjectCategories/panda").iterdir())
     from retrieval_tip.data import images
 
-    config = json.loads((shared / "models/lit-mini/open_clip_config.json").read_text())["model_cfg"]["text_cfg"]
+    config = json.loads((shared / "models/lit-mini/open_clip_config.json").read_text())[
+        "model_cfg"
+    ]["text_cfg"]
     own = {"hf_model_name": str(shared / "models/lit-mini"), "hf_model_pretrained": False}
     text_cfg = config | (own if "hf_model_name" in config else {})
     model, _, preprocess = open_clip.create_model_and_transforms(name, text_cfg=text_cfg)
@@ -46,7 +48,9 @@ def test_features_match_plain_open_clip(lit_mini, shared):
         text = model.encode_text(tokens).numpy()
     ours = lit_mini.encode_images(lit_mini.preprocess(images.decode(read_item(path)))[None])
     np.testing.assert_allclose(ours, image, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(lit_mini.encode_texts(["a photo of a panda."]), text, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        lit_mini.encode_texts(["a photo of a panda."]), text, rtol=1e-4, atol=1e-5
+    )
     assert lit_mini.dim == 1280
     assert lit_mini.logit_scale == pytest.approx(100, rel=1e-3)
 
@@ -55,17 +59,21 @@ def test_the_identity_depends_on_weights_architecture_and_preprocessing(tmp_path
     one = load_backbone(f"local-dir:{tiny(tmp_path / 'one')}", device="cpu").identity
     same = load_backbone(f"local-dir:{tiny(tmp_path / 'same')}", device="cpu").identity
     other = load_backbone(f"local-dir:{tiny(tmp_path / 'other', seed=1)}", device="cpu").identity
-    gelu = load_backbone(f"local-dir:{tiny(tmp_path / 'gelu', quick_gelu=True)}", device="cpu").identity
+    gelu = load_backbone(
+        f"local-dir:{tiny(tmp_path / 'gelu', quick_gelu=True)}", device="cpu"
+    ).identity
     assert one.fingerprint == same.fingerprint  # the same weights in another place
     assert len({one.fingerprint, other.fingerprint, gelu.fingerprint}) == 3
     assert one.preprocess["mean"] == [0.1, 0.2, 0.3]
     assert Identity.from_dict(json.loads(json.dumps(one.to_dict()))) == one
-    assert Identity(one.model, None, one.weights, one.config, one.preprocess | {"mean": [0, 0, 0]}).fingerprint != (
-        one.fingerprint
-    )
+    assert Identity(
+        one.model, None, one.weights, one.config, one.preprocess | {"mean": [0, 0, 0]}
+    ).fingerprint != (one.fingerprint)
 
 
-@pytest.mark.parametrize("broken", [None, [], {}, {"model": 3}, {"model": "a", "pretrained": None, "weights": 1}])
+@pytest.mark.parametrize(
+    "broken", [None, [], {}, {"model": 3}, {"model": "a", "pretrained": None, "weights": 1}]
+)
 def test_a_damaged_identity_is_refused(broken):
     with pytest.raises(BackboneError, match="backbone"):
         Identity.from_dict(broken)
@@ -81,7 +89,9 @@ def test_a_checkpoint_of_a_tag_gets_its_preprocessing_and_activation(tmp_path, m
 
     monkeypatch.setattr(open_clip, "create_model_and_transforms", create)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    repository = open_clip.get_pretrained_cfg("RN50", "openai")["hf_hub"].strip("/").replace("/", "--")
+    repository = (
+        open_clip.get_pretrained_cfg("RN50", "openai")["hf_hub"].strip("/").replace("/", "--")
+    )
     file = tmp_path / f"models--{repository}/snapshots/abc/rn50.safetensors"
     file.parent.mkdir(parents=True)
     file.write_bytes(b"")
@@ -111,7 +121,11 @@ def test_a_checkpoint_without_a_tag_loads_with_a_warning(tmp_path, caplog):
     [
         ("RN50x@openai", UsageError, ["RN50x", "RN50x4"]),
         ("RN50@nonsense", UsageError, ["nonsense", "openai"]),
-        ("ViT-B-32", BackboneError, ["laion/CLIP-ViT-B-32-DataComp", "--model ViT-B-32@datacomp_xl"]),
+        (
+            "ViT-B-32",
+            BackboneError,
+            ["laion/CLIP-ViT-B-32-DataComp", "--model ViT-B-32@datacomp_xl"],
+        ),
         ("ViT-S-32", UsageError, ["--model ViT-S-32@FILE"]),
         ("RN5O", UsageError, ["RN50"]),
         ("timm:dinov2_small", UsageError, ["timm:vit_small_patch14_dinov2"]),
@@ -157,7 +171,9 @@ def test_damaged_weights_and_code_are_refused_without_advice_to_run_them(data, t
         (file, f"timm:test_vit@{file}"),
     ):
         place.write_bytes(data)
-        with pytest.raises(BackboneError, match="damaged, or contains code, which is never run") as error:
+        with pytest.raises(
+            BackboneError, match="damaged, or contains code, which is never run"
+        ) as error:
             load_backbone(model, device="cpu")
         assert "weights_only" not in str(error.value)
 
@@ -174,7 +190,9 @@ def test_a_models_own_code_is_never_run(scheme, claimant, text_cfg, tmp_path, mo
     """Neither a "y" on standard input nor the model's own configuration allows it."""
     folder = with_code(tiny(tmp_path / "model"), claimant)
     text = TINY["text_cfg"] | {"hf_tokenizer_name": "its own"} | text_cfg
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": TINY | {"text_cfg": text}}))
+    (folder / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": TINY | {"text_cfg": text}})
+    )
     answers = io.StringIO("y\n" * 9)
     monkeypatch.setattr("sys.stdin", answers)
     with pytest.raises(BackboneError, match=f"{scheme}:{folder}: .* custom code"):
@@ -189,11 +207,20 @@ def test_the_first_build_prints_no_messages_from_transformers(shared, tmp_path):
     for number, name in enumerate(("cat", "dog"), 50):
         (tmp_path / "photos" / name).mkdir(parents=True)
         picture((number, number)).save(tmp_path / "photos" / name / "a.png")
-    build = ["index", "build", str(tmp_path / "photos"), "--model", f"local-dir:{shared}/models/lit-mini"]
+    build = [
+        "index",
+        "build",
+        str(tmp_path / "photos"),
+        "--model",
+        f"local-dir:{shared}/models/lit-mini",
+    ]
     done = subprocess.run(
         [sys.executable, "-m", "retrieval_tip", *build, "--out", str(tmp_path / "index")],
-        env=os.environ | {"RETRIEVAL_TIP_CACHE": str(tmp_path / "cache")}, capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        env=os.environ | {"RETRIEVAL_TIP_CACHE": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert "transformers" not in done.stderr
 
 
@@ -247,19 +274,28 @@ def test_views_are_cropped_and_flipped_as_in_the_paper(tmp_path):
     assert not torch.equal(one, other)
     boxes = [torch_backbone._crop(120, 80, random.Random(seed)) for seed in range(500)]
     assert len(set(boxes)) > 400
-    assert all(0.49 < height * width / 9600 <= 1 and 0.73 < width / height < 1.37 for *_, height, width in boxes)
+    assert all(
+        0.49 < height * width / 9600 <= 1 and 0.73 < width / height < 1.37
+        for *_, height, width in boxes
+    )
     for size in ((120, 80), (1, 1), (1, 500), (500, 1), (2, 3)):
         for seed in range(100):
             top, left, height, width = torch_backbone._crop(*size, random.Random(seed))
             assert 0 <= top < top + height <= size[1]
             assert 0 <= left < left + width <= size[0]
-    half = Image.fromarray(np.repeat(np.arange(120, dtype=np.uint8)[None, :, None], 3, 2).repeat(80, 0))
-    views = torch.stack([model.view(half, str(seed)) for seed in range(200)])  # brighter on the right, unless flipped
+    half = Image.fromarray(
+        np.repeat(np.arange(120, dtype=np.uint8)[None, :, None], 3, 2).repeat(80, 0)
+    )
+    views = torch.stack(
+        [model.view(half, str(seed)) for seed in range(200)]
+    )  # brighter on the right, unless flipped
     assert 70 < (views[..., 0] > views[..., -1]).all(dim=(1, 2)).sum() < 130
 
 
 def test_unit_names_the_row_that_cannot_be_normalised():
-    np.testing.assert_allclose(unit(np.array([[3.0, 4.0]], dtype=np.float32)), [[0.6, 0.8]], rtol=1e-6)
+    np.testing.assert_allclose(
+        unit(np.array([[3.0, 4.0]], dtype=np.float32)), [[0.6, 0.8]], rtol=1e-6
+    )
     for bad in (0.0, np.nan, np.inf):
         with pytest.raises(InputError, match="feature 1"):
             unit(np.array([[1.0, 0.0], [bad, 0.0]], dtype=np.float32))
@@ -278,7 +314,10 @@ def image_weights(tmp_path_factory):
     torch.manual_seed(0)
     model = timm.create_model("tf_efficientnet_lite0")
     file = tmp_path_factory.mktemp("weights") / "lite0.pth"
-    torch.save({f"_other.{number}": tensor for number, tensor in enumerate(model.state_dict().values())}, file)
+    torch.save(
+        {f"_other.{number}": tensor for number, tensor in enumerate(model.state_dict().values())},
+        file,
+    )
     return file, model.eval()
 
 
@@ -294,10 +333,15 @@ def test_an_image_encoder_gives_the_same_features_as_plain_timm(image_weights, t
     np.testing.assert_allclose(ours.encode_images(view[None]), plain, rtol=1e-4, atol=1e-5)
     assert (ours.dim, ours.has_text) == (1280, False)
     own = tmp_path / "own.safetensors"
-    save_file(model.state_dict(), own)  # with timm's names, the order of the tensors does not matter
+    save_file(
+        model.state_dict(), own
+    )  # with timm's names, the order of the tensors does not matter
     again = load_backbone(f"timm:tf_efficientnet_lite0@in1k={own}", device="cpu")
     assert again.identity.fingerprint == ours.identity.fingerprint
-    assert (again.identity.model, again.identity.pretrained) == ("timm:tf_efficientnet_lite0.in1k", str(own))
+    assert (again.identity.model, again.identity.pretrained) == (
+        "timm:tf_efficientnet_lite0.in1k",
+        str(own),
+    )
 
 
 def test_an_image_encoder_refuses_text(image_weights):
@@ -307,7 +351,9 @@ def test_an_image_encoder_refuses_text(image_weights):
 
 
 def test_weights_of_another_model_are_refused(image_weights, tmp_path):
-    with pytest.raises(BackboneError, match=r"lite0\.pth: not weights of timm:resnet18: tensor 'conv1"):
+    with pytest.raises(
+        BackboneError, match=r"lite0\.pth: not weights of timm:resnet18: tensor 'conv1"
+    ):
         load_backbone(f"timm:resnet18@{image_weights[0]}", device="cpu")
     (tmp_path / "text.pth").write_text("none")
     with pytest.raises(BackboneError, match=r"text\.pth: cannot be read"):
@@ -330,21 +376,32 @@ def test_a_model_in_memory_gives_the_same_backbone_and_is_pickled_with_its_weigh
         torch.testing.assert_close(there.preprocess(picture())[None], pixels)
         np.testing.assert_allclose(there.encode_images(pixels), expected, rtol=1e-4, atol=1e-5)
         np.testing.assert_array_equal(there.encode_texts(["a cat"]), text)
-        assert (there.dim, there.logit_scale, there.identity) == (named.dim, named.logit_scale, given.identity)
+        assert (there.dim, there.logit_scale, there.identity) == (
+            named.dim,
+            named.logit_scale,
+            given.identity,
+        )
 
 
 def carried(model):
     return pickle.loads(pickle.dumps(model))
 
 
-def test_a_pickled_backbone_opens_its_model_again_on_first_use(image_weights, tiny_folder, tmp_path, monkeypatch):
+def test_a_pickled_backbone_opens_its_model_again_on_first_use(
+    image_weights, tiny_folder, tmp_path, monkeypatch
+):
     monkeypatch.chdir(image_weights[0].parent)
     model = load_backbone("timm:tf_efficientnet_lite0@lite0.pth", device="cpu")
     data = pickle.dumps(model)
     assert len(data) < 10_000
     monkeypatch.chdir(tiny_folder.parent)
     there, pixels = pickle.loads(data), some_pixels(model, 1)
-    assert (there._opened, there.identity, there.dim, there.has_text) == (None, model.identity, 1280, False)
+    assert (there._opened, there.identity, there.dim, there.has_text) == (
+        None,
+        model.identity,
+        1280,
+        False,
+    )
     np.testing.assert_array_equal(there.encode_images(pixels), model.encode_images(pixels))
     assert pickle.loads(data)._opened is there._opened  # tasks of joblib share one model
     dual = load_backbone(f"local-dir:{tiny_folder.name}", device="cpu")
@@ -353,12 +410,16 @@ def test_a_pickled_backbone_opens_its_model_again_on_first_use(image_weights, ti
     there = pickle.loads(pickle.dumps(pickle.loads(data)))
     assert (there.logit_scale, there._opened) == (dual.logit_scale, None)
     np.testing.assert_array_equal(there.encode_texts(["a cat"]), dual.encode_texts(["a cat"]))
-    np.testing.assert_array_equal(there.encode_images(some_pixels(dual, 1)), dual.encode_images(some_pixels(dual, 1)))
+    np.testing.assert_array_equal(
+        there.encode_images(some_pixels(dual, 1)), dual.encode_images(some_pixels(dual, 1))
+    )
 
 
 @pytest.mark.parametrize("replaced", [False, True])
 def test_a_pickled_backbone_names_a_model_that_is_gone_or_replaced(tmp_path, replaced):
-    data = pickle.dumps(load_backbone(f"local-dir:{tiny(tmp_path / 'model', seed=7)}", device="cpu"))
+    data = pickle.dumps(
+        load_backbone(f"local-dir:{tiny(tmp_path / 'model', seed=7)}", device="cpu")
+    )
     shutil.rmtree(tmp_path / "model")
     words = r"model: open_clip_config\.json cannot be read"
     if replaced:

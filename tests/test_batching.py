@@ -50,7 +50,10 @@ async def test_waiting_requests_become_one_batch_unless_they_are_cancelled():
 
 
 @given(
-    calls=st.lists(st.tuples(st.sampled_from("abc"), st.lists(st.integers(0, 9), min_size=1, max_size=4)), max_size=30),
+    calls=st.lists(
+        st.tuples(st.sampled_from("abc"), st.lists(st.integers(0, 9), min_size=1, max_size=4)),
+        max_size=30,
+    ),
     most=st.integers(1, 8),
     bad=st.none() | st.integers(0, 9),
 )
@@ -67,10 +70,16 @@ def test_each_request_gets_its_own_answer_or_its_own_error(calls, most, bad):
 
     async def ask():
         with batches(run, most) as asked:
-            return await asyncio.gather(*(asked(key, items) for key, items in calls), return_exceptions=True)
+            return await asyncio.gather(
+                *(asked(key, items) for key, items in calls), return_exceptions=True
+            )
 
     for (key, items), found in zip(calls, asyncio.run(ask()), strict=True):
-        assert isinstance(found, InputError) if bad in items else found == [f"{key}{item}" for item in items]
+        assert (
+            isinstance(found, InputError)
+            if bad in items
+            else found == [f"{key}{item}" for item in items]
+        )
     assert sorted(done) == sorted(item for _, items in calls if bad not in items for item in items)
 
 
@@ -100,12 +109,18 @@ class Work:
 async def test_turns_begin_in_the_order_of_their_clients_total_cost():
     """A second request of a client comes after its first one, however small it is."""
     work = Work(1.0)
-    await work.start("zero", "z", 1.0)  # begins first, and all other costs are counted from its place
+    await work.start(
+        "zero", "z", 1.0
+    )  # begins first, and all other costs are counted from its place
     await work.start("one", "abc", 1.5, 1.5, 1.5)
     await work.start("two", "de", 1.0, 1.0)
     await work.start("three", "f", 1.2)
     await work.start("two", "g", 1.0)
-    assert (work.turns.waiting("one"), work.turns.waiting("two"), work.turns.waiting("zero")) == (4.5, 3.0, 0.0)
+    assert (work.turns.waiting("one"), work.turns.waiting("two"), work.turns.waiting("zero")) == (
+        4.5,
+        3.0,
+        0.0,
+    )
     await work.finish("abcdefgz")
     assert work.begun == "zdfaebgc"
 
@@ -147,7 +162,10 @@ async def test_a_kept_value_is_made_once():
     maker = Maker()
     with ThreadPoolExecutor(4) as pool:
         kept = Kept(pool, most=8, room=10, size=len)
-        calls = [asyncio.create_task(kept(key, maker.making(key))) for key in ["aaaa"] * 50 + ["bbbb"] * 50]
+        calls = [
+            asyncio.create_task(kept(key, maker.making(key)))
+            for key in ["aaaa"] * 50 + ["bbbb"] * 50
+        ]
         await asyncio.sleep(0)
         gone = calls.pop(0)
         gone.cancel()  # the other calls still get the value
@@ -155,7 +173,9 @@ async def test_a_kept_value_is_made_once():
         assert await asyncio.gather(*calls) == ["aaaa"] * 49 + ["bbbb"] * 50
         assert sorted(maker.made) == ["aaaa", "bbbb"]
         assert await kept("aaaa", maker.making("aaaa")) == "aaaa"
-        assert await kept("cc", maker.making("cc")) == "cc"  # replaces the least recently used value
+        assert (
+            await kept("cc", maker.making("cc")) == "cc"
+        )  # replaces the least recently used value
         assert await kept("aaaa", maker.making("aaaa")) == "aaaa"
         assert sorted(maker.made) == ["aaaa", "bbbb", "cc"]
         assert list(kept._results) == ["cc", "aaaa"]

@@ -28,7 +28,10 @@ def test_a_count_is_a_whole_number_within_its_bounds(name):
 @pytest.mark.parametrize(
     ("name", "make"),
     [
-        *((name, lambda value, name=name: Reader(**{name: value})) for name in ("views", "batch_size", "workers")),
+        *(
+            (name, lambda value, name=name: Reader(**{name: value}))
+            for name in ("views", "batch_size", "workers")
+        ),
         ("epochs", lambda value: Recipe(epochs=value)),
         ("seed", lambda value: Recipe(seed=value)),
         ("shots", lambda value: few_shot(["a"], value)),
@@ -43,7 +46,9 @@ def test_counts_that_use_memory_are_bounded_in_python(name, make):
 def test_an_allocation_beyond_the_memory_is_refused_with_both_sizes(monkeypatch):
     monkeypatch.setattr(errors, "memory", lambda: 24 << 30)
     check_memory(24 << 30, "this", "ask for less")
-    with pytest.raises(UsageError, match=r"^this: needs 10,000\.0 GB .* 25\.8 GB .*; ask for less$"):
+    with pytest.raises(
+        UsageError, match=r"^this: needs 10,000\.0 GB .* 25\.8 GB .*; ask for less$"
+    ):
         check_memory(10**13, "this", "ask for less")
     check_memory(0, "this", "ask for less")
     monkeypatch.setattr(errors, "memory", lambda: None)
@@ -54,9 +59,11 @@ def test_an_allocation_beyond_the_memory_is_refused_with_both_sizes(monkeypatch)
 def test_the_smallest_memory_limit_applies(monkeypatch, tmp_path):
     whole = memory()
     assert whole > 1 << 26
-    code = "import resource as r; r.setrlimit(r.RLIMIT_AS, (1 << 40, 1 << 41)); r.setrlimit(r.RLIMIT_AS, (1 << 29, 1 << 40))"  # fmt: skip  # noqa: E501
+    code = "import resource as r; r.setrlimit(r.RLIMIT_AS, (1 << 40, 1 << 41)); r.setrlimit(r.RLIMIT_AS, (1 << 29, 1 << 40))"  # noqa: E501
     code += "; from retrieval_tip.errors import memory; print(memory())"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
     assert int(done.stdout) == 1 << 29
     (tmp_path / "memory.max").write_text(f"{1 << 25}\n")
     (tmp_path / "no limit").write_text("max\n")

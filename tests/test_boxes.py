@@ -31,7 +31,9 @@ def found(bbox, conf=0.9, category="1"):
 def test_a_crop_has_the_pixels_that_a_box_touches(left, top, width, height):
     file = io.BytesIO()
     Image.fromarray(NOISE).save(file, "PNG")
-    part = np.asarray(Image.open(io.BytesIO(images.crop(file.getvalue(), (left, top, width, height)))))
+    part = np.asarray(
+        Image.open(io.BytesIO(images.crop(file.getvalue(), (left, top, width, height))))
+    )
     rows = [y for y in range(7) if y + 1 > top * 7 and y < (top + height) * 7]
     columns = [x for x in range(11) if x + 1 > left * 11 and x < (left + width) * 11]
     if rows and columns and width * height > 0:
@@ -56,8 +58,14 @@ def trap(shared, tmp_path):
         both.paste(halves[2 * number + 1], (256, 0))
         exif = Image.Exif()
         exif[0x0112] = 6  # rotated by 90 degrees
-        both.transpose(Image.Transpose.ROTATE_90).save(tmp_path / f"photos/site/{number}.png", exif=exif)
-        boxes = [found([0, 0, 0.5, 1]), found([0.2, 0.2, 0.2, 0.2], 0.59), found([0.5, 0, 0.5, 1], 0.6, "2")]
+        both.transpose(Image.Transpose.ROTATE_90).save(
+            tmp_path / f"photos/site/{number}.png", exif=exif
+        )
+        boxes = [
+            found([0, 0, 0.5, 1]),
+            found([0.2, 0.2, 0.2, 0.2], 0.59),
+            found([0.5, 0, 0.5, 1], 0.6, "2"),
+        ]
         entries.append({"file": f"site\\{number}.png", "detections": boxes})
     for name in ("empty", "faint", "failed", "unknown"):
         Image.new("RGB", (9, 9)).save(tmp_path / f"photos/{name}.png")
@@ -78,7 +86,16 @@ def write(folder, **parts):
 
 
 def test_each_box_is_classified_as_its_own_photo(run, things, trap):
-    done = run("classify", things, trap / "photos", "--boxes", trap / "boxes.json", "--logits", "--format", "json")
+    done = run(
+        "classify",
+        things,
+        trap / "photos",
+        "--boxes",
+        trap / "boxes.json",
+        "--logits",
+        "--format",
+        "json",
+    )
     assert done.exit_code == 3
     assert "failed.png: the detector failed: Failure image access" in done.stderr
     assert "unknown.png: no entry" in done.stderr
@@ -86,9 +103,13 @@ def test_each_box_is_classified_as_its_own_photo(run, things, trap):
     names = [f"{photos}/site/{photo}.png#{box}" for photo in range(2) for box in (1, 2)]
     assert [row["input"] for row in rows] == [*names, f"{photos}/empty.png", f"{photos}/faint.png"]
     assert [row["detected"] for row in rows] == ["animal", "person"] * 2 + ["empty"] * 2
-    assert [(row["label"], row["probability"], row["logits"]) for row in rows[4:]] == [(None, None, None)] * 2
+    assert [(row["label"], row["probability"], row["logits"]) for row in rows[4:]] == [
+        (None, None, None)
+    ] * 2
     alone = json_rows(run("classify", things, trap / "halves", "--logits", "--format", "json"))
-    np.testing.assert_array_equal([row["logits"] for row in rows[:4]], [row["logits"] for row in alone])
+    np.testing.assert_array_equal(
+        [row["logits"] for row in rows[:4]], [row["logits"] for row in alone]
+    )
 
 
 def test_boxes_belong_to_the_burst_of_their_photo(run, things, trap):
@@ -105,17 +126,27 @@ def test_boxes_belong_to_the_burst_of_their_photo(run, things, trap):
     text = (trap / "boxes.json").read_text().replace(".png", ".jpg")
     (trap / "boxes.json").write_text(text)
     options = ["--burst", 10, "--exif", "--format", "json"]
-    rows = json_rows(run("classify", things, trap / "photos", "--boxes", trap / "boxes.json", *options))
+    rows = json_rows(
+        run("classify", things, trap / "photos", "--boxes", trap / "boxes.json", *options)
+    )
     assert [row["burst"] for row in rows] == [1, 1, 1, 1, None]
-    assert [row["taken_at"] for row in rows] == ["2026-01-02 03:04:05"] * 4 + ["2026-01-02 03:04:06"]
+    assert [row["taken_at"] for row in rows] == ["2026-01-02 03:04:05"] * 4 + [
+        "2026-01-02 03:04:06"
+    ]
     assert len({row["label"] for row in rows[:4]}) == 1
 
 
 def test_photos_are_matched_by_the_end_of_their_path(tmp_path):
-    entries = [{"file": file, "detections": [found([0, 0, 1, 1])] * n} for n, file in enumerate(["./b/1.jpg", "1.jpg"])]
+    entries = [
+        {"file": file, "detections": [found([0, 0, 1, 1])] * n}
+        for n, file in enumerate(["./b/1.jpg", "1.jpg"])
+    ]
     file = write(tmp_path, images=entries)
     cut = cut_boxes(file, [of_images(["/a/b/1.jpg", "s3://x/c/1.jpg", "/a/b/1.jpg"])])
-    assert (cut.empty, cut.sources[0].paths) == (["/a/b/1.jpg", "/a/b/1.jpg"], ("s3://x/c/1.jpg#1",))
+    assert (cut.empty, cut.sources[0].paths) == (
+        ["/a/b/1.jpg", "/a/b/1.jpg"],
+        ("s3://x/c/1.jpg#1",),
+    )
     assert cut.detected == {"s3://x/c/1.jpg#1": "1"}
     with pytest.raises(InputError, match=r"c/1.jpg and /d/1.jpg both match its file '1.jpg'"):
         cut_boxes(file, [of_images(["/c/1.jpg", "/d/1.jpg"])])
@@ -126,7 +157,9 @@ def test_photos_are_matched_by_the_end_of_their_path(tmp_path):
 def test_boxes_without_an_area_are_left_out(tmp_path):
     flat, thin, whole = ([0.5, 0.5, 0, 0.2], [0.5, 0.5, 0.2, -0.001], [0, 0, 1, 1])
     photos = {"0.jpg": [flat, thin], "1.jpg": [flat, whole]}
-    entries = [{"file": name, "detections": list(map(found, edges))} for name, edges in photos.items()]
+    entries = [
+        {"file": name, "detections": list(map(found, edges))} for name, edges in photos.items()
+    ]
     cut = cut_boxes(write(tmp_path, images=entries), [of_images(list(photos))])
     assert (cut.empty, cut.boxes) == (["0.jpg"], {"1.jpg#1": ("1.jpg", (0, 0, 1, 1))})
 
@@ -142,14 +175,26 @@ WRONG = [
     ('{"images": [{"file": "a", "detections": null}]}', "image 0 has no 'file'"),
     (json.dumps({"images": [ONE, ONE]}), "'a.jpg' occurs twice"),
     *(
-        (json.dumps({"images": [ONE | {"detections": [ONE["detections"][0] | wrong]}]}), "a detection is not")
+        (
+            json.dumps({"images": [ONE | {"detections": [ONE["detections"][0] | wrong]}]}),
+            "a detection is not",
+        )
         for wrong in (
-            {"bbox": [0, 0, 1]}, {"bbox": "0011"}, {"bbox": [0, 0, 1, math.nan]}, {"bbox": [0, 0, 1, math.inf]},
-            {"bbox": [0, 0, 1, 10**400]}, {"bbox": [0, 0, 100, 100]}, {"bbox": [0, 0, 1, None]}, {"conf": math.nan},
-            {"conf": "0.9"}, {"conf": 7}, {"category": 1}, {"category": None},
+            {"bbox": [0, 0, 1]},
+            {"bbox": "0011"},
+            {"bbox": [0, 0, 1, math.nan]},
+            {"bbox": [0, 0, 1, math.inf]},
+            {"bbox": [0, 0, 1, 10**400]},
+            {"bbox": [0, 0, 100, 100]},
+            {"bbox": [0, 0, 1, None]},
+            {"conf": math.nan},
+            {"conf": "0.9"},
+            {"conf": 7},
+            {"category": 1},
+            {"category": None},
         )
     ),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("text", "message"), WRONG, ids=[message for _, message in WRONG])
@@ -178,12 +223,29 @@ def test_boxes_are_refused_for_features(tmp_path):
 @pytest.mark.parametrize(("options", "more"), [([], ""), (["--burst", 10, "--exif"], ",,,,")])
 def test_only_empty_photos_are_a_valid_result(options, more, run, things, trap):
     out = trap / "answers.csv"
-    done = run("classify", things, trap / "photos/empty.png", "--boxes", trap / "boxes.json", "--out", out, *options)
+    done = run(
+        "classify",
+        things,
+        trap / "photos/empty.png",
+        "--boxes",
+        trap / "boxes.json",
+        "--out",
+        out,
+        *options,
+    )
     assert (done.exit_code, done.stderr) == (0, f"{out}: classified 0 inputs, 1 empty\n")
     assert out.read_text().splitlines()[1:] == [f"{trap}/photos/empty.png,,,,empty{more}"]
 
 
 def test_classify_fails_if_the_detector_failed_on_all_photos(run, things, trap):
-    done = run("classify", things, trap / "photos/failed.png", "--boxes", trap / "boxes.json", "--burst", 10)
+    done = run(
+        "classify",
+        things,
+        trap / "photos/failed.png",
+        "--boxes",
+        trap / "boxes.json",
+        "--burst",
+        10,
+    )
     assert (done.exit_code, done.stdout) == (1, "")
     assert "failed.png: the detector failed: Failure image access" in done.stderr

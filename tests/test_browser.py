@@ -33,7 +33,9 @@ def runtime():
     if not all((folder / name).is_file() for name in RUNTIME):
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            subprocess.run(["npm", "pack", "onnxruntime-web@1"], cwd=folder, check=True, capture_output=True)
+            subprocess.run(
+                ["npm", "pack", "onnxruntime-web@1"], cwd=folder, check=True, capture_output=True
+            )
         except (OSError, subprocess.CalledProcessError) as error:
             pytest.skip(f"SKIPPED: onnxruntime-web cannot be fetched from npm here ({error})")
         with tarfile.open(next(folder.glob("*.tgz"))) as package:
@@ -43,7 +45,9 @@ def runtime():
 
 
 class Files(http.server.SimpleHTTPRequestHandler):
-    extensions_map = http.server.SimpleHTTPRequestHandler.extensions_map | {".mjs": "text/javascript"}
+    extensions_map = http.server.SimpleHTTPRequestHandler.extensions_map | {
+        ".mjs": "text/javascript"
+    }
 
     def log_message(self, *_):
         pass
@@ -63,11 +67,17 @@ def site(runtime, fitted, run, tmp_path):
     shutil.copytree(ROOT / "docs/browser", folder)
     shutil.copytree(runtime, folder / "ort")
     index = Index.load(fitted, device="cpu")
-    Reader(load_backbone(index.backbone.model, device="cpu")).store_int8(of_images(index.labels["source"].to_pylist()))
+    Reader(load_backbone(index.backbone.model, device="cpu")).store_int8(
+        of_images(index.labels["source"].to_pylist())
+    )
     for name, precision in (("things", "float32"), ("int8", "int8")):
-        done = run("index", "export", fitted, "--onnx", folder / f"{name}.onnx", "--precision", precision)
+        done = run(
+            "index", "export", fitted, "--onnx", folder / f"{name}.onnx", "--precision", precision
+        )
         assert done.exit_code == 0, done.output
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Files, directory=folder))
+    server = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(Files, directory=folder)
+    )
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}/"
     server.shutdown()
@@ -104,10 +114,13 @@ def test_a_photo_is_classified_in_the_browser(site, fitted, shared, run, tmp_pat
         page = one.page
         expect(page.get_by_role("status")).to_have_text("Ready: 10 classes.", timeout=PATIENCE)
         page.get_by_label("Choose a photo").set_input_files(paths[0])
-        expect(page.locator("li").first).to_contain_text(expected[str(paths[0])]["label"], timeout=PATIENCE)
+        expect(page.locator("li").first).to_contain_text(
+            expected[str(paths[0])]["label"], timeout=PATIENCE
+        )
         names = [f"{number}{path.suffix}" for number, path in enumerate(paths)]
         found, quick = (
-            [page.evaluate(LOGITS, [f"{graph}.onnx", name]) for name in names] for graph in ("things", "int8")
+            [page.evaluate(LOGITS, [f"{graph}.onnx", name]) for name in names]
+            for graph in ("things", "int8")
         )
         page.get_by_label("Choose a photo").set_input_files(stranger)
         expect(page.get_by_role("status")).to_contain_text("No match", timeout=PATIENCE)
@@ -119,7 +132,9 @@ def test_a_photo_is_classified_in_the_browser(site, fitted, shared, run, tmp_pat
         row = expected[str(path)]
         assert one["labels"][int(np.argmax(one["logits"]))] == row["label"], path
         assert one["no_match"] == row["no_match"], path
-        np.testing.assert_allclose(one["logits"], row["logits"], rtol=1e-4, atol=1e-4 * np.abs(row["logits"]).max())
+        np.testing.assert_allclose(
+            one["logits"], row["logits"], rtol=1e-4, atol=1e-4 * np.abs(row["logits"]).max()
+        )
     chances = [np.array([one["probabilities"] for one in rows]) for rows in (found, quick)]
     assert np.abs(chances[0] - chances[1]).max() > 0
     assert (chances[0].argmax(1) == chances[1].argmax(1)).mean() > 0.9

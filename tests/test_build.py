@@ -33,13 +33,17 @@ def table(tmp_path):
 
 
 def build(path, out, **options):
-    return build_index(open_source(path), out, Reader(seed=options.pop("seed", 1)), **options, fit="none")
+    return build_index(
+        open_source(path), out, Reader(seed=options.pop("seed", 1)), **options, fit="none"
+    )
 
 
 def test_shots_are_drawn_by_the_published_rule(table, tmp_path):
     cache = build(table, tmp_path / "i", shots=4, seed=7)
     labels = open_source(table).labels
-    assert sorted(cache.labels["source"].to_pylist()) == sorted(f"item-{i}" for i in few_shot(labels, 4, 7))
+    assert sorted(cache.labels["source"].to_pylist()) == sorted(
+        f"item-{i}" for i in few_shot(labels, 4, 7)
+    )
     assert cache.provenance["shots"] == 4
     assert cache.provenance["seed"] == 7
 
@@ -96,7 +100,10 @@ def test_small_classes_repeat_images_with_a_warning(table, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         cache = build(table, tmp_path / "i", shots=12)
     assert cache.n == 36
-    assert "3 classes have fewer than 12 images, so some images are repeated: ant, bee, cat" in caplog.text
+    assert (
+        "3 classes have fewer than 12 images, so some images are repeated: ant, bee, cat"
+        in caplog.text
+    )
 
 
 def test_text_tables_average_prompts_and_order_the_classes(tmp_path, table):
@@ -150,7 +157,12 @@ def test_suspicious_sources_get_a_warning(tmp_path, caplog):
     bare = write_table(tmp_path / "bare.parquet", rows[:3], ["cat", "cat", "dog"])
     build_index(open_source(bare), tmp_path / "2", Reader(), fit="none", device="cpu")
     assert "only one photo of dog" in caplog.text
-    views = write_table(tmp_path / "views.parquet", rows, ["cat"] * 3 + ["dog"] * 3, ids=["a", "a", "a", "b", "b", "c"])
+    views = write_table(
+        tmp_path / "views.parquet",
+        rows,
+        ["cat"] * 3 + ["dog"] * 3,
+        ids=["a", "a", "a", "b", "b", "c"],
+    )
     build_index(open_source(views), tmp_path / "4", Reader(), device="cpu")
     assert "6 rows have 3 ids (a, b); rows with the same id count as one photo" in caplog.text
     assert caplog.text.count("only one photo of cat") == 1
@@ -164,7 +176,9 @@ def test_labels_take_the_spelling_of_the_text_table(tmp_path):
     rows = np.eye(4, dtype=np.float32)
     words = write_table(tmp_path / "words.parquet", rows[:2], ["grand_piano", "Cat"])
     shots = write_table(tmp_path / "shots.parquet", rows, ["Grand Piano", "cat"] * 2)
-    cache = build_index(open_source(shots), tmp_path / "i", Reader(), text=words, fit="none", device="cpu")
+    cache = build_index(
+        open_source(shots), tmp_path / "i", Reader(), text=words, fit="none", device="cpu"
+    )
     assert cache.class_names == ["grand_piano", "Cat"]
     assert cache.counts == [2, 2]
 
@@ -178,7 +192,11 @@ TEXTS = {
     "NaN": ([*unit_rows(2, D), [np.nan] * D], NAMES, "row 2"),
     "zero": ([*unit_rows(2, D), [0.0] * D], NAMES, "row 2"),
     "not normalised": (unit_rows(3, D) * 3, NAMES, "norm 3"),
-    "prompts that cancel out": ([*unit_rows(3, D), -unit_rows(3, D)[0]], [*NAMES, "ant"], "cancel out"),
+    "prompts that cancel out": (
+        [*unit_rows(3, D), -unit_rows(3, D)[0]],
+        [*NAMES, "ant"],
+        "cancel out",
+    ),
 }
 
 
@@ -193,9 +211,19 @@ def test_a_mismatched_text_table_is_refused(table, tmp_path, case):
 
 @pytest.mark.parametrize("norms", ["unit", "keep"])
 def test_text_weights_are_normalised_for_rows_of_any_norm(table, tmp_path, norms):
-    texts = [write_table(tmp_path / f"{scale}.parquet", unit_rows(3, D, 2) * scale, NAMES) for scale in (1, 3)]
-    made = [build_index(open_source(table), tmp_path / path.stem, Reader(norms=norms), text=path, fit="none") for path in texts]  # fmt: skip  # noqa: E501
-    np.testing.assert_allclose(made[0].logits(unit_rows(4, D, 3)), made[1].logits(unit_rows(4, D, 3)), rtol=1e-5)
+    texts = [
+        write_table(tmp_path / f"{scale}.parquet", unit_rows(3, D, 2) * scale, NAMES)
+        for scale in (1, 3)
+    ]
+    made = [
+        build_index(
+            open_source(table), tmp_path / path.stem, Reader(norms=norms), text=path, fit="none"
+        )
+        for path in texts
+    ]
+    np.testing.assert_allclose(
+        made[0].logits(unit_rows(4, D, 3)), made[1].logits(unit_rows(4, D, 3)), rtol=1e-5
+    )
 
 
 def test_kept_norms_beyond_float16_are_refused(tmp_path):

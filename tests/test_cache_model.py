@@ -108,7 +108,9 @@ def check_logits(model_, k=None, tail=True):
     np.testing.assert_allclose(terms.cache, alone, rtol=5e-4, atol=1e-4 * scale)
     logits, alpha = model_.logits(QUERIES, k, tail), model_.settings.alpha
     assert logits.dtype == torch.float32
-    np.testing.assert_allclose(logits, text + alpha * alone, rtol=5e-4, atol=2e-4 * (1 + alpha * scale))
+    np.testing.assert_allclose(
+        logits, text + alpha * alone, rtol=5e-4, atol=2e-4 * (1 + alpha * scale)
+    )
 
 
 def check_evidence(model_, k=None, tail=True, shown=7):
@@ -116,7 +118,9 @@ def check_evidence(model_, k=None, tail=True, shown=7):
     *_, A, V, met = dense(model_, k, tail)
     logits, labels = model_.logits(QUERIES, k, tail).numpy(), model_.in_memory().labels.to_pylist()
     row_of, beta = {row["key_id"]: i for i, row in enumerate(labels)}, model_.settings.beta
-    for q, answer in enumerate(model_.classify(QUERIES, top=3, k=k or "all", tail=tail, neighbours=shown)[:4]):
+    for q, answer in enumerate(
+        model_.classify(QUERIES, top=3, k=k or "all", tail=tail, neighbours=shown)[:4]
+    ):
         best = [NAMES.index(label) for label in answer.labels]
         own = answer.logits  # in another batch, the last digits may differ
         np.testing.assert_allclose(own, logits[q], rtol=1e-4, atol=1e-5 * abs(logits).max())
@@ -127,7 +131,10 @@ def check_evidence(model_, k=None, tail=True, shown=7):
         total = answer.text_logit + answer.cache_logit
         assert total == pytest.approx(own[best[0]], rel=1e-5, abs=1e-4)
         weights = np.exp(-beta * (1 - A[q]))
-        given, tolerance = weights[:, None] * V[:, best], {"rtol": 1e-3, "atol": 1e-6 * weights[met[q]].max()}
+        given, tolerance = (
+            weights[:, None] * V[:, best],
+            {"rtol": 1e-3, "atol": 1e-6 * weights[met[q]].max()},
+        )
         rows = [row_of[one.key_id] for one in answer.neighbours]
         assert len(set(rows)) == len(rows) == min(shown, met[q].sum())
         np.testing.assert_allclose(given[rows, 0], -np.sort(-given[met[q], 0])[:shown], **tolerance)
@@ -135,8 +142,13 @@ def check_evidence(model_, k=None, tail=True, shown=7):
             assert met[q, row]
             assert (one.source, one.label) == (labels[row]["source"], labels[row]["label"])
             assert one.affinity == pytest.approx(A[q, row], abs=1e-5)
-            np.testing.assert_allclose([one.weight, *one.gives], [weights[row], *given[row]], **tolerance)
-        lowest, against = given[met[q], 0].min(), answer.opposing.gives if answer.opposing else [0, 0]
+            np.testing.assert_allclose(
+                [one.weight, *one.gives], [weights[row], *given[row]], **tolerance
+            )
+        lowest, against = (
+            given[met[q], 0].min(),
+            answer.opposing.gives if answer.opposing else [0, 0],
+        )
         expected = lowest if lowest < 0 else max(0, given[met[q], 1].max())
         np.testing.assert_allclose(against[0 if lowest < 0 else 1], expected, **tolerance)
 
@@ -145,7 +157,9 @@ STORED = [("Flat", ""), ("Flat", "lance://")]
 """Types of index in a folder and in LanceDB, which cannot hold trained values."""
 
 
-@pytest.mark.parametrize(("index", "store"), [*((index, None) for index in EXACT_TYPES + COMPRESSED), *STORED])
+@pytest.mark.parametrize(
+    ("index", "store"), [*((index, None) for index in EXACT_TYPES + COMPRESSED), *STORED]
+)
 @settings(max_examples=examples(60), deadline=None)
 @given(
     st.sampled_from(sorted(KINDS)),
@@ -161,9 +175,15 @@ def test_logits_match_the_dense_definition_for_any_settings(
 ):
     own = built(index, kind, store)
     if store != "lance://":
-        own = replace(own, rows=replace(own.rows, values=torch.from_numpy(VALUES) if valued else None))
-    keys = mock.patch.multiple("retrieval_tip.retrieval.keys", QUERY_BLOCK=sizes[0], KEY_BLOCK=sizes[1])
-    at_a_time = mock.patch("retrieval_tip.model.PREDICTED", max(3, sizes[0]))  # more queries are classified in parts
+        own = replace(
+            own, rows=replace(own.rows, values=torch.from_numpy(VALUES) if valued else None)
+        )
+    keys = mock.patch.multiple(
+        "retrieval_tip.retrieval.keys", QUERY_BLOCK=sizes[0], KEY_BLOCK=sizes[1]
+    )
+    at_a_time = mock.patch(
+        "retrieval_tip.model.PREDICTED", max(3, sizes[0])
+    )  # more queries are classified in parts
     with (
         keys,
         at_a_time,
@@ -178,7 +198,9 @@ def test_logits_match_the_dense_definition_for_any_settings(
 def test_evidence_of_whole_classes_comes_from_all_keys(values):
     """``test_whole_classes.py`` tests the logits."""
     own = model(index="Classes")
-    own = replace(own, rows=replace(own.rows, values=None if values is None else torch.from_numpy(values)))
+    own = replace(
+        own, rows=replace(own.rows, values=None if values is None else torch.from_numpy(values))
+    )
     check_evidence(own, 40)
 
 
@@ -195,10 +217,15 @@ def test_real_features_give_the_published_accuracy(shared):
 
 
 LABELS = {
-    "int32": Y.astype(np.int32), "uint8": Y.astype(np.uint8), "list of ids": Y.tolist(), "tuple": tuple(Y.tolist()),
-    "tensor": torch.from_numpy(Y), "names": [NAMES[i] for i in Y], "array of names": np.array([NAMES[i] for i in Y]),
+    "int32": Y.astype(np.int32),
+    "uint8": Y.astype(np.uint8),
+    "list of ids": Y.tolist(),
+    "tuple": tuple(Y.tolist()),
+    "tensor": torch.from_numpy(Y),
+    "names": [NAMES[i] for i in Y],
+    "array of names": np.array([NAMES[i] for i in Y]),
     "objects": np.array([NAMES[i] for i in Y], dtype=object),
-}  # fmt: skip
+}
 FEATURES = {
     "tensor": torch.from_numpy,
     "with gradient": lambda x: torch.from_numpy(x).requires_grad_(),
@@ -219,7 +246,9 @@ def test_labels_may_be_names_or_ids_and_features_tensors_or_arrays(labels, featu
     logits = cache.logits(make(QUERIES))
     assert not logits.requires_grad
     assert torch.equal(logits, model().logits(QUERIES))
-    assert [p.label for p in cache.classify(make(QUERIES))] == [p.label for p in model().classify(QUERIES)]
+    assert [p.label for p in cache.classify(make(QUERIES))] == [
+        p.label for p in model().classify(QUERIES)
+    ]
 
 
 @pytest.mark.parametrize("make", [np.array, torch.tensor])
@@ -258,36 +287,82 @@ def nan(x, row=3):
 
 
 BAD_MODELS = {
-    "keys of one dimension": ({"keys": KEYS[0]}, InputError, r"^keys: shape \(32,\); expected .*\[n, d\]"),
+    "keys of one dimension": (
+        {"keys": KEYS[0]},
+        InputError,
+        r"^keys: shape \(32,\); expected .*\[n, d\]",
+    ),
     "no keys": ({"keys": KEYS[:0], "labels": []}, InputError, r"^keys: shape \(0, 32\)"),
-    "keys of integers": ({"keys": np.ones((N, D), int)}, InputError, "^keys: int64; expected floating-point"),
+    "keys of integers": (
+        {"keys": np.ones((N, D), int)},
+        InputError,
+        "^keys: int64; expected floating-point",
+    ),
     "a key with NaN": ({"keys": nan(KEYS)}, InputError, "^keys: row 3 contains"),
-    "a label too few": ({"labels": Y[:-1]}, InputError, rf"^labels: shape \({N - 1},\) .* {N} keys"),
-    "an unknown name": ({"labels": ["zebra"] * N}, InputError, "^labels: row 0 is 'zebra'.* 12 classes"),
+    "a label too few": (
+        {"labels": Y[:-1]},
+        InputError,
+        rf"^labels: shape \({N - 1},\) .* {N} keys",
+    ),
+    "an unknown name": (
+        {"labels": ["zebra"] * N},
+        InputError,
+        "^labels: row 0 is 'zebra'.* 12 classes",
+    ),
     "an unknown id": ({"labels": [0] * (N - 1) + [C]}, InputError, f"^labels: row {N - 1} is 12;"),
     "a negative id": ({"labels": [-1] * N}, InputError, "^labels: row 0 is -1;"),
     "a missing label": ({"labels": [None] * N}, InputError, "^labels: row 0 is None;"),
     "labels of fractions": ({"labels": Y + 0.5}, InputError, "^labels: row 0 is "),
-    "labels of unequal length": ({"labels": [[1], [1, 2]]}, InputError, "^labels: rows have different"),
+    "labels of unequal length": (
+        {"labels": [[1], [1, 2]]},
+        InputError,
+        "^labels: rows have different",
+    ),
     "no classes": ({"class_names": []}, InputError, "^class_names: expected at least one name"),
     "a class without name": ({"class_names": [*NAMES[:-1], ""]}, InputError, "^class_names: "),
-    "a class twice": ({"class_names": [*NAMES[:-1], NAMES[0]]}, InputError, "^class_names: 'class 0'"),
-    "text of other classes": ({"text_weights": TEXT[:-1]}, InputError, r"^text_weights: shape \(11, 32\); .*\[12"),
-    "text of another length": ({"text_weights": TEXT[:, :-1]}, InputError, r"^text_weights: shape \(12, 31\)"),
+    "a class twice": (
+        {"class_names": [*NAMES[:-1], NAMES[0]]},
+        InputError,
+        "^class_names: 'class 0'",
+    ),
+    "text of other classes": (
+        {"text_weights": TEXT[:-1]},
+        InputError,
+        r"^text_weights: shape \(11, 32\); .*\[12",
+    ),
+    "text of another length": (
+        {"text_weights": TEXT[:, :-1]},
+        InputError,
+        r"^text_weights: shape \(12, 31\)",
+    ),
     "text with NaN": ({"text_weights": nan(TEXT)}, InputError, "^text_weights: row 3 contains"),
     "values of too few keys": ({"values": VALUES[:-1]}, InputError, "^values: "),
     "values of too few classes": ({"values": VALUES[:, :-1]}, InputError, "^values: "),
     "values with NaN": ({"values": nan(VALUES)}, InputError, "^values: "),
-    "a source too few": ({"sources": ["x"] * (N - 1)}, InputError, f"^sources: .*{N - 1} sources for {N} keys"),
-    "a source too many": ({"sources": ["x"] * (N + 1)}, InputError, f"^sources: .*{N + 1} sources for {N} keys"),
+    "a source too few": (
+        {"sources": ["x"] * (N - 1)},
+        InputError,
+        f"^sources: .*{N - 1} sources for {N} keys",
+    ),
+    "a source too many": (
+        {"sources": ["x"] * (N + 1)},
+        InputError,
+        f"^sources: .*{N + 1} sources for {N} keys",
+    ),
     "negative beta": ({"beta": -1}, UsageError, "^beta is -1"),
     "an unknown index": ({"index": "Flut"}, UsageError, "^index 'Flut': "),
-    "an index that normalises": ({"index": "L2norm,Flat"}, UsageError, "^index 'L2norm,Flat': it normalises"),
+    "an index that normalises": (
+        {"index": "L2norm,Flat"},
+        UsageError,
+        "^index 'L2norm,Flat': it normalises",
+    ),
     "an unknown device": ({"device": "tpu"}, UsageError, "^device 'tpu'"),
 }
 
 
-@pytest.mark.parametrize(("changes", "error", "message"), BAD_MODELS.values(), ids=BAD_MODELS.keys())
+@pytest.mark.parametrize(
+    ("changes", "error", "message"), BAD_MODELS.values(), ids=BAD_MODELS.keys()
+)
 def test_invalid_model_arguments_are_refused_in_one_line(changes, error, message):
     with pytest.raises(error, match=message) as caught:
         model(**changes)
@@ -296,23 +371,55 @@ def test_invalid_model_arguments_are_refused_in_one_line(changes, error, message
 
 
 BAD_CALLS = {
-    "one dimension": ((QUERIES[0],), {}, InputError, r"^features: shape \(32,\); expected \[q, 32\]"),
-    "another length": ((QUERIES[:, :-1],), {}, InputError, r"^features: shape \(70, 31\); expected \[q, 32\]"),
-    "a tensor of another length": ((torch.ones(2, 3),), {}, InputError, r"^features: shape \(2, 3\)"),
+    "one dimension": (
+        (QUERIES[0],),
+        {},
+        InputError,
+        r"^features: shape \(32,\); expected \[q, 32\]",
+    ),
+    "another length": (
+        (QUERIES[:, :-1],),
+        {},
+        InputError,
+        r"^features: shape \(70, 31\); expected \[q, 32\]",
+    ),
+    "a tensor of another length": (
+        (torch.ones(2, 3),),
+        {},
+        InputError,
+        r"^features: shape \(2, 3\)",
+    ),
     "NaN": ((nan(QUERIES),), {}, InputError, "^features: row 3 contains"),
-    "a tensor with NaN": ((torch.from_numpy(nan(QUERIES)),), {}, InputError, "^features: row 3 contains"),
+    "a tensor with NaN": (
+        (torch.from_numpy(nan(QUERIES)),),
+        {},
+        InputError,
+        "^features: row 3 contains",
+    ),
     "infinity": ((QUERIES * np.inf,), {}, InputError, "^features: row 0 contains"),
-    "both infinities": ((np.where(np.eye(2, 32) > 0, [[np.inf], [-np.inf]], 1),), {}, InputError, "^features: row 0 c"),
+    "both infinities": (
+        (np.where(np.eye(2, 32) > 0, [[np.inf], [-np.inf]], 1),),
+        {},
+        InputError,
+        "^features: row 0 c",
+    ),
     "too large": ((QUERIES.astype(float) * 1e300,), {}, InputError, "^features: row 0 contains"),
     "text": ((["a"],), {}, InputError, "^features: <U1; expected floating-point"),
     "complex": ((QUERIES * 1j,), {}, InputError, "^features: complex64; expected floating-point"),
     "unequal rows": (([[1.0], [1.0, 2.0]],), {}, InputError, "^features: rows have different"),
-    "k 0": ((QUERIES,), {"k": 0}, UsageError, "^k is 0: expected a whole number of keys, at least 1"),
+    "k 0": (
+        (QUERIES,),
+        {"k": 0},
+        UsageError,
+        "^k is 0: expected a whole number of keys, at least 1",
+    ),
     "k a word": ((QUERIES,), {"k": "some"}, UsageError, "^k is some"),
 }
 
 
-@pytest.mark.parametrize(("arguments", "settings_", "error", "message"), BAD_CALLS.values(), ids=BAD_CALLS.keys())
+@pytest.mark.parametrize(
+    ("arguments", "settings_", "error", "message"), BAD_CALLS.values(), ids=BAD_CALLS.keys()
+)
 def test_invalid_call_arguments_are_refused_in_one_line(arguments, settings_, error, message):
     cache = model()
     for ask in (cache.logits, cache.terms, cache.classify):
@@ -368,7 +475,9 @@ def table(cache):
 def test_added_keys_get_ids_and_one_hot_values_and_removed_keys_leave(index):
     """The machine in ``test_living.py`` adds and removes keys of other types of index, without values."""
     half = N // 2
-    cache = model(keys=KEYS[:half].astype(np.float16), labels=Y[:half], values=VALUES[:half], index=index)
+    cache = model(
+        keys=KEYS[:half].astype(np.float16), labels=Y[:half], values=VALUES[:half], index=index
+    )
     cache.logits(QUERIES, 9)  # fills all caches
     cache = cache.edited(Edits(add=NewKeys(KEYS[half:], [NAMES[i] for i in Y[half:]])))
     assert sorted(cache.labels["key_id"].to_pylist()) == list(range(N))
@@ -393,17 +502,39 @@ def test_added_keys_get_ids_and_one_hot_values_and_removed_keys_leave(index):
         (Edits(add=NewKeys(QUERIES, ["zebra"] * Q)), InputError, "^labels: row 0 is 'zebra'"),
         (Edits(add=NewKeys(nan(QUERIES), [0] * Q)), InputError, "^keys: row 3 contains"),
         (Edits(add=NewKeys(QUERIES[:0], [])), InputError, r"^keys: shape \(0, 32\)"),
-        (Edits(add=NewKeys(QUERIES[:2], [0, 1], ["one"])), InputError, "^sources: expected 2 values"),
-        (Edits(add=NewKeys(QUERIES[:2], [0, 1], digests=["one"])), InputError, "^digests: expected 2 values"),
-        (Edits(add=NewKeys(QUERIES[:2], [0, 1], extra=pa.table({"x": [1]}))), InputError, "^extra: expected 2 values"),
+        (
+            Edits(add=NewKeys(QUERIES[:2], [0, 1], ["one"])),
+            InputError,
+            "^sources: expected 2 values",
+        ),
+        (
+            Edits(add=NewKeys(QUERIES[:2], [0, 1], digests=["one"])),
+            InputError,
+            "^digests: expected 2 values",
+        ),
+        (
+            Edits(add=NewKeys(QUERIES[:2], [0, 1], extra=pa.table({"x": [1]}))),
+            InputError,
+            "^extra: expected 2 values",
+        ),
         (Edits(add=NewKeys(QUERIES[:2] * 1e6, [0, 1])), InputError, "^keys: .*float16"),
         (Edits(remove=[5, N + 3]), InputError, f"^key ids {N + 3}: not in this index"),
         (Edits(remove=range(N)), InputError, "^remove: an index needs at least one key"),
     ],
     ids=[
-        "length", "labels", "name", "NaN", "nothing", "sources", "digests", "extra", "float16", "missing", "all",
+        "length",
+        "labels",
+        "name",
+        "NaN",
+        "nothing",
+        "sources",
+        "digests",
+        "extra",
+        "float16",
+        "missing",
+        "all",
     ],
-)  # fmt: skip
+)
 def test_a_refused_change_changes_nothing(edits, error, message):
     cache = model(keys=KEYS.astype(np.float16), index="IVF16,Flat", values=VALUES)
     before, labels = cache.logits(QUERIES, 16), cache.labels
@@ -426,7 +557,11 @@ CARRY = {
     "pickled": lambda cache, _: pickle.loads(pickle.dumps(cache)),
 }
 CARRIED = [("saved", index, np.float32) for index in [*EXACT_TYPES, *COMPRESSED, "Classes"]]
-CARRIED += [(how, index, np.float16) for how in CARRY for index in ("Flat", "IVF16,Flat", "HNSW32", "SQ8", "Classes")]
+CARRIED += [
+    (how, index, np.float16)
+    for how in CARRY
+    for index in ("Flat", "IVF16,Flat", "HNSW32", "SQ8", "Classes")
+]
 
 
 @pytest.mark.parametrize(("how", "index", "dtype"), CARRIED)
@@ -473,7 +608,9 @@ def names(folder):
     return {kind: file.name for kind, file in Versions(folder).manifest().files.items()}
 
 
-def test_a_fine_tuned_index_is_loaded_as_it_was_saved_and_its_files_are_copied_to_later_versions(index, tmp_path):
+def test_a_fine_tuned_index_is_loaded_as_it_was_saved_and_its_files_are_copied_to_later_versions(
+    index, tmp_path
+):
     cache, loaded, first = model(values=VALUES), Index.load(index, device="cpu"), names(index)
     for k, tail in ((None, True), (9, True), (9, False)):
         assert torch.equal(loaded.logits(QUERIES, k, tail), cache.logits(QUERIES, k, tail))
@@ -512,7 +649,9 @@ def test_a_fine_tuned_index_is_loaded_as_it_was_saved_and_its_files_are_copied_t
     ids=["rows", "columns", "dtype", "more rows", "damage", "rows of the curve"],
 )
 def test_a_file_that_contradicts_the_manifest_is_refused(index, kind, data, entry):
-    path = resealed(index, kind, (index / names(index)[kind]).read_bytes() if data is None else data, **entry)
+    path = resealed(
+        index, kind, (index / names(index)[kind]).read_bytes() if data is None else data, **entry
+    )
     for opened in (Index.load, verify):
         refused(partial(opened, index), manifest_of(index) if entry == {"rows": N + 1} else path)
 
@@ -539,12 +678,19 @@ def test_gpu_answers_match_the_cpu(index, values, tmp_path):
     model(index=index, values=values).save(tmp_path / "x")
     cpu, gpu = (Index.load(tmp_path / "x", device=device) for device in ("cpu", "cuda"))
     for k, tail in ((None, True), (16, True), (16, False)):
-        one, other = cpu.logits(QUERIES, k, tail), gpu.logits(torch.from_numpy(QUERIES).cuda(), k, tail)
+        one, other = (
+            cpu.logits(QUERIES, k, tail),
+            gpu.logits(torch.from_numpy(QUERIES).cuda(), k, tail),
+        )
         assert other.device.type == "cuda"
-        torch.testing.assert_close(other.cpu(), one, rtol=0, atol=2e-3 if k is None or index == "Flat" else 0.05)
+        torch.testing.assert_close(
+            other.cpu(), one, rtol=0, atol=2e-3 if k is None or index == "Flat" else 0.05
+        )
     answers = [m.classify(QUERIES, k=16) for m in (cpu, gpu)]
     assert [a.label for a in answers[0]] == [a.label for a in answers[1]]
-    gpu, cpu = (own.edited(Edits(add=NewKeys(QUERIES[:2], [0, 1]), remove=[4])) for own in (gpu, cpu))
+    gpu, cpu = (
+        own.edited(Edits(add=NewKeys(QUERIES[:2], [0, 1]), remove=[4])) for own in (gpu, cpu)
+    )
     taken = [own.take(np.array([3, 1, 30])).logits(QUERIES).cpu() for own in (gpu, cpu)]
     torch.testing.assert_close(*taken, rtol=0, atol=2e-3)
     gpu.save(tmp_path / "x")

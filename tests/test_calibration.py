@@ -27,9 +27,12 @@ from retrieval_tip.evaluation.calibration import (
 )
 from retrieval_tip.evaluation.evaluate import evaluate
 
-sized = settings(max_examples=examples(60), deadline=None, suppress_health_check=[HealthCheck.too_slow])
+sized = settings(
+    max_examples=examples(60), deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
 answers = st.lists(
-    st.tuples(st.one_of(st.floats(0, 1), st.integers(0, 15).map(lambda i: i / 15)), st.booleans()), min_size=1
+    st.tuples(st.one_of(st.floats(0, 1), st.integers(0, 15).map(lambda i: i / 15)), st.booleans()),
+    min_size=1,
 )
 
 
@@ -59,7 +62,11 @@ def test_the_error_and_the_bins_match_a_loop(items, bins):
     confidence, right = (list(column) for column in zip(*items, strict=True))
     edges, expected = np.linspace(0, 1, bins + 1), []
     for m in range(bins):
-        inside = [i for i, p in enumerate(confidence) if edges[m] < p <= edges[m + 1] or (m == 0 and p == 0)]
+        inside = [
+            i
+            for i, p in enumerate(confidence)
+            if edges[m] < p <= edges[m + 1] or (m == 0 and p == 0)
+        ]
         if inside:
             means = [sum(column[i] for i in inside) / len(inside) for column in (confidence, right)]
             expected.append((m / bins, (m + 1) / bins, len(inside), *means))
@@ -73,15 +80,20 @@ def test_the_error_and_the_bins_match_a_loop(items, bins):
 
 @pytest.mark.parametrize("temperature", [0.05, 0.5, 1.0, 3.0, 40.0])
 def test_a_planted_temperature_is_found(temperature):
-    logits, labels = planted(20000, 6, temperature, seed=int(temperature * 100), scale=3 * temperature)
+    logits, labels = planted(
+        20000, 6, temperature, seed=int(temperature * 100), scale=3 * temperature
+    )
     assert fit_temperature(logits, labels) == pytest.approx(temperature, rel=0.05)
 
 
 @sized
 @given(
-    st.integers(2, 40), st.integers(2, 8), st.integers(0, 10**6), st.sampled_from([0.02, 1.0, 30.0, 700.0]),
+    st.integers(2, 40),
+    st.integers(2, 8),
+    st.integers(0, 10**6),
+    st.sampled_from([0.02, 1.0, 30.0, 700.0]),
     st.floats(1e-3, 1e3),
-)  # fmt: skip
+)
 def test_the_temperature_is_optimal_and_scales_with_the_logits(n, c, seed, spread, factor):
     rng = np.random.default_rng(seed)
     logits = rng.normal(size=(n, c)) * spread
@@ -103,7 +115,9 @@ def test_temperatures_of_degenerate_answers():
     assert fit_temperature(logits[:1], [0]) > 0
     assert fit_temperature(np.zeros((4, 3)), [0, 1, 2, 0]) == 1  # nothing to fit
     assert fit_temperature(np.full((1, 1), 7.0), [0]) == 1
-    assert fit_temperature([[1, 0], [1, 0], [1, 0]], [0, 0, 1]) == pytest.approx(1 / math.log(2), rel=1e-3)  # by hand
+    assert fit_temperature([[1, 0], [1, 0], [1, 0]], [0, 0, 1]) == pytest.approx(
+        1 / math.log(2), rel=1e-3
+    )  # by hand
 
 
 # ------------------------------------------------------------------------------------------- the index and its commands
@@ -113,7 +127,9 @@ def validation(shared):
     """Return a table of other photos of the same foods."""
     train = pq.read_table(shared / "data/clip-food9/train.parquet")
     labels = np.array(train["label"].to_pylist())
-    return train.take(np.concatenate([np.flatnonzero(labels == name)[20:70] for name in np.unique(labels)]))
+    return train.take(
+        np.concatenate([np.flatnonzero(labels == name)[20:70] for name in np.unique(labels)])
+    )
 
 
 @pytest.fixture
@@ -133,7 +149,9 @@ def test_the_temperature_never_changes_an_answer(shared, temperature):
         assert one.labels == other.labels
         assert np.isfinite(other.probabilities).all()
         assert sum(other.probabilities) == pytest.approx(1, abs=1e-5)
-        assert sorted(other.probabilities, reverse=True) == pytest.approx(other.probabilities, abs=1e-6)
+        assert sorted(other.probabilities, reverse=True) == pytest.approx(
+            other.probabilities, abs=1e-6
+        )
         np.testing.assert_array_equal(one.logits, other.logits)
 
 
@@ -167,7 +185,9 @@ def test_calibrate_writes_a_version_with_its_provenance(run, food):
 def test_a_failed_calibration_changes_nothing(run, food, tmp_path):
     folder, _, _ = food
     manifest = manifest_of(folder).read_bytes()
-    odd = write_table(tmp_path / "odd.parquet", unit_rows(3, 512), ["apple_pie", "nonsense", "tacos"])
+    odd = write_table(
+        tmp_path / "odd.parquet", unit_rows(3, 512), ["apple_pie", "nonsense", "tacos"]
+    )
     refused = run("fit", "--calibrate", folder, "--val", odd)
     assert refused.exit_code == 1
     assert "nonsense" in refused.stderr
@@ -180,7 +200,10 @@ def test_shots_are_classified_without_themselves(run, food, tmp_path):
     folder, _, _ = food
     cache = Index.load(folder, device="cpu")
     shots = write_table(
-        tmp_path / "shots.parquet", cache.keys, cache.labels["label"].to_pylist(), cache.labels["source"].to_pylist()
+        tmp_path / "shots.parquet",
+        cache.keys,
+        cache.labels["label"].to_pylist(),
+        cache.labels["source"].to_pylist(),
     )
     expected = json.loads(run("evaluate", folder, shots, "--json").stdout)
     done = run("fit", "--calibrate", folder, "--val", shots)
@@ -190,7 +213,11 @@ def test_shots_are_classified_without_themselves(run, food, tmp_path):
     assert float(facts["ece_before"]) == pytest.approx(expected["ece"], rel=1e-3)
     one = write_table(tmp_path / "one.parquet", cache.keys[:1], [cache.labels["label"][0].as_py()])
     assert "every answer is right" in run("fit", "--calibrate", folder, "--val", one).stderr
-    assert expected["top1"] < 1 == (cache.logits(cache.keys).argmax(1) == cache.class_ids).double().mean()
+    assert (
+        expected["top1"]
+        < 1
+        == (cache.logits(cache.keys).argmax(1) == cache.class_ids).double().mean()
+    )
 
 
 def test_classify_and_evaluate_withhold_the_same_answers(run, food, tmp_path):
@@ -198,12 +225,20 @@ def test_classify_and_evaluate_withhold_the_same_answers(run, food, tmp_path):
     assert run("fit", "--calibrate", folder, "--val", val).exit_code == 0
     truth = pq.read_table(test)["label"].to_pylist()
     for threshold in (0.0, 0.7, 0.97, 1.0):
-        result = json.loads(run("evaluate", folder, test, "--abstain", threshold, "-k", 32, "--json").stdout)
-        shown = run("classify", folder, test, "--abstain", threshold, "-k", 32, "--format", "json").stdout
+        result = json.loads(
+            run("evaluate", folder, test, "--abstain", threshold, "-k", 32, "--json").stdout
+        )
+        shown = run(
+            "classify", folder, test, "--abstain", threshold, "-k", 32, "--format", "json"
+        ).stdout
         rows = [json.loads(line) for line in shown.splitlines()]
         for row in rows:
             assert (row["label"] is not None) == (row["probability"] >= threshold)
-        given_ = [(row["label"], name) for row, name in zip(rows, truth, strict=True) if row["label"] is not None]
+        given_ = [
+            (row["label"], name)
+            for row, name in zip(rows, truth, strict=True)
+            if row["label"] is not None
+        ]
         assert result["abstain"] == threshold
         assert result["coverage"] == pytest.approx(len(given_) / len(rows))
         right = [one == other for one, other in given_]
@@ -218,9 +253,13 @@ def test_every_format_shows_withheld_labels(run, food, tmp_path):
     folder, _, test = food
     table = run("classify", folder, test, "--abstain", 1, "--top", 2).stdout.splitlines()
     plain = run("classify", folder, test, "--top", 2).stdout.splitlines()
-    changed = [(a.split(), b.split()) for a, b in zip(plain, table, strict=True) if a.split() != b.split()]
+    changed = [
+        (a.split(), b.split()) for a, b in zip(plain, table, strict=True) if a.split() != b.split()
+    ]
     assert changed
-    assert all(b[1] == "-" and (a[0], a[2]) == (b[0], b[2]) for a, b in changed)  # the probability is kept
+    assert all(
+        b[1] == "-" and (a[0], a[2]) == (b[0], b[2]) for a, b in changed
+    )  # the probability is kept
     out = tmp_path / "out.parquet"
     run("classify", folder, test, "--abstain", 1, "--format", "parquet", "--out", out)
     withheld = pq.read_table(out)["label"].null_count
@@ -236,4 +275,6 @@ def test_a_threshold_outside_0_to_1_is_refused(shared):
     cache = food_index(shared, 1)
     for wrong in (-0.1, 1.5, math.nan):
         with pytest.raises(UsageError, match="abstain is"):
-            evaluate(cache, open_source(shared / "data/clip-food9/test.parquet"), Reader(), abstain=wrong)
+            evaluate(
+                cache, open_source(shared / "data/clip-food9/test.parquet"), Reader(), abstain=wrong
+            )

@@ -97,9 +97,12 @@ def test_the_command_models_lists_short_names(run):
 def test_the_size_is_printed_before_weights_are_downloaded(online, monkeypatch, caplog):
     caplog.set_level(logging.INFO, "retrieval_tip")
     files = [
-        SimpleNamespace(rfilename=name, size=size) for name, size in (("a", 1), (catalogue.WEIGHTS[0], 605 * 10**6))
+        SimpleNamespace(rfilename=name, size=size)
+        for name, size in (("a", 1), (catalogue.WEIGHTS[0], 605 * 10**6))
     ]
-    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: SimpleNamespace(siblings=files))
+    monkeypatch.setattr(
+        huggingface_hub.HfApi, "model_info", lambda *_, **__: SimpleNamespace(siblings=files)
+    )
     catalogue.ask_hub("some/model")
     assert "605 MB" in caplog.text
     assert "some/model" in caplog.text
@@ -139,7 +142,9 @@ def test_an_unresponsive_hub_is_asked_once(mute, online, monkeypatch):
         server.shutdown()
 
 
-def test_without_a_network_the_error_names_models_that_work_offline(run, online, tmp_path, monkeypatch):
+def test_without_a_network_the_error_names_models_that_work_offline(
+    run, online, tmp_path, monkeypatch
+):
     """The options in the error load a model."""
     for name in ("cat", "dog"):
         (tmp_path / "photos" / name).mkdir(parents=True)
@@ -153,7 +158,9 @@ def test_without_a_network_the_error_names_models_that_work_offline(run, online,
     command = ("index", "build", "photos", "--out", "index")
     with socket.socket() as port:  # bound, but not listening
         port.bind(("127.0.0.1", 0))
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{port.getsockname()[1]}")
+        monkeypatch.setattr(
+            huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{port.getsockname()[1]}"
+        )
         failed = run(*command)
     assert failed.exit_code == 1
     assert "ViT-B-32 (605 MB)" in failed.stderr
@@ -172,6 +179,8 @@ def test_without_a_network_the_error_names_models_that_work_offline(run, online,
         folder.mkdir(parents=True)
         (folder / "model.safetensors").touch()
     assert list(catalogue.cached()) == [
-        "timm:tf_efficientnet_lite0.in1k", "RN50@openai", "timm:resnet18.a1_in1k",
+        "timm:tf_efficientnet_lite0.in1k",
+        "RN50@openai",
+        "timm:resnet18.a1_in1k",
         "timm:tf_efficientnet_lite0@efficientnet-lite0.pth",
-    ]  # fmt: skip
+    ]

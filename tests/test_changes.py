@@ -50,7 +50,9 @@ def copy_photos(folder, **classes):
 def built_pictures(tmp_path_factory, lit_mini):
     place = tmp_path_factory.mktemp("pictures")
     source = open_source(copy_photos(place / "photos", panda=range(4), pizza=range(4)))
-    build_index(source, place / "index", Reader(lit_mini), templates=TEMPLATES, device="cpu", fit="none")
+    build_index(
+        source, place / "index", Reader(lit_mini), templates=TEMPLATES, device="cpu", fit="none"
+    )
     return place
 
 
@@ -78,7 +80,15 @@ def text(tmp_path):
 @pytest.fixture
 def index(tmp_path, table, text):
     """Six keys of two classes: 0, 2, 4 are cats, 1, 3, 5 dogs."""
-    build_index(open_source(table), tmp_path / "index", Reader(), text=text, alpha=1.0, beta=4.0, device="cpu")
+    build_index(
+        open_source(table),
+        tmp_path / "index",
+        Reader(),
+        text=text,
+        alpha=1.0,
+        beta=4.0,
+        device="cpu",
+    )
     return tmp_path / "index"
 
 
@@ -86,7 +96,9 @@ def index(tmp_path, table, text):
 def grown(index, tmp_path):
     """The same index with two more keys."""
     changes.add(
-        index, open_source(write_table(tmp_path / "late.parquet", unit_rows(2, D, 3), ["dog", "cat"])), Reader()
+        index,
+        open_source(write_table(tmp_path / "late.parquet", unit_rows(2, D, 3), ["dog", "cat"])),
+        Reader(),
     )
     return index
 
@@ -136,12 +148,17 @@ def test_added_photos_become_the_keys_of_a_build(run, pictures, lit_mini, tmp_pa
     assert done.stdout == f"{pictures}: version 2, added 4 shots, 1 new class: okapi\n"
     cache = verify(pictures)
     assert cache.class_names == ["panda", "pizza", "okapi"]  # existing classes keep their place
-    np.testing.assert_allclose(cache.text_weights[2], text_weights(lit_mini, ["okapi"], TEMPLATES)[0], atol=1e-5)
+    np.testing.assert_allclose(
+        cache.text_weights[2], text_weights(lit_mini, ["okapi"], TEMPLATES)[0], atol=1e-5
+    )
     assert torch.equal(cache.text_weights[:2], before.text_weights)
     rows = {row["key_id"]: row for row in cache.labels.to_pylist()}
     assert [(rows[i]["label"], rows[i]["shot"]) for i in range(8, 12)] == [
-        ("okapi", 0), ("okapi", 1), ("panda", 4), ("panda", 5),
-    ]  # fmt: skip
+        ("okapi", 0),
+        ("okapi", 1),
+        ("panda", 4),
+        ("panda", 5),
+    ]
     place = {key_id: row for row, key_id in enumerate(cache.labels["key_id"].to_pylist())}
     own = cache.keys[np.array([place[i] for i in range(8, 12)])]
     np.testing.assert_allclose(own, features_of(lit_mini, new), atol=1e-5)
@@ -155,16 +172,31 @@ def test_added_photos_become_the_keys_of_a_build(run, pictures, lit_mini, tmp_pa
 def test_add_uses_the_views_and_seed_of_the_index(run, lit_mini, tmp_path):
     photos = copy_photos(tmp_path / "photos", panda=range(2), pizza=range(2))
     built = run(
-        "index", "build", "--fit", "none", photos, "--model", MODEL, "--views", 2, "--seed", 7, "--device", "cpu",
-        "--out", tmp_path / "i",
-    )  # fmt: skip
+        "index",
+        "build",
+        "--fit",
+        "none",
+        photos,
+        "--model",
+        MODEL,
+        "--views",
+        2,
+        "--seed",
+        7,
+        "--device",
+        "cpu",
+        "--out",
+        tmp_path / "i",
+    )
     assert built.exit_code == 0, built.output
     new = copy_photos(tmp_path / "new", panda=range(2, 3))
     assert run("index", "add", tmp_path / "i", new, "--device", "cpu").exit_code == 0
     cache = opened(tmp_path / "i")
     row = int(np.argmax(cache.labels["key_id"].to_numpy()))
     assert cache.labels["views"][row].as_py() == 2
-    np.testing.assert_allclose(cache.keys[[row]], features_of(lit_mini, new, views=2, seed=7), atol=1e-5)
+    np.testing.assert_allclose(
+        cache.keys[[row]], features_of(lit_mini, new, views=2, seed=7), atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -172,24 +204,45 @@ def test_add_uses_the_views_and_seed_of_the_index(run, lit_mini, tmp_path):
 def test_add_skips_known_features(run, tmp_path, kind, dtype, monkeypatch):
     rows = unit_rows(8, D, 5)
     rows[0, 0] = 0.0
-    first = write_table(tmp_path / "first.parquet", rows[:4], ["cat", "dog"] * 2, digest=["", None, "", None])
+    first = write_table(
+        tmp_path / "first.parquet", rows[:4], ["cat", "dog"] * 2, digest=["", None, "", None]
+    )
     rows[0, 0] = -0.0  # the same number
-    second = write_table(tmp_path / "second.parquet", rows[2:], ["cat", "dog", "dog", "cat", "emu", "cat"])
+    second = write_table(
+        tmp_path / "second.parquet", rows[2:], ["cat", "dog", "dog", "cat", "emu", "cat"]
+    )
     place = f"{kind}{tmp_path / 'index'}"
     assert (
-        run("index", "build", "--fit", "none", first, "--norms", "keep", "--dtype", dtype, "--out", place).exit_code
+        run(
+            "index",
+            "build",
+            "--fit",
+            "none",
+            first,
+            "--norms",
+            "keep",
+            "--dtype",
+            dtype,
+            "--out",
+            place,
+        ).exit_code
         == 0
     )
     add = ("index", "add", place, "--norms", "keep")
     assert run(*add, first).stdout == f"{place}: version 1, added 0 shots, skipped 4 known images\n"
     done = run(*add, second)  # two rows are known, both under the same label
-    assert done.stdout == f"{place}: version 2, added 4 shots, 1 new class: emu, skipped 2 known images\n"
+    assert (
+        done.stdout
+        == f"{place}: version 2, added 4 shots, 1 new class: emu, skipped 2 known images\n"
+    )
     for again in (first, second):
         assert "version 2, added 0 shots" in run(*add, again).stdout
     labels = ["dog", "cat", "cat", "emu"]  # only one is the same
     other = write_table(tmp_path / "other.parquet", rows[:4], labels)
     assert run(*add, other).stdout == f"{place}: version 3, added 3 shots, skipped 1 known image\n"
-    monkeypatch.setattr(changes, "COMPARED", 3)  # beyond this number, features without a digest are not compared
+    monkeypatch.setattr(
+        changes, "COMPARED", 3
+    )  # beyond this number, features without a digest are not compared
     assert run(*add, first).stdout == f"{place}: version 4, added 4 shots\n"
 
 
@@ -205,7 +258,19 @@ def test_build_and_add_warn_about_a_photo_in_two_classes(run, pictures, tmp_path
     assert "x.jpg (pizza)" in done.stderr
     assert f"{known.name} (panda)" in done.stderr
     copy_photos(wrong, panda=range(1))
-    built = run("index", "build", "--fit", "none", wrong, "--model", MODEL, "--device", "cpu", "--out", tmp_path / "i")
+    built = run(
+        "index",
+        "build",
+        "--fit",
+        "none",
+        wrong,
+        "--model",
+        MODEL,
+        "--device",
+        "cpu",
+        "--out",
+        tmp_path / "i",
+    )
     assert built.exit_code == 0
     assert "in two classes:" in built.stderr
     assert "identical image" in built.stderr
@@ -220,7 +285,9 @@ def test_new_classes_of_a_feature_table_need_a_text_table(run, index, tmp_path):
     some = write_table(tmp_path / "some.parquet", unit_rows(1, D, 5), ["bat"])
     refused(run("index", "add", index, more, "--text", some), 1, "class 'owl'", "(text)")
     short = write_table(tmp_path / "short.parquet", unit_rows(2, D + 1, 5), ["bat", "owl"])
-    refused(run("index", "add", index, more, "--text", short), 1, "short.parquet", f"{D + 1} values", D)
+    refused(
+        run("index", "add", index, more, "--text", short), 1, "short.parquet", f"{D + 1} values", D
+    )
     assert snapshot(index) == before
     weights = unit_rows(3, D, 6)
     every = write_table(tmp_path / "every.parquet", weights, ["cat", "owl", "bat"])
@@ -228,7 +295,9 @@ def test_new_classes_of_a_feature_table_need_a_text_table(run, index, tmp_path):
     assert run("index", "add", index, more, "--text", every).exit_code == 0
     cache = verify(index)
     assert cache.class_names == ["cat", "dog", "bat", "owl"]
-    assert torch.equal(cache.text_weights[:2], text)  # also the cat's, although the table has another one
+    assert torch.equal(
+        cache.text_weights[:2], text
+    )  # also the cat's, although the table has another one
     np.testing.assert_allclose(cache.text_weights[2:], weights[[2, 1]], atol=1e-6)
 
 
@@ -243,7 +312,10 @@ def test_add_warns_about_another_spelling_of_a_class(run, index, tmp_path):
     assert "'CAT'" in warning
     assert "'cat'" in warning
     assert warning.endswith(command)
-    assert run(*shlex.split(command)[1:]).stdout == f"{index}: version 3, merged CAT into cat (1 shot)\n"
+    assert (
+        run(*shlex.split(command)[1:]).stdout
+        == f"{index}: version 3, merged CAT into cat (1 shot)\n"
+    )
     assert opened(index).class_names == ["cat", "dog", "the owl"]
     assert labels_of(index)[6] == "cat"
     other = Index.from_features(
@@ -256,19 +328,29 @@ def test_add_warns_about_another_spelling_of_a_class(run, index, tmp_path):
 @pytest.fixture
 def other(tmp_path):
     """An index of three keys, two of them in a class that ``index`` lacks."""
-    source = write_table(tmp_path / "o.parquet", unit_rows(3, D, 7), ["owl", "cat", "owl"], lens=["x", "y", "z"])
+    source = write_table(
+        tmp_path / "o.parquet", unit_rows(3, D, 7), ["owl", "cat", "owl"], lens=["x", "y", "z"]
+    )
     weights = write_table(tmp_path / "ot.parquet", unit_rows(2, D, 8), ["owl", "cat"])
-    build_index(open_source(source), tmp_path / "other", Reader(), text=weights, device="cpu", fit="none")
+    build_index(
+        open_source(source), tmp_path / "other", Reader(), text=weights, device="cpu", fit="none"
+    )
     return tmp_path / "other"
 
 
 def test_an_invalid_merge_is_refused_and_changes_nothing(run, index, other, pictures, tmp_path):
     before = snapshot(index)
     values = Index.from_features(
-        unit_rows(2, D), ["cat", "dog"], ["cat", "dog"], device="cpu", values=np.ones((2, 2), dtype=np.float32)
+        unit_rows(2, D),
+        ["cat", "dog"],
+        ["cat", "dog"],
+        device="cpu",
+        values=np.ones((2, 2), dtype=np.float32),
     )
     values.save(tmp_path / "values")
-    refused(run("index", "merge", index, tmp_path / "values"), 1, tmp_path / "values", "trained values")
+    refused(
+        run("index", "merge", index, tmp_path / "values"), 1, tmp_path / "values", "trained values"
+    )
     Index.from_features(unit_rows(1, D), ["owl"], ["owl"], device="cpu").save(tmp_path / "bare")
     refused(run("index", "merge", index, tmp_path / "bare"), 1, "'owl'", "text weight")
     Index.from_features(unit_rows(1, D + 1), ["cat"], ["cat"], device="cpu").save(tmp_path / "long")
@@ -280,7 +362,19 @@ def test_an_invalid_merge_is_refused_and_changes_nothing(run, index, other, pict
     foreign = tmp_path / "foreign"
     photos = pictures.parent / "photos"
     assert (
-        run("index", "build", "--fit", "none", photos, "--model", model, "--device", "cpu", "--out", foreign).exit_code
+        run(
+            "index",
+            "build",
+            "--fit",
+            "none",
+            photos,
+            "--model",
+            model,
+            "--device",
+            "cpu",
+            "--out",
+            foreign,
+        ).exit_code
         == 0
     )
     refused(run("index", "merge", pictures, foreign), 1, MODEL, model, "cannot be compared")
@@ -303,7 +397,9 @@ def test_key_ids_takes_several_ids_and_excludes_a_condition(run, index):
 @pytest.fixture
 def lists(tmp_path):
     """An index of 40 keys in 16 lists."""
-    cache = Index.from_features(unit_rows(40, D), ["a", "b"] * 20, ["a", "b"], device="cpu", index="IVF16,Flat")
+    cache = Index.from_features(
+        unit_rows(40, D), ["a", "b"] * 20, ["a", "b"], device="cpu", index="IVF16,Flat"
+    )
     cache.save(tmp_path / "lists")
     return tmp_path / "lists"
 
@@ -324,11 +420,16 @@ def test_lists_are_trained_again_if_the_keys_double(lists):
 
 
 def test_trained_values_of_merged_classes_add_up(tmp_path):
-    keys, values = unit_rows(6, D), np.random.default_rng(0).standard_normal((6, 3)).astype(np.float32)
+    keys, values = (
+        unit_rows(6, D),
+        np.random.default_rng(0).standard_normal((6, 3)).astype(np.float32),
+    )
     cache = Index.from_features(keys, list("aabbcc"), list("abc"), values=values, device="cpu")
     a, b, c = cache.terms(QUERIES).cache.T
     cache = cache.edited(Edits(rename=("a", "c")))
-    np.testing.assert_allclose(cache.terms(QUERIES).cache, torch.stack([b, a + c], dim=1), atol=1e-5)
+    np.testing.assert_allclose(
+        cache.terms(QUERIES).cache, torch.stack([b, a + c], dim=1), atol=1e-5
+    )
 
 
 def test_rename_refuses_unknown_classes_and_invalid_names(run, index, lit_mini):
@@ -336,7 +437,10 @@ def test_rename_refuses_unknown_classes_and_invalid_names(run, index, lit_mini):
     refused(run("index", "rename", index, "owl", "kite"), 1, "'owl'", "cat, dog")
     for wrong in ("", " dog", "a\nb", "x" * 1025):
         refused(run("index", "rename", index, "dog", wrong), 1, "class name", "1,024")
-    assert run("index", "rename", index, "dog", "dog").stdout == f"{index}: version 1, renamed dog to dog (0 shots)\n"
+    assert (
+        run("index", "rename", index, "dog", "dog").stdout
+        == f"{index}: version 1, renamed dog to dog (0 shots)\n"
+    )
     with pytest.raises(BackboneError):
         changes.rename(index, "dog", "wolf", lit_mini)
     assert snapshot(index) == before
@@ -349,7 +453,9 @@ def test_rename_encodes_the_new_name_if_asked(run, pictures, lit_mini):
     done = run("index", "rename", pictures, "crayfish", "starfish", "--encode")
     assert "starfish (4 shots)" in done.stdout, done.output
     weights = verify(pictures).text_weights.numpy()
-    np.testing.assert_allclose(weights[0], text_weights(lit_mini, ["starfish"], TEMPLATES)[0], atol=1e-6)
+    np.testing.assert_allclose(
+        weights[0], text_weights(lit_mini, ["starfish"], TEMPLATES)[0], atol=1e-6
+    )
     np.testing.assert_array_equal(weights[1], old[1])
     assert "new text weight" in Versions(pictures).history()["change"].to_pylist()[-1]
 
@@ -358,12 +464,24 @@ def test_new_templates_give_new_text_weights(run, pictures, lit_mini, tmp_path):
     other = f"local-dir:{tiny(tmp_path / 'other')}"
     refused(run("index", "set", pictures, "--template", "a {}", "--model", other), 1, MODEL, other)
     done = run(
-        "index", "set", pictures, "--template", "the {}", "--template", "one {}", "--alpha", 2, "--device", "cpu"
+        "index",
+        "set",
+        pictures,
+        "--template",
+        "the {}",
+        "--template",
+        "one {}",
+        "--alpha",
+        2,
+        "--device",
+        "cpu",
     )
     assert done.exit_code == 0, done.output
     cache = verify(pictures)
     np.testing.assert_allclose(
-        cache.text_weights, text_weights(lit_mini, ["panda", "pizza"], ["the {}", "one {}"]), atol=1e-5
+        cache.text_weights,
+        text_weights(lit_mini, ["panda", "pizza"], ["the {}", "one {}"]),
+        atol=1e-5,
     )
     assert (cache.templates, cache.settings.alpha) == (["the {}", "one {}"], 2)
     assert cache.provenance["text"] == "templates"
@@ -379,10 +497,18 @@ def test_a_failed_rebuild_changes_nothing(run, index):
     with pytest.raises(UsageError, match="int8"):
         changes.rebuild(index, dtype="int8")
     large = Index.from_features(
-        1e6 * unit_rows(2, D), ["cat", "dog"], ["cat", "dog"], device="cpu", settings=Settings(beta=0.0)
+        1e6 * unit_rows(2, D),
+        ["cat", "dog"],
+        ["cat", "dog"],
+        device="cpu",
+        settings=Settings(beta=0.0),
     )
     large.save(index.with_name("large"))
-    refused(run("index", "set", index.with_name("large"), "--dtype", "float16"), 1, "too large for float16")
+    refused(
+        run("index", "set", index.with_name("large"), "--dtype", "float16"),
+        1,
+        "too large for float16",
+    )
     assert snapshot(index) == before
 
 
@@ -392,7 +518,9 @@ def flipped(tmp_path):
     keys = np.eye(D, dtype=np.float32)[np.arange(30) // 10] + 0.5 * unit_rows(30, D)
     labels = ["cat"] * 10 + ["dog"] * 10 + ["owl"] * 10
     labels[0], labels[10], labels[29] = "dog", "owl", "cat"
-    rows = write_table(tmp_path / "rows.parquet", keys / np.linalg.norm(keys, axis=1, keepdims=True), labels)
+    rows = write_table(
+        tmp_path / "rows.parquet", keys / np.linalg.norm(keys, axis=1, keepdims=True), labels
+    )
     build_index(open_source(rows), tmp_path / "flipped", Reader(), device="cpu")
     return tmp_path / "flipped"
 
@@ -407,7 +535,9 @@ def test_an_edited_audit_is_applied_as_one_version(run, flipped, tmp_path, style
     some = pa.Table.from_pandas(rows.loc[["item-0", "item-10"]], preserve_index=False)
     write_tables([some], some.schema, style, edited)
     done = run("index", "audit", flipped, "--apply", edited)
-    assert (done.exit_code, done.stdout) == (0, f"{flipped}: version 2, relabelled 2 shots\n"), done.output
+    assert (done.exit_code, done.stdout) == (0, f"{flipped}: version 2, relabelled 2 shots\n"), (
+        done.output
+    )
     assert done.stderr == ""  # there are no photos to copy
     found = opened(flipped).labels
     labels = dict(zip(found["source"].to_pylist(), found["label"].to_pylist(), strict=True))
@@ -433,10 +563,13 @@ def test_an_edited_audit_is_applied_as_one_version(run, flipped, tmp_path, style
         ("key_id,label,suggested\n1,cat\n", ""),
         ("key_id,label\n1,cat\n", "suggested"),
         ("key_id,label,suggested\n" + "1,cat,dog\n" * 31, "31"),
-        ('{"key_id": 1, "label": "cat", "suggested": "dog"}\n{"key_id": [2], "label": "cat"}', "key_id"),
+        (
+            '{"key_id": 1, "label": "cat", "suggested": "dog"}\n{"key_id": [2], "label": "cat"}',
+            "key_id",
+        ),
         ("", ""),
     ],
-)  # fmt: skip
+)
 def test_an_invalid_audit_table_changes_nothing(run, flipped, tmp_path, text, word):
     table, before = tmp_path / "suspects.csv", snapshot(flipped)
     table.write_text(text)
@@ -449,36 +582,60 @@ def test_an_invalid_audit_table_changes_nothing(run, flipped, tmp_path, text, wo
 def test_where_answers_like_an_index_of_the_matching_keys(run, grown, table, text, tmp_path):
     rows = pq.read_table(table)
     pq.write_table(
-        rows.filter(pa.array([camera != "a" for camera in rows["camera"].to_pylist()])), tmp_path / "some.parquet"
+        rows.filter(pa.array([camera != "a" for camera in rows["camera"].to_pylist()])),
+        tmp_path / "some.parquet",
     )
-    build_index(open_source(tmp_path / "some.parquet"), tmp_path / "few", Reader(), text=text, alpha=1.0, beta=4.0)
-    asked = write_table(tmp_path / "q.parquet", QUERIES, ["cat", "dog", "cat", "dog", "cat", "dog", "cat"])
+    build_index(
+        open_source(tmp_path / "some.parquet"),
+        tmp_path / "few",
+        Reader(),
+        text=text,
+        alpha=1.0,
+        beta=4.0,
+    )
+    asked = write_table(
+        tmp_path / "q.parquet", QUERIES, ["cat", "dog", "cat", "dog", "cat", "dog", "cat"]
+    )
     options = ("--logits", "--format", "json")
     where = ("--where", "camera <> 'a'")  # NULL, the camera of late keys, does not match
     done = run("classify", grown, asked, *options, *where)
     assert done.exit_code == 0
     assert done.stderr == "where: 4 of 8 shots match (cat 2/4, dog 2/4)\n"
-    some, few = rows_of(done.stdout), rows_of(run("classify", tmp_path / "few", asked, *options).stdout)
+    some, few = (
+        rows_of(done.stdout),
+        rows_of(run("classify", tmp_path / "few", asked, *options).stdout),
+    )
     assert [row["label"] for row in some] == [row["label"] for row in few]
-    np.testing.assert_allclose([row["logits"] for row in some], [row["logits"] for row in few], atol=1e-4)
+    np.testing.assert_allclose(
+        [row["logits"] for row in some], [row["logits"] for row in few], atol=1e-4
+    )
     done = run("evaluate", grown, asked, "--json", *where)
     assert done.stderr == "where: 4 of 8 shots match (cat 2/4, dog 2/4)\n"
-    one, other = json.loads(done.stdout), json.loads(run("evaluate", tmp_path / "few", asked, "--json").stdout)
+    one, other = (
+        json.loads(done.stdout),
+        json.loads(run("evaluate", tmp_path / "few", asked, "--json").stdout),
+    )
     assert {name: one[name] for name in ("top1", "cache_top1", "n")} == {
         name: other[name] for name in ("top1", "cache_top1", "n")
     }
     dogs = run("evaluate", grown, asked, "--json", "--where", "label = 'dog'")
-    assert json.loads(dogs.stdout)["cache_top1"] == pytest.approx(3 / 7)  # the cache alone cannot answer cat
+    assert json.loads(dogs.stdout)["cache_top1"] == pytest.approx(
+        3 / 7
+    )  # the cache alone cannot answer cat
     for where in ("label = 'owl'", "true; DROP TABLE labels"):
         refused(run("classify", grown, asked, "--where", where), 2, "where:")
 
 
 def test_where_only_answers_with_matching_classes_if_there_is_no_text(run, tmp_path):
     names = [str(i) for i in range(36)]
-    table = write_table(tmp_path / "t.parquet", unit_rows(36, 8), [str(i // 6) for i in range(36)], ids=names)
+    table = write_table(
+        tmp_path / "t.parquet", unit_rows(36, 8), [str(i // 6) for i in range(36)], ids=names
+    )
     assert run("index", "build", table, "--out", tmp_path / "i").exit_code == 0
     where = ("--where", "label IN ('0', '4')")
-    done = run("classify", tmp_path / "i", table, "--top", 6, "--logits", "--format", "json", *where)
+    done = run(
+        "classify", tmp_path / "i", table, "--top", 6, "--logits", "--format", "json", *where
+    )
     for row in rows_of(done.stdout):
         assert set(row["labels"]) == {"0", "4"}
         assert sum(row["probabilities"]) == pytest.approx(1)
@@ -487,12 +644,18 @@ def test_where_only_answers_with_matching_classes_if_there_is_no_text(run, tmp_p
 
 def test_a_fast_check_hashes_small_files_and_compares_sizes_of_large_ones(run, tmp_path):
     place = tmp_path / "i"
-    Index.from_features(unit_rows(1100, 1024), ["cat", "dog"] * 550, ["cat", "dog"], device="cpu").save(place)
-    large, small = (place / Versions(place).manifest().files[kind].name for kind in ("keys", "labels"))
+    Index.from_features(
+        unit_rows(1100, 1024), ["cat", "dog"] * 550, ["cat", "dog"], device="cpu"
+    ).save(place)
+    large, small = (
+        place / Versions(place).manifest().files[kind].name for kind in ("keys", "labels")
+    )
     flip(large)
     assert opened(place, verify="fast").n == 1100
     more = write_table(tmp_path / "more.parquet", unit_rows(1, 1024, 4), ["cat"])
-    refused(run("index", "add", place, more), 1, large.name)  # damage is not copied under a valid digest
+    refused(
+        run("index", "add", place, more), 1, large.name
+    )  # damage is not copied under a valid digest
     for options in ((), ("--verify", "full")):  # which is the default
         refused(run("classify", place, more, *options), 1, large.name, "damaged")
     flip(large)

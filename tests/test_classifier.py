@@ -67,7 +67,9 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def kept(place):
-    Classifier.from_folder(place / "photos", f"local-dir:{place / 'model'}", out=place / "index", device="cpu")
+    Classifier.from_folder(
+        place / "photos", f"local-dir:{place / 'model'}", out=place / "index", device="cpu"
+    )
     return place / "index"
 
 
@@ -84,7 +86,9 @@ def test_predict_gives_the_answers_of_its_cache_model_and_encoder(place, kept, c
     plain = clf.index.classify(Reader(backbone).encode(source).features)
     answers = clf.predict(place / "new")
     assert [answer.label for answer in answers] == [one.label for one in plain]
-    assert [answer.probability for answer in answers] == pytest.approx([one.probability for one in plain])
+    assert [answer.probability for answer in answers] == pytest.approx(
+        [one.probability for one in plain]
+    )
     assert answers.inputs == source.sources
     assert clf.classes == ["blue", "green", "red"]
     assert len(clf) == 18
@@ -98,7 +102,14 @@ def test_a_photo_gets_the_same_answer_in_every_format(place, clf):
     held = [str(path), picture, np.asarray(picture), path.read_bytes()]
     pixels = np.array(picture)
     tensor = torch.from_numpy(pixels).permute(2, 0, 1)
-    held += [pixels / 255, pixels.astype(np.float32), tensor, tensor.numpy(), tensor / 255, (tensor / 255).numpy()]
+    held += [
+        pixels / 255,
+        pixels.astype(np.float32),
+        tensor,
+        tensor.numpy(),
+        tensor / 255,
+        (tensor / 255).numpy(),
+    ]
     written = io.BytesIO()
     picture.save(written, "PNG")  # its position is at the end
     with path.open("rb") as file:
@@ -119,11 +130,21 @@ def test_batches_of_arrays_are_several_photos(place, clf):
     expected = clf.predict_proba(paths)
     photos = np.stack([np.asarray(Image.open(path)) for path in paths])
     batch = torch.from_numpy(photos).permute(0, 3, 1, 2)
-    for given in (photos, photos / 255, batch, batch.numpy(), batch / 255, list(photos), list(batch / 255)):
+    for given in (
+        photos,
+        photos / 255,
+        batch,
+        batch.numpy(),
+        batch / 255,
+        list(photos),
+        list(batch / 255),
+    ):
         np.testing.assert_allclose(clf.predict_proba(given), expected, atol=1e-6)
     night = np.ones_like(photos)
     dim = clf.predict_proba(night)
-    mixed = np.concatenate([night, photos]).astype(np.float32)  # the first photos only have ones, but not the batch
+    mixed = np.concatenate([night, photos]).astype(
+        np.float32
+    )  # the first photos only have ones, but not the batch
     np.testing.assert_allclose(clf.predict_proba(mixed), np.concatenate([dim, expected]), atol=1e-6)
     grey = photos.mean(axis=3).astype(np.uint8)
     greys = clf.predict_proba([Image.fromarray(one) for one in grey])
@@ -134,25 +155,39 @@ def test_batches_of_arrays_are_several_photos(place, clf):
 
 NOT_PHOTOS = {
     "photo 0: values from -2.1 to 2.64; give the pixels before normalisation": [
-        np.linspace(-2.1, 2.64, 192).reshape(8, 8, 3), [torch.linspace(-2.1, 2.64, 192).view(3, 8, 8)],
+        np.linspace(-2.1, 2.64, 192).reshape(8, 8, 3),
+        [torch.linspace(-2.1, 2.64, 192).view(3, 8, 8)],
     ],
     "photos: values from 0 to 2.5; give the pixels before normalisation, as uint8 or as floats from 0 to 1": [
-        torch.linspace(0, 2.5, 384).view(2, 3, 8, 8), np.linspace(0, 2.5, 384).reshape(2, 8, 8, 3),
+        torch.linspace(0, 2.5, 384).view(2, 3, 8, 8),
+        np.linspace(0, 2.5, 384).reshape(2, 8, 8, 3),
     ],
     "photo 0: values from 0 to 254.5": [np.linspace(0, 254.5, 192).reshape(8, 8, 3)],
-    "photo 0: contains NaN or infinity": [np.full((3, 8, 8), np.nan), torch.full((3, 8, 8), torch.inf)],
-    "photo 0: int64 pixels; give uint8, or floats from 0 to 1": [np.ones((8, 8, 3), int), torch.ones(3, 8, 8).long()],
+    "photo 0: contains NaN or infinity": [
+        np.full((3, 8, 8), np.nan),
+        torch.full((3, 8, 8), torch.inf),
+    ],
+    "photo 0: int64 pixels; give uint8, or floats from 0 to 1": [
+        np.ones((8, 8, 3), int),
+        torch.ones(3, 8, 8).long(),
+    ],
     "photo 0: bool pixels": [np.ones((8, 8), bool)],
     "photo 0: uint8 of shape (5, 8, 8); expected [h, w, 3] or [3, h, w]": [
-        np.zeros((5, 8, 8), np.uint8), torch.zeros(5, 8, 8, dtype=torch.uint8),
+        np.zeros((5, 8, 8), np.uint8),
+        torch.zeros(5, 8, 8, dtype=torch.uint8),
     ],
     "photo 0: uint8 of shape (3, 8, 3)": [np.zeros((3, 8, 3), np.uint8)],  # it could be either
     "photo 0: uint8 of shape (9,)": [np.zeros(9, np.uint8)],
     "photo 0: uint8 of shape (0, 8, 3)": [np.zeros((0, 8, 3), np.uint8)],
-    "photo 0: float32 of shape (8, 8)": [[np.ones((8, 8), np.float32)]],  # features, if it were not in a list
+    "photo 0: float32 of shape (8, 8)": [
+        [np.ones((8, 8), np.float32)]
+    ],  # features, if it were not in a list
     "features: shape (8, 8); expected [q, 16]": [np.ones((8, 8)), torch.ones(8, 8)],
-    "photo 0: cannot be read (read() returned a str); open the file in binary mode": [io.StringIO(), [io.StringIO()]],
-}  # fmt: skip
+    "photo 0: cannot be read (read() returned a str); open the file in binary mode": [
+        io.StringIO(),
+        [io.StringIO()],
+    ],
+}
 
 
 @pytest.mark.parametrize("words", NOT_PHOTOS)
@@ -165,7 +200,9 @@ def test_arrays_that_are_not_photos_are_refused_with_the_cause(clf, words):
 
 @pytest.mark.parametrize(("mode", "white"), [("F", 1.0), ("F", 255.0), ("I", 65535)])
 def test_deep_grey_pictures_get_the_same_answer_as_their_files(clf, tmp_path, mode, white):
-    deep = (np.asarray(noisy_photo(1, 1).convert("L")) / 255 * white).astype(np.float32 if mode == "F" else np.int32)
+    deep = (np.asarray(noisy_photo(1, 1).convert("L")) / 255 * white).astype(
+        np.float32 if mode == "F" else np.int32
+    )
     picture = Image.fromarray(deep)
     picture.save(tmp_path / "deep.tif")
     assert picture.mode == mode
@@ -180,7 +217,10 @@ def test_pictures_are_rotated_like_their_files(clf):
     exif, buffer = Image.Exif(), io.BytesIO()
     exif[0x0112] = 6
     noisy_photo(1, 1).save(buffer, "JPEG", exif=exif)
-    assert clf.predict(Image.open(buffer)).probabilities == clf.predict(buffer.getvalue()).probabilities
+    assert (
+        clf.predict(Image.open(buffer)).probabilities
+        == clf.predict(buffer.getvalue()).probabilities
+    )
 
 
 def test_unit_features_are_classified_and_others_refused(clf):
@@ -256,16 +296,26 @@ def test_tables_in_memory_are_inputs(place, clf, library, monkeypatch):
     assert clf.evaluate(table).top1 == right["top1"]
     assert clf.predict(expected.to_arrow().select(["input"])) == expected
     if library != "pyarrow":
-        assert clf.predict(frame({"path": paths})["path"]) == expected  # a series is a list of paths
+        assert (
+            clf.predict(frame({"path": paths})["path"]) == expected
+        )  # a series is a list of paths
 
 
 def test_a_table_in_memory_that_cannot_be_read_gives_one_error(place, clf):
     pd, path = pytest.importorskip("pandas"), str(place / "new/red/6.png")
     for method, frame, reason in (
-        (clf.predict, pd.DataFrame({"photo": [path]}), "no column 'path' among photo; an image table has path"),
+        (
+            clf.predict,
+            pd.DataFrame({"photo": [path]}),
+            "no column 'path' among photo; an image table has path",
+        ),
         (clf.evaluate, pd.DataFrame({"path": [path]}), "no column 'label' among path"),
         (clf.predict, pd.DataFrame({"path": []}), "has no rows"),
-        (clf.predict, pd.DataFrame([[path, path]], columns=["path", "path"]), "Duplicate column names"),
+        (
+            clf.predict,
+            pd.DataFrame([[path, path]], columns=["path", "path"]),
+            "Duplicate column names",
+        ),
         (clf.predict, pd.DataFrame({"path": [Path(path)]}), "PosixPath"),
         (clf.predict, pd.DataFrame({"path": [path, None]}), "row 1 without a path"),
         (clf.predict, pd.DataFrame({"path": [1.5]}), "type double; expected text"),
@@ -320,9 +370,16 @@ def held(numbers=range(6), names=("red", "green", "blue")):
 def test_photos_in_memory_become_shots(place, clf):
     model, files = f"local-dir:{place / 'model'}", open_source(place / "photos")
     pictures = [Image.open(path) for path in files.paths]
-    for photos in (pictures, iter(pictures), files.paths, [Path(path).read_bytes() for path in files.paths]):
+    for photos in (
+        pictures,
+        iter(pictures),
+        files.paths,
+        [Path(path).read_bytes() for path in files.paths],
+    ):
         made = Classifier.from_images(photos, iter(files.labels), model=model, device="cpu")
-        np.testing.assert_allclose(np.asarray(made.index.keys), np.asarray(clf.index.keys), atol=1e-5)
+        np.testing.assert_allclose(
+            np.asarray(made.index.keys), np.asarray(clf.index.keys), atol=1e-5
+        )
         assert made.classes == clf.classes
     new = open_source(place / "new")
     images = open_images([np.asarray(Image.open(path)) for path in new.paths], new.labels)
@@ -364,7 +421,11 @@ def test_after_each_change_the_new_version_is_used(place, tmp_path):
     assert told[1:3] == ["removed 1 photo: 1 blue", "1 photo: blue became red"]
     assert clf.fit(metric="none").form.metric is None
     choice = clf.fit(place / "new", values="one-hot")
-    assert (choice.judged_on, clf.index.values, clf.index.version) == (f"6 photos of {place / 'new'}", None, 9)
+    assert (choice.judged_on, clf.index.values, clf.index.version) == (
+        f"6 photos of {place / 'new'}",
+        None,
+        9,
+    )
     before = clf.predict_proba(place / "new")
     result = clf.calibrate(held())
     assert clf.index.settings.temperature == result.temperature != 1
@@ -400,7 +461,10 @@ def test_finetune_writes_a_new_index(place, clf, tmp_path):
     copied = pickle.loads(data)
     assert copied.predict(photo) == expected
     copied.save(tmp_path / "copied")
-    assert Classifier.load(tmp_path / "copied", device="cpu").predict(photo).probabilities == expected.probabilities
+    assert (
+        Classifier.load(tmp_path / "copied", device="cpu").predict(photo).probabilities
+        == expected.probabilities
+    )
     made = Classifier.from_folder(held(), f"local-dir:{place / 'model'}", device="cpu")
     with pytest.raises(InputError, match=r"photo \d: no such file"):
         made.finetune(None, recipe)
@@ -415,19 +479,30 @@ def test_probabilities_and_similar_shots_match_the_definition(place, clf):
     np.testing.assert_allclose(clf.predict_proba(f.numpy(), k="all"), expected, atol=1e-6)
     np.testing.assert_allclose(clf.predict_proba(photos.paths[2]), expected[2:3], atol=1e-6)
     assert clf.predict_proba([]).shape == (0, 3)
-    points, keys = ((x if cache.metric is None else cache.metric(x)) for x in (f, torch.from_numpy(cache.keys[:])))
+    points, keys = (
+        (x if cache.metric is None else cache.metric(x))
+        for x in (f, torch.from_numpy(cache.keys[:]))
+    )
     affinity = points.double() @ keys.double().T
     for row, path in enumerate(photos.paths):
         found, best = clf.similar(path, 4), affinity[row].argsort(descending=True)[:4]
-        np.testing.assert_allclose([shot.affinity for shot in found], affinity[row][best], atol=1e-5)
+        np.testing.assert_allclose(
+            [shot.affinity for shot in found], affinity[row][best], atol=1e-5
+        )
         rows = [cache.labels["key_id"].to_pylist().index(shot.key_id) for shot in found]
-        assert [cache.labels[column][rows[0]].as_py() for column in ("source", "label")] == list(found[0][1:3])
+        assert [cache.labels[column][rows[0]].as_py() for column in ("source", "label")] == list(
+            found[0][1:3]
+        )
         np.testing.assert_allclose(affinity[row][rows], affinity[row][best], atol=1e-5)
-    assert [shot.key_id for shot in clf.similar(f[0].numpy(), 2)] == [s.key_id for s in clf.similar(photos.paths[0], 2)]
+    assert [shot.key_id for shot in clf.similar(f[0].numpy(), 2)] == [
+        s.key_id for s in clf.similar(photos.paths[0], 2)
+    ]
 
 
 def test_photos_are_sorted_and_two_classifiers_compared(place, kept, clf, tmp_path):
-    done = clf.sort([place / "new/red", place / "new/blue/6.png"], tmp_path / "out", min_probability=0)
+    done = clf.sort(
+        [place / "new/red", place / "new/blue/6.png"], tmp_path / "out", min_probability=0
+    )
     assert done.done == 3
     clf.relabel("red", where="label = 'blue'")
     for other in (kept, Classifier.load(kept, device="cpu")):
@@ -453,7 +528,9 @@ def test_an_exported_graph_takes_features_or_pixels(clf, tmp_path, features, ent
     """``test_onnx.py`` tests the graphs."""
     runtime = pytest.importorskip("onnxruntime")
     assert clf.export_onnx(tmp_path / "g.onnx", features=features)["labels"] == clf.classes
-    assert [one.name for one in runtime.InferenceSession(tmp_path / "g.onnx").get_inputs()] == [entry]
+    assert [one.name for one in runtime.InferenceSession(tmp_path / "g.onnx").get_inputs()] == [
+        entry
+    ]
 
 
 def test_score_and_classes_are_those_of_scikit_learn(place, clf):
@@ -470,17 +547,29 @@ def test_score_and_classes_are_those_of_scikit_learn(place, clf):
     np.testing.assert_array_equal(clf.classes_[clf.predict_proba(new.paths).argmax(1)], answers)
     with pytest.raises(InputError, match=r"^y: got 5 labels for 6 photos; give one per photo"):
         clf.score(new.paths, answers[1:])
-    with pytest.raises(InputError, match=r"^y: 0 is not a class of this index; it has blue, green, red$"):
+    with pytest.raises(
+        InputError, match=r"^y: 0 is not a class of this index; it has blue, green, red$"
+    ):
         clf.score(new.paths, np.arange(6) % 3)
 
 
-def test_a_pickled_classifier_works_in_another_process_without_its_folder(place, tmp_path, warm_path):
+def test_a_pickled_classifier_works_in_another_process_without_its_folder(
+    place, tmp_path, warm_path
+):
     joblib, sklearn = pytest.importorskip("joblib"), pytest.importorskip("sklearn.pipeline")
     from retrieval_tip import ImageEncoder, TipAdapterClassifier
 
-    clf = Classifier.from_folder(place / "photos", f"local-dir:{place / 'model'}", device="cpu", views=2)
-    folder, photo, photos = clf.index.folder, str(place / "new/red/6.png"), open_source(place / "photos")
-    pipeline = sklearn.make_pipeline(ImageEncoder(clf.reader.backbone), TipAdapterClassifier(alpha=1.0, device="cpu"))
+    clf = Classifier.from_folder(
+        place / "photos", f"local-dir:{place / 'model'}", device="cpu", views=2
+    )
+    folder, photo, photos = (
+        clf.index.folder,
+        str(place / "new/red/6.png"),
+        open_source(place / "photos"),
+    )
+    pipeline = sklearn.make_pipeline(
+        ImageEncoder(clf.reader.backbone), TipAdapterClassifier(alpha=1.0, device="cpu")
+    )
     pipeline.fit(photos.paths, photos.labels)
     expected, data = [clf.predict_proba(photo), pipeline.predict_proba([photo])], pickle.dumps(clf)
     joblib.dump(clf, tmp_path / "clf.joblib")
@@ -497,7 +586,9 @@ def test_a_pickled_classifier_works_in_another_process_without_its_folder(place,
         f"print(clf); print(clf.add({photo!r}, 'red').version, clf.index.labels['views'].to_pylist()[-1])\n"
         "clf.save('new')"
     )
-    done = subprocess.run([warm.python(warm_path), "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [warm.python(warm_path), "-c", script], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.stderr == ""
     chances, shown, added = done.stdout.splitlines()
     np.testing.assert_allclose(json.loads(chances), [expected[0], *expected], atol=1e-6)
@@ -519,7 +610,9 @@ def test_a_copy_of_a_classifier_is_independent_of_its_index(place, clf, tmp_path
     copies = [carry(clf), carry(stored)]
     shutil.rmtree(clf.index.folder)
     for one in copies:
-        assert [answer.label for answer in one.predict(place / "new")] == [answer.label for answer in expected]
+        assert [answer.label for answer in one.predict(place / "new")] == [
+            answer.label for answer in expected
+        ]
         assert type(one.index.keys) is np.ndarray  # and not memory-mapped
         assert "not saved" in repr(one)
         assert len(one.remove(key_ids=[1]).key_ids) == 1
@@ -534,70 +627,110 @@ def test_classifiers_and_encoders_work_in_processes_of_joblib(place, clf):
 
     new, photos = open_source(place / "new").paths, open_source(place / "photos")
     backbone = load_backbone(f"local-dir:{place / 'model'}", device="cpu")
-    pipeline = sklearn.make_pipeline(ImageEncoder(backbone), TipAdapterClassifier(alpha=1.0, device="cpu"))
+    pipeline = sklearn.make_pipeline(
+        ImageEncoder(backbone), TipAdapterClassifier(alpha=1.0, device="cpu")
+    )
     with joblib.Parallel(2, max_nbytes=100) as parallel:  # the arrays arrive memory-mapped
         found = parallel(joblib.delayed(clf.predict)(path) for path in new)
     assert found == [clf.predict(path) for path in new]
-    alone, both = (cross_val_score(pipeline, photos.paths, photos.labels, cv=2, n_jobs=n) for n in (None, 2))
+    alone, both = (
+        cross_val_score(pipeline, photos.paths, photos.labels, cv=2, n_jobs=n) for n in (None, 2)
+    )
     np.testing.assert_array_equal(both, alone)
 
 
 PHOTO = Image.new("RGB", (8, 8))
 MISUSE = {
     "photos: got an object of type int; give a path, a PIL image, an array, bytes, or a list": [
-        lambda clf: clf.predict(5), lambda clf: clf.predict_proba(5), lambda clf: clf.suggest(5),
-        lambda clf: clf.add(5, "red"), lambda clf: clf.from_images(5, "red"),
+        lambda clf: clf.predict(5),
+        lambda clf: clf.predict_proba(5),
+        lambda clf: clf.suggest(5),
+        lambda clf: clf.add(5, "red"),
+        lambda clf: clf.from_images(5, "red"),
     ],
     "photos: got an object of type int; give a path": [
-        lambda clf: clf.evaluate(5), lambda clf: clf.compare(clf, 5), lambda clf: clf.fit(5),
-        lambda clf: clf.calibrate(5), lambda clf: clf.finetune(val=5), lambda clf: clf.from_folder(5),
+        lambda clf: clf.evaluate(5),
+        lambda clf: clf.compare(clf, 5),
+        lambda clf: clf.fit(5),
+        lambda clf: clf.calibrate(5),
+        lambda clf: clf.finetune(val=5),
+        lambda clf: clf.from_folder(5),
     ],
-    "photos: got an object of type NoneType; give": [lambda clf: clf.predict(None), lambda clf: clf.evaluate(None)],
+    "photos: got an object of type NoneType; give": [
+        lambda clf: clf.predict(None),
+        lambda clf: clf.evaluate(None),
+    ],
     "photos: got an object of type dict; give": [lambda clf: clf.predict({"image": PHOTO})],
-    "photo 0: got a tuple; expected a path, a PIL image": [lambda clf: clf.predict([(PHOTO, "red")])],
+    "photo 0: got a tuple; expected a path, a PIL image": [
+        lambda clf: clf.predict([(PHOTO, "red")])
+    ],
     "photo: expected a single photo or feature; call similar for each": [
-        lambda clf: clf.similar(5), lambda clf: clf.similar([PHOTO]), lambda clf: clf.similar(clf.index.keys[:2]),
+        lambda clf: clf.similar(5),
+        lambda clf: clf.similar([PHOTO]),
+        lambda clf: clf.similar(clf.index.keys[:2]),
     ],
     "what: expected a single photo; call explain for each": [lambda clf: clf.explain([PHOTO])],
     "https://e.org/a.png: a web address; download it first": [
-        lambda clf: clf.predict("https://e.org/a.png"), lambda clf: clf.predict(["https://e.org/a.png"]),
-        lambda clf: clf.explain("https://e.org/a.png"), lambda clf: clf.similar("https://e.org/a.png"),
-        lambda clf: clf.add("https://e.org/a.png", "red"), lambda clf: clf.sort("https://e.org/a.png", "out"),
-        lambda clf: clf.evaluate("https://e.org/a.png"), lambda clf: clf.from_folder("https://e.org/a.png"),
+        lambda clf: clf.predict("https://e.org/a.png"),
+        lambda clf: clf.predict(["https://e.org/a.png"]),
+        lambda clf: clf.explain("https://e.org/a.png"),
+        lambda clf: clf.similar("https://e.org/a.png"),
+        lambda clf: clf.add("https://e.org/a.png", "red"),
+        lambda clf: clf.sort("https://e.org/a.png", "out"),
+        lambda clf: clf.evaluate("https://e.org/a.png"),
+        lambda clf: clf.from_folder("https://e.org/a.png"),
     ],
     "k is many: expected": [lambda clf: clf.predict(PHOTO, k="many")],
     "neighbours is a: expected": [lambda clf: clf.predict(PHOTO, neighbours="a")],
     "n is 0: expected": [lambda clf: clf.similar(PHOTO, 0), lambda clf: clf.suggest([PHOTO], 0)],
     "photos: only files can be sorted; give the path": [
-        lambda clf: clf.sort(5, "out"), lambda clf: clf.sort(PHOTO, "out"), lambda clf: clf.sort([PHOTO], "out"),
+        lambda clf: clf.sort(5, "out"),
+        lambda clf: clf.sort(PHOTO, "out"),
+        lambda clf: clf.sort([PHOTO], "out"),
     ],
     "label: got 5; give the name of a class": [lambda clf: clf.relabel(5, key_ids=[0])],
     "labels: got 5; give the name of a class, or one name per photo": [
-        lambda clf: clf.add(PHOTO, 5), lambda clf: clf.add([PHOTO], [5]), lambda clf: clf.from_images([PHOTO], [5]),
+        lambda clf: clf.add(PHOTO, 5),
+        lambda clf: clf.add([PHOTO], [5]),
+        lambda clf: clf.from_images([PHOTO], [5]),
     ],
     "images: has no items; give at least one": [lambda clf: clf.add([], "red")],
     "where, key_ids: give exactly one": [
-        lambda clf: clf.remove(), lambda clf: clf.relabel("red"), lambda clf: clf.remove(where="true", key_ids=[0]),
+        lambda clf: clf.remove(),
+        lambda clf: clf.relabel("red"),
+        lambda clf: clf.remove(where="true", key_ids=[0]),
     ],
     "photos: got an object of type list; give a path": [lambda clf: clf.from_folder([PHOTO])],
     "model: got an object of type int; give a name": [lambda clf: clf.load(clf.index.place, 5)],
-    "model: got 2 objects; give (model, preprocess, tokenizer)": [lambda clf: clf.load(clf.index.place, (1, 2))],
+    "model: got 2 objects; give (model, preprocess, tokenizer)": [
+        lambda clf: clf.load(clf.index.place, (1, 2))
+    ],
     "key ids: got 5; give a list": [lambda clf: clf.remove(key_ids=5)],
-    "key ids: got ['a']; give a list": [lambda clf: clf.remove(key_ids=["a"]), lambda clf: clf.relabel({"a": "red"})],
+    "key ids: got ['a']; give a list": [
+        lambda clf: clf.remove(key_ids=["a"]),
+        lambda clf: clf.relabel({"a": "red"}),
+    ],
     "where: got 5; give an SQL condition": [lambda clf: clf.remove(where=5)],
     "class name 5: expected text": [lambda clf: clf.rename("red", 5)],
     "version is x: expected": [lambda clf: clf.rollback("x")],
     "has no version 99; use one of": [lambda clf: clf.rollback(99)],
     "gone: no such folder; make one with": [
-        lambda clf: clf.merge("gone"), lambda clf: clf.compare("gone", "new"), lambda clf: clf.fit(prior="gone"),
+        lambda clf: clf.merge("gone"),
+        lambda clf: clf.compare("gone", "new"),
+        lambda clf: clf.fit(prior="gone"),
         lambda clf: clf.load("gone"),
     ],
     "recipe: got an object of type int; give a Recipe": [lambda clf: clf.finetune(recipe=5)],
     "got an object of type int; give a path": [
-        lambda clf: clf.load(5), lambda clf: clf.save(5), lambda clf: clf.merge(5), lambda clf: clf.finetune(5),
-        lambda clf: clf.compare(5, "new"), lambda clf: clf.export_onnx(5), lambda clf: clf.report("r.html", 5),
+        lambda clf: clf.load(5),
+        lambda clf: clf.save(5),
+        lambda clf: clf.merge(5),
+        lambda clf: clf.finetune(5),
+        lambda clf: clf.compare(5, "new"),
+        lambda clf: clf.export_onnx(5),
+        lambda clf: clf.report("r.html", 5),
     ],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("words", MISUSE)
@@ -625,10 +758,21 @@ def test_an_index_without_an_encoder_only_classifies_features(place, tmp_path):
     bare, new = Classifier.load(tmp_path / "i", device="cpu"), place / "new"
     assert len(bare.predict(table)) == 6
     assert "features" in repr(bare)
-    several = (bare.predict, bare.predict_proba, bare.suggest, bare.evaluate, bare.calibrate, bare.fit, bare.add,
-               partial(bare.compare, bare))  # fmt: skip
+    several = (
+        bare.predict,
+        bare.predict_proba,
+        bare.suggest,
+        bare.evaluate,
+        bare.calibrate,
+        bare.fit,
+        bare.add,
+        partial(bare.compare, bare),
+    )
     single = (bare.similar, bare.explain, lambda one: bare.sort(one, tmp_path / "out"))
-    for call in (*(partial(one, new) for one in several), *(partial(one, new / "red/6.png") for one in single)):
+    for call in (
+        *(partial(one, new) for one in several),
+        *(partial(one, new / "red/6.png") for one in single),
+    ):
         with pytest.raises(UsageError, match=r"photos need an encoder; name it"):
             call()
     with pytest.raises(UsageError, match="encode: the index has no encoder"):
@@ -643,7 +787,10 @@ def test_a_misspelt_argument_is_refused(clf):
         clf.from_images([PHOTO], ["red"], shotz=1)
 
 
-OPTIONS = {f"Unpack[{kind.__name__}]": kind for kind in (settings.AskOptions, settings.BuildOptions, ClassifierOptions)}
+OPTIONS = {
+    f"Unpack[{kind.__name__}]": kind
+    for kind in (settings.AskOptions, settings.BuildOptions, ClassifierOptions)
+}
 
 
 def parameters(function):
@@ -651,7 +798,9 @@ def parameters(function):
     own = {name: given.default for name, given in inspect.signature(function).parameters.items()}
     for name, given in inspect.signature(function).parameters.items():
         if given.kind is inspect.Parameter.VAR_KEYWORD:
-            kind = OPTIONS[given.annotation]  # all keyword arguments are listed, and mypy checks them
+            kind = OPTIONS[
+                given.annotation
+            ]  # all keyword arguments are listed, and mypy checks them
             del own[name]
             own |= dict.fromkeys(typing.get_type_hints(kind), inspect.Parameter.empty)
     return own
@@ -675,37 +824,58 @@ def test_every_option_is_a_named_argument():
         (parameters(Classifier.similar), Index.similar, {"self", "features"}),
         (parameters(Classifier.sort), sort_photos, {"index", "sources", "reader"}),
         (parameters(Classifier.audit), audit, {"index"}),
-        (parameters(Classifier.evaluate), evaluation.evaluate, {"index", "source", "reader", "blocks"}),
+        (
+            parameters(Classifier.evaluate),
+            evaluation.evaluate,
+            {"index", "source", "reader", "blocks"},
+        ),
     ):
         for name, default in parameters(done_by).items():
             assert name in apart | {"base", "expect"} or own[name] == default, (done_by, name)
-    assert parameters(Classifier.from_folder).keys() - parameters(Classifier.from_images).keys() == {"photos"}
+    assert parameters(Classifier.from_folder).keys() - parameters(
+        Classifier.from_images
+    ).keys() == {"photos"}
 
 
 def test_as_module_computes_logits_from_pixels(place, clf):
     paths = [place / "new/red/6.png", place / "new/blue/7.png"]
     backbone = clf.reader.backbone
-    mean, std = (torch.tensor(backbone.identity.preprocess[name])[:, None, None] for name in ("mean", "std"))
-    pixels = torch.stack([255 * (backbone.preprocess(Image.open(path)) * std + mean) for path in paths])
+    mean, std = (
+        torch.tensor(backbone.identity.preprocess[name])[:, None, None] for name in ("mean", "std")
+    )
+    pixels = torch.stack(
+        [255 * (backbone.preprocess(Image.open(path)) * std + mean) for path in paths]
+    )
     module = clf.as_module()
-    features = Reader(backbone).encode(open_items(place / "new").take([0])).features  # the module must not change them
+    features = (
+        Reader(backbone).encode(open_items(place / "new").take([0])).features
+    )  # the module must not change them
     logits = module.double()(pixels.double())
-    assert Reader(backbone).encode(open_items(place / "new").take([0])).features == pytest.approx(features)
+    assert Reader(backbone).encode(open_items(place / "new").take([0])).features == pytest.approx(
+        features
+    )
     for row, path in zip(logits, paths, strict=True):
         answer = clf.predict(path, top=3)
         assert clf.classes[int(row.argmax())] == answer.label
         chances = (row / clf.index.settings.temperature).softmax(0)
-        np.testing.assert_allclose([chances[clf.classes.index(name)] for name in answer.labels], answer.probabilities,
-                                   atol=1e-3)  # fmt: skip
+        np.testing.assert_allclose(
+            [chances[clf.classes.index(name)] for name in answer.labels],
+            answer.probabilities,
+            atol=1e-3,
+        )
     clf.index.settings = clf.index.settings.override(k=2)
     with pytest.raises(UsageError, match="all keys"):
         clf.as_module()
 
 
 def test_an_index_without_a_folder_can_be_saved(place, tmp_path):
-    model, _, preprocess = __import__("open_clip").create_model_and_transforms(f"local-dir:{place / 'model'}")
+    model, _, preprocess = __import__("open_clip").create_model_and_transforms(
+        f"local-dir:{place / 'model'}"
+    )
     tokenizer = __import__("open_clip").get_tokenizer(f"local-dir:{place / 'model'}")
-    clf = Classifier.from_folder(place / "photos", (model, preprocess, tokenizer), device="cpu", fit="none")
+    clf = Classifier.from_folder(
+        place / "photos", (model, preprocess, tokenizer), device="cpu", fit="none"
+    )
     assert "not saved" in repr(clf)
     before = clf.predict(place / "new/red/6.png")
     clf.save(tmp_path / "saved")
@@ -713,7 +883,9 @@ def test_an_index_without_a_folder_can_be_saved(place, tmp_path):
     again = Classifier.load(tmp_path / "saved", wrapped(model, preprocess, tokenizer))
     assert again.predict(place / "new/red/6.png").label == before.label
     with pytest.raises(BackboneError, match="cannot be compared"):
-        Classifier.load(tmp_path / "saved", f"local-dir:{tiny(tmp_path / 'other', seed=1)}", device="cpu")
+        Classifier.load(
+            tmp_path / "saved", f"local-dir:{tiny(tmp_path / 'other', seed=1)}", device="cpu"
+        )
 
 
 def test_a_report_shows_photos_in_memory_and_the_figures_of_evaluate(place, clf, tmp_path):
@@ -734,9 +906,13 @@ def test_a_scikit_learn_pipeline_can_start_with_paths(place):
     backbone = load_backbone(f"local-dir:{place / 'model'}", device="cpu")
     features = pipeline[0].transform(new.sources)
     plain = Reader(backbone).encode(new).features
-    np.testing.assert_allclose(features, plain / np.linalg.norm(plain, axis=1, keepdims=True), atol=1e-5)
+    np.testing.assert_allclose(
+        features, plain / np.linalg.norm(plain, axis=1, keepdims=True), atol=1e-5
+    )
     assert pipeline.score(new.sources, new.labels) > 1 / 3
-    np.testing.assert_array_equal(ImageEncoder(backbone).transform(new.sources), features)  # no fit is needed
+    np.testing.assert_array_equal(
+        ImageEncoder(backbone).transform(new.sources), features
+    )  # no fit is needed
     assert pytest.importorskip("sklearn").clone(ImageEncoder(backbone)).model is backbone
     with pytest.raises(InputError, match=r"^gone.png: no such file$"):
         ImageEncoder(backbone).transform(["gone.png"])

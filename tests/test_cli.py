@@ -32,7 +32,9 @@ from retrieval_tip.model import Index
 @pytest.fixture
 def small(tmp_path, run):
     """Six keys of two classes, built by the command line."""
-    table = write_table(tmp_path / "train.parquet", unit_rows(6, 8), ["cat", "dog"] * 3, camera=list("abcabc"))
+    table = write_table(
+        tmp_path / "train.parquet", unit_rows(6, 8), ["cat", "dog"] * 3, camera=list("abcabc")
+    )
     text = write_table(tmp_path / "text.parquet", unit_rows(2, 8, 1), ["cat", "dog"])
     out = tmp_path / "index"
     built = run("index", "build", "--fit", "none", table, "--text", text, "--out", out)
@@ -42,7 +44,9 @@ def small(tmp_path, run):
 
 @pytest.fixture
 def queries(tmp_path):
-    return write_table(tmp_path / "queries.parquet", unit_rows(5, 8, 2), ids=["a", "b,c", 'd"', "é\n", "e"])
+    return write_table(
+        tmp_path / "queries.parquet", unit_rows(5, 8, 2), ids=["a", "b,c", 'd"', "é\n", "e"]
+    )
 
 
 INDEXES = os.path.relpath(Path(__file__).parent / "indexes" / "v11")
@@ -55,22 +59,46 @@ def test_classify_prints_the_logits_of_python(run, small, queries):
     for k in ("all", 2):
         for tail in ("--tail", "--no-tail"):
             settings = ("--alpha", 3, "--beta", 2, "-k", k, tail)
-            shown = run("classify", small, queries, *settings, "--logits", "--format", "json").stdout
+            shown = run(
+                "classify", small, queries, *settings, "--logits", "--format", "json"
+            ).stdout
             expected = cache.logits(features, k, tail == "--tail").numpy()
-            np.testing.assert_allclose([json.loads(line)["logits"] for line in shown.splitlines()], expected, rtol=1e-5)
+            np.testing.assert_allclose(
+                [json.loads(line)["logits"] for line in shown.splitlines()], expected, rtol=1e-5
+            )
 
 
 def test_settings_of_the_index_apply_unless_given(run, tmp_path, queries):
     table = write_table(tmp_path / "t.parquet", unit_rows(6, 8), ["cat", "dog"] * 3)
-    built = run("index", "build", "--fit", "none", table, "--alpha", 7, "--beta", 2, "-k", 3, "--out", tmp_path / "i")
+    built = run(
+        "index",
+        "build",
+        "--fit",
+        "none",
+        table,
+        "--alpha",
+        7,
+        "--beta",
+        2,
+        "-k",
+        3,
+        "--out",
+        tmp_path / "i",
+    )
     assert built.exit_code == 0
     test = write_table(tmp_path / "test.parquet", unit_rows(4, 8, 5), ["cat", "dog"] * 2)
     result = json.loads(run("evaluate", tmp_path / "i", test, "--json").stdout)
     assert (result["alpha"], result["beta"], result["k"], result["tail"]) == (7, 2, 3, True)
     assert result["zero_shot_top1"] is None  # the index has no text weights
-    result = json.loads(run("evaluate", tmp_path / "i", test, "-k", "all", "--no-tail", "--alpha", 0, "--json").stdout)
+    result = json.loads(
+        run(
+            "evaluate", tmp_path / "i", test, "-k", "all", "--no-tail", "--alpha", 0, "--json"
+        ).stdout
+    )
     assert (result["alpha"], result["k"], result["tail"]) == (0, "all", False)
-    plain, more = (run("evaluate", tmp_path / "i", test, *verbose).stdout for verbose in ((), ("-v",)))
+    plain, more = (
+        run("evaluate", tmp_path / "i", test, *verbose).stdout for verbose in ((), ("-v",))
+    )
     assert [line.split()[0] for line in plain.splitlines()] == ["accuracy", "weakest", "confusions"]
     assert "zero_shot_top1" in more
 
@@ -86,22 +114,46 @@ def copy_photos(shared, folder):
 def test_a_photo_is_only_encoded_by_the_backbone_of_the_index(run, shared, tmp_path):
     one, other = tiny(tmp_path / "one"), tiny(tmp_path / "other", seed=1)
     photos = copy_photos(shared, tmp_path / "photos")
-    build = ("index", "build", "--fit", "none", photos, "--model", f"local-dir:{one}", "--out", tmp_path / "i")
+    build = (
+        "index",
+        "build",
+        "--fit",
+        "none",
+        photos,
+        "--model",
+        f"local-dir:{one}",
+        "--out",
+        tmp_path / "i",
+    )
     assert run(*build).exit_code == 0
     image = next((photos / "panda").iterdir())
     assert run("classify", tmp_path / "i", image).exit_code == 0
-    assert run("encode", photos, "--model", f"local-dir:{other}", "--out", tmp_path / "t.parquet").exit_code == 0
+    assert (
+        run(
+            "encode", photos, "--model", f"local-dir:{other}", "--out", tmp_path / "t.parquet"
+        ).exit_code
+        == 0
+    )
     for command in (
         ("classify", tmp_path / "i", image, "--model", f"local-dir:{other}"),
         ("evaluate", tmp_path / "i", tmp_path / "t.parquet"),  # the table names its encoder
     ):
         refused = run(*command)
-        assert (refused.exit_code, str(one) in refused.stderr, str(other) in refused.stderr) == (1, True, True)
+        assert (refused.exit_code, str(one) in refused.stderr, str(other) in refused.stderr) == (
+            1,
+            True,
+            True,
+        )
     # the same weights in another folder are the same backbone
     shutil.move(one, tmp_path / "moved")
     gone = run("classify", tmp_path / "i", image)
     assert (gone.exit_code, "local-dir" in gone.stderr) == (1, True)
-    assert run("classify", tmp_path / "i", image, "--model", f"local-dir:{tmp_path / 'moved'}").exit_code == 0
+    assert (
+        run(
+            "classify", tmp_path / "i", image, "--model", f"local-dir:{tmp_path / 'moved'}"
+        ).exit_code
+        == 0
+    )
 
 
 def test_unreadable_images_are_named_and_give_exit_status_3(run, shared, tmp_path):
@@ -109,14 +161,28 @@ def test_unreadable_images_are_named_and_give_exit_status_3(run, shared, tmp_pat
     whole, broken = next((photos / "pizza").iterdir()), next((photos / "panda").iterdir())
     broken.chmod(0o644)
     broken.write_bytes(broken.read_bytes()[:1000])
-    build = ("index", "build", "--fit", "none", photos, "--model", f"local-dir:{tiny(tmp_path / 'model')}")
+    build = (
+        "index",
+        "build",
+        "--fit",
+        "none",
+        photos,
+        "--model",
+        f"local-dir:{tiny(tmp_path / 'model')}",
+    )
     strict = run(*build, "--strict", "--out", tmp_path / "i")
-    assert (strict.exit_code, str(broken) in strict.stderr, (tmp_path / "i").exists()) == (1, True, False)
+    assert (strict.exit_code, str(broken) in strict.stderr, (tmp_path / "i").exists()) == (
+        1,
+        True,
+        False,
+    )
     built = run(*build, "--out", tmp_path / "i")
     assert (built.exit_code, f"skipped {broken}: damaged" in built.stderr) == (3, True)
     sources = {str(path) for path in photos.glob("*/*.jpg")} - {str(broken)}
     assert {*Index.load(tmp_path / "i").labels["source"].to_pylist()} == sources
-    some = run("classify", tmp_path / "i", whole, broken, tmp_path / "missing.jpg", "--format", "json")
+    some = run(
+        "classify", tmp_path / "i", whole, broken, tmp_path / "missing.jpg", "--format", "json"
+    )
     assert [row["input"] for row in json_rows(some, 3)] == [str(whole)]
     assert "missing.jpg: no such file" in some.stderr
     assert run("classify", tmp_path / "i", broken).exit_code == 1
@@ -125,7 +191,10 @@ def test_unreadable_images_are_named_and_give_exit_status_3(run, shared, tmp_pat
 def test_paths_are_read_from_standard_input(run, things, shared, tmp_path):
     [(whole, _)], odd = caltech_photos(shared, "test", 1, 1), tmp_path / "two\nlines.jpg"
     shutil.copy(whole, odd)
-    for given, paths in ((f"{whole}\n", [whole]), (f"{odd}\0{whole}\0", [odd, whole])):  # as find -print0 does
+    for given, paths in (
+        (f"{whole}\n", [whole]),
+        (f"{odd}\0{whole}\0", [odd, whole]),
+    ):  # as find -print0 does
         rows = json_rows(run("classify", things, "-", "--format", "json", stdin=given))
         assert [row["input"] for row in rows] == list(map(str, paths))
 
@@ -152,7 +221,10 @@ def test_doctor_names_the_encoders_of_this_machine_or_their_lack(run, tmp_path, 
     monkeypatch.chdir(tmp_path)
     bare = run("doctor")
     assert (bare.exit_code, "no problems found" in bare.stdout) == (1, False)
-    assert "problem: no encoder is on this machine, and none can be downloaded (HF_HUB_OFFLINE is set)" in bare.stdout
+    assert (
+        "problem: no encoder is on this machine, and none can be downloaded (HF_HUB_OFFLINE is set)"
+        in bare.stdout
+    )
     catalogue.DEMO[0].parent.mkdir(parents=True)
     catalogue.DEMO[0].touch()
     found = json.loads(run("doctor", "--json").stdout)
@@ -164,16 +236,27 @@ def test_a_rollback_to_the_current_version_says_so(run, small):
     assert run("index", "remove", small, "--key-ids", 1).exit_code == 0
     before = {path: path.read_bytes() for path in small.rglob("*") if path.is_file()}
     same = run("index", "rollback", small, 2)
-    assert (same.exit_code, same.stdout) == (0, f"{small}: version 2 is current already; nothing changed\n")
+    assert (same.exit_code, same.stdout) == (
+        0,
+        f"{small}: version 2 is current already; nothing changed\n",
+    )
     assert {path: path.read_bytes() for path in small.rglob("*") if path.is_file()} == before
     assert run("index", "rollback", small, 1).stdout == f"{small}: version 3, rolled back\n"
 
 
 def test_a_table_has_no_suffix_of_another_format(run, small, queries, tmp_path):
-    for command in (["index", "export", small], ["index", "export", small, "--text"], ["encode", queries]):
+    for command in (
+        ["index", "export", small],
+        ["index", "export", small, "--text"],
+        ["encode", queries],
+    ):
         option = [] if command[-1] == "--text" else ["--out"]
         done = run(*command, *option, tmp_path / "keys.csv")
-        assert (done.exit_code, done.stdout, "keys.csv: a feature table is a Parquet file" in done.stderr) == (
+        assert (
+            done.exit_code,
+            done.stdout,
+            "keys.csv: a feature table is a Parquet file" in done.stderr,
+        ) == (
             2,
             "",
             True,
@@ -183,7 +266,14 @@ def test_a_table_has_no_suffix_of_another_format(run, small, queries, tmp_path):
 
 def test_a_reader_that_stops_early_causes_no_error(small, tmp_path, warm_path):
     many = write_table(tmp_path / "many.parquet", unit_rows(20000, 8, 3))
-    command = [shutil.which("retrieval-tip", path=warm_path), "classify", str(small), str(many), "--format", "json"]
+    command = [
+        shutil.which("retrieval-tip", path=warm_path),
+        "classify",
+        str(small),
+        str(many),
+        "--format",
+        "json",
+    ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
         child.stdout.readline()
         child.stdout.close()
@@ -191,24 +281,35 @@ def test_a_reader_that_stops_early_causes_no_error(small, tmp_path, warm_path):
         assert child.wait() in (0, 141)
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="SKIPPED: the size of a pipe is set on Linux only")
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="SKIPPED: the size of a pipe is set on Linux only"
+)
 @pytest.mark.parametrize("style", few(["json", "csv", "table"], 2))
 def test_answers_appear_before_all_images_are_read(style, run, tmp_path, warm_path):
     """The pipe only holds a few lines, so the command waits and has not opened the last photo yet."""
     import fcntl
 
     photos, new = tmp_path / "photos", tmp_path / ("new" * 30)
-    for seed, path in enumerate([*(photos / "ab"[i % 2] / f"{i}.png" for i in range(4)), new / "000.png"]):
+    for seed, path in enumerate(
+        [*(photos / "ab"[i % 2] / f"{i}.png" for i in range(4)), new / "000.png"]
+    ):
         path.parent.mkdir(parents=True, exist_ok=True)
         picture((50 + seed, 40)).save(path)
     model = f"local-dir:{tiny(tmp_path / 'model')}"
-    assert run("index", "build", "--fit", "none", photos, "--model", model, "--out", tmp_path / "i").exit_code == 0
+    assert (
+        run(
+            "index", "build", "--fit", "none", photos, "--model", model, "--out", tmp_path / "i"
+        ).exit_code
+        == 0
+    )
     paths = [new / f"{number:03}.png" for number in range(120)]
     for path in paths[1:]:
         shutil.copy(paths[0], path)
     command = [shutil.which("retrieval-tip", path=warm_path), "classify", tmp_path / "i", new]
     command += ["--batch-size", 4, "--format", style]
-    with subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0) as child:
+    with subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0
+    ) as child:
         fcntl.fcntl(child.stdout, fcntl.F_SETPIPE_SZ, 4096)
         first = b""
         while str(paths[0]).encode() not in first:
@@ -220,9 +321,9 @@ def test_answers_appear_before_all_images_are_read(style, run, tmp_path, warm_pa
     assert [str(path) in text for path in paths] == [True] * 119 + [False]
     if style == "table":
         heading, *lines = text.splitlines()
-        assert {line.index(label) for line in lines for label in (" a ", " b ") if label in line} == {
-            heading.index(" label")
-        }
+        assert {
+            line.index(label) for line in lines for label in (" a ", " b ") if label in line
+        } == {heading.index(" label")}
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="SKIPPED: no /dev/full here")
@@ -230,16 +331,30 @@ def test_answers_appear_before_all_images_are_read(style, run, tmp_path, warm_pa
 @pytest.mark.parametrize(
     ("arguments", "what"),
     [
-        *few([(f"{command} > /dev/full", "") for command in (
-            "--version", "--help", "index --help", "index build --help",
-            *(f"index list {INDEXES} --format {style}" for style in FORMATS))], 3),
-        ("--version >&-", "standard output: "), ("models <&- >&-", "standard output: "), ("classify . - <&-", ".: "),
+        *few(
+            [
+                (f"{command} > /dev/full", "")
+                for command in (
+                    "--version",
+                    "--help",
+                    "index --help",
+                    "index build --help",
+                    *(f"index list {INDEXES} --format {style}" for style in FORMATS),
+                )
+            ],
+            3,
+        ),
+        ("--version >&-", "standard output: "),
+        ("models <&- >&-", "standard output: "),
+        ("classify . - <&-", ".: "),
     ],
-)  # fmt: skip
+)
 def test_a_full_or_closed_standard_stream_gives_one_line(arguments, what, unbuffered):
     command = f"{shlex.quote(sys.executable)} -m retrieval_tip {arguments}"
     environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
-    done = subprocess.run(["sh", "-c", command], capture_output=True, env=environment, text=True, check=False)
+    done = subprocess.run(
+        ["sh", "-c", command], capture_output=True, env=environment, text=True, check=False
+    )
     assert (done.returncode, done.stdout) == (1, "")
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"Error: {what}")
@@ -252,7 +367,9 @@ def test_a_closed_standard_error_changes_nothing(small, tmp_path):
     assert pq.read_table(tmp_path / "o.parquet").num_rows == 1
 
 
-@pytest.mark.parametrize("arguments", few([["--version"], ["--help"], ["index", "list", INDEXES]], 2))
+@pytest.mark.parametrize(
+    "arguments", few([["--version"], ["--help"], ["index", "list", INDEXES]], 2)
+)
 def test_a_closed_pipe_causes_no_error(arguments):
     reader, writer = os.pipe()
     os.close(reader)
@@ -269,7 +386,12 @@ def on_stdin(monkeypatch, data):
 
 
 def test_paths_on_standard_input_end_with_newlines_or_nuls_and_are_limited(monkeypatch):
-    given = {b"": [], b"a": ["a"], b"a\n\n\nb c\nlast": ["a", "b c", "last"], b"a\nb\0\xff\0": ["a\nb", "\udcff"]}
+    given = {
+        b"": [],
+        b"a": ["a"],
+        b"a\n\n\nb c\nlast": ["a", "b c", "last"],
+        b"a\nb\0\xff\0": ["a\nb", "\udcff"],
+    }
     for data, paths in (given | {b"\n" * 20: []}).items():
         assert on_stdin(monkeypatch, data) == paths
     monkeypatch.setattr(opening, "MAX_PATHS", 20)
@@ -284,7 +406,10 @@ def test_paths_on_standard_input_end_with_newlines_or_nuls_and_are_limited(monke
     [
         (MemoryError(), "out of memory; use"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you"), "out of memory; use"),
-        (torch.OutOfMemoryError("CUDA out of memory.\nGPU 0 has ..."), "out of memory on the GPU; use --device cpu"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory.\nGPU 0 has ..."),
+            "out of memory on the GPU; use --device cpu",
+        ),
     ],
     ids=["Python", "torch on a CPU", "torch on a GPU"],
 )
@@ -302,11 +427,14 @@ NUMBERS = [
     (" ".join(words), one)
     for words, command in COMMANDS.items()
     for one in command.params
-    if isinstance(one.type, IntParamType | FloatParamType | Number) and not getattr(one, "count", False)
+    if isinstance(one.type, IntParamType | FloatParamType | Number)
+    and not getattr(one, "count", False)
 ]
 
 
-@pytest.mark.parametrize(("name", "parameter"), NUMBERS, ids=[f"{name} {one.name}" for name, one in NUMBERS])
+@pytest.mark.parametrize(
+    ("name", "parameter"), NUMBERS, ids=[f"{name} {one.name}" for name, one in NUMBERS]
+)
 def test_every_number_option_refuses_invalid_values(name, parameter):
     for value in (
         "nan",
@@ -335,7 +463,9 @@ OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize(("words", "option"), OPTIONS, ids=[f"{' '.join(words)} {one.name}" for words, one in OPTIONS])
+@pytest.mark.parametrize(
+    ("words", "option"), OPTIONS, ids=[f"{' '.join(words)} {one.name}" for words, one in OPTIONS]
+)
 def test_an_option_given_twice_is_repeatable_or_refused(run, words, option):
     """Click itself would keep the last value without a word."""
     long, short = option.opts[0], option.opts[-1]
@@ -355,13 +485,34 @@ def test_an_option_given_twice_is_repeatable_or_refused(run, words, option):
 def test_flags_that_contradict_each_other_are_refused(run, small, queries):
     for typed in (["--tail", "--no-tail"], ["--no-tail", "--tail"]):
         done = run("classify", small, queries, *typed)
-        assert (done.exit_code, done.stdout, "--tail: is given 2 times" in done.stderr) == (2, "", True)
+        assert (done.exit_code, done.stdout, "--tail: is given 2 times" in done.stderr) == (
+            2,
+            "",
+            True,
+        )
 
 
 NAMES = [
-    "  two  ", 'quo"te', "new\nline", "日本語", "שלום", "a,b;c", "*", "[x]", "{}", "$HOME", "-dash", "--out", "#", "%s",
-    "é.png", "\x1b[31mred", "\udcff", "x" * 200, "~",
-]  # fmt: skip
+    "  two  ",
+    'quo"te',
+    "new\nline",
+    "日本語",
+    "שלום",
+    "a,b;c",
+    "*",
+    "[x]",
+    "{}",
+    "$HOME",
+    "-dash",
+    "--out",
+    "#",
+    "%s",
+    "é.png",
+    "\x1b[31mred",
+    "\udcff",
+    "x" * 200,
+    "~",
+]
 
 
 def test_any_name_works_for_images_classes_and_tables(run, shared, tmp_path):
@@ -371,11 +522,23 @@ def test_any_name_works_for_images_classes_and_tables(run, shared, tmp_path):
         image.parent.mkdir(parents=True)
         shutil.copy(photo, image)
     model = ("--model", f"local-dir:{shared / 'models' / 'lit-mini'}")
-    build = ("index", "build", "--fit", "none", tmp_path / "photos", *model, "--alpha", 1000)  # text changes no answer
+    build = (
+        "index",
+        "build",
+        "--fit",
+        "none",
+        tmp_path / "photos",
+        *model,
+        "--alpha",
+        1000,
+    )  # text changes no answer
     assert run(*build, "--out", tmp_path / "index").exit_code == 0
     for image in images:  # the same picture in another file, which is not a shot
         image.write_bytes(image.read_bytes() + b"\0")
-    assert run("encode", tmp_path / "photos", *model, "--out", tmp_path / "features.parquet").exit_code == 0
+    assert (
+        run("encode", tmp_path / "photos", *model, "--out", tmp_path / "features.parquet").exit_code
+        == 0
+    )
     for table in tables:
         assert run("encode", tmp_path / "features.parquet", "--out", table).exit_code == 0
     shown = {os.fsencode(image).decode("utf-8", "backslashreplace"): image for image in images}
@@ -387,7 +550,9 @@ def test_any_name_works_for_images_classes_and_tables(run, shared, tmp_path):
     for row in found:
         name = shown[row["input"]].parent.name
         assert row["label"] == os.fsencode(name).decode("utf-8", "backslashreplace")
-    table = run("classify", tmp_path / "index", *images).stdout  # names break no table, and are escaped
+    table = run(
+        "classify", tmp_path / "index", *images
+    ).stdout  # names break no table, and are escaped
     assert len(table.splitlines()) == 1 + len(NAMES)
     assert "\x1b" not in table
 
@@ -397,12 +562,18 @@ def test_libraries_print_nothing(things, tmp_path, warm_path):
     buffer = io.BytesIO()
     exif = b"Exif\0\0II*\0\x08\0\0\0\x03\0\x31\x01\x02\0\x04\0\0\x7fsix\0"
     Image.effect_noise((40, 30), 50).convert("RGB").save(buffer, "JPEG", exif=exif)
-    raw = {"exif.jpg": buffer.getvalue(), "cut.jpg": buffer.getvalue()[:-300], "head.tif": b"II*\0\x08\0\0\0"}
+    raw = {
+        "exif.jpg": buffer.getvalue(),
+        "cut.jpg": buffer.getvalue()[:-300],
+        "head.tif": b"II*\0\x08\0\0\0",
+    }
     for name, data in raw.items():
         (tmp_path / name).write_bytes(data)
     program = str(shutil.which("retrieval-tip", path=warm_path))
     done = subprocess.run(
-        [program, "classify", things, *(tmp_path / name for name in raw)], capture_output=True, text=True
+        [program, "classify", things, *(tmp_path / name for name in raw)],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 3
     assert len(done.stdout.splitlines()) == 2

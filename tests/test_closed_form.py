@@ -133,9 +133,13 @@ def check_definition(cache, form, fitted_to, class_prior, d):
     np.testing.assert_allclose(cache.vectors, points, atol=1e-5)
     averages = discriminant(unit_points(cache, queries), points, cache.class_ids.numpy(), C)
     expected = text + cache.settings.alpha * (alone + cache.settings.gamma * averages)
-    np.testing.assert_allclose(cache.logits(queries).numpy(), expected, atol=1e-3 * np.abs(expected).max())
+    np.testing.assert_allclose(
+        cache.logits(queries).numpy(), expected, atol=1e-3 * np.abs(expected).max()
+    )
     nearest = (unit_points(cache, queries) @ points.T).max(1)
-    np.testing.assert_allclose([one.affinity for [one] in cache.similar(queries, 1)], nearest, atol=1e-5)
+    np.testing.assert_allclose(
+        [one.affinity for [one] in cache.similar(queries, 1)], nearest, atol=1e-5
+    )
 
 
 def unit_points(cache, queries):
@@ -161,12 +165,20 @@ def test_keys_of_any_norm_are_fitted(shots, norm):
 
 
 @settings(max_examples=examples(30), deadline=None)
-@given(st.integers(0, 10**6), st.integers(2, 6), st.integers(1, 5), st.floats(0.05, 1), st.integers(2, 24))
+@given(
+    st.integers(0, 10**6),
+    st.integers(2, 6),
+    st.integers(1, 5),
+    st.floats(0.05, 1),
+    st.integers(2, 24),
+)
 def test_the_scatter_matches_the_definition(seed, c, shots, shrinkage, d):
     draw = np.random.default_rng(seed)
     ids = np.sort(draw.integers(0, c, c * shots))
     keys = unit(draw.normal(size=(len(ids), d))).astype(np.float32)
-    found = Folds(keys, torch.from_numpy(ids), c, None, np.arange(len(ids))).scatter(torch.arange(len(ids)))
+    found = Folds(keys, torch.from_numpy(ids), c, None, np.arange(len(ids))).scatter(
+        torch.arange(len(ids))
+    )
     expected = scatter(keys, ids if np.bincount(ids).max() > 1 else 0 * ids)
     np.testing.assert_allclose(found.matrix, expected, atol=1e-6)
     means = [keys[ids == i].astype(np.float64).mean(0) for i in np.unique(ids)]
@@ -178,21 +190,36 @@ def test_the_scatter_matches_the_definition(seed, c, shots, shrinkage, d):
         np.testing.assert_allclose(square / square.trace() * d, np.eye(d), atol=1e-3)
         points = metric(torch.from_numpy(keys))
         assert torch.isfinite(points).all()
-        assert float((points.norm(dim=1) - 1).abs().max()) < 1e-4 or np.allclose(keys, found.mean, atol=1e-4)
+        assert float((points.norm(dim=1) - 1).abs().max()) < 1e-4 or np.allclose(
+            keys, found.mean, atol=1e-4
+        )
 
 
 def test_views_of_one_photo_stay_together():
     images = np.array([0, 0, 1, 1, 2, 2, 3, 3, 4])
     ids = np.array([0, 0, 0, 0, 1, 1, 1, 1, 2])
-    folds = Folds(np.eye(9, dtype=np.float32), torch.from_numpy(ids), 3, None, images).with_shots(4, 10**6)
+    folds = Folds(np.eye(9, dtype=np.float32), torch.from_numpy(ids), 3, None, images).with_shots(
+        4, 10**6
+    )
     assert [held.ids.tolist() for held in folds.held] == [[0, 1]] * 2
-    assert sorted(torch.cat([held.own for held in folds.held]).tolist()) == [0, 2, 4, 6]  # a class with one photo stays
+    assert sorted(torch.cat([held.own for held in folds.held]).tolist()) == [
+        0,
+        2,
+        4,
+        6,
+    ]  # a class with one photo stays
     for held in folds.held:
         hidden = set(range(9)) - set(held.rows.tolist())
         assert hidden == {row + view for row in held.own.tolist() for view in (0, 1)}
 
 
-ORDERS = {"small": (6, 5), "two photos": (12, 2), "one photo": (8, 1), "more": (30, 8), "sampled": (80, 28)}
+ORDERS = {
+    "small": (6, 5),
+    "two photos": (12, 2),
+    "one photo": (8, 1),
+    "more": (30, 8),
+    "sampled": (80, 28),
+}
 """Numbers of classes and of photos per class. The shares of encoders are chosen on a sample of the last set."""
 
 
@@ -201,7 +228,10 @@ ORDERS = {"small": (6, 5), "two photos": (12, 2), "one photo": (8, 1), "more": (
 @pytest.mark.parametrize("case", ORDERS)
 def test_the_order_of_the_rows_changes_no_answer(case, text, encoders):
     c, shots = ORDERS[case]
-    names, queries = [f"class {i}" for i in range(c)], [clusters(3, 50 + i, c=c)[0] for i in range(encoders)]
+    names, queries = (
+        [f"class {i}" for i in range(c)],
+        [clusters(3, 50 + i, c=c)[0] for i in range(encoders)],
+    )
     parts = [clusters(shots, 7 + i, 0.6 + 0.2 * i, c)[0] for i in range(encoders)]
     ids = np.repeat(np.arange(c), shots)
     for part in parts:
@@ -210,14 +240,18 @@ def test_the_order_of_the_rows_changes_no_answer(case, text, encoders):
     words = [text_of(c, seed=99 + i) for i in range(encoders)] if text else None
 
     def answers(order):
-        index = Index.from_features([part[order] for part in parts], ids[order], names, words, device="cpu")
+        index = Index.from_features(
+            [part[order] for part in parts], ids[order], names, words, device="cpu"
+        )
         index, _ = closed_form.fit(index)
         return tip.probabilities(index.logits(queries), index.settings.temperature).numpy()
 
     before = answers(np.arange(len(ids)))
     few, many = (1, 20) if case == "sampled" else (4, 200)
     for seed in range(many if SOAK else few):
-        np.testing.assert_allclose(answers(np.random.default_rng(seed).permutation(len(ids))), before, atol=1e-4)
+        np.testing.assert_allclose(
+            answers(np.random.default_rng(seed).permutation(len(ids))), before, atol=1e-4
+        )
 
 
 @settings(max_examples=examples(25), deadline=None)
@@ -227,7 +261,9 @@ def test_the_blend_minimises_the_loss(seed, with_text, with_discriminant, scale)
     y = torch.from_numpy(draw.integers(0, 4, 40))
     cache = torch.from_numpy(draw.normal(size=(40, 4))).float() + torch.nn.functional.one_hot(y, 4)
     text = scale * torch.from_numpy(draw.normal(size=(40, 4))).float() if with_text else None
-    third = torch.from_numpy(draw.normal(size=(40, 4))).float() + cache if with_discriminant else None
+    third = (
+        torch.from_numpy(draw.normal(size=(40, 4))).float() + cache if with_discriminant else None
+    )
     found = HeldTerms(text, cache, third, y).blend()
     assert (found.a > 0, found.g > 0) == (with_text, with_discriminant)
 
@@ -242,7 +278,9 @@ def test_the_blend_minimises_the_loss(seed, with_text, with_discriminant, scale)
     best = loss(found.a, found.b, found.g)
 
     def around(factor, part):
-        at_bound = part is not None and factor * float((part - part.mean(1, keepdim=True)).std()) < 0.02
+        at_bound = (
+            part is not None and factor * float((part - part.mean(1, keepdim=True)).std()) < 0.02
+        )
         return (1, 1.1, 2) if at_bound else (0.5, 0.9, 1, 1.1, 2)
 
     for a in around(found.a, text):
@@ -257,7 +295,9 @@ def test_wrong_labels_do_not_make_the_answers_uncertain(share):
     draw = np.random.default_rng(0)
     c, q = 10, 600
     truth = torch.from_numpy(draw.integers(0, c, q))
-    logits = (torch.from_numpy(draw.normal(size=(q, c))) + 6 * torch.nn.functional.one_hot(truth, c)).float()
+    logits = (
+        torch.from_numpy(draw.normal(size=(q, c))) + 6 * torch.nn.functional.one_hot(truth, c)
+    ).float()
     wrong = torch.from_numpy(draw.permutation(q)[: round(share * q)])
     given = truth.clone()
     given[wrong] = (truth[wrong] + torch.from_numpy(draw.integers(1, c, len(wrong)))) % c
@@ -278,7 +318,8 @@ def test_a_query_of_weight_2_counts_as_two_queries():
     draw = np.random.default_rng(0)
     y = torch.from_numpy(draw.integers(0, 4, 3000))
     cache, text = (
-        torch.from_numpy(draw.normal(size=(3000, 4))).float() + torch.nn.functional.one_hot(y, 4) for _ in "ab"
+        torch.from_numpy(draw.normal(size=(3000, 4))).float() + torch.nn.functional.one_hot(y, 4)
+        for _ in "ab"
     )
     twice = torch.cat([torch.arange(3000), torch.arange(1000)])
     weights = (torch.bincount(twice) / torch.bincount(twice).double().mean()).double()
@@ -286,7 +327,9 @@ def test_a_query_of_weight_2_counts_as_two_queries():
     found = HeldTerms(text, cache, third, y).blend(weights)
     expected = HeldTerms(text[twice], cache[twice], third[twice], y[twice]).blend()
     factors = ((one.a, one.b, one.g) for one in (found, expected))
-    assert next(factors) == pytest.approx(next(factors), rel=5e-3, abs=5e-3)  # label smoothing depends on len(y)
+    assert next(factors) == pytest.approx(
+        next(factors), rel=5e-3, abs=5e-3
+    )  # label smoothing depends on len(y)
     assert found.accuracy == pytest.approx(expected.accuracy)
     assert found.loss == pytest.approx(expected.loss, rel=1e-3)
 
@@ -298,7 +341,9 @@ def partly(covered, c=20, shots=4, noise=1.0, spread=0.6):
     """Return a model of ``c`` classes with text, of which the first ``covered`` have shots."""
     keys, ids = clusters(shots, c=c, spread=spread)
     some = ids < covered
-    return Index.from_features(keys[some], ids[some], [f"class {i}" for i in range(c)], text_of(c, noise=noise))
+    return Index.from_features(
+        keys[some], ids[some], [f"class {i}" for i in range(c)], text_of(c, noise=noise)
+    )
 
 
 def test_each_fold_is_judged_by_a_fit_without_it():
@@ -315,7 +360,9 @@ def test_each_fold_is_judged_by_a_fit_without_it():
         expected = dense(rest, held.features.numpy(), DEFAULT_FORM)[1]
         np.testing.assert_allclose(logits[:, some], expected, atol=2e-4)
         others = np.setdiff1d(np.arange(20), some)
-        np.testing.assert_allclose(logits[:, others], expected.mean(1)[:, None].repeat(len(others), 1), atol=2e-4)
+        np.testing.assert_allclose(
+            logits[:, others], expected.mean(1)[:, None].repeat(len(others), 1), atol=2e-4
+        )
     shots, whole = ([held for held in folds.held if held.of == of] for of in ("shots", "classes"))
     assert [len(held.ids) for held in shots] == [8] * 4
     assert sorted(np.concatenate([held.ids for held in whole])) == sorted(ids)
@@ -354,7 +401,8 @@ def test_shots_of_some_classes_do_not_reduce_the_accuracy_of_text_alone(shots, c
     cache, choice = closed_form.fit(cache)
     text, _ = parts_of(cache, queries)
     right, by_text = (
-        (logits.argmax(1).numpy() == truth).mean() for logits in (torch.as_tensor(cache.logits(queries)), text)
+        (logits.argmax(1).numpy() == truth).mean()
+        for logits in (torch.as_tensor(cache.logits(queries)), text)
     )
     assert right >= by_text - 0.01
     assert f"{20 - covered} class" in str(choice)
@@ -391,16 +439,23 @@ def test_the_bonus_of_classes_without_shots_lowers_the_loss(covered):
 
 
 @needs_real
-@pytest.mark.parametrize(("covered", "shots", "least"), [(9, 1, 43.7), (9, 8, 44.7), (24, 1, 44.7), (24, 8, 51.0)])
+@pytest.mark.parametrize(
+    ("covered", "shots", "least"), [(9, 1, 43.7), (9, 8, 44.7), (24, 1, 44.7), (24, 8, 51.0)]
+)
 def test_on_dtd_photos_of_some_classes_do_not_crowd_out_the_others(shared, covered, shots, least):
     """Zero-shot accuracy is 44.7 %. A cache that ignored classes without shots reached 15 % and 34 % with 8 shots."""
     (text, names), (keys, labels), (queries, truth) = (
-        read_features(shared / f"data/clip-vitb32/dtd/{name}.parquet") for name in ("text", "val", "test")
+        read_features(shared / f"data/clip-vitb32/dtd/{name}.parquet")
+        for name in ("text", "val", "test")
     )
     draw = np.random.default_rng(1)
     chosen = draw.permutation(len(names))[:covered]
-    rows = np.concatenate([draw.permutation(np.flatnonzero(labels == names[i]))[:shots] for i in chosen])
-    cache = Index.from_features(unit(keys[rows]), labels[rows].tolist(), names.tolist(), text, device="cpu")
+    rows = np.concatenate(
+        [draw.permutation(np.flatnonzero(labels == names[i]))[:shots] for i in chosen]
+    )
+    cache = Index.from_features(
+        unit(keys[rows]), labels[rows].tolist(), names.tolist(), text, device="cpu"
+    )
     cache, _ = closed_form.fit(cache)
     right = names[cache.logits(unit(queries)).argmax(1).numpy()] == truth
     assert 100 * right.mean() >= least
@@ -412,7 +467,9 @@ def test_on_dtd_photos_of_some_classes_do_not_crowd_out_the_others(shared, cover
 def test_a_prior_is_the_scatter_of_other_keys_around_their_class_means():
     parts = [clusters(9, seed) for seed in (1, 2)]
     prior = pooled([Sums.of([part], C, D) for part in parts])
-    np.testing.assert_allclose(prior, np.mean([scatter(*part) for part in parts], 0) * 9 / 8, rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(
+        prior, np.mean([scatter(*part) for part in parts], 0) * 9 / 8, rtol=1e-4, atol=1e-7
+    )
     keys, ids = clusters(3)
     expected = (3 * C * scatter(keys, ids) + 1000 * prior) / (2 * C + 1000)
     found = Folds(keys, torch.from_numpy(ids), C, None, np.arange(len(ids)), given=prior).scatter(
@@ -428,9 +485,14 @@ def test_a_prior_from_other_photos_improves_few_shot_accuracy(shots, text):
     prior, right = pooled([Sums.of([clusters(40, 77, c=20)], 20, D)]), {}
     for spread in (None, prior):
         for seed in range(12):
-            cache, (queries, truth) = model(shots, text, seed, device="cpu"), clusters(40, seed=1000 + seed)
+            cache, (queries, truth) = (
+                model(shots, text, seed, device="cpu"),
+                clusters(40, seed=1000 + seed),
+            )
             cache, _ = closed_form.fit(cache, Fit(prior=spread))
-            right.setdefault(spread is None, []).append((cache.logits(queries).argmax(1).numpy() == truth).mean())
+            right.setdefault(spread is None, []).append(
+                (cache.logits(queries).argmax(1).numpy() == truth).mean()
+            )
     assert np.mean(right[False]) > np.mean(right[True]) + 0.01
 
 
@@ -440,8 +502,14 @@ def test_dimensions_count_the_directions_in_which_photos_of_a_class_vary_in_the_
     whole = Scatter(torch.zeros(D), torch.from_numpy(root @ root.T), widths)
     transform = whole.whitening(0.4).transform.double()
     inside = torch.linalg.eigvalsh(transform.T @ whole.matrix @ transform)
-    assert dimensions(whole, 0.4) == pytest.approx(float(inside.sum() ** 2 / (inside**2).sum()), rel=1e-4)
-    for matrix, number in ((torch.eye(D), D), (torch.diag(torch.arange(D) == 0), 1), (torch.zeros(D, D), 0)):
+    assert dimensions(whole, 0.4) == pytest.approx(
+        float(inside.sum() ** 2 / (inside**2).sum()), rel=1e-4
+    )
+    for matrix, number in (
+        (torch.eye(D), D),
+        (torch.diag(torch.arange(D) == 0), 1),
+        (torch.zeros(D, D), 0),
+    ):
         assert dimensions(replace(whole, matrix=matrix.double()), 0.4) == pytest.approx(number)
 
 
@@ -460,7 +528,9 @@ def test_with_a_prior_one_photo_per_class_is_as_sure_as_the_metric_has_dimension
     assert cache.settings.alpha == pytest.approx(max(20, expected), rel=1e-3)
     named = Index.from_features(keys, ids, NAMES, text_of(d=d), device="cpu")
     named, _ = closed_form.fit(named, Fit(prior=prior))
-    assert named.settings.alpha != pytest.approx(cache.settings.alpha)  # text decides how much the cache counts
+    assert named.settings.alpha != pytest.approx(
+        cache.settings.alpha
+    )  # text decides how much the cache counts
 
 
 def test_the_known_prior_of_a_backbone_is_used_for_its_features():
@@ -470,10 +540,15 @@ def test_the_known_prior_of_a_backbone_is_used_for_its_features():
     values = np.linalg.eigvalsh(prior)
     assert 0.1 < values.sum() < 1  # the mean squared distance of a unit feature from its class mean
     assert values.min() > -1e-3 * values.max()
-    others = Part(16, "feature", backbone), Part(512, "feature", replace(backbone, pretrained="laion2b"))
+    others = (
+        Part(16, "feature", backbone),
+        Part(512, "feature", replace(backbone, pretrained="laion2b")),
+    )
     assert list(map(known_prior, others)) == [None, None]
     keys, ids = clusters(2, d=512)
-    one, other, plain = (Index.from_features(keys, ids, [str(i) for i in range(C)], device="cpu") for _ in "abc")
+    one, other, plain = (
+        Index.from_features(keys, ids, [str(i) for i in range(C)], device="cpu") for _ in "abc"
+    )
     one.backbone = backbone
     one, _ = closed_form.fit(one)
     other, _ = closed_form.fit(other, Fit(prior=prior))
@@ -487,7 +562,15 @@ def test_a_prior_is_stored_in_the_index_and_must_have_the_same_dimension(run, ta
     other, index, store = tables / "other", tables / "index", f"lance://{tables / 'store'}"
     assert run("index", "build", tables / "test.parquet", "--out", other).exit_code == 0
     for place in (index, store):
-        built = run("index", "build", tables / "more.parquet", "--text", tables / "text.parquet", "--out", place)
+        built = run(
+            "index",
+            "build",
+            tables / "more.parquet",
+            "--text",
+            tables / "text.parquet",
+            "--out",
+            place,
+        )
         assert built.exit_code == 0, built.output
         assert run("fit", place, "--prior", other).exit_code == 0
     one, same = (stores.at(place).verify() for place in (index, store))
@@ -498,12 +581,21 @@ def test_a_prior_is_stored_in_the_index_and_must_have_the_same_dimension(run, ta
     first = manifest_of(index).read_bytes()
     assert run("fit", index).exit_code == 0
     files = [json.loads(raw)["files"] for raw in (first, manifest_of(index).read_bytes())]
-    assert [part["sha256"] for part in files[0].values()] == [part["sha256"] for part in files[1].values()]
-    wide = write_table(tables / "wide.parquet", np.eye(10, dtype=np.float32)[[0, 0, 1, 1]], ["a", "a", "b", "b"])
+    assert [part["sha256"] for part in files[0].values()] == [
+        part["sha256"] for part in files[1].values()
+    ]
+    wide = write_table(
+        tables / "wide.parquet", np.eye(10, dtype=np.float32)[[0, 0, 1, 1]], ["a", "a", "b", "b"]
+    )
     assert run("index", "build", wide, "--out", tables / "wide").exit_code == 0
     refused = run("fit", index, "--prior", tables / "wide")
     assert (refused.exit_code, "10 values instead of 16" in refused.stderr) == (1, True)
-    assert run("index", "build", wide, "--out", tables / "no", "--fit", "none", "--prior", other).exit_code == 2
+    assert (
+        run(
+            "index", "build", wide, "--out", tables / "no", "--fit", "none", "--prior", other
+        ).exit_code
+        == 2
+    )
 
 
 # -- uneven shots --
@@ -512,7 +604,10 @@ def test_a_prior_is_stored_in_the_index_and_must_have_the_same_dimension(run, ta
 def test_a_fit_keeps_the_class_prior_of_the_index(run, tables):
     index = tables / "index"
     for words, expected in (
-        (("index", "build", tables / "more.parquet", "--class-prior", "shots", "--out", index), "shots"),
+        (
+            ("index", "build", tables / "more.parquet", "--class-prior", "shots", "--out", index),
+            "shots",
+        ),
         (("fit", index), "shots"),
         (("fit", index, "--class-prior", "even"), "even"),
     ):
@@ -524,7 +619,10 @@ def test_a_fit_keeps_the_class_prior_of_the_index(run, tables):
 def test_values_solve_the_linear_system(kind, monkeypatch):
     monkeypatch.setattr("retrieval_tip.retrieval.ridge.LEAST_HALF", 2)
     draw = np.random.default_rng(0)
-    points, ids = draw.normal(size=(30, 8)).astype(np.float32), np.sort(draw.choice([0, 1, 3, 4, 6], 30))
+    points, ids = (
+        draw.normal(size=(30, 8)).astype(np.float32),
+        np.sort(draw.choice([0, 1, 3, 4, 6], 30)),
+    )
     targets = np.eye(7, dtype=np.float32)[draw.permutation(ids) if kind == "shuffled" else ids]
     targets = targets - draw.random((30, 7), np.float32) if kind == "residuals" else targets
     gram = np.exp(unit(points) @ unit(points).T - 1)
@@ -546,13 +644,18 @@ def test_folds_of_uneven_shots_give_each_class_equal_weight():
 def test_the_mean_class_accuracy_on_a_long_tail_of_flowers_is_high(shared):
     """Classes have 1 to 16 shots. With an unweighted ridge, the accuracy was 79.4 %."""
     (keys, labels), (queries, truth) = (
-        read_features(shared / f"data/clip-vitb32/oxford_flowers/{name}.parquet") for name in ("shots_16", "test")
+        read_features(shared / f"data/clip-vitb32/oxford_flowers/{name}.parquet")
+        for name in ("shots_16", "test")
     )
     names, ids = np.unique(labels, return_inverse=True)
     draw = np.random.default_rng(1)
     numbers = np.round(16 ** (draw.permutation(len(names)) / (len(names) - 1))).astype(int)
-    rows = np.concatenate([draw.permutation(np.flatnonzero(ids == i))[:n] for i, n in enumerate(numbers)])
-    cache = Index.from_features(unit(keys[rows]), labels[rows].tolist(), names.tolist(), device="cpu")
+    rows = np.concatenate(
+        [draw.permutation(np.flatnonzero(ids == i))[:n] for i, n in enumerate(numbers)]
+    )
+    cache = Index.from_features(
+        unit(keys[rows]), labels[rows].tolist(), names.tolist(), device="cpu"
+    )
     cache, _ = closed_form.fit(cache)
     right = names[cache.logits(unit(queries)).argmax(1).numpy()] == truth
     assert 100 * np.mean([right[truth == name].mean() for name in names]) >= 83
@@ -587,7 +690,10 @@ def test_a_new_form_takes_one_class_and_one_entry(tmp_path):
     try:
         cache, choice = closed_form.fit(cache)
         assert choice.form in FORMS
-        assert str(choice.trials[0][0]) == "diagonal-class metric (shrinkage 0.1), solved values (ridge 0.1), beta 1"
+        assert (
+            str(choice.trials[0][0])
+            == "diagonal-class metric (shrinkage 0.1), solved values (ridge 0.1), beta 1"
+        )
         cache, choice = closed_form.fit(cache, forms=[form])
         assert closed_form.estimate(cache).both == pytest.approx(choice.both)
     finally:
@@ -625,7 +731,11 @@ def test_unhelpful_text_does_not_reduce_the_accuracy():
     text, alone = parts_of(cache, queries)
     both = (cache.logits(queries).argmax(1).numpy() == truth).mean()
     assert choice.words < 0.5 < choice.photos
-    assert both >= (alone.argmax(1).numpy() == truth).mean() - 0.03 > (text.argmax(1).numpy() == truth).mean()
+    assert (
+        both
+        >= (alone.argmax(1).numpy() == truth).mean() - 0.03
+        > (text.argmax(1).numpy() == truth).mean()
+    )
 
 
 def test_one_photo_per_class_uses_the_documented_settings():
@@ -633,7 +743,9 @@ def test_one_photo_per_class_uses_the_documented_settings():
     cache, choice = closed_form.fit(cache)
     assert (choice.form, choice.n, choice.both) == (ONE_SHOT, 0, None)
     cooled = max(1.0, cache.settings.temperature)
-    assert cache.settings.alpha == pytest.approx(closed_form.ONE_SHOT_ALPHA * cooled**2 * cache.settings.temperature)
+    assert cache.settings.alpha == pytest.approx(
+        closed_form.ONE_SHOT_ALPHA * cooled**2 * cache.settings.temperature
+    )
     assert cache.settings.least_cache is None
     assert "not estimated" in str(choice)
     assert closed_form.estimate(cache).both is None
@@ -648,14 +760,22 @@ def uneven(path, counts, seed=0):
 @pytest.mark.parametrize(
     ("counts", "said"),
     [
-        ([20] + [1] * 11, "Accuracy not estimated: only 1 of 12 classes could be tested (11 have one photo)"),
+        (
+            [20] + [1] * 11,
+            "Accuracy not estimated: only 1 of 12 classes could be tested (11 have one photo)",
+        ),
         ([1] * 4, "Accuracy not estimated: each class has one photo"),
         ([9], "Accuracy not estimated: only one class has photos"),
         ([2, 2], "Accuracy not estimated: fewer than 8 photos"),
-        ([6, 5] + [1] * 10, "Only 2 of 12 classes could be tested (10 have one photo). Estimated accuracy: "),
+        (
+            [6, 5] + [1] * 10,
+            "Only 2 of 12 classes could be tested (10 have one photo). Estimated accuracy: ",
+        ),
     ],
 )
-def test_an_estimate_that_rests_on_few_classes_or_photos_is_withheld_or_explained(run, tmp_path, counts, said):
+def test_an_estimate_that_rests_on_few_classes_or_photos_is_withheld_or_explained(
+    run, tmp_path, counts, said
+):
     index = tmp_path / "index"
     texts = [
         run("index", "build", uneven(tmp_path / "shots.parquet", counts), "--out", index).stderr,
@@ -665,8 +785,13 @@ def test_an_estimate_that_rests_on_few_classes_or_photos_is_withheld_or_explaine
     assert all(said in text and ("Estimated" in text) == ("Estimated" in said) for text in texts)
     cache = Index.load(index, device="cpu")
     assert (closed_form.estimate(cache).both is None) == ("not estimated" in said)
-    if counts[0] == 20:  # form and settings do not rest on that class, either: no photo of another class has no match
-        assert (cache.provenance["fit"]["form"], cache.settings.least_cache) == (str(ONE_SHOT), None)
+    if (
+        counts[0] == 20
+    ):  # form and settings do not rest on that class, either: no photo of another class has no match
+        assert (cache.provenance["fit"]["form"], cache.settings.least_cache) == (
+            str(ONE_SHOT),
+            None,
+        )
 
 
 def test_one_photo_per_class_outweighs_confident_but_wrong_text():
@@ -677,7 +802,11 @@ def test_one_photo_per_class_outweighs_confident_but_wrong_text():
     queries, truth = clusters(20, seed=7, spread=0.3)
     text, alone = parts_of(cache, queries)
     both = (cache.logits(queries).argmax(1).numpy() == truth).mean()
-    assert both >= (alone.argmax(1).numpy() == truth).mean() - 0.05 > (text.argmax(1).numpy() == truth).mean()
+    assert (
+        both
+        >= (alone.argmax(1).numpy() == truth).mean() - 0.05
+        > (text.argmax(1).numpy() == truth).mean()
+    )
     # the weight of the cache is limited too
     assert cache.settings.alpha / cache.settings.temperature <= closed_form.ONE_SHOT_MOST * 1.0001
 
@@ -711,16 +840,27 @@ def test_photos_with_weak_cache_logits_have_no_match():
     known, _ = clusters(40, seed=5)
     unknown = unit(np.random.default_rng(11).normal(size=(200, D))).astype(np.float32)
     near, far = cache.classify(known, neighbours=0), cache.classify(unknown, neighbours=0)
-    assert np.mean([one.no_match for one in near]) < 0.12 < 0.3 < np.mean([one.no_match for one in far])
+    assert (
+        np.mean([one.no_match for one in near])
+        < 0.12
+        < 0.3
+        < np.mean([one.no_match for one in far])
+    )
     for number, one in enumerate(far):
-        assert one.no_match == (cache.terms(unknown[number : number + 1]).cache.max() < cache.settings.least_cache)
-    assert far.withheld("auto").to_pylist() == [one.no_match or one.probability < 0.5 for one in far]
+        assert one.no_match == (
+            cache.terms(unknown[number : number + 1]).cache.max() < cache.settings.least_cache
+        )
+    assert far.withheld("auto").to_pylist() == [
+        one.no_match or one.probability < 0.5 for one in far
+    ]
     assert near == cache.classify(known, neighbours=0, k="all")
 
 
 def test_no_match_ignores_classes_without_shots():
     cache = partly(15, shots=8)
-    queries = unit(np.concatenate([clusters(20, 7, c=20)[0], np.random.default_rng(11).normal(size=(400, D))]))
+    queries = unit(
+        np.concatenate([clusters(20, 7, c=20)[0], np.random.default_rng(11).normal(size=(400, D))])
+    )
     cache, _ = closed_form.fit(cache)
     found = [one.no_match for one in cache.classify(queries.astype(np.float32), neighbours=0)]
     strongest = cache.terms(torch.from_numpy(queries).float()).cache[:, :15].amax(1)
@@ -736,7 +876,9 @@ def test_with_four_or_more_shots_about_one_in_twenty_known_photos_has_no_match(v
     for shots in (4, 12):
         no_match = []
         for seed in range(4):
-            cache = Index.from_features(*clusters(shots, seed, c=30, d=32), [*map(str, range(30))], device="cpu")
+            cache = Index.from_features(
+                *clusters(shots, seed, c=30, d=32), [*map(str, range(30))], device="cpu"
+            )
             cache, _ = closed_form.fit(cache, Fit(values=values))
             strongest = cache.terms(torch.from_numpy(queries)).cache.amax(1)
             no_match.append(float((strongest < cache.settings.least_cache).float().mean()))
@@ -762,7 +904,9 @@ def test_an_estimate_matches_the_fit_and_rises_with_corrected_labels(form, text,
     assert before.interval == pytest.approx(choice.interval)
     assert before.weakest == choice.weakest
     names = ("photos", "words", "both", "names_hurt", "tested", "classes")
-    assert [getattr(before, name) for name in names] == pytest.approx([getattr(choice, name) for name in names])
+    assert [getattr(before, name) for name in names] == pytest.approx(
+        [getattr(choice, name) for name in names]
+    )
     settings = cache.settings
     cache = cache.edited(Edits(move=dict(zip(wrong, right, strict=True))))
     assert closed_form.estimate(cache).both > before.both + 0.05 or spread > 0.6
@@ -781,10 +925,15 @@ def test_in_a_large_index_only_added_and_relabelled_keys_get_new_values(monkeypa
 
     def answered(cache):
         """Return ``(G + lambda / omega) V`` of the new keys, with ``omega = mean(n) / n_c``, and all values by key."""
-        rows, counts = [cache.labels["key_id"].to_pylist().index(key_id) for key_id in key_ids], np.array(cache.counts)
+        rows, counts = (
+            [cache.labels["key_id"].to_pylist().index(key_id) for key_id in key_ids],
+            np.array(cache.counts),
+        )
         ridges = cache.fitted.ridge * (counts / counts.mean())[cache.class_ids[rows]][:, None]
         found = cache.terms(more).cache.numpy() + ridges * cache.values.numpy()[rows]
-        return found, dict(zip(cache.labels["key_id"].to_pylist(), cache.values.tolist(), strict=True))
+        return found, dict(
+            zip(cache.labels["key_id"].to_pylist(), cache.values.tolist(), strict=True)
+        )
 
     found, before = answered(cache)
     np.testing.assert_allclose(found, np.eye(C)[ids], atol=1e-3)
@@ -816,7 +965,9 @@ def tables(tmp_path):
 
 def test_a_build_prints_its_estimate_and_add_fits_again(run, tables):
     out = tables / "index"
-    built = run("index", "build", tables / "train.parquet", "--text", tables / "text.parquet", "--out", out)
+    built = run(
+        "index", "build", tables / "train.parquet", "--text", tables / "text.parquet", "--out", out
+    )
     assert built.exit_code == 0, built.output
     estimate = (
         r"Estimated accuracy: ([\d.]+) % \(95 % interval (\d+) to (\d+) %; 30 photos, each held out in turn; "
@@ -828,18 +979,31 @@ def test_a_build_prints_its_estimate_and_add_fits_again(run, tables):
     assert float(percent[1]) == pytest.approx(100 * fit["both"], abs=0.06)
     wrong = sum(held - right for _, right, held in fit["weakest"])  # in all 5 classes
     assert fit["both"] == pytest.approx(1 - wrong / 30, abs=1e-5)
-    p, n, z = fit["both"], 30 / 2, 1.96  # an interval of half as many photos, since the shots are drawn at random, too
-    ends = np.sort(np.roots([1 + z * z / n, -(2 * p + z * z / n), p * p]))  # where |p - x| = z sqrt(x (1 - x) / n)
+    p, n, z = (
+        fit["both"],
+        30 / 2,
+        1.96,
+    )  # an interval of half as many photos, since the shots are drawn at random, too
+    ends = np.sort(
+        np.roots([1 + z * z / n, -(2 * p + z * z / n), p * p])
+    )  # where |p - x| = z sqrt(x (1 - x) / n)
     assert [int(end) for end in percent.groups()[1:]] == [round(100 * end) for end in ends]
     rates = [right / held for _, right, held in fit["weakest"]]
     assert rates == sorted(rates)
     run("index", "build", tables / "train.parquet", "--out", tables / "no-text")
     fit = Index.load(tables / "no-text").provenance["fit"]
     wrong = sum(held - right for _, right, held in fit["weakest"])
-    left = (6 / 5) ** -0.4  # a fold has 5 of the 6 photos of a class, and errors fall with their number
+    left = (
+        6 / 5
+    ) ** -0.4  # a fold has 5 of the 6 photos of a class, and errors fall with their number
     assert fit["both"] == pytest.approx(1 - wrong / 30 * left, abs=1e-5)
     answers = run("classify", out, tables / "test.parquet", "--format", "json")
-    assert set(json.loads(answers.stdout.splitlines()[0])) == {"input", "label", "probability", "no_match"}
+    assert set(json.loads(answers.stdout.splitlines()[0])) == {
+        "input",
+        "label",
+        "probability",
+        "no_match",
+    }
     added = run("index", "add", out, tables / "more.parquet")
     assert (added.exit_code, "Fitted again" in added.stderr) == (0, True)
     assert json.loads(run("index", "info", out, "--json").stdout)["fitted"]["keys"] == 40
@@ -852,7 +1016,9 @@ def test_a_build_prints_its_estimate_and_add_fits_again(run, tables):
     judged = run("fit", out, "--val", tables / "test.parquet")
     assert "100 photos of" in judged.stderr
     assert run("index", "verify", out).exit_code == 0
-    added = run("index", "add", out, tables / "test.parquet")  # 140 shots instead of 40; add does not repeat --val
+    added = run(
+        "index", "add", out, tables / "test.parquet"
+    )  # 140 shots instead of 40; add does not repeat --val
     assert (added.exit_code, "fit it again" in added.stderr) == (0, True)
 
 
@@ -863,9 +1029,15 @@ def test_where_does_not_reduce_the_accuracy_of_excluded_classes(run, tmp_path):
     write_table(tmp_path / "test.parquet", queries, [names[i] for i in truth])
     text = write_table(tmp_path / "text.parquet", text_of(c=20), names)
     index = tmp_path / "index"
-    assert run("index", "build", tmp_path / "train.parquet", "--text", text, "--out", index).exit_code == 0
+    assert (
+        run("index", "build", tmp_path / "train.parquet", "--text", text, "--out", index).exit_code
+        == 0
+    )
     few = ("--where", "class_id < 4", "--json")
-    kept, given = (run("evaluate", index, tmp_path / "test.parquet", *few, *more) for more in ((), ("--alpha", 300)))
+    kept, given = (
+        run("evaluate", index, tmp_path / "test.parquet", *few, *more)
+        for more in ((), ("--alpha", 300))
+    )
     kept, given = json.loads(kept.stdout), json.loads(given.stdout)
     assert kept["top1"] > kept["zero_shot_top1"] - 0.02
     assert (given["alpha"], given["top1"] < kept["top1"] - 0.05) == (300, True)
@@ -894,13 +1066,16 @@ def test_leave_one_out_refuses_solved_values(run, tables):
 
 
 @pytest.mark.parametrize(
-    ("accuracy", "most", "expected"), [(0.7, 1, "equal"), (0.999999, 1, 1.0), (0.1, 1, 2.0), (0.4, 16, "equal")]
+    ("accuracy", "most", "expected"),
+    [(0.7, 1, "equal"), (0.999999, 1, 1.0), (0.1, 1, 2.0), (0.4, 16, "equal")],
 )
 def test_answers_are_as_sure_as_the_index_is_accurate(accuracy, most, expected):
     logits = torch.from_numpy(np.random.default_rng(0).normal(size=(200, 5)))
     weights = torch.from_numpy(np.random.default_rng(1).uniform(0.5, 1.5, 200))
     weights /= weights.mean()
-    found = closed_form._as_sure(Settings(temperature=2.0), 3 * logits, weights, accuracy, most).temperature
+    found = closed_form._as_sure(
+        Settings(temperature=2.0), 3 * logits, weights, accuracy, most
+    ).temperature
     if expected == "equal":
         assert 1.0 < found < 2.0 * most
         sure = float((weights * (3 * logits / found).softmax(1).amax(1)).mean())
@@ -911,9 +1086,16 @@ def test_answers_are_as_sure_as_the_index_is_accurate(accuracy, most, expected):
 
 @pytest.mark.parametrize(
     ("shots", "text", "of", "prior"),
-    [(2, False, "small", False), (2, False, "small", True), (6, False, "shots", False), (6, True, "shots", False)],
+    [
+        (2, False, "small", False),
+        (2, False, "small", True),
+        (6, False, "shots", False),
+        (6, True, "shots", False),
+    ],
 )
-def test_the_temperature_of_a_fit_comes_from_photos_that_meet_almost_all_shots(shots, text, of, prior):
+def test_the_temperature_of_a_fit_comes_from_photos_that_meet_almost_all_shots(
+    shots, text, of, prior
+):
     index = model(shots, text, spread=0.9)
     index, choice = closed_form.fit(
         index, Fit(prior=pooled([Sums.of([clusters(40, 77, c=20)], 20, D)]) if prior else None)
@@ -922,7 +1104,9 @@ def test_the_temperature_of_a_fit_comes_from_photos_that_meet_almost_all_shots(s
     assert folds.halves == (shots == 2)
     words, cache, third = folds.terms(Form.of(index.fitted, 1.0))
     linked = tip.log_cache(cache, index.settings.log_offset)
-    logits = tip.Terms(torch.zeros_like(cache) if words is None else words, linked, third).logits(index.settings)
+    logits = tip.Terms(torch.zeros_like(cache) if words is None else words, linked, third).logits(
+        index.settings
+    )
     sure = float((logits / index.settings.temperature).softmax(1).amax(1)[folds.held_of(of)].mean())
     assert sure == pytest.approx((choice.both * index.n + 0.5) / (index.n + 1), abs=2e-3)
 
@@ -935,11 +1119,15 @@ def test_two_photos_per_class_are_about_as_sure_as_they_are_right(shared):
     gaps = []
     for seed in range(3):
         ranks = ranks_within(ids, np.random.default_rng(seed))
-        index = Index.from_features(features[ranks < 2], ids[ranks < 2], names.tolist(), device="cpu")
+        index = Index.from_features(
+            features[ranks < 2], ids[ranks < 2], names.tolist(), device="cpu"
+        )
         index, _ = closed_form.fit(index)
         p = tip.probabilities(index.logits(features[ranks >= 2]), index.settings.temperature)
         gaps.append(float(p.amax(1).mean()) - (p.argmax(1).numpy() == ids[ranks >= 2]).mean())
-    assert abs(np.mean(gaps)) < 0.05  # 0.08 with the temperature of folds that have half of the shots
+    assert (
+        abs(np.mean(gaps)) < 0.05
+    )  # 0.08 with the temperature of folds that have half of the shots
 
 
 def test_only_photos_drawn_at_random_say_how_sure_an_index_of_chosen_photos_may_be():
@@ -954,7 +1142,8 @@ def test_only_photos_drawn_at_random_say_how_sure_an_index_of_chosen_photos_may_
         indexes[name], _ = closed_form.fit(index)
     settings = {name: index.settings for name, index in indexes.items()}
     assert all(
-        replace(own, temperature=1.0) == replace(settings["plain"], temperature=1.0) for own in settings.values()
+        replace(own, temperature=1.0) == replace(settings["plain"], temperature=1.0)
+        for own in settings.values()
     )
     assert settings["suggested"].temperature == closed_form.EARLY  # nothing is known yet
     assert settings["random"].temperature != settings["plain"].temperature
@@ -964,21 +1153,27 @@ def test_only_photos_drawn_at_random_say_how_sure_an_index_of_chosen_photos_may_
     few = Index.from_features(keys[::8], ids[::8], NAMES, device="cpu")
     few, _ = closed_form.fit(few)
     before = few.settings.temperature
-    few.rows = replace(few.rows, labels=few.rows.labels.append_column(PICKED, pa.array(["random"] * few.n)))
+    few.rows = replace(
+        few.rows, labels=few.rows.labels.append_column(PICKED, pa.array(["random"] * few.n))
+    )
     few, _ = closed_form.fit(few)
     assert few.settings.temperature == closed_form.EARLY * before
 
 
 def test_the_scatter_of_keys_that_are_nearly_equal_is_finite():
     draw = np.random.default_rng(0)
-    keys = torch.from_numpy(unit(np.eye(64)[np.arange(60) % 3] + 1e-7 * draw.normal(size=(60, 64)))).float()
+    keys = torch.from_numpy(
+        unit(np.eye(64)[np.arange(60) % 3] + 1e-7 * draw.normal(size=(60, 64)))
+    ).float()
     metric = FewScatter.of(keys, torch.arange(60) % 3, 3).whitening(0.8)
     assert metric is None or bool(torch.isfinite(metric.transform).all())
 
 
 @pytest.mark.parametrize("address", ["{}", "lance://{}"], ids=["folder", "lance"])
 def test_equal_and_nearly_equal_keys_can_be_built(run, tmp_path, address):
-    for seed, (n, c, d, apart) in enumerate(itertools.product((12, 40), (3,), (8, 24), (0, 1e-8, 1e-6))):
+    for seed, (n, c, d, apart) in enumerate(
+        itertools.product((12, 40), (3,), (8, 24), (0, 1e-8, 1e-6))
+    ):
         draw = np.random.default_rng(seed)
         keys = unit(draw.normal(size=d) + apart * draw.normal(size=(n, d)))
         table = write_table(tmp_path / "keys.parquet", keys, [f"class {i % c}" for i in range(n)])

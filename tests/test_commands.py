@@ -24,9 +24,16 @@ GROUPS = {words[0] for words in COMMANDS}
 PROSE = {"retrieval-tip never runs", "retrieval-tip index"}
 """Words in messages that look like a command."""
 DYNAMIC = {
-    "report/report.py", "server/edits.py", "cli/evaluate.py", "cli/group.py", "errors.py",
-    "cli/classify.py", "server/access.py", "store/versions.py", "index/photos.py",
-}  # fmt: skip
+    "report/report.py",
+    "server/edits.py",
+    "cli/evaluate.py",
+    "cli/group.py",
+    "errors.py",
+    "cli/classify.py",
+    "server/access.py",
+    "store/versions.py",
+    "index/photos.py",
+}
 """Files that put commands together from words, which tests of reports, of the page and of the help run, or that name
 the program with its version or its realm."""
 
@@ -41,7 +48,10 @@ def rendered(node):
     if isinstance(node, ast.Constant):
         return str(node.value)
     if isinstance(node, ast.JoinedStr):
-        return "".join(rendered(part.value if isinstance(part, ast.FormattedValue) else part) for part in node.values)
+        return "".join(
+            rendered(part.value if isinstance(part, ast.FormattedValue) else part)
+            for part in node.values
+        )
     if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "command_line":
         return command_line(*map(rendered, node.args))
     return "VALUE"
@@ -50,11 +60,21 @@ def rendered(node):
 def in_source():
     """Yield the path of each file and each command in its messages."""
     for path in sorted((ROOT / "retrieval_tip").rglob("*.py")):
-        name, tree = str(path.relative_to(ROOT / "retrieval_tip")), ast.parse(path.read_text(encoding="utf-8"))
+        name, tree = (
+            str(path.relative_to(ROOT / "retrieval_tip")),
+            ast.parse(path.read_text(encoding="utf-8")),
+        )
         docs = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
-        inner = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
+        inner = {
+            id(part)
+            for node in ast.walk(tree)
+            if isinstance(node, ast.JoinedStr)
+            for part in node.values
+        }
         for node in ast.walk(tree):
-            if id(node) in docs | inner or not isinstance(node, ast.Constant | ast.JoinedStr | ast.Call):
+            if id(node) in docs | inner or not isinstance(
+                node, ast.Constant | ast.JoinedStr | ast.Call
+            ):
                 continue
             for found in printed(rendered(node)):
                 if name not in DYNAMIC or not found.startswith("retrieval-tip VALUE"):
@@ -105,7 +125,9 @@ def shell(shared, tmp_path, warm_path, monkeypatch):
         for name, value in placeholders.items():
             command = re.sub(rf"\b{name}\b", shlex.quote(value), command)
         ran.append(command)
-        done = subprocess.run(["bash", "-c", command], cwd=tmp_path / PLACE, capture_output=True, text=True)
+        done = subprocess.run(
+            ["bash", "-c", command], cwd=tmp_path / PLACE, capture_output=True, text=True
+        )
         assert done.returncode == status, (command, done.stderr)
         return printed(done.stdout + done.stderr)
 
@@ -127,19 +149,30 @@ def test_the_commands_of_builds_and_changes_run_as_printed(shell, shared):
     model = shlex.quote(f"local-dir:{shared / 'models/lit-mini'}")
     build = f"retrieval-tip index build 'my photos' --out {INDEX} --model {model}"
     [opens] = shell(build)
-    if "models --try" in opens:  # the encoder that a stranger has is weak, so the build advises another one
+    if (
+        "models --try" in opens
+    ):  # the encoder that a stranger has is weak, so the build advises another one
         shell(opens)
         opens = f"retrieval-tip serve {INDEX}"
     with subprocess.Popen(
         ["bash", "-c", f"exec {opens}"], cwd=shell.place, stderr=subprocess.PIPE, text=True
     ) as served:
-        assert "Serving my things (18 shots)" in next(line for line in served.stderr if "Serving" in line)
+        assert "Serving my things (18 shots)" in next(
+            line for line in served.stderr if "Serving" in line
+        )
         served.send_signal(signal.SIGINT)
     assert served.returncode == 0
     shell(only(shell(build), "index rollback"))
-    sort = only(shell(f"retrieval-tip index relabel {INDEX} pizza --where \"source LIKE '%crab/image_0001%'\""), "sort")
+    sort = only(
+        shell(
+            f"retrieval-tip index relabel {INDEX} pizza --where \"source LIKE '%crab/image_0001%'\""
+        ),
+        "sort",
+    )
     place = shlex.quote(f"{shell.place}/indexes/my things")
-    assert sort == f"retrieval-tip sort {place} {shlex.quote(f'{shell.place}/my photos')} --into fixed"
+    assert (
+        sort == f"retrieval-tip sort {place} {shlex.quote(f'{shell.place}/my photos')} --into fixed"
+    )
     shell(sort)
     assert (shell.place / "fixed/pizza/image_0001.jpg").exists()
     with (shell.place / "list.csv").open("w", newline="") as file:
@@ -179,7 +212,10 @@ def test_the_folders_of_the_photos_are_named(shell, shared):
             csv.writer(file).writerows([("path", "label"), *rows])
         shell(f"retrieval-tip index build table.csv --out {INDEX} --model {model}")
         found = shell(f"retrieval-tip index relabel {INDEX} pizza --where \"label = 'crab'\"")
-        paths = [f"{shell.place}/indexes/my things", *(f"{shell.place}/{folder}" for folder in expected)]
+        paths = [
+            f"{shell.place}/indexes/my things",
+            *(f"{shell.place}/{folder}" for folder in expected),
+        ]
         assert only(found, "sort") == f"retrieval-tip sort {shlex.join(paths)} --into fixed"
 
 
@@ -210,14 +246,27 @@ def test_the_commands_in_errors_run_as_printed(shell, shared):
     model = shlex.quote(f"local-dir:{shared / 'models/lit-mini'}")
     [build] = shell("retrieval-tip classify gone 'my photos'", 1)
     shell(f"{build} --model {model}", SOURCE="my photos", INDEX="gone")
-    shell(only(shell("retrieval-tip classify gone more --alpha 2 --coverage 0.9", 2), "fit"), INDEX="gone")
+    shell(
+        only(shell("retrieval-tip classify gone more --alpha 2 --coverage 0.9", 2), "fit"),
+        INDEX="gone",
+    )
     shell(only(shell("retrieval-tip search-hp gone", 2), "fit"), INDEX="gone")
-    shell(only(shell("retrieval-tip encode more --out x.parquet --model nosuch", 2), "models"), WORD="clip")
+    shell(
+        only(shell("retrieval-tip encode more --out x.parquet --model nosuch", 2), "models"),
+        WORD="clip",
+    )
     shell(only(shell("retrieval-tip models"), "models"), WORD="clip")
     # The installed package knows whether make demo has brought an encoder. It may not be the one under test.
     demo = "from retrieval_tip.backbones.catalogue import DEMO; print(any(file.is_file() for file in DEMO))"
-    brought = subprocess.run([sys.executable, "-P", "-c", demo], cwd=shell.place, capture_output=True, text=True)
-    shell(only(shell("retrieval-tip doctor", {"True": 0, "False": 1}[brought.stdout.strip()]), "cache"), GB="1")
+    brought = subprocess.run(
+        [sys.executable, "-P", "-c", demo], cwd=shell.place, capture_output=True, text=True
+    )
+    shell(
+        only(
+            shell("retrieval-tip doctor", {"True": 0, "False": 1}[brought.stdout.strip()]), "cache"
+        ),
+        GB="1",
+    )
     store = shlex.quote(f"lance://{shell.place}/store/own")
     shell(f"retrieval-tip index clone gone {store}")
     shell(only(shell(f"retrieval-tip finetune {store} --out x", 2), "index clone"), DIR="copy")
@@ -227,6 +276,7 @@ def test_the_commands_in_errors_run_as_printed(shell, shared):
 def test_the_command_that_stores_an_encoder_runs_as_printed(shell, shared):
     model = shlex.quote(f"local-dir:{shared / 'models/lit-mini'}")
     int8 = only(
-        shell(f"retrieval-tip encode more --out x.parquet --model {model} --precision int8", 1), "models --int8"
+        shell(f"retrieval-tip encode more --out x.parquet --model {model} --precision int8", 1),
+        "models --int8",
     )
     shell(int8, PHOTOS=".")  # it needs 32 photos

@@ -33,7 +33,10 @@ def side(name, names, each, seed):
     """Return a side with a fitted index of the named classes. Their spelling may differ from ``NAMES``."""
     known = [NAMES.index(own.replace("_", " ").lower()) for own in names]
     cache = Index.from_features(
-        rows_around(np.repeat(known, each), seed), [own for own in names for _ in range(each)], names, device="cpu"
+        rows_around(np.repeat(known, each), seed),
+        [own for own in names for _ in range(each)],
+        names,
+        device="cpu",
     )
     cache, _ = closed_form.fit(cache)
     return Side(name, cache, Reader())
@@ -81,8 +84,9 @@ def test_the_figures_match_plain_counting(sides, table):
     few, many = found.evaluations
     assert (few.unknown, many.unknown) == ({"owl": owls}, {})
     assert (few.unknown_no_match, many.unknown_no_match) == (recognised / owls, None)
-    assert f'(owl); {recognised} of {owls} photos got "no match", which is right. On the other photos, few ' in str(
-        found
+    assert (
+        f'(owl); {recognised} of {owls} photos got "no match", which is right. On the other photos, few '
+        in str(found)
     )
     assert few.known_top1 == pytest.approx(right[0][labels != "owl"].mean())
 
@@ -90,7 +94,9 @@ def test_the_figures_match_plain_counting(sides, table):
 @given(st.integers(0, 300), st.integers(0, 300))
 def test_mcnemar_equals_the_exact_binomial_test(a, b):
     stats = pytest.importorskip("scipy.stats")
-    assert mcnemar(a, b) == pytest.approx(stats.binomtest(a, a + b).pvalue if a + b else 1, rel=1e-9)
+    assert mcnemar(a, b) == pytest.approx(
+        stats.binomtest(a, a + b).pvalue if a + b else 1, rel=1e-9
+    )
 
 
 def test_without_labels_only_the_differences_are_listed(sides, table, tmp_path):
@@ -98,19 +104,26 @@ def test_without_labels_only_the_differences_are_listed(sides, table, tmp_path):
     bare = write_table(tmp_path / "bare.parquet", features)
     found, known = compare(*sides, open_items(bare)), compare(*sides, open_source(table))
     assert (found.evaluations, found.p_value) == (None, None)
-    assert set(found.differences["input"].to_pylist()) <= set(known.differences["input"].to_pylist())
+    assert set(found.differences["input"].to_pylist()) <= set(
+        known.differences["input"].to_pylist()
+    )
     assert "no match" not in found.differences["answer_a"].to_pylist()
     assert "sea horse" not in found.differences["answer_b"].to_pylist()  # spelled as in A
     assert set(found.differences["right"].to_pylist()) == {None}
     differ = len(found.differences)
-    assert str(found) == f"few and many classify 90 photos. They give different answers to {differ} photos."
+    assert (
+        str(found)
+        == f"few and many classify 90 photos. They give different answers to {differ} photos."
+    )
 
 
 def test_shots_and_names_that_differ_in_case_count_as_in_an_evaluation(sides, table, tmp_path, run):
     features, labels = read_features(table)
     few = sides[0].index
     rows, own_labels = np.concatenate([features, few.keys[:5]]), few.labels["label"].to_pylist()[:5]
-    ids = [f"item-{i}" for i in range(90)] + few.labels["source"].to_pylist()[:5]  # five shots of one index
+    ids = [f"item-{i}" for i in range(90)] + few.labels["source"].to_pylist()[
+        :5
+    ]  # five shots of one index
     odd = [label.upper() if i % 3 else label for i, label in enumerate([*labels, *own_labels])]
     mixed = write_table(tmp_path / "mixed.parquet", rows, odd, ids)
     plain = write_table(tmp_path / "plain.parquet", rows, [*labels, *own_labels], ids)
@@ -118,14 +131,26 @@ def test_shots_and_names_that_differ_in_case_count_as_in_an_evaluation(sides, ta
         own.index.save(tmp_path / own.name)
     facts = json.loads(run("compare", tmp_path / "few", tmp_path / "many", mixed, "--json").stdout)
     for letter, own, held_out in zip("ab", sides, (5, 0), strict=True):
-        found, same = (json.loads(run("evaluate", tmp_path / own.name, one, "--json").stdout) for one in (mixed, plain))
+        found, same = (
+            json.loads(run("evaluate", tmp_path / own.name, one, "--json").stdout)
+            for one in (mixed, plain)
+        )
         assert found["held_out"] == held_out
-        for name in ("top1", "held_out", "known_top1", "known_no_match", "unknown_no_match", "auroc"):
+        for name in (
+            "top1",
+            "held_out",
+            "known_top1",
+            "known_no_match",
+            "unknown_no_match",
+            "auroc",
+        ):
             assert facts[f"{name}_{letter}"] == found[name] == same[name]
     said = f"5 of 95 photos are shots of {tmp_path / 'few'}; each was classified without itself."
     assert said in run("compare", tmp_path / "few", tmp_path / "many", mixed).stdout
     assert ([*facts["unknown_a"]], facts["unknown_b"]) == (["OWL"], {})
-    assert {row["label"] for row in facts["differences"]} <= set(map(str.upper, NAMES))  # one spelling of each class
+    assert {row["label"] for row in facts["differences"]} <= set(
+        map(str.upper, NAMES)
+    )  # one spelling of each class
 
 
 def test_photos_that_cannot_be_compared_are_reported(sides, table, tmp_path):
@@ -144,7 +169,10 @@ def test_the_command_prints_the_comparison(sides, table, tmp_path, run):
     folders = tmp_path / "few", tmp_path / "many"
     done = run("compare", *folders, table)
     first, heading, *lines = done.stdout.splitlines()
-    assert (done.exit_code, heading.split()) == (0, ["input", "label", "answer_a", "answer_b", "right"])
+    assert (done.exit_code, heading.split()) == (
+        0,
+        ["input", "label", "answer_a", "answer_b", "right"],
+    )
     assert first == str(found).replace("few", str(folders[0])).replace("many", str(folders[1]))
     assert len(lines) == len(found.differences)
     facts = json.loads(run("compare", *folders, table, "--json").stdout)
@@ -163,7 +191,9 @@ def photos(tmp_path_factory):
             pixels = np.clip(draw.normal(colour, 90, (24, 24, 3)), 0, 255).astype(np.uint8)
             Image.fromarray(pixels).save(place / "test" / name / f"{i}.png")
     (place / "test/red/broken.png").write_bytes(b"no image")
-    return place, [f"local-dir:{tiny(place / name, seed)}" for name, seed in (("one", 0), ("two", 1))]
+    return place, [
+        f"local-dir:{tiny(place / name, seed)}" for name, seed in (("one", 0), ("two", 1))
+    ]
 
 
 def test_models_try_compares_the_encoders_on_this_machine(photos, tmp_path, run, monkeypatch):
@@ -175,7 +205,10 @@ def test_models_try_compares_the_encoders_on_this_machine(photos, tmp_path, run,
     assert run("models", "--model", models[0]).exit_code == 2
     features = write_table(tmp_path / "features.parquet", unit_rows(4, 8), ["a", "a", "b", "b"])
     refused = run("models", "--try", features, "--model", models[0])
-    assert (refused.exit_code, "features.parquet: has the features of one" in refused.stderr) == (2, True)
+    assert (refused.exit_code, "features.parquet: has the features of one" in refused.stderr) == (
+        2,
+        True,
+    )
     here.append(models[0])
     one = run("models", "--try", place / "test", "--format", "json")
     assert (one.exit_code, "only one encoder" in one.stderr) == (3, True)
@@ -187,9 +220,14 @@ def test_models_try_compares_the_encoders_on_this_machine(photos, tmp_path, run,
     alone = json.loads(one.stdout)
     assert alone == rows[1] | {"images_per_second": alone["images_per_second"], "recommended": True}
     assert sum(row["recommended"] for row in rows) == 1
-    built = build_index(open_source(place / "test"), tmp_path / "i", Reader(load_backbone(models[0], device="cpu")))
+    built = build_index(
+        open_source(place / "test"), tmp_path / "i", Reader(load_backbone(models[0], device="cpu"))
+    )
     fit = built.provenance["fit"]
-    assert (rows[1]["accuracy"], [rows[1]["low"], rows[1]["high"]]) == (fit["both"], fit["interval_95"])
+    assert (rows[1]["accuracy"], [rows[1]["low"], rows[1]["high"]]) == (
+        fit["both"],
+        fit["interval_95"],
+    )
 
 
 def test_models_try_takes_several_models_in_any_order(shared, tmp_path, run, monkeypatch):
@@ -209,7 +247,11 @@ def test_models_try_takes_several_models_in_any_order(shared, tmp_path, run, mon
     for models in asked:
         done = run("models", "--try", tmp_path / "photos", *models, "--format", "json")
         tried = [json.loads(line)["encoder"] for line in done.stdout.splitlines()]
-        assert (done.exit_code, done.stderr.count("was tried under another name"), len(tried)) == (0, 1, 3), done.stderr
+        assert (done.exit_code, done.stderr.count("was tried under another name"), len(tried)) == (
+            0,
+            1,
+            3,
+        ), done.stderr
         assert {*tried[:2]} == {one, two}
         assert tried[2] in (f"{one}+{two}", f"{two}+{one}")
     for models in ([f"{one}+{two}"], [f"{two}+{one}"], [two, one]):
@@ -217,15 +259,26 @@ def test_models_try_takes_several_models_in_any_order(shared, tmp_path, run, mon
         done = run("index", "build", tmp_path / "photos", "--out", tmp_path / "index", *typed)
         assert done.exit_code == 0, done.stderr
         parts = Index.load(tmp_path / "index").parts
-        assert [part.identity.model.partition(":")[0] for part in parts] == re.findall("local-dir|timm", str(models))
+        assert [part.identity.model.partition(":")[0] for part in parts] == re.findall(
+            "local-dir|timm", str(models)
+        )
 
 
 @pytest.mark.parametrize(
     ("others", "speed", "best"),
-    [(88, 3.0, "other"), (88, 1.4, "first"), (70, 3.0, "first"), (91, 0.1, "first"), (91, 0.8, "other")],
+    [
+        (88, 3.0, "other"),
+        (88, 1.4, "first"),
+        (70, 3.0, "first"),
+        (91, 0.1, "first"),
+        (91, 0.8, "other"),
+    ],
 )
 def test_a_faster_encoder_is_recommended_if_it_is_not_significantly_worse(others, speed, best):
-    right = {"first": {i: i < 90 for i in range(100)}, "other": {i: i < others for i in range(3, 103)}}
+    right = {
+        "first": {i: i < 90 for i in range(100)},
+        "other": {i: i < others for i in range(3, 103)},
+    }
     right["other"][200] = True  # the first encoder could not read this photo
     trials = [
         EncoderTrial(name, share / 100, (0, 1), per_second, right[name])

@@ -26,7 +26,9 @@ def check_answers(index, name):
     known = json.loads((INDEXES / "expected.json").read_text())
     features = np.array(known["features"], dtype=np.float32)
     for entry, k in (("all", "all"), ("k4", 4)):
-        np.testing.assert_allclose(index.logits(features, k), known["answers"][name][entry], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(
+            index.logits(features, k), known["answers"][name][entry], rtol=1e-5, atol=1e-5
+        )
     assert index.class_names == ["crab", "newt", "owl"]
 
 
@@ -110,14 +112,19 @@ def test_a_folder_with_only_the_manifest_of_an_earlier_program_is_named(tmp_path
     before = snapshot(place)
     for command in (["index", "info", place], ["index", "remove", place, "--key-ids", 1]):
         failed = run(*command)
-        assert (failed.exit_code, failed.stderr.count("in an earlier format, which is no longer read")) == (1, 1)
+        assert (
+            failed.exit_code,
+            failed.stderr.count("in an earlier format, which is no longer read"),
+        ) == (1, 1)
     table = write_table(tmp_path / "t.parquet", unit_rows(4, 8), ["a", "b"] * 2)
     assert "is not an index and not empty" in run("index", "build", table, "--out", place).stderr
     assert snapshot(place) == before
 
 
 @pytest.mark.parametrize("name", ["fitted", "lance-vectors"])
-def test_an_earlier_version_in_an_earlier_format_is_listed_and_kept_but_not_restored(name, tmp_path):
+def test_an_earlier_version_in_an_earlier_format_is_listed_and_kept_but_not_restored(
+    name, tmp_path
+):
     place = copied(name, tmp_path)
     store = at(place)
     if name != "fitted":
@@ -125,7 +132,10 @@ def test_an_earlier_version_in_an_earlier_format_is_listed_and_kept_but_not_rest
     first = min(store.names())
     files = {file.name for file in store.manifest(first).data_files}
     outdated(place, first)
-    assert (store.history()["version"][0].as_py(), store.history()["change"][0].as_py()) == (first, UNREAD)
+    assert (store.history()["version"][0].as_py(), store.history()["change"][0].as_py()) == (
+        first,
+        UNREAD,
+    )
     refused(lambda: changes.rollback(place, first), "index format 10, which is no longer read")
     changes.configure(place, temperature=3.0)
     kept = store.manifest().version

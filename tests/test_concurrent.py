@@ -77,7 +77,9 @@ def _write(job):
                 if rng.random() < 0.5:
                     change = changes.remove(place, key_ids=[own[source] for source in gone])
                 else:
-                    change = changes.remove(place, where=f"source IN ({', '.join(map(repr, gone))})")
+                    change = changes.remove(
+                        place, where=f"source IN ({', '.join(map(repr, gone))})"
+                    )
                 assert sorted(change.key_ids) == sorted(own.pop(source) for source in gone)
                 removed += gone
             elif number == 0:
@@ -116,7 +118,11 @@ def check_history(place):
 
 
 def check_query(place):
-    [found] = stores.at(place).query("SELECT count(*) AS n, count(DISTINCT source) AS m FROM labels").to_pylist()
+    [found] = (
+        stores.at(place)
+        .query("SELECT count(*) AS n, count(DISTINCT source) AS m FROM labels")
+        .to_pylist()
+    )
     assert found["n"] == found["m"]
     return stores.at(place).query("SELECT max(version) AS v FROM versions").to_pylist()[0]["v"]
 
@@ -144,7 +150,9 @@ def _read(job):
     place, ways = job["place"], random.Random(job["number"])
     versions, staying = [0], stores.at(place).load(device="cpu")
     end = time.monotonic() + job["seconds"]
-    while time.monotonic() < end or len(versions) < 3:  # even if a busy machine gives the reader no time
+    while (
+        time.monotonic() < end or len(versions) < 3
+    ):  # even if a busy machine gives the reader no time
         expected, before = staying.logits(QUERIES), staying
         versions.append(READ[ways.choice([*READ])](place, staying))
         assert versions[-1] >= versions[-2]
@@ -155,7 +163,11 @@ def _read(job):
 
 def _build(job):
     build_index(
-        open_source(job["table"]), job["place"], Reader(norms=job.get("norms", "check")), device="cpu", fit="none"
+        open_source(job["table"]),
+        job["place"],
+        Reader(norms=job.get("norms", "check")),
+        device="cpu",
+        fit="none",
     )
 
 
@@ -175,10 +187,15 @@ def _edit(job):
         try:
             if what == "add":
                 asked = {f"{number}/{step}/{i}": name for i, name in enumerate(names)}
-                made = changes.add(place, open_source(table(path, [*asked], [*asked.values()])), Reader())
+                made = changes.add(
+                    place, open_source(table(path, [*asked], [*asked.values()])), Reader()
+                )
             elif what == "label":
                 asked = dict(zip(rng.sample(PHOTOS, 3), [*names[:2], None], strict=True))
-                photos = (changes.PhotoLabel(one, one, asked[one], "suggested", vector(one)) for one in asked)
+                photos = (
+                    changes.PhotoLabel(one, one, asked[one], "suggested", vector(one))
+                    for one in asked
+                )
                 made = changes.label(place, photos, Reader())
             elif what == "relabel":
                 asked = dict(zip(some, names, strict=False))
@@ -196,8 +213,15 @@ def _edit(job):
                 raise
             continue
         if made.labels or made.key_ids or what == "rename":  # else no version was written
-            found = {"version": made.version, "key_ids": made.key_ids, "edits": [*made.labels.items()]}
-            done.append(found | {"what": what, "asked": [*asked.items()] if isinstance(asked, dict) else asked})
+            found = {
+                "version": made.version,
+                "key_ids": made.key_ids,
+                "edits": [*made.labels.items()],
+            }
+            done.append(
+                found
+                | {"what": what, "asked": [*asked.items()] if isinstance(asked, dict) else asked}
+            )
         ids = sorted({*ids, *made.key_ids} - {*(asked if what == "remove" else ())})
     return {"done": done}
 
@@ -206,9 +230,7 @@ def _configure(job):
     changes.configure(job["place"], k=7)
 
 
-WORK = {
-    "write": _write, "read": _read, "edit": _edit, "build": _build, "configure": _configure
-}  # fmt: skip
+WORK = {"write": _write, "read": _read, "edit": _edit, "build": _build, "configure": _configure}
 
 
 def _work(job, steps):
@@ -223,7 +245,9 @@ BASE = [f"base/{i}" for i in range(40)]
 
 if __name__ == "__main__":
     store_files.LOCK_WAIT = 120.0
-    store_versions.UNFINISHED = datetime.timedelta(minutes=1)  # other processes are writing versions, too
+    store_versions.UNFINISHED = datetime.timedelta(
+        minutes=1
+    )  # other processes are writing versions, too
     killing.serve(_work)
     raise SystemExit
 
@@ -231,18 +255,32 @@ if __name__ == "__main__":
 @pytest.fixture
 def index(tmp_path):
     build_index(
-        open_source(table(tmp_path / "base.parquet", BASE)), tmp_path / "index", Reader(), device="cpu", fit="none"
+        open_source(table(tmp_path / "base.parquet", BASE)),
+        tmp_path / "index",
+        Reader(),
+        device="cpu",
+        fit="none",
     )
     return tmp_path / "index"
 
 
 @pytest.mark.timeout(300 + 4 * SECONDS)
-@pytest.mark.parametrize(("kind", "writers", "readers"), [("folder", 4, 4), ("lance", 3, 2), ("s3", 2, 1)])
-def test_writers_lose_nothing_and_readers_never_fail(server, index, tmp_path, kind, writers, readers):
+@pytest.mark.parametrize(
+    ("kind", "writers", "readers"), [("folder", 4, 4), ("lance", 3, 2), ("s3", 2, 1)]
+)
+def test_writers_lose_nothing_and_readers_never_fail(
+    server, index, tmp_path, kind, writers, readers
+):
     place = made(tmp_path, kind)
     changes.clone(index, place)
     jobs = [
-        {"work": work, "number": number, "place": place, "seconds": SECONDS, "out": f"{tmp_path}/{work} {number}"}
+        {
+            "work": work,
+            "number": number,
+            "place": place,
+            "seconds": SECONDS,
+            "out": f"{tmp_path}/{work} {number}",
+        }
         for work, count in (("write", writers), ("read", readers))
         for number in range(count)
     ]
@@ -259,7 +297,9 @@ def test_writers_lose_nothing_and_readers_never_fail(server, index, tmp_path, ki
     given = [key_id for one in written for key_id in one["key_ids"]]
     assert sorted(given) == list(range(len(BASE), len(BASE) + len(given)))
     cache = stores.at(place).verify()
-    found = dict(zip(cache.labels["source"].to_pylist(), cache.labels["key_id"].to_pylist(), strict=True))
+    found = dict(
+        zip(cache.labels["source"].to_pylist(), cache.labels["key_id"].to_pylist(), strict=True)
+    )
     expected = {source: key_id for one in written for source, key_id in one["own"].items()}
     assert len(found) == cache.n
     assert found == expected | {source: i for i, source in enumerate(BASE)}
@@ -269,7 +309,9 @@ def test_writers_lose_nothing_and_readers_never_fail(server, index, tmp_path, ki
     # All writers and readers made progress.
     assert all(one["versions"] for one in written)
     assert all(one["reads"] > 1 for one in read)
-    assert any(one["versions"] > 1 for one in read) or kind != "folder"  # reading a table may take all the time
+    assert (
+        any(one["versions"] > 1 for one in read) or kind != "folder"
+    )  # reading a table may take all the time
 
 
 def differing(edits):
@@ -285,14 +327,27 @@ def replayed(labels, done):
     for one in done:
         what, key_ids, edits, before = one["what"], one["key_ids"], dict(one["edits"]), dict(labels)
         if what == "add":
-            labels |= {key_id: name for key_id, (_, name) in zip(key_ids, one["asked"], strict=True)}
-            sources |= {key_id: source for key_id, (source, _) in zip(key_ids, one["asked"], strict=True)}
+            labels |= {
+                key_id: name for key_id, (_, name) in zip(key_ids, one["asked"], strict=True)
+            }
+            sources |= {
+                key_id: source for key_id, (source, _) in zip(key_ids, one["asked"], strict=True)
+            }
         elif what == "label":
-            asked, photos = dict(one["asked"]), {source: key_id for key_id, source in sources.items()}
+            asked, photos = (
+                dict(one["asked"]),
+                {source: key_id for key_id, source in sources.items()},
+            )
             known = {photos[digest]: name for digest, name in asked.items() if digest in photos}
-            fresh = [digest for digest, name in asked.items() if name is not None and digest not in photos]
+            fresh = [
+                digest
+                for digest, name in asked.items()
+                if name is not None and digest not in photos
+            ]
             new = sorted(edits.keys() - known.keys())
-            sources |= dict(zip(new, fresh, strict=True))  # a photo that the other writer has added is not added again
+            sources |= dict(
+                zip(new, fresh, strict=True)
+            )  # a photo that the other writer has added is not added again
             labels |= known | {key_id: asked[sources[key_id]] for key_id in new}
             moved = {key_id: [before.get(key_id), labels[key_id]] for key_id in (*known, *new)}
             assert differing(edits) == differing(moved)
@@ -306,7 +361,10 @@ def replayed(labels, done):
             old, new = one["asked"]
             assert old in names
             assert {*key_ids} == {key_id for key_id, name in labels.items() if name == old}
-            labels, names = {key_id: new if name == old else name for key_id, name in labels.items()}, names - {old}
+            labels, names = (
+                {key_id: new if name == old else name for key_id, name in labels.items()},
+                names - {old},
+            )
             names.add(new)
         names |= {name for key_id in key_ids if (name := labels[key_id]) is not None}
         labels = {key_id: name for key_id, name in labels.items() if name is not None}
@@ -319,14 +377,19 @@ def test_random_edits_of_two_writers_in_a_bucket_are_all_there(server, index, tm
     """The versions tell in which order they were made, so a dictionary can repeat them."""
     place = made(tmp_path, "s3")
     changes.clone(index, place)
-    labels = {row["key_id"]: row["label"] for row in stores.at(place).load(device="cpu").labels.to_pylist()}
+    labels = {
+        row["key_id"]: row["label"]
+        for row in stores.at(place).load(device="cpu").labels.to_pylist()
+    }
     common = {"work": "edit", "place": place, "edits": 200 if SOAK else 10}
     jobs = [common | {"number": number, "out": f"{tmp_path}/edit {number}"} for number in range(2)]
     server.start(*jobs)
     assert server.wait() == [0, 0]
     records = [json.loads(Path(job["out"]).read_text()) for job in jobs]
     assert all(record["done"] for record in records)
-    done = sorted((one for record in records for one in record["done"]), key=lambda one: one["version"])
+    done = sorted(
+        (one for record in records for one in record["done"]), key=lambda one: one["version"]
+    )
     last = check_history(place)
     assert [one["version"] for one in done] == [*range(2, last + 1)]  # refused edits made none
     wanted, sources, names = replayed(labels, done)
@@ -356,7 +419,13 @@ def delete_at_every_access(monkeypatch, index, read):
 
         return access
 
-    functions = [(io, "open"), (os, "stat"), (os, "scandir"), (pa, "OSFile"), (vector_index.faiss(), "read_index")]
+    functions = [
+        (io, "open"),
+        (os, "stat"),
+        (os, "scandir"),
+        (pa, "OSFile"),
+        (vector_index.faiss(), "read_index"),
+    ]
     for turn in range(0, 1000, 1 if SOAK else 10):
         changes.relabel(index, NAMES[2 + turn % 2], key_ids=[1])  # a version to delete
         with monkeypatch.context() as patch:
@@ -396,7 +465,9 @@ def test_a_reader_survives_deletion_of_its_version_at_any_access(index, monkeypa
 
 @pytest.mark.parametrize("other", ["good", "failing"])
 def test_two_builds_into_one_new_folder_do_not_disturb_each_other(server, tmp_path, other):
-    tables = [table(tmp_path / f"{name}.parquet", [f"{name}/{i}" for i in range(12)]) for name in "ab"]
+    tables = [
+        table(tmp_path / f"{name}.parquet", [f"{name}/{i}" for i in range(12)]) for name in "ab"
+    ]
     if other == "failing":  # the build checks norms under the lock, and then removes its folder
         write_table(tables[1], 2 * unit_rows(4, D), NAMES)
     for number in range(12 if SOAK else 2):
@@ -406,8 +477,13 @@ def test_two_builds_into_one_new_folder_do_not_disturb_each_other(server, tmp_pa
         status = server.wait()
         assert (status if number % 2 else status[::-1]) == [0, int(other == "failing")]
         history = Versions(folder).history().to_pylist()
-        assert [(row["version"], row["parent"]) for row in history] == [(1, None), (2, 1)][: len(history)]
-        names = [Index.load(folder, version=row["version"]).labels["source"][0].as_py()[0] for row in history]
+        assert [(row["version"], row["parent"]) for row in history] == [(1, None), (2, 1)][
+            : len(history)
+        ]
+        names = [
+            Index.load(folder, version=row["version"]).labels["source"][0].as_py()[0]
+            for row in history
+        ]
         assert sorted(names) == (["a", "b"] if other == "good" else ["a"])
 
 
@@ -461,12 +537,16 @@ def test_a_read_only_folder_can_be_read_and_refuses_every_change(index, tmp_path
                 write()
             assert str(error.value).startswith(str(folder))
             assert str(error.value).endswith(
-                "cannot be written: Read-only file system; nothing was changed" if AS_ROOT else "nothing was changed"
+                "cannot be written: Read-only file system; nothing was changed"
+                if AS_ROOT
+                else "nothing was changed"
             )
         assert verify(folder).version == 2
         assert Versions(folder).history()["version"].to_pylist() == [1, 2]
         assert Versions(folder).describe()["earlier_versions"] == [1]
-        assert Versions(folder).query("SELECT count(*) AS n FROM labels").to_pylist() == [{"n": len(BASE) + 1}]
+        assert Versions(folder).query("SELECT count(*) AS n FROM labels").to_pylist() == [
+            {"n": len(BASE) + 1}
+        ]
         assert Index.load(folder, version=1).n == len(BASE)
     finally:
         if AS_ROOT:
@@ -479,7 +559,9 @@ def test_a_read_only_folder_can_be_read_and_refuses_every_change(index, tmp_path
 def test_a_writer_waits_until_a_stopped_writer_continues_or_dies(server, index, monkeypatch, end):
     """Meanwhile, an impatient writer gets an error that names the process, and readers do not wait."""
     job, looks, flock, named = {"work": "configure", "place": str(index)}, [], fcntl.flock, 0
-    assert server.run(job) == server.run(job) == 0  # only the first creates the folder of earlier manifests
+    assert (
+        server.run(job) == server.run(job) == 0
+    )  # only the first creates the folder of earlier manifests
     locked, *_, released = [
         number for number, step in enumerate(server.steps) if step in ("fcntl.flock", "os.truncate")
     ]
@@ -492,9 +574,14 @@ def test_a_writer_waits_until_a_stopped_writer_continues_or_dies(server, index, 
             if is_locked := locked < step <= released:
                 monkeypatch.setattr(store_files, "LOCK_WAIT", 0.05)
                 owner = f"process {stopped} on {socket.gethostname()}"
-                text = refused(lambda: changes.configure(index, k=9), f"{index}: is being written by ")
+                text = refused(
+                    lambda: changes.configure(index, k=9), f"{index}: is being written by "
+                )
                 # A new owner is unnamed for a moment, but no other process is ever named.
-                assert text in [f"{index}: is being written by {who}; try later" for who in (owner, "another process")]
+                assert text in [
+                    f"{index}: is being written by {who}; try later"
+                    for who in (owner, "another process")
+                ]
                 named += owner in text
                 assert Index.load(index, device="cpu").version in (first, first + 1)
             monkeypatch.setattr(store_files, "LOCK_WAIT", 60.0)

@@ -12,7 +12,9 @@ from conftest import ROOT
 from retrieval_tip import cli
 
 STEPS = re.findall(
-    r"^([A-Z]+) (.*)$", (ROOT / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", " "), re.MULTILINE
+    r"^([A-Z]+) (.*)$",
+    (ROOT / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", " "),
+    re.MULTILINE,
 )
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
@@ -23,12 +25,20 @@ def lines_of(kind):
 
 def test_copied_files_exist_and_are_not_ignored():
     ignored = (ROOT / ".dockerignore").read_text(encoding="utf-8").split()
-    copied = {name for text in lines_of("COPY") if not text.startswith("--from") for name in text.split()[:-1]}
+    copied = {
+        name
+        for text in lines_of("COPY")
+        if not text.startswith("--from")
+        for name in text.split()[:-1]
+    }
     assert {"pyproject.toml", "retrieval_tip"} <= copied
     for name in copied:
         assert (ROOT / name).exists(), name
         assert not any(fnmatch.fnmatch(name, pattern) for pattern in ignored), name
-    needed = {PROJECT["readme"], *PROJECT["license-files"]}  # the package cannot be built without these
+    needed = {
+        PROJECT["readme"],
+        *PROJECT["license-files"],
+    }  # the package cannot be built without these
     assert all(any(Path(name).is_relative_to(part) for part in copied) for name in needed)
 
 

@@ -15,7 +15,9 @@ def test_statistics_only_use_keys_of_different_classes():
     keys, ids = clusters(20, 4, 8, 1)
     pairs = [float(keys[i] @ keys[j]) for i in range(20) for j in range(20) if ids[i] != ids[j]]
     found = measure(keys, ids)
-    assert found == Statistics(pytest.approx(np.mean(pairs), rel=1e-5), pytest.approx(np.std(pairs), rel=1e-4), 5.0)
+    assert found == Statistics(
+        pytest.approx(np.mean(pairs), rel=1e-5), pytest.approx(np.std(pairs), rel=1e-4), 5.0
+    )
     assert measure(keys, np.zeros(20, dtype=np.int64)) is None  # one class
     assert measure(np.ones((4, 3)), np.arange(4)) is None  # no spread
 
@@ -29,18 +31,28 @@ def test_defaults_standardise_the_affinities():
     alpha, beta = default_settings(statistics)
     standard = (affinity - statistics.mean) / statistics.std
     expected = 0.7 * np.exp(standard) @ one_hot / (6 + DOUBT)
-    np.testing.assert_allclose(alpha * np.exp(-beta * (1 - affinity)) @ one_hot, expected, rtol=1e-9)
-    assert default_settings(statistics, beta=beta) == default_settings(statistics, alpha=alpha) == (alpha, beta)
+    np.testing.assert_allclose(
+        alpha * np.exp(-beta * (1 - affinity)) @ one_hot, expected, rtol=1e-9
+    )
+    assert (
+        default_settings(statistics, beta=beta)
+        == default_settings(statistics, alpha=alpha)
+        == (alpha, beta)
+    )
     assert default_settings(statistics, 3.0, 2.0) == (3.0, 2.0)
     assert default_settings(None) == (1.0, 5.5)  # the paper's
 
 
-@pytest.mark.parametrize(("mean", "std"), [(0.7, 1e-3), (0.9999, 1.1e-6), (-1, 1e-5), (0.0, 0.3), (1.0, 1e-4)])
+@pytest.mark.parametrize(
+    ("mean", "std"), [(0.7, 1e-3), (0.9999, 1.1e-6), (-1, 1e-5), (0.0, 0.3), (1.0, 1e-4)]
+)
 def test_default_settings_fit_in_float32(mean, std):
     for given in (None, 0.0, 1e6):
         alpha, beta = default_settings(Statistics(mean, std, 1.0), beta=given)
         weights = np.exp(np.float32(beta) * (np.linspace(-1, 1, 9, dtype=np.float32) - 1))
-        assert np.isfinite(np.float32(alpha) * weights * np.float32(1e6)).all()  # a million keys per class
+        assert np.isfinite(
+            np.float32(alpha) * weights * np.float32(1e6)
+        ).all()  # a million keys per class
 
 
 @needs_real
@@ -50,13 +62,25 @@ def test_defaults_come_close_to_the_best_settings(run, shared, things, tmp_path)
     lines = [f"{path},{label}" for path, label in caltech_photos(shared, "val", 10, 4)]
     judged[0].write_text("\n".join(["path,label", *lines]))
     if SOAK:  # all classes
-        split, index, least = shared / "data/caltech101/split_zhou_Caltech101.json", tmp_path / "c", 0.85
+        split, index, least = (
+            shared / "data/caltech101/split_zhou_Caltech101.json",
+            tmp_path / "c",
+            0.85,
+        )
         judged, model = (split, "--split", "test"), f"local-dir:{shared / 'models/lit-mini'}"
         built = run("index", "build", "--fit", "none", split, "--model", model, "--out", index)
         assert built.exit_code == 0, built.output
     assert json.loads(run("evaluate", index, *judged, "--json").stdout)["top1"] >= least
     food = shared / "data/clip-food9"
-    given = ("--fit", "none", food / "train.parquet", "--text", food / "text.parquet", "--shots", 16)
+    given = (
+        "--fit",
+        "none",
+        food / "train.parquet",
+        "--text",
+        food / "text.parquet",
+        "--shots",
+        16,
+    )
     untouched, published = [], []
     for seed in range(1, 6 if SOAK else 4):
         run("index", "build", *given, "--seed", seed, "--out", tmp_path / str(seed))

@@ -64,7 +64,9 @@ def test_your_own_photos_are_all_used_with_the_same_split_each_time(tmp_path):
     assert Counter(new.labels) == {f"class {i}": 2 for i in range(3)}
     assert {Path(path) for path in shots.paths + new.paths} == set(folder.rglob("*.png"))
     with pytest.raises(SystemExit, match="no class has two"):
-        demo.lay_out(tmp_path / "work", "auto", make_photos(tmp_path / "few", number=1), "some-model")
+        demo.lay_out(
+            tmp_path / "work", "auto", make_photos(tmp_path / "few", number=1), "some-model"
+        )
 
 
 def test_the_demo_never_replaces_foreign_photos(tmp_path):
@@ -82,7 +84,9 @@ def test_the_demo_and_its_next_commands_run_on_your_own_photos(run, tmp_path, mo
     import timm
 
     torch.manual_seed(0)
-    torch.save(timm.create_model(demo.LITE0.partition(":")[2]).state_dict(), tmp_path / "weights.pth")
+    torch.save(
+        timm.create_model(demo.LITE0.partition(":")[2]).state_dict(), tmp_path / "weights.pth"
+    )
     make_photos(tmp_path / "own")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", "/usr/local/bin:/usr/bin:/bin")  # no environment is active
@@ -98,7 +102,11 @@ def test_the_demo_and_its_next_commands_run_on_your_own_photos(run, tmp_path, mo
     assert "version 2, added 6 shots" in done.stdout
     assert done.stdout.count("affinity") >= 4
     assert taught.exists()
-    shown = [line.strip() for line in done.stdout.partition("Next:\n")[2].splitlines() if line.startswith("    ")]
+    shown = [
+        line.strip()
+        for line in done.stdout.partition("Next:\n")[2].splitlines()
+        if line.startswith("    ")
+    ]
     program = Path(sys.executable).with_name("retrieval-tip")
     own = ("serve indexes/demo-2", "index audit indexes/demo-2", "models")
     assert shown == [*(f"{program} {command}" for command in own), "make demo PHOTOS=FOLDER"]
@@ -108,8 +116,11 @@ def test_the_demo_and_its_next_commands_run_on_your_own_photos(run, tmp_path, mo
 
 def test_the_installer_prints_progress_and_failures(tmp_path):
     wheel = tmp_path / "nothing-1.0-py3-none-any.whl"
-    facts = {"METADATA": "Metadata-Version: 2.1\nName: nothing\nVersion: 1.0\n", "RECORD": "",
-             "WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"}  # fmt: skip
+    facts = {
+        "METADATA": "Metadata-Version: 2.1\nName: nothing\nVersion: 1.0\n",
+        "RECORD": "",
+        "WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
     with zipfile.ZipFile(wheel, "w") as archive:
         for name, text in facts.items():
             archive.writestr(f"nothing-1.0.dist-info/{name}", text)
@@ -118,6 +129,8 @@ def test_the_installer_prints_progress_and_failures(tmp_path):
     done = subprocess.run([*command, "nothing"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert re.fullmatch(r"pip: 1 installed in \d+ s", done.stdout.splitlines()[-1])
-    wrong = subprocess.run([*command, "never-heard-of"], capture_output=True, text=True, check=False)
+    wrong = subprocess.run(
+        [*command, "never-heard-of"], capture_output=True, text=True, check=False
+    )
     assert wrong.returncode == 1
     assert "No matching distribution found for never-heard-of" in wrong.stderr

@@ -47,7 +47,9 @@ def photos(shared, tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "outside").mkdir()
     for number, (path, _) in enumerate(found):
-        shutil.copy(path, tmp_path / ("photos" if number % 6 < 4 else "outside") / f"{number:02}.jpg")
+        shutil.copy(
+            path, tmp_path / ("photos" if number % 6 < 4 else "outside") / f"{number:02}.jpg"
+        )
     return {f"{number:02}.jpg": label for number, (_, label) in enumerate(found)}
 
 
@@ -56,11 +58,16 @@ class Session(InProcess):
 
     def __init__(self, folder, backbone, place=None):
         self.place = place or folder / "ix"
-        self.app = labelling_app(self.place, list(open_inputs([str(folder / "photos")])), Reader(backbone))
+        self.app = labelling_app(
+            self.place, list(open_inputs([str(folder / "photos")])), Reader(backbone)
+        )
 
     def drop(self, *files, names=None, status=201):
         sent = [
-            ("images", (name, Path(file).read_bytes() if isinstance(file, Path) else file, "image/jpeg"))
+            (
+                "images",
+                (name, Path(file).read_bytes() if isinstance(file, Path) else file, "image/jpeg"),
+            )
             for name, file in zip(names or [file.name for file in files], files, strict=True)
         ]
         answer = self.http.post("/v1/label/photos", files=sent, headers=AUTHORISED)
@@ -73,7 +80,9 @@ class Session(InProcess):
         return answer.json()
 
     def label(self, labels):
-        return self.post(labels=[{"photo": photo, "label": label} for photo, label in labels.items()])
+        return self.post(
+            labels=[{"photo": photo, "label": label} for photo, label in labels.items()]
+        )
 
     def settled(self, number):
         for _ in range(1200):
@@ -85,7 +94,10 @@ class Session(InProcess):
 
     def answers(self):
         """Return the labels and answers by file name."""
-        return {Path(one["name"]).name: one for one in self.http.get("/v1/label/answers").json()["photos"]}
+        return {
+            Path(one["name"]).name: one
+            for one in self.http.get("/v1/label/answers").json()["photos"]
+        }
 
     def file(self, photo):
         return self.http.get(f"/v1/label/photos/{photo}/file").content
@@ -99,11 +111,14 @@ def quick(monkeypatch):
 def numbered(session):
     """Return the numbers of the photos by file name."""
     return {
-        Path(session.app.state.labelling.path(photo)).name: photo for photo in session.app.state.labelling.photos.paths
+        Path(session.app.state.labelling.path(photo)).name: photo
+        for photo in session.app.state.labelling.photos.paths
     }
 
 
-def test_dropped_photos_are_shown_labelled_counted_and_finished(photos, tmp_path, lit_mini, monkeypatch):
+def test_dropped_photos_are_shown_labelled_counted_and_finished(
+    photos, tmp_path, lit_mini, monkeypatch
+):
     monkeypatch.setattr(module, "DRAWN", 1)
     outside = sorted((tmp_path / "outside").iterdir())
     with Session(tmp_path, lit_mini) as session:
@@ -112,12 +127,16 @@ def test_dropped_photos_are_shown_labelled_counted_and_finished(photos, tmp_path
         session.settled(18)
         assert [session.file(photo) for photo in dropped] == [path.read_bytes() for path in outside]
         numbers = numbered(session)
-        first = [name for name in photos if int(name[:2]) % 6 in (0, 4)]  # two of each class, one of them dropped
+        first = [
+            name for name in photos if int(name[:2]) % 6 in (0, 4)
+        ]  # two of each class, one of them dropped
         session.label({numbers[name]: photos[name] for name in first})
         state = session.settled(18)
         assert (state["labelled"], state["unsaved"], sum(state["classes"].values())) == (6, 0, 6)
         shown = set()
-        while len(queue := session.http.get("/v1/label").json()["queue"]) > 2:  # which contains the dropped photos
+        while (
+            len(queue := session.http.get("/v1/label").json()["queue"]) > 2
+        ):  # which contains the dropped photos
             shown |= {Path(one["name"]).name for one in queue}
             session.label({queue[0]["photo"]: photos[Path(queue[0]["name"]).name]})
         assert shown == {*photos} - {*first}
@@ -130,13 +149,19 @@ def test_dropped_photos_are_shown_labelled_counted_and_finished(photos, tmp_path
 
         def finish(into, **options):
             answer = session.post("/sort", into=str(tmp_path / into), **options)
-            return {path.name: path for path in (tmp_path / into).glob("*/*") if path.exists()}, answer["summary"]
+            return {
+                path.name: path for path in (tmp_path / into).glob("*/*") if path.exists()
+            }, answer["summary"]
 
         for into, options in (("copied", {}), ("linked", {"action": "link"})):
             found, summary = finish(into, **options)
             assert ({*found}, summary.split(" (")[0]) == ({*photos}, f"{into} 18 photos")
-        assert {*finish("labelled", labelled=True)[0]} == {name for name, one in answers.items() if one["label"]}
-        before = {path: path.read_bytes() for path in tmp_path.glob("*/**/*.jpg") if not path.is_symlink()}
+        assert {*finish("labelled", labelled=True)[0]} == {
+            name for name, one in answers.items() if one["label"]
+        }
+        before = {
+            path: path.read_bytes() for path in tmp_path.glob("*/**/*.jpg") if not path.is_symlink()
+        }
         assert {*finish("moved", action="move")[0]} == {*photos}
         assert not [*(tmp_path / "ix-dropped").rglob("*.jpg")]
         assert undo_sort(tmp_path / "moved").skipped == []
@@ -148,7 +173,9 @@ def test_dropped_photos_are_shown_labelled_counted_and_finished(photos, tmp_path
         undo = f"retrieval-tip classify {session.place} {tmp_path}/photos {tmp_path}/ix-dropped --format xmp --undo"
         assert answer["undo"] == undo
         assert len([*tmp_path.glob("ix-dropped/*/*.xmp")]) >= 4
-        assert session.post("/sort", into="none", action="xmp", undo=True)["summary"].startswith("restored")
+        assert session.post("/sort", into="none", action="xmp", undo=True)["summary"].startswith(
+            "restored"
+        )
         assert not [*tmp_path.rglob("*.xmp")]
     assert places.at(session.place).load(device="cpu").n == 16
 
@@ -163,11 +190,15 @@ def test_a_later_session_has_the_dropped_photos_under_their_numbers(photos, tmp_
         session.post("/sort", into=str(tmp_path / "moved"), action="move", labelled=True)
     shutil.copy(outside[0], tmp_path / "photos" / "00-new.jpg")  # more photos come into the folder
     with Session(tmp_path, lit_mini) as session:
-        assert session.drop(outside[3]) == [max(dropped) + 1]  # not that of the photo that was moved
+        assert session.drop(outside[3]) == [
+            max(dropped) + 1
+        ]  # not that of the photo that was moved
         session.settled(15)
         left = {**dict(zip(dropped, outside, strict=False)), max(dropped) + 1: outside[3]}
         del left[dropped[1]]
-        assert {photo: session.file(photo) for photo in left} == {n: path.read_bytes() for n, path in left.items()}
+        assert {photo: session.file(photo) for photo in left} == {
+            n: path.read_bytes() for n, path in left.items()
+        }
     assert undo_sort(tmp_path / "moved").skipped == []
     with Session(tmp_path, lit_mini) as session:
         session.settled(17)
@@ -216,7 +247,9 @@ def test_of_two_sessions_of_an_index_one_keeps_photos(photos, tmp_path, lit_mini
     with Session(tmp_path, lit_mini) as session, Session(tmp_path, lit_mini) as second:
         session.drop(one)
         assert "another session" in second.drop(other, status=503)
-    assert [path.read_bytes() for path in (tmp_path / "ix-dropped").rglob("*.jpg")] == [one.read_bytes()]
+    assert [path.read_bytes() for path in (tmp_path / "ix-dropped").rglob("*.jpg")] == [
+        one.read_bytes()
+    ]
 
 
 def test_a_photo_that_fills_the_disk_is_not_kept(photos, tmp_path, lit_mini, small_disk):
@@ -245,7 +278,10 @@ def test_what_is_no_photo_is_refused_or_skipped(photos, tmp_path, lit_mini):
             assert said in session.drop(data, names=["x.jpg"], status=422)
         sent = [("images", ("bad.jpg", b"no image")), ("images", ("good.jpg", good.read_bytes()))]
         answer = session.http.post("/v1/label/photos", files=sent, headers=AUTHORISED).json()
-        assert ([one["source"] for one in answer["skipped"]], len(answer["photos"])) == (["bad.jpg"], 1)
+        assert ([one["source"] for one in answer["skipped"]], len(answer["photos"])) == (
+            ["bad.jpg"],
+            1,
+        )
         assert session.http.post("/v1/label/photos", files=sent).status_code == 401
         session.settled(13)
     assert len([*(tmp_path / "ix-dropped").rglob("*.jpg")]) == 1
@@ -267,24 +303,37 @@ def test_an_upload_that_is_killed_leaves_the_whole_photo_or_none(tmp_path, warm_
     process.close()
 
 
-def test_photos_dropped_on_a_killed_server_are_there_with_their_labels(photos, shared, tmp_path, warm_path):
+def test_photos_dropped_on_a_killed_server_are_there_with_their_labels(
+    photos, shared, tmp_path, warm_path
+):
     outside = sorted((tmp_path / "outside").iterdir())
-    given = tmp_path / "photos", "--out", tmp_path / "ix", "--model", f"local-dir:{shared / 'models' / 'lit-mini'}"
+    given = (
+        tmp_path / "photos",
+        "--out",
+        tmp_path / "ix",
+        "--model",
+        f"local-dir:{shared / 'models' / 'lit-mini'}",
+    )
     again = {"path": warm_path, "command": "label", "port": None}
     with server(*given, **again) as (url, process):
         address, _, token = url.partition("/#token=")
-        with httpx.Client(base_url=address, headers={"Authorization": f"Bearer {token}"}, timeout=60) as http:
+        with httpx.Client(
+            base_url=address, headers={"Authorization": f"Bearer {token}"}, timeout=60
+        ) as http:
             sent = [("images", (path.name, path.read_bytes())) for path in outside]
             dropped = http.post("/v1/label/photos", files=sent).raise_for_status().json()["photos"]
             labels = [
-                {"photo": photo, "label": photos[path.name]} for photo, path in zip(dropped, outside, strict=True)
+                {"photo": photo, "label": photos[path.name]}
+                for photo, path in zip(dropped, outside, strict=True)
             ]
             http.post("/v1/label", json={"labels": labels}).raise_for_status()
             process.kill()  # before the labels are in the index
             process.wait()
     with (
         server(*given, **again) as (url, _),
-        httpx.Client(base_url=url.partition("/#")[0], headers={"Authorization": f"Bearer {token}"}) as http,
+        httpx.Client(
+            base_url=url.partition("/#")[0], headers={"Authorization": f"Bearer {token}"}
+        ) as http,
     ):
         for _ in range(1200):
             state = http.get("/v1/label").raise_for_status().json()
@@ -294,7 +343,10 @@ def test_photos_dropped_on_a_killed_server_are_there_with_their_labels(photos, s
         assert (state["photos"], state["labelled"], state["unsaved"]) == (18, 6, 0)
         answers = http.get("/v1/label/answers").json()["photos"]
         own = {one["photo"]: (Path(one["name"]).name, one["label"]) for one in answers}
-        wanted = {photo: (path.name, photos[path.name]) for photo, path in zip(dropped, outside, strict=True)}
+        wanted = {
+            photo: (path.name, photos[path.name])
+            for photo, path in zip(dropped, outside, strict=True)
+        }
         assert own.items() >= wanted.items()
     rows = places.at(tmp_path / "ix").load(device="cpu").labels.to_pylist()
     assert {row["digest"]: row["label"] for row in rows} == {

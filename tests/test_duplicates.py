@@ -13,7 +13,13 @@ from tables import unit_rows
 
 from retrieval_tip.model import label_table
 from retrieval_tip.retrieval import duplicates as module
-from retrieval_tip.retrieval.duplicates import NEAR, Duplicate, Duplicates, describe_duplicates, duplicates
+from retrieval_tip.retrieval.duplicates import (
+    NEAR,
+    Duplicate,
+    Duplicates,
+    describe_duplicates,
+    duplicates,
+)
 from retrieval_tip.store.labels import images_of
 
 KINDS = ["identical image", "identical feature", "near-identical"]
@@ -22,7 +28,9 @@ KINDS = ["identical image", "identical feature", "near-identical"]
 def labels_of(ids, digests=None, key_ids=None, c=None):
     ids = np.asarray(ids, dtype=np.int64)
     names = [f"class {i}" for i in range(c or int(ids.max(initial=0)) + 1)]
-    return label_table(names, ids, [f"{i}.jpg" for i in range(len(ids))], key_ids=key_ids, digests=digests)
+    return label_table(
+        names, ids, [f"{i}.jpg" for i in range(len(ids))], key_ids=key_ids, digests=digests
+    )
 
 
 def keys_with_duplicates(seed, n=24, c=3, d=6):
@@ -82,7 +90,10 @@ def test_duplicates_match_a_comparison_of_every_pair(seed, some, budget, half):
         assert pair.affinity == pytest.approx(cosines[pair.key_id, pair.other_key_id], abs=1e-6)
         assert pair.label == f"class {ids[pair.key_id]}"
         assert pair.other_label == f"class {ids[pair.other_key_id]}"
-        assert (pair.source, pair.other_source) == (f"{pair.key_id}.jpg", f"{pair.other_key_id}.jpg")
+        assert (pair.source, pair.other_source) == (
+            f"{pair.key_id}.jpg",
+            f"{pair.other_key_id}.jpg",
+        )
     order = [(KINDS.index(p.kind), -p.affinity, p.key_id, p.other_key_id) for p in found.pairs]
     assert order == sorted(order)
 
@@ -113,8 +124,12 @@ def test_the_closest_duplicates_are_returned_and_all_are_counted(seed, most, bud
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
 def test_features_that_differ_in_one_value_are_told_apart(d, dtype):
     bits = min(d, 8)
-    keys = np.zeros((2 * 2**bits, d), dtype=dtype)  # 16 values: words of 8 bytes, whose low bits are all zero
-    keys[:, -1 :: -(d // bits)] = [[float(bit) for bit in f"{i % 2**bits:0{bits}b}"] for i in range(len(keys))]
+    keys = np.zeros(
+        (2 * 2**bits, d), dtype=dtype
+    )  # 16 values: words of 8 bytes, whose low bits are all zero
+    keys[:, -1 :: -(d // bits)] = [
+        [float(bit) for bit in f"{i % 2**bits:0{bits}b}"] for i in range(len(keys))
+    ]
     found = duplicates(keys, labels_of([0] * 2**bits + [1] * 2**bits), budget=0)
     assert by_pair(found) == {(i, i + 2**bits): KINDS[1] for i in range(2**bits)}
 
@@ -134,7 +149,9 @@ def test_the_lower_key_id_comes_first():
     keys = unit_rows(4, 8)
     keys[3] = keys[0]
     found = duplicates(keys, labels_of([0, 0, 1, 1], key_ids=np.array([9, 3, 4, 2])))
-    assert [(p.key_id, p.source, p.other_key_id, p.other_source) for p in found.pairs] == [(2, "3.jpg", 9, "0.jpg")]
+    assert [(p.key_id, p.source, p.other_key_id, p.other_source) for p in found.pairs] == [
+        (2, "3.jpg", 9, "0.jpg")
+    ]
 
 
 def test_labels_may_have_several_chunks():
@@ -159,4 +176,6 @@ def test_duplicates_are_described_one_per_line():
     assert describe_duplicates(replace(found, total=9))[-1] == f"and {9 - len(lines)} more"
     assert describe_duplicates(Duplicates([], 0, "all")) == []
     hostile = Duplicate(0, "a\n\x1b[2J.jpg", "x", 1, "b", "y", 1.0, KINDS[0])
-    assert describe_duplicates(Duplicates([hostile], 1, "all")) == [r"a\n\x1b[2J.jpg (x) and b (y): identical image"]
+    assert describe_duplicates(Duplicates([hostile], 1, "all")) == [
+        r"a\n\x1b[2J.jpg (x) and b (y): identical image"
+    ]

@@ -47,7 +47,9 @@ class Seen(SimpleNamespace):
     def edit(self, folder):
         """Check what is read inside the context, in which one edit of the index is made."""
         before = places.at(folder).manifest()
-        assert all((self.opened, self.manifests, self.checked)), "the test no longer sees how an index is opened"
+        assert all((self.opened, self.manifests, self.checked)), (
+            "the test no longer sees how an index is opened"
+        )
         read = {name: len(found) for name, found in vars(self).items()}
         yield
         found = SimpleNamespace(**{name: found[read[name] :] for name, found in vars(self).items()})
@@ -56,8 +58,12 @@ class Seen(SimpleNamespace):
         assert len(found.opened) == 0, found
         assert len(found.manifests) <= MOST_MANIFESTS, found
         shared = after.files.keys() - set(found.written)
-        assert Counter(found.checked) <= Counter(before.files[kind].name for kind in before.files.keys() - shared)
-        assert (before.files["keys"].name in found.checked) == ("keys" in found.written)  # damage is not copied
+        assert Counter(found.checked) <= Counter(
+            before.files[kind].name for kind in before.files.keys() - shared
+        )
+        assert (before.files["keys"].name in found.checked) == (
+            "keys" in found.written
+        )  # damage is not copied
 
 
 @pytest.fixture
@@ -74,7 +80,9 @@ def seen(monkeypatch):
             found.append(what(*arguments))
             return real(*arguments, **named)
 
-        monkeypatch.setattr(owner, name, classmethod(noted) if isinstance(static, classmethod) else noted)
+        monkeypatch.setattr(
+            owner, name, classmethod(noted) if isinstance(static, classmethod) else noted
+        )
 
     note(Index, "_opened", seen.opened, lambda _, store, *rest: str(store))
     note(Manifest, "from_bytes", seen.manifests, lambda _, raw, name: name)
@@ -88,7 +96,9 @@ def seen(monkeypatch):
 @pytest.fixture(scope="module")
 def fitted(shared, tmp_path_factory):
     """An index of photos that is fitted. Change only a copy."""
-    return build(shared, tmp_path_factory.mktemp("fitted") / "fitted", caltech_photos(shared, "train", 10, 8))
+    return build(
+        shared, tmp_path_factory.mktemp("fitted") / "fitted", caltech_photos(shared, "train", 10, 8)
+    )
 
 
 @pytest.fixture(params=["plain", "fitted"])
@@ -102,7 +112,10 @@ def photos(shared, tmp_path):
     """Photos that the index does not have, with their labels by path."""
     (tmp_path / "photos").mkdir()
     found = caltech_photos(shared, "test", 4, 1)
-    return {shutil.copy(path, tmp_path / f"photos/{i}.jpg").as_posix(): label for i, (path, label) in enumerate(found)}
+    return {
+        shutil.copy(path, tmp_path / f"photos/{i}.jpg").as_posix(): label
+        for i, (path, label) in enumerate(found)
+    }
 
 
 def serving(folder):
@@ -143,7 +156,11 @@ class Session:
     def labels(self):
         """Return the labels of the photos by number, after every byte of the index has been checked."""
         rows = places.at(self.folder).verify().labels.to_pylist()
-        return {int(Path(row["source"]).stem): row["label"] for row in rows if row["source"] in self.photos}
+        return {
+            int(Path(row["source"]).stem): row["label"]
+            for row in rows
+            if row["source"] in self.photos
+        }
 
 
 def settled(state):
@@ -165,11 +182,15 @@ def test_a_label_of_a_session_reads_no_version(seen, folder, photos, session):
         with seen.edit(folder):
             session.label(photo, label)
             state = session.until(settled)
-        assert state["version"] == places.at(folder).manifest().version  # it shows what it has saved
+        assert (
+            state["version"] == places.at(folder).manifest().version
+        )  # it shows what it has saved
     assert session.labels() == {1: one, 2: "something new"}
 
 
-def test_a_session_saves_nothing_on_damage_and_everything_when_it_is_mended(folder, photos, session):
+def test_a_session_saves_nothing_on_damage_and_everything_when_it_is_mended(
+    folder, photos, session
+):
     """The keys are damaged while the session has them open."""
     label, before = photos[session.photos[0]], places.at(folder).manifest()
     keys = folder / before.files["keys"].name
@@ -192,11 +213,19 @@ def features(index, *labels):
 
 
 EDITS = {
-    "features": lambda http, index: http.post("/keys", json=features(index, *index.class_names[:2])),
-    "features of a new class": lambda http, index: http.post("/keys", json=features(index, "something new")),
-    "relabel": lambda http, index: http.post("/relabel", json={"labels": {"0": index.class_names[-1]}}),
+    "features": lambda http, index: http.post(
+        "/keys", json=features(index, *index.class_names[:2])
+    ),
+    "features of a new class": lambda http, index: http.post(
+        "/keys", json=features(index, "something new")
+    ),
+    "relabel": lambda http, index: http.post(
+        "/relabel", json={"labels": {"0": index.class_names[-1]}}
+    ),
     "remove": lambda http, _: http.delete("/keys?key_id=0&key_id=9"),
-    "rename": lambda http, index: http.post("/rename", json={"of": index.class_names[0], "label": "something else"}),
+    "rename": lambda http, index: http.post(
+        "/rename", json={"of": index.class_names[0], "label": "something else"}
+    ),
     "merge two classes": lambda http, index: http.post(
         "/rename", json=dict(zip(("of", "label"), index.class_names, strict=False))
     ),
@@ -207,7 +236,9 @@ EDITS = {
 
 
 def groups(index):
-    return "class,group\n" + "".join(f'"{name}",{i % 3}\n' for i, name in enumerate(index.class_names))
+    return "class,group\n" + "".join(
+        f'"{name}",{i % 3}\n' for i, name in enumerate(index.class_names)
+    )
 
 
 @pytest.fixture

@@ -70,12 +70,17 @@ class Other(Fake):
 @given(st.integers(1, 5), st.lists(st.integers(1, 5), min_size=2, max_size=3), st.integers(0, 99))
 def test_joined_features_have_unit_norm_and_the_mean_affinity_weighted_by_shares(n, widths, seed):
     parts = [unit_rows(n, d, seed) for seed, d in enumerate(widths)]
-    joined, shares = side_by_side(parts), np.random.default_rng(seed).dirichlet(np.ones(len(widths)))
+    joined, shares = (
+        side_by_side(parts),
+        np.random.default_rng(seed).dirichlet(np.ones(len(widths))),
+    )
     scaled = joined * scale_of([Part(d, "feature") for d in widths], tuple(shares)).numpy()
     expected = sum(share * part @ part.T for share, part in zip(shares, parts, strict=True))
     np.testing.assert_allclose(scaled @ scaled.T, expected, atol=1e-5)
     np.testing.assert_allclose(np.linalg.norm(joined, axis=1), 1, rtol=1e-5)
-    np.testing.assert_allclose(joined @ joined.T, np.mean([part @ part.T for part in parts], axis=0), atol=1e-5)
+    np.testing.assert_allclose(
+        joined @ joined.T, np.mean([part @ part.T for part in parts], axis=0), atol=1e-5
+    )
 
 
 def test_without_a_fit_all_encoders_count_equally():
@@ -84,10 +89,14 @@ def test_without_a_fit_all_encoders_count_equally():
     index = Index.from_features(features, ids, NAMES, text, device="cpu")
     queries = [unit_rows(5, d, 100 + d) for d in WIDTHS]
     assert index.shares == (0.5, 0.5)
-    K, W, f = (torch.from_numpy(np.concatenate(parts, 1) / 2**0.5) for parts in (features, text, queries))
+    K, W, f = (
+        torch.from_numpy(np.concatenate(parts, 1) / 2**0.5) for parts in (features, text, queries)
+    )
     expected = tip.answer(f, K, torch.eye(len(NAMES))[torch.from_numpy(ids)], W)
     torch.testing.assert_close(index.logits(queries), expected, rtol=1e-4, atol=1e-4)
-    blocks = Index.from_features(np.concatenate(features, 1), ids, NAMES, device="cpu", blocks=WIDTHS)
+    blocks = Index.from_features(
+        np.concatenate(features, 1), ids, NAMES, device="cpu", blocks=WIDTHS
+    )
     np.testing.assert_array_equal(blocks.keys, index.keys)
 
 
@@ -95,7 +104,9 @@ def test_without_a_fit_all_encoders_count_equally():
 def test_an_encoder_without_a_share_changes_no_answer(with_text):
     ids, features = two(8, (0.5, 50.0))
     text = [of_class(np.arange(len(NAMES)), d, 0.1, 7) for d in WIDTHS] if with_text else None
-    alone = Index.from_features(features[0], ids, NAMES, None if text is None else text[0], device="cpu")
+    alone = Index.from_features(
+        features[0], ids, NAMES, None if text is None else text[0], device="cpu"
+    )
     index = Index.from_features(features, ids, NAMES, text, device="cpu")
     made = []
     for one in (alone, index):  # the same photos are in the same folds
@@ -119,7 +130,9 @@ def test_shares_do_not_depend_on_the_order(each):
     index, mirrored = fitted(features, ids), fitted(features[::-1], ids)
     assert index.shares == pytest.approx(mirrored.shares[::-1])
     assert sum(index.shares) == pytest.approx(1)
-    torch.testing.assert_close(index.logits(queries), mirrored.logits(queries[::-1]), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        index.logits(queries), mirrored.logits(queries[::-1]), rtol=1e-3, atol=1e-3
+    )
 
 
 def test_two_encoders_that_err_independently_are_more_accurate_than_one():
@@ -127,7 +140,11 @@ def test_two_encoders_that_err_independently_are_more_accurate_than_one():
     truth, queries = two(100, (1.1, 1.1), seed=60)
     right = [
         (fitted(parts, ids).logits(asked).argmax(1).numpy() == truth).mean()
-        for parts, asked in ((features, queries), ([features[0]], [queries[0]]), ([features[1]], [queries[1]]))
+        for parts, asked in (
+            (features, queries),
+            ([features[0]], [queries[0]]),
+            ([features[1]], [queries[1]]),
+        )
     ]
     assert right[0] > max(right[1:]) + 0.02
 
@@ -136,7 +153,9 @@ def alike(c=12):
     """Return one photo of each class, to an encoder and to another that finds the same classes alike."""
     one = unit_rows(c, 10, 7)
     turned = one @ np.linalg.qr(np.random.default_rng(5).normal(size=(10, 10)))[0]
-    return one, unit(turned + 0.1 * np.random.default_rng(6).normal(size=turned.shape)).astype(np.float32)
+    return one, unit(turned + 0.1 * np.random.default_rng(6).normal(size=turned.shape)).astype(
+        np.float32
+    )
 
 
 def one_shot(*features):
@@ -157,7 +176,10 @@ def test_with_one_shot_only_encoders_that_find_the_same_classes_alike_as_the_fir
     useless = other[np.random.default_rng(5).permutation(len(other))]
     index, choice = one_shot(one, useless, other)
     assert [share > 0 for share in index.shares] == [True, False, True]
-    assert [one_shot(*both)[0].shares for both in ((one, useless), (useless, one))] == [(1, 0), (1, 0)]
+    assert [one_shot(*both)[0].shares for both in ((one, useless), (useless, one))] == [
+        (1, 0),
+        (1, 0),
+    ]
     [told] = choice.warnings
     assert "shares of the encoders were not judged" in told
 
@@ -185,12 +207,16 @@ def test_the_prior_of_joined_encoders_is_scaled_by_their_shares(each):
     whole = (own + 1000 * prior) / (len(NAMES) * (each - 1) + 1000) * np.outer(scale, scale)
     variance = sum(part.mean() for part in np.split(whole.diagonal(), [WIDTHS[0]]))
     s = form.metric.shrinkage
-    inverse = np.linalg.inv((1 - s) * whole / variance + s * np.eye(len(scale))) * np.outer(scale, scale)
+    inverse = np.linalg.inv((1 - s) * whole / variance + s * np.eye(len(scale))) * np.outer(
+        scale, scale
+    )
     transform = index.metric.transform.double().numpy()
     np.testing.assert_allclose(transform @ transform.T, inverse, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize(("each", "shares"), [(1, (0.75, 0.25)), (1, (1.0, 0.0)), (3, (0.75, 0.25)), (3, (1.0, 0.0))])
+@pytest.mark.parametrize(
+    ("each", "shares"), [(1, (0.75, 0.25)), (1, (1.0, 0.0)), (3, (0.75, 0.25)), (3, (1.0, 0.0))]
+)
 def test_the_known_prior_of_one_of_the_encoders_is_used(each, shares, monkeypatch):
     """With several photos per class, it is used if no other encoder counts. Otherwise, it is used with one photo, too.
 
@@ -199,12 +225,20 @@ def test_the_known_prior_of_one_of_the_encoders_is_used(each, shares, monkeypatc
     ids, features = two(each)
     root = np.random.default_rng(1).normal(size=(WIDTHS[0], 40)) / 10
     known = root @ root.T
-    monkeypatch.setattr(folds, "known_prior", lambda part: known if part.identity == IDENTITY else None)
+    monkeypatch.setattr(
+        folds, "known_prior", lambda part: known if part.identity == IDENTITY else None
+    )
     monkeypatch.setattr(closed_form, "shares_of", lambda *_: shares)
     prior = np.zeros((sum(WIDTHS), sum(WIDTHS)))
-    prior[: WIDTHS[0], : WIDTHS[0]], prior[WIDTHS[0] :, WIDTHS[0] :] = known / 2, np.eye(WIDTHS[1]) / WIDTHS[1] / 2
+    prior[: WIDTHS[0], : WIDTHS[0]], prior[WIDTHS[0] :, WIDTHS[0] :] = (
+        known / 2,
+        np.eye(WIDTHS[1]) / WIDTHS[1] / 2,
+    )
     index, given, plain = (Index.from_features(features, ids, NAMES, device="cpu") for _ in "abc")
-    index.parts = tuple(replace(part, identity=one) for part, one in zip(index.parts, (IDENTITY, OTHER), strict=True))
+    index.parts = tuple(
+        replace(part, identity=one)
+        for part, one in zip(index.parts, (IDENTITY, OTHER), strict=True)
+    )
     asked = (index, None), (given, closed_form.Fit(prior=prior)), (plain, None)
     (index, given, plain), forms = zip(*(closed_form.fit(*one) for one in asked), strict=True)
     forms = [choice.form for choice in forms]
@@ -212,7 +246,9 @@ def test_the_known_prior_of_one_of_the_encoders_is_used(each, shares, monkeypatc
     assert forms[0] == forms[1 if same is given else 2]
     queries = two(5, seed=9)[1]
     if same.metric is not None:
-        torch.testing.assert_close(index.metric.transform, same.metric.transform, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            index.metric.transform, same.metric.transform, rtol=1e-4, atol=1e-5
+        )
     torch.testing.assert_close(index.logits(queries).argmax(1), same.logits(queries).argmax(1))
     if each == 1:  # alpha does not grow with the number of values of the other encoder
         alone = Index.from_features(features[0], ids, NAMES, device="cpu")
@@ -223,7 +259,8 @@ def test_the_known_prior_of_one_of_the_encoders_is_used(each, shares, monkeypatc
 def table_of(folder, name, ids, columns):
     table = {"id": [f"{name}{i}" for i in range(len(ids))], "label": [NAMES[i] for i in ids]}
     table |= {
-        column: pa.FixedSizeListArray.from_arrays(rows.ravel(), rows.shape[1]) for column, rows in columns.items()
+        column: pa.FixedSizeListArray.from_arrays(rows.ravel(), rows.shape[1])
+        for column, rows in columns.items()
     }
     pq.write_table(pa.table(table), folder / f"{name}.parquet")
     return folder / f"{name}.parquet"
@@ -240,7 +277,9 @@ def test_columns_of_a_table_are_encoders(tmp_path, run):
     assert "box" in index.labels.column_names
     assert "cnn" not in index.labels.column_names
     assert "encoders" in run("index", "info", tmp_path / "own").output
-    assert json.loads(run("index", "info", tmp_path / "own", "--json").output)["encoders"].keys() == {"clip", "cnn"}
+    assert json.loads(run("index", "info", tmp_path / "own", "--json").output)[
+        "encoders"
+    ].keys() == {"clip", "cnn"}
     new = table_of(tmp_path, "new", ids, {"cnn": cnn, "clip": clip})
     answers = run("classify", tmp_path / "own", new, "--format", "json").output.splitlines()
     expected = index.classify([clip, cnn])
@@ -249,16 +288,26 @@ def test_columns_of_a_table_are_encoders(tmp_path, run):
     lost = table_of(tmp_path, "lost", ids, {"clip": clip})
     refused = run("classify", tmp_path / "own", lost)
     assert (refused.exit_code, "'cnn'" in refused.stderr) == (1, True)
-    assert run("index", "build", shots, "--features", "clip,dog", "--out", tmp_path / "no").exit_code == 1
+    assert (
+        run("index", "build", shots, "--features", "clip,dog", "--out", tmp_path / "no").exit_code
+        == 1
+    )
 
 
 def test_a_missing_feature_is_refused_with_its_row_and_column(tmp_path):
     rows = [unit_rows(4, 3).tolist(), unit_rows(4, 2).tolist()]
     rows[1][2] = None
-    table = pa.table({"id": list("abcd"), "label": list("xxyy"), "feature": rows[0], "cnn": rows[1]})
+    table = pa.table(
+        {"id": list("abcd"), "label": list("xxyy"), "feature": rows[0], "cnn": rows[1]}
+    )
     pq.write_table(table, tmp_path / "t.parquet")
     with pytest.raises(InputError, match="column 'cnn': row 2 without a feature"):
-        build_index(open_source(tmp_path / "t.parquet"), tmp_path / "own", Reader(), features=["feature", "cnn"])
+        build_index(
+            open_source(tmp_path / "t.parquet"),
+            tmp_path / "own",
+            Reader(),
+            features=["feature", "cnn"],
+        )
 
 
 @pytest.fixture
@@ -267,7 +316,9 @@ def photos(tmp_path):
     for number, name in enumerate(("red", "green", "blue")):
         (tmp_path / "photos" / name).mkdir(parents=True)
         for i in range(5):
-            pixels = draw.integers(0, 60, (40, 50, 3)) + np.eye(3, dtype=int)[number] * (100 + 15 * i)
+            pixels = draw.integers(0, 60, (40, 50, 3)) + np.eye(3, dtype=int)[number] * (
+                100 + 15 * i
+            )
             Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "photos" / name / f"{i}.png")
     return tmp_path / "photos"
 
@@ -282,9 +333,13 @@ def test_each_photo_is_read_once_and_each_encoder_has_its_own_cache(photos, tmp_
     source = open_source(photos)
     alone = Reader(first, cache=cache).encode(source).features
     made = first.prepared
-    joined = Reader(Joined([first, second]), cache=cache).encode(replace(source, load=read)).features
+    joined = (
+        Reader(Joined([first, second]), cache=cache).encode(replace(source, load=read)).features
+    )
     assert (first.prepared, len(reads)) == (made, 15)
-    np.testing.assert_allclose(joined, side_by_side([alone, Reader(second).encode(source).features]), atol=1e-6)
+    np.testing.assert_allclose(
+        joined, side_by_side([alone, Reader(second).encode(source).features]), atol=1e-6
+    )
 
 
 def test_an_encoder_without_a_share_is_not_run_for_queries(photos):
@@ -359,7 +414,9 @@ def test_everything_that_takes_an_encoder_takes_two(photos, tmp_path, run, monke
         line.split(",")[1:] for line in answers.splitlines()
     ]
     swapped = pq.read_table(table)
-    names = [{"feature": "two", "feature_2": "one"}.get(name, name) for name in swapped.column_names]
+    names = [
+        {"feature": "two", "feature_2": "one"}.get(name, name) for name in swapped.column_names
+    ]
     pq.write_table(swapped.rename_columns(names), tmp_path / "renamed.parquet")
     again = done("classify", own, tmp_path / "renamed.parquet", "--format", "csv")
     assert again == from_table  # the columns are recognised by their encoders
@@ -368,13 +425,21 @@ def test_everything_that_takes_an_encoder_takes_two(photos, tmp_path, run, monke
     assert "10 of 10 photos" in done("index", "export", own, "--onnx", tmp_path / "graph.onnx")
     photo = next(photos.rglob("*.png"))
     with TestClient(app_of(own)) as client:
-        answer = client.post("/v1/classify", files={"images": (photo.name, photo.read_bytes())}).json()["results"][0]
+        answer = client.post(
+            "/v1/classify", files={"images": (photo.name, photo.read_bytes())}
+        ).json()["results"][0]
         assert (
-            f"{a}+{b}" in client.get(f"/v1/indexes/{client.get('/v1/indexes').json()['indexes'][0]}").json()["backbone"]
+            f"{a}+{b}"
+            in client.get(f"/v1/indexes/{client.get('/v1/indexes').json()['indexes'][0]}").json()[
+                "backbone"
+            ]
         )
     [line] = [line for line in answers.splitlines() if line.startswith(str(photo))]
     _, label, probability = line.split(",")[:3]
-    assert (answer["label"], answer["probability"]) == (label, pytest.approx(float(probability), abs=1e-3))
+    assert (answer["label"], answer["probability"]) == (
+        label,
+        pytest.approx(float(probability), abs=1e-3),
+    )
     address = f"lance://{tmp_path / 'store' / 'own'}"
     done("index", "clone", own, address)
     assert done("classify", address, photos, "--format", "csv") == answers
@@ -384,7 +449,9 @@ def test_features_of_another_encoder_are_refused(photos, tmp_path):
     first, second = Fake(), Other()
     source = open_source(photos)
     own = tmp_path / "own"
-    build_index(source, own, Reader(Joined([first, second])), text=text_of(tmp_path, source.class_names))
+    build_index(
+        source, own, Reader(Joined([first, second])), text=text_of(tmp_path, source.class_names)
+    )
     for backbone in (Joined([second, first]), first):
         with pytest.raises(BackboneError, match="cannot be compared"):
             changes.add(own, source, Reader(backbone))
@@ -394,21 +461,33 @@ def test_features_of_another_encoder_are_refused(photos, tmp_path):
 
 def text_of(folder, names):
     """Write text features of the first encoder. The other has no text."""
-    return write_table(folder / "text.parquet", unit_rows(len(names), 6, 5), list(names), ids=list(names))
+    return write_table(
+        folder / "text.parquet", unit_rows(len(names), 6, 5), list(names), ids=list(names)
+    )
 
 
 def test_text_of_one_encoder_is_enough(photos, tmp_path):
     backbone = Joined([Fake(), Other()])
     source = open_source(photos)
     index = build_index(
-        source, tmp_path / "own", Reader(backbone), text=text_of(tmp_path, source.class_names), fit="none"
+        source,
+        tmp_path / "own",
+        Reader(backbone),
+        text=text_of(tmp_path, source.class_names),
+        fit="none",
     )
     alone = build_index(
-        source, tmp_path / "one", Reader(Fake()), text=text_of(tmp_path, source.class_names), fit="none"
+        source,
+        tmp_path / "one",
+        Reader(Fake()),
+        text=text_of(tmp_path, source.class_names),
+        fit="none",
     )
     f = Reader(backbone).encode(source).features
     own = index.terms(f).text
-    torch.testing.assert_close(own, alone.terms(Reader(Fake()).encode(source).features).text, rtol=1e-3, atol=1e-2)
+    torch.testing.assert_close(
+        own, alone.terms(Reader(Fake()).encode(source).features).text, rtol=1e-3, atol=1e-2
+    )
 
 
 def test_the_estimator_takes_blocks():

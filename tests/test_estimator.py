@@ -39,7 +39,9 @@ QUERIES = unit(TEXT[_rng.integers(C, size=40)] + 0.4 * _rng.standard_normal((40,
 
 def classifier(**changes):
     """Return a classifier that is plain Tip-Adapter unless ``alpha`` is changed."""
-    return TipAdapterClassifier(**{"text_weights": TEXT, "class_names": NAMES, "alpha": 1.0, "device": "cpu"} | changes)
+    return TipAdapterClassifier(
+        **{"text_weights": TEXT, "class_names": NAMES, "alpha": 1.0, "device": "cpu"} | changes
+    )
 
 
 def cache(**changes):
@@ -80,7 +82,9 @@ def test_scikit_learns_own_checks(estimator, check):
 def test_logits_match_the_cache_model(alpha, beta, text, **how):
     weights = TEXT if text else None
     made = classifier(text_weights=weights, alpha=alpha, beta=beta, logit_scale=30.0, **how)
-    expected = cache(text_weights=weights if weights is None else weights[SORTING], alpha=alpha, beta=beta)
+    expected = cache(
+        text_weights=weights if weights is None else weights[SORTING], alpha=alpha, beta=beta
+    )
     expected.settings = expected.settings.override(logit_scale=30.0)
     logits = expected.logits(QUERIES, **how)
     scores = made.fit(X, Y).decision_function(QUERIES)
@@ -95,17 +99,23 @@ def test_default_settings_give_the_answers_of_a_built_index(tmp_path):
     """The classes of the index are in the order of the text, which is not sorted."""
     for name, labels, features in (("shots", Y, X), ("text", NAMES, TEXT)):
         rows = [f"{name} {i}" for i in range(len(labels))]
-        table = table_of(schema_of([Part(D, "feature")], np.float32), rows, labels.tolist(), features)
+        table = table_of(
+            schema_of([Part(D, "feature")], np.float32), rows, labels.tolist(), features
+        )
         write_table(tmp_path / f"{name}.parquet", table.schema, [table])
     source = open_source(tmp_path / "shots.parquet")
-    index = build_index(source, tmp_path / "index", Reader(), text=tmp_path / "text.parquet", device="cpu")
+    index = build_index(
+        source, tmp_path / "index", Reader(), text=tmp_path / "text.parquet", device="cpu"
+    )
     made = TipAdapterClassifier(TEXT, NAMES, device="cpu").fit(X, Y)
     assert made.index_.fitted == index.fitted
     answers = index.classify(QUERIES, top=C)
     assert made.predict(QUERIES).tolist() == [answer.label for answer in answers]
     for probabilities, answer in zip(made.predict_proba(QUERIES), answers, strict=True):
         by_label = dict(zip(answer.labels, answer.probabilities, strict=True))
-        np.testing.assert_allclose(probabilities, [by_label[name] for name in made.classes_], atol=1e-5)
+        np.testing.assert_allclose(
+            probabilities, [by_label[name] for name in made.classes_], atol=1e-5
+        )
 
 
 def test_text_weights_without_class_names_are_in_sorted_order():
@@ -132,7 +142,9 @@ def test_labels_can_have_any_type(labels):
     np.testing.assert_array_equal(made.classes_, np.unique(np.asarray(labels)))
     assert made.classes_.dtype == np.asarray(labels).dtype
     got = made.predict(QUERIES)
-    assert got.tolist() == [labels[NAMES.tolist().index(name)] for name in classifier().fit(X, Y).predict(QUERIES)]
+    assert got.tolist() == [
+        labels[NAMES.tolist().index(name)] for name in classifier().fit(X, Y).predict(QUERIES)
+    ]
     assert made.score(X, y) > 0.9
 
 
@@ -162,7 +174,9 @@ def test_rows_are_normalised_by_default():
     long = classifier().fit(X * lengths, Y)
     np.testing.assert_allclose(long.decision_function(7 * QUERIES), expected, atol=1e-4)
     for extreme in (1e-320, 1e-200, 1e200):
-        np.testing.assert_allclose(long.decision_function(QUERIES[:1].astype(float) * extreme), expected[:1], rtol=0.02)
+        np.testing.assert_allclose(
+            long.decision_function(QUERIES[:1].astype(float) * extreme), expected[:1], rtol=0.02
+        )
 
 
 def test_a_zero_row_stays_zero():
@@ -171,9 +185,13 @@ def test_a_zero_row_stays_zero():
     queries[5] = 0.5 * np.eye(D)[7]  # zeros in some columns do not make a zero row
     made = classifier().fit(keys, Y)
     scores = made.decision_function(queries)
-    np.testing.assert_allclose(scores[2], np.exp(-5.5) * np.unique(Y, return_counts=True)[1], rtol=1e-5)
+    np.testing.assert_allclose(
+        scores[2], np.exp(-5.5) * np.unique(Y, return_counts=True)[1], rtol=1e-5
+    )
     assert made.predict(queries)[2] == "ant"  # it has the most keys
-    np.testing.assert_allclose(scores, cache(keys=keys).logits(np.where(queries == 0.5, 1, queries)), atol=1e-4)
+    np.testing.assert_allclose(
+        scores, cache(keys=keys).logits(np.where(queries == 0.5, 1, queries)), atol=1e-4
+    )
 
 
 @pytest.mark.parametrize(
@@ -185,7 +203,9 @@ def test_partial_fits_equal_one_fit_on_all_rows(how):
     for some in np.array_split(np.arange(len(X)), [20, 21, 45]):
         assert parts.partial_fit(X[some], Y[some]) is parts
     expected = whole.decision_function(QUERIES)
-    bound = 1e-5 * np.abs(expected).max()  # the sums behind a fitted metric were added in another order
+    bound = (
+        1e-5 * np.abs(expected).max()
+    )  # the sums behind a fitted metric were added in another order
     np.testing.assert_allclose(parts.decision_function(QUERIES), expected, rtol=0, atol=bound)
     (affinity, rows), (expected, same) = (made.kneighbors(QUERIES, 9) for made in (parts, whole))
     np.testing.assert_allclose(affinity, expected, rtol=0, atol=1e-5)
@@ -218,7 +238,12 @@ def test_partial_fit_needs_to_know_the_classes():
 def test_kneighbors_are_sorted_rows_of_the_training_data(index):
     made = classifier(index=index).fit(X, Y)
     affinity, rows = made.kneighbors(QUERIES, n_neighbors=10)
-    assert (affinity.shape, affinity.dtype, rows.shape, rows.dtype) == ((40, 10), np.float32, (40, 10), np.int64)
+    assert (affinity.shape, affinity.dtype, rows.shape, rows.dtype) == (
+        (40, 10),
+        np.float32,
+        (40, 10),
+        np.int64,
+    )
     assert (np.diff(affinity, axis=1) <= 0).all()
     np.testing.assert_allclose(affinity, np.einsum("qd,qkd->qk", QUERIES, X[rows]), atol=1e-5)
     if index == "Flat":
@@ -246,7 +271,11 @@ def test_kneighbors_are_sorted_rows_of_the_training_data(index):
         ({"text_weights": TEXT * np.nan}, ValueError, "text_weights"),
         ({"class_names": ["dog", "ant", "cat", "dog"]}, InputError, "class_names"),
         ({"class_names": ["dog", "ant", "cat", "cow"]}, InputError, "bee"),
-        ({"class_names": np.array(["dog", None, "cat", "bee"], dtype=object)}, InputError, "classes"),
+        (
+            {"class_names": np.array(["dog", None, "cat", "bee"], dtype=object)},
+            InputError,
+            "classes",
+        ),
     ],
     ids=lambda value: "" if isinstance(value, type | str) else next(iter(value)),
 )
@@ -279,7 +308,9 @@ def test_without_scikit_learn_one_line_says_what_to_install(warm_path):
     )
     assert done.returncode == 1
     assert "during handling" not in done.stderr.lower()
-    [line] = (line for line in done.stderr.splitlines() if line.startswith("ImportError"))  # a library may add a note
+    [line] = (
+        line for line in done.stderr.splitlines() if line.startswith("ImportError")
+    )  # a library may add a note
     assert line.startswith("ImportError: TipAdapterClassifier needs scikit-learn 1.6 or newer")
     assert re.search("pip install 'scikit-learn>=[0-9.]+'$", line)
 

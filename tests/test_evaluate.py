@@ -31,7 +31,9 @@ _means = unit(_rng.standard_normal((C, D)))
 Y = np.repeat(np.arange(C), SHOTS)
 KEYS = unit(_means[Y] + 0.4 * _rng.standard_normal((len(Y), D)))
 TEXT = unit(_means + 0.4 * _rng.standard_normal((C, D)))
-TRUTH = _rng.choice(C - 1, size=Q, p=np.arange(1, C) / np.arange(1, C).sum())  # unbalanced; the last never occurs
+TRUTH = _rng.choice(
+    C - 1, size=Q, p=np.arange(1, C) / np.arange(1, C).sum()
+)  # unbalanced; the last never occurs
 QUERIES = unit(_means[TRUTH] + 0.5 * _rng.standard_normal((Q, D)))
 
 
@@ -44,13 +46,22 @@ def model(c=C, **changes):
 def labelled(folder, labels, features):
     path = folder / "features.parquet"
     pq.write_table(
-        pa.table({"id": [f"q{i}" for i in range(len(labels))], "label": labels, "feature": list(features)}), path
+        pa.table(
+            {
+                "id": [f"q{i}" for i in range(len(labels))],
+                "label": labels,
+                "feature": list(features),
+            }
+        ),
+        path,
     )
     return open_source(path)
 
 
 def labelled_table(path, ids, features, name="photo"):
-    return write_table(path, features, [NAMES[i] for i in ids], [f"{name} {i}" for i in range(len(ids))])
+    return write_table(
+        path, features, [NAMES[i] for i in ids], [f"{name} {i}" for i in range(len(ids))]
+    )
 
 
 @pytest.fixture
@@ -99,16 +110,25 @@ def test_a_source_without_any_known_class_is_refused_by_name(tmp_path):
     with pytest.raises(InputError) as caught:
         evaluate(model(), labelled(tmp_path, labels, QUERIES[:7]), Reader())
     message = str(caught.value)
-    assert "features.parquet: 7 unknown labels: odd 0, odd 1, odd 2, odd 3, odd 4 and 2 more; " in message
+    assert (
+        "features.parquet: 7 unknown labels: odd 0, odd 1, odd 2, odd 3, odd 4 and 2 more; "
+        in message
+    )
     assert message.endswith("class 0, class 1, class 2, class 3, class 4 and 3 more")
 
 
 @pytest.fixture
 def mixed(tmp_path, run):
     """A fitted index of five classes and a name without shots, and photos of all eight classes."""
-    shots, text = labelled_table(tmp_path / "shots.parquet", Y[:20], KEYS[:20]), tmp_path / "text.parquet"
+    shots, text = (
+        labelled_table(tmp_path / "shots.parquet", Y[:20], KEYS[:20]),
+        tmp_path / "text.parquet",
+    )
     write_table(text, TEXT[:6], NAMES[:6])
-    assert run("-q", "index", "build", shots, "--text", text, "--out", tmp_path / "index").exit_code == 0
+    assert (
+        run("-q", "index", "build", shots, "--text", text, "--out", tmp_path / "index").exit_code
+        == 0
+    )
     rng = np.random.default_rng(7)
     truth = rng.integers(0, C, 160)
     return tmp_path / "index", labelled_table(
@@ -121,9 +141,14 @@ def test_unknown_classes_are_right_if_they_match_no_class(mixed, run):
     index, test = mixed
     done = run("evaluate", index, test, "--json", "--abstain", 0.5)
     found = json.loads(done.stdout)
-    answers = [json.loads(line) for line in run("classify", index, test, "--format", "json").stdout.splitlines()]
+    answers = [
+        json.loads(line)
+        for line in run("classify", index, test, "--format", "json").stdout.splitlines()
+    ]
     truth = np.array(pq.read_table(test)["label"].to_pylist())
-    label, no_match = (np.array([answer[name] for answer in answers]) for name in ("label", "no_match"))
+    label, no_match = (
+        np.array([answer[name] for answer in answers]) for name in ("label", "no_match")
+    )
     confidence = np.array([answer["probability"] for answer in answers])
     known = np.isin(truth, NAMES[:6])
     right = np.where(known, label == truth, no_match)
@@ -133,11 +158,15 @@ def test_unknown_classes_are_right_if_they_match_no_class(mixed, run):
     assert found["known_no_match"] == pytest.approx(no_match[known].mean())
     assert found["unknown_no_match"] == pytest.approx(no_match[~known].mean())
     assert found["unknown"] == {name: int((truth == name).sum()) for name in NAMES[6:]}
-    assert found["per_class"] == pytest.approx({name: right[truth == name].mean() for name in NAMES[:6]})
+    assert found["per_class"] == pytest.approx(
+        {name: right[truth == name].mean() for name in NAMES[:6]}
+    )
     assert found["mean_per_class"] == pytest.approx(np.mean(list(found["per_class"].values())))
     assert (found["n"], found["held_out"]) == (160, 0)
     sure = confidence >= 0.5
-    assert (found["coverage"], found["selective_top1"]) == pytest.approx((sure.mean(), right[sure].mean()))
+    assert (found["coverage"], found["selective_top1"]) == pytest.approx(
+        (sure.mean(), right[sure].mean())
+    )
     cache = Index.load(index, device="cpu")
     features, _ = read_features(test)
     terms = cache.terms(features)
@@ -146,7 +175,9 @@ def test_unknown_classes_are_right_if_they_match_no_class(mixed, run):
     own = evaluate(cache, open_source(test).take(np.flatnonzero(known)), Reader())
     for name in ("zero_shot_top1", "cache_top1", "ece", "mean_per_class"):
         assert found[name] == pytest.approx(getattr(own, name))  # of the known classes alone
-    assert (own.top1, own.known_top1, own.unknown_no_match, own.auroc) == (found["known_top1"],) * 2 + (None, None)
+    assert (own.top1, own.known_top1, own.unknown_no_match, own.auroc) == (
+        found["known_top1"],
+    ) * 2 + (None, None)
     shown = run("evaluate", index, test).stdout
     assert f"unknown           {NAMES[6]} {found['unknown'][NAMES[6]]}, {NAMES[7]} " in shown
     assert "auroc" not in run("evaluate", index, labelled_table(test, [1], KEYS[4:5])).stdout
@@ -154,10 +185,21 @@ def test_unknown_classes_are_right_if_they_match_no_class(mixed, run):
 
 def test_without_a_threshold_every_unknown_photo_is_wrong(mixed, run):
     shots = mixed[0].parent / "shots.parquet"
-    assert run("-q", "index", "build", shots, "--fit", "none", "--out", mixed[0].parent / "plain").exit_code == 0
+    assert (
+        run(
+            "-q", "index", "build", shots, "--fit", "none", "--out", mixed[0].parent / "plain"
+        ).exit_code
+        == 0
+    )
     found = json.loads(run("evaluate", mixed[0].parent / "plain", mixed[1], "--json").stdout)
-    assert (found["known_no_match"], found["unknown_no_match"], found["auroc"]) == (None, None, None)
-    assert found["top1"] == pytest.approx(found["known_top1"] * (160 - sum(found["unknown"].values())) / 160)
+    assert (found["known_no_match"], found["unknown_no_match"], found["auroc"]) == (
+        None,
+        None,
+        None,
+    )
+    assert found["top1"] == pytest.approx(
+        found["known_top1"] * (160 - sum(found["unknown"].values())) / 160
+    )
 
 
 def shots_of(n):
@@ -171,7 +213,9 @@ def shots_of(n):
 @pytest.mark.parametrize("kind", ["with text", "without text", "nearest keys"])
 def test_shots_are_classified_as_by_an_index_without_them(tmp_path, run, kind, store):
     features, ids, digests = shots_of(40)
-    table = write_table(tmp_path / "shots.parquet", features, [NAMES[i] for i in ids], digest=digests)
+    table = write_table(
+        tmp_path / "shots.parquet", features, [NAMES[i] for i in ids], digest=digests
+    )
     text = write_table(tmp_path / "text.parquet", TEXT[:4], NAMES[:4])
     place = tmp_path / "index" if store == "folder" else f"lance://{tmp_path}/index"
     options, k = (
@@ -192,7 +236,11 @@ def test_shots_are_classified_as_by_an_index_without_them(tmp_path, run, kind, s
     for photo in asked:
         others = [i for i in range(40) if digests[i] != digests[photo]]
         own = Index.from_features(
-            features[others], ids[others], NAMES[:4], TEXT[:4] if index.has_text else None, device="cpu"
+            features[others],
+            ids[others],
+            NAMES[:4],
+            TEXT[:4] if index.has_text else None,
+            device="cpu",
         )
         if index.fitted is not None:
             own, _ = closed_form.fit(own, forms=[Form.of(index.fitted, index.settings.beta)])
@@ -200,44 +248,72 @@ def test_shots_are_classified_as_by_an_index_without_them(tmp_path, run, kind, s
         expected.append(own.classify(features[[photo]])[0])
     expected += list(index.classify(QUERIES[:5]))
     assert [NAMES[i] for i in found.answers.predicted] == [one.label for one in expected]
-    np.testing.assert_allclose(found.answers.confidence, [one.probability for one in expected], atol=1e-4)
+    np.testing.assert_allclose(
+        found.answers.confidence, [one.probability for one in expected], atol=1e-4
+    )
     if index.fitted is not None:
         assert found.answers.no_match is not None
         assert found.answers.no_match.tolist() == [one.no_match for one in expected]
     done = run("evaluate", place, test, "--json", *(["-k", 3, "--no-tail"] if k else []))
-    assert "7 of 12 photos are shots of this index; each was classified without itself" in done.stderr
+    assert (
+        "7 of 12 photos are shots of this index; each was classified without itself" in done.stderr
+    )
     facts = json.loads(done.stdout)
     assert (facts["held_out"], facts["top1"]) == (7, pytest.approx(found.top1))
 
 
 def test_rows_without_a_digest_are_shots_if_id_and_feature_are_equal(tmp_path, run):
     shots = labelled_table(tmp_path / "shots.parquet", Y, KEYS)
-    assert run("-q", "index", "build", shots, "--fit", "none", "--out", tmp_path / "index").exit_code == 0
+    assert (
+        run("-q", "index", "build", shots, "--fit", "none", "--out", tmp_path / "index").exit_code
+        == 0
+    )
     other = labelled_table(tmp_path / "other.parquet", Y, -KEYS)  # numbered in the same way
     for table, expected in ((shots, len(Y)), (other, 0)):
-        assert json.loads(run("evaluate", tmp_path / "index", table, "--json").stdout)["held_out"] == expected
+        assert (
+            json.loads(run("evaluate", tmp_path / "index", table, "--json").stdout)["held_out"]
+            == expected
+        )
 
 
 def test_trained_values_of_the_other_keys_are_kept(tmp_path):
-    values = np.eye(C, dtype=np.float32)[Y] + 0.1 * np.random.default_rng(4).standard_normal((len(Y), C))
+    values = np.eye(C, dtype=np.float32)[Y] + 0.1 * np.random.default_rng(4).standard_normal(
+        (len(Y), C)
+    )
     cache = model(values=values.astype(np.float32))
     test = labelled(tmp_path, [NAMES[i] for i in Y[:2]], KEYS[:2])
     test = replace(test, items=test.items.set_column(0, "source", pa.array(["key 0", "key 1"])))
     answers = evaluate(cache, test, Reader()).answers
     for row in (0, 1):
         others = np.delete(np.arange(len(Y)), row)
-        own = cache_of(KEYS[others], Y[others], NAMES, text_weights=TEXT, alpha=2.0, beta=3.0, logit_scale=10.0,
-                       values=values[others].astype(np.float32), device="cpu")  # fmt: skip
-        assert answers.confidence[row] == pytest.approx(own.classify(KEYS[[row]])[0].probability, abs=1e-5)
+        own = cache_of(
+            KEYS[others],
+            Y[others],
+            NAMES,
+            text_weights=TEXT,
+            alpha=2.0,
+            beta=3.0,
+            logit_scale=10.0,
+            values=values[others].astype(np.float32),
+            device="cpu",
+        )
+        assert answers.confidence[row] == pytest.approx(
+            own.classify(KEYS[[row]])[0].probability, abs=1e-5
+        )
 
 
-def test_shots_of_an_index_that_is_too_large_to_copy_are_left_out(source, tmp_path, monkeypatch, caplog):
+def test_shots_of_an_index_that_is_too_large_to_copy_are_left_out(
+    source, tmp_path, monkeypatch, caplog
+):
     monkeypatch.setattr(held_out, "MOST_COPIED", 1)
     cache = model(sources=[f"q{i}" for i in range(len(Y))])
     cache.keys[:3] = QUERIES[:3]
     found = evaluate(cache, source, Reader())
     assert (found.n, found.held_out) == (Q - 3, 0)
-    assert "left out 3 photos that are shots of this index, which is too large to hide them" in caplog.text
+    assert (
+        "left out 3 photos that are shots of this index, which is too large to hide them"
+        in caplog.text
+    )
     with pytest.raises(InputError, match="all photos are shots"):
         evaluate(cache, source.take([0, 1, 2]), Reader())
 

@@ -37,7 +37,13 @@ def cache_of(n=40, d=8, dtype="float32", **options):
     keys = unit_rows(n, d).astype(dtype)
     labels = [names[i % 3] for i in range(n)]
     cache = Index.from_features(
-        keys, labels, names, unit_rows(3, d, 5), settings=Settings(alpha=2.0, beta=3.0), device="cpu", **options
+        keys,
+        labels,
+        names,
+        unit_rows(3, d, 5),
+        settings=Settings(alpha=2.0, beta=3.0),
+        device="cpu",
+        **options,
     )
     return replace(cache, backbone=IDENTITY)
 
@@ -130,16 +136,29 @@ def test_an_index_without_text_cannot_export_text(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.bfloat16])
 def test_an_index_from_the_recipe_answers_like_the_research_code(tmp_path, monkeypatch, dtype):
     monkeypatch.chdir(tmp_path)
-    keys, values = torch.from_numpy(unit_rows(30, 8)).to(dtype).T, torch.eye(3)[torch.arange(30) * 7 % 3]
+    keys, values = (
+        torch.from_numpy(unit_rows(30, 8)).to(dtype).T,
+        torch.eye(3)[torch.arange(30) * 7 % 3],
+    )
     Path("caches").mkdir()
     torch.save(keys, "caches/keys_16shots.pt")
     torch.save(values.half(), "caches/values_16shots.pt")
     Path("classes.txt").write_text("ant\nbee\ncat\n")
     page = (ROOT / "docs/exchange.md").read_text(encoding="utf-8")
-    (recipe,) = (block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "torch.load" in block)
+    (recipe,) = (
+        block
+        for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+        if "torch.load" in block
+    )
     exec(recipe, {})
-    cache = build_index(open_source("cache.parquet"), "index", Reader(norms="unit"), alpha=1.5, beta=4.0)
+    cache = build_index(
+        open_source("cache.parquet"), "index", Reader(norms="unit"), alpha=1.5, beta=4.0
+    )
     assert cache.class_names == ["ant", "bee", "cat"]
     queries = torch.from_numpy(unit_rows(10, 8, 7))
-    expected = 1.5 * torch.exp(-4.0 * (1 - queries @ torch.nn.functional.normalize(keys.float(), dim=0))) @ values
+    expected = (
+        1.5
+        * torch.exp(-4.0 * (1 - queries @ torch.nn.functional.normalize(keys.float(), dim=0)))
+        @ values
+    )
     np.testing.assert_allclose(cache.logits(queries).cpu(), expected, rtol=1e-4, atol=1e-4)

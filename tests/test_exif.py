@@ -20,7 +20,9 @@ from retrieval_tip.labelling.bursts import bursts
 
 START = datetime(2026, 3, 1, 23, 59, 55)
 LATITUDE, LONGITUDE = st.floats(-89.9, 89.9), st.floats(-179.9, 179.9)
-PHOTOS = st.lists(st.tuples(st.sampled_from(["a/", "b/", ""]), st.none() | st.integers(0, 60)), max_size=12)
+PHOTOS = st.lists(
+    st.tuples(st.sampled_from(["a/", "b/", ""]), st.none() | st.integers(0, 60)), max_size=12
+)
 
 
 @example(datetime(2000, 1, 1), 0.0, 1.9, "JPEG")  # 53.99... minutes
@@ -34,20 +36,24 @@ def test_time_and_place_are_read_from_exif(time, latitude, longitude, style):
 NAN, HUGE = IFDRational(0, 0), 2**32 - 1
 LATITUDES = [(NAN, 0, 0), (HUGE, HUGE, HUGE), (IFDRational(1, 0), 0, 0), (1, 2), (1, 2, 3, 4)]
 WRONG = [
-    *({GPS.GPSLatitude: latitude} for latitude in LATITUDES), *({GPS.GPSLatitudeRef: side} for side in ("E", "", 7)),
+    *({GPS.GPSLatitude: latitude} for latitude in LATITUDES),
+    *({GPS.GPSLatitudeRef: side} for side in ("E", "", 7)),
     {GPS.GPSLongitude: (180, 0, 1)},
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("wrong", WRONG, ids=str)
 def test_invalid_places_are_unknown(wrong):
     good = gps_of(48.5, 2.25)
     assert taken(encoded(gps=good))[1:] == (48.5, 2.25)
-    assert taken(encoded("2026:01:02 03:04:05", good | wrong)) == Taken(datetime(2026, 1, 2, 3, 4, 5))
+    assert taken(encoded("2026:01:02 03:04:05", good | wrong)) == Taken(
+        datetime(2026, 1, 2, 3, 4, 5)
+    )
 
 
 @pytest.mark.parametrize(
-    "text", ["0000:00:00 00:00:00", "    :  :     :  :  ", "2026:02:30 00:00:00", "x" * 60_000, b"\xff", 7]
+    "text",
+    ["0000:00:00 00:00:00", "    :  :     :  :  ", "2026:02:30 00:00:00", "x" * 60_000, b"\xff", 7],
 )
 def test_invalid_times_are_unknown(text):
     assert taken(encoded(text)) == UNKNOWN
@@ -71,7 +77,9 @@ def test_bursts_are_chains_of_photos_in_one_folder(photos, gap):
     linked = np.eye(n, dtype=bool)
     for i, (folder, second) in enumerate(photos):
         for j, (other, later) in enumerate(photos):
-            linked[i, j] |= folder == other and None not in (second, later) and abs(second - later) <= gap
+            linked[i, j] |= (
+                folder == other and None not in (second, later) and abs(second - later) <= gap
+            )
     for _ in range(n):
         linked = linked @ linked
     found = bursts(names, times, gap)
@@ -83,8 +91,17 @@ def test_bursts_are_chains_of_photos_in_one_folder(photos, gap):
 @pytest.fixture
 def traps(shared, tmp_path):
     """Photos in two folders: a burst of three, one photo later, one without a time, and one elsewhere."""
-    seconds = {"a/1.jpg": 0, "a/2.jpg": 8, "a/3.jpg": 16, "a/4.jpg": 60, "a/5.jpg": None, "b/1.jpg": 0}
-    for (name, second), (path, _) in zip(seconds.items(), caltech_photos(shared, "test", 6, 1), strict=True):
+    seconds = {
+        "a/1.jpg": 0,
+        "a/2.jpg": 8,
+        "a/3.jpg": 16,
+        "a/4.jpg": 60,
+        "a/5.jpg": None,
+        "b/1.jpg": 0,
+    }
+    for (name, second), (path, _) in zip(
+        seconds.items(), caltech_photos(shared, "test", 6, 1), strict=True
+    ):
         file = tmp_path / name
         file.parent.mkdir(exist_ok=True)
         time = None if second is None else f"{START + timedelta(seconds=second):%Y:%m:%d %H:%M:%S}"
@@ -96,17 +113,26 @@ def traps(shared, tmp_path):
 def test_classify_reports_exif_and_bursts(run, things, traps):
     plain = json_rows(run("classify", things, traps, "--top", 10, "--format", "json", "--exif"), 0)
     assert [row["taken_at"] for row in plain[1:3]] == ["2026-03-02 00:00:03", "2026-03-02 00:00:11"]
-    assert [(row["latitude"], row["longitude"]) for row in plain[4:]] == [(None, None), (-1.5, 36.75)]
+    assert [(row["latitude"], row["longitude"]) for row in plain[4:]] == [
+        (None, None),
+        (-1.5, 36.75),
+    ]
     assert plain[4]["taken_at"] is None
     chances = [dict(zip(row["labels"], row["probabilities"], strict=True)) for row in plain]
 
     gaps = {10: [1, 1, 1, 2, 3, 4], 7.5: [1, 2, 3, 4, 5, 6], 44: [1, 1, 1, 1, 2, 3]}
     for gap, expected in gaps.items():
-        found = json_rows(run("classify", things, traps, "--burst", gap, "--top", 3, "--format", "json"), 0)
+        found = json_rows(
+            run("classify", things, traps, "--burst", gap, "--top", 3, "--format", "json"), 0
+        )
         assert [row["input"] for row in found] == [row["input"] for row in plain]
         assert [row["burst"] for row in found] == expected
         for row in found:
-            own = [chance for chance, number in zip(chances, expected, strict=True) if number == row["burst"]]
+            own = [
+                chance
+                for chance, number in zip(chances, expected, strict=True)
+                if number == row["burst"]
+            ]
             mean = {label: np.mean([chance[label] for chance in own]) for label in own[0]}
             assert row["label"] == row["labels"][0]
             assert row["probabilities"] == pytest.approx([mean[label] for label in row["labels"]])
@@ -121,10 +147,16 @@ def test_a_burst_has_no_match_if_no_photo_of_it_has_one(run, things, traps, tmp_
     Image.effect_noise((300, 300), 200).convert("RGB").save(traps / "noise.jpg")
     (traps / "c").mkdir()
     for name in ("1.jpg", "2.jpg"):
-        (traps / "c" / name).write_bytes(encoded("2026:01:01 00:00:00", image=Image.open(traps / "noise.jpg")))
-    (traps / "a/6.jpg").write_bytes(encoded("2026:03:01 23:59:59", image=Image.open(traps / "noise.jpg")))
+        (traps / "c" / name).write_bytes(
+            encoded("2026:01:01 00:00:00", image=Image.open(traps / "noise.jpg"))
+        )
+    (traps / "a/6.jpg").write_bytes(
+        encoded("2026:03:01 23:59:59", image=Image.open(traps / "noise.jpg"))
+    )
     alone = json_rows(run("classify", index, traps, "--format", "json"), 0)
-    done = run("classify", index, traps, "--burst", 10, "--abstain", "auto", "--exif", "--format", "csv")
+    done = run(
+        "classify", index, traps, "--burst", 10, "--abstain", "auto", "--exif", "--format", "csv"
+    )
     found = list(csv.DictReader(io.StringIO(done.stdout)))
     expected = [row["no_match"] for row in alone]
     assert expected[5:6] + expected[7:] == [True] * 4

@@ -42,7 +42,9 @@ def folder(tmp_path):
 def all_of(reader, source):
     """Return the positions and features of all blocks."""
     blocks = list(reader.blocks(source))
-    return np.concatenate([b.positions for b in blocks]), np.concatenate([b.features for b in blocks])
+    return np.concatenate([b.positions for b in blocks]), np.concatenate(
+        [b.features for b in blocks]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -61,11 +63,15 @@ def by_hand(path, names, *, reduce=True):
     data, backbone = read_item(path), Fake()
     digest, image = hashlib.sha256(data).hexdigest(), images.decode(data)
     centre = backbone.preprocess(images.decode(data, 12) if reduce else image)
-    views = [centre if name == CENTRE else backbone.view(image, f"{digest}/{name}") for name in names]
+    views = [
+        centre if name == CENTRE else backbone.view(image, f"{digest}/{name}") for name in names
+    ]
     return digest, backbone.encode_images(torch.stack(views))
 
 
-numbers = st.lists(st.integers(0, 16), min_size=1, max_size=20).filter(lambda order: min(order) < 15)
+numbers = st.lists(st.integers(0, 16), min_size=1, max_size=20).filter(
+    lambda order: min(order) < 15
+)
 drawn_views = st.tuples(st.integers(1, 4), st.integers(1, 2))
 
 
@@ -85,21 +91,32 @@ def test_each_image_is_read_and_encoded_once(
         moved = shutil.copytree(Path(photos[0]).parent, tmp_path_factory.mktemp("moved") / "moved")
         first = view_names(before[1], before[0])
         known = set(first)
-        Reader(Fake(), cache=cache).encode_views(of_images(sorted(map(str, moved.iterdir()))), first)
+        Reader(Fake(), cache=cache).encode_views(
+            of_images(sorted(map(str, moved.iterdir()))), first
+        )
     for mean, own in ((True, names), (False, each)):
         backbone, fresh = Fake(), set(own) - known
         reads.clear()
         reader = Reader(backbone, number, seed, "check", batch_size, workers, cache)
         counted = replace(source, load=reads)
         result = reader.encode(counted) if mean else reader.encode_views(counted, own)
-        digests, known = [digest for digest, _ in found.values()], known | (set(own) if cached else set())
+        digests, known = (
+            [digest for digest, _ in found.values()],
+            known | (set(own) if cached else set()),
+        )
         assert reads == dict.fromkeys([Path(path).name for path in source.paths], 1)
         assert max(backbone.batches, default=0) <= batch_size
         assert len(set(digests)) * len(fresh) <= sum(backbone.batches) <= len(digests) * len(fresh)
-        paths = [path for path in (source.paths if mean else dict.fromkeys(source.paths)) if path in found]
+        paths = [
+            path
+            for path in (source.paths if mean else dict.fromkeys(source.paths))
+            if path in found
+        ]
         raw = [found[path][1][: len(own)] for path in paths]
         if mean:
-            assert result.positions.tolist() == [at for at, path in enumerate(source.paths) if path in found]
+            assert result.positions.tolist() == [
+                at for at, path in enumerate(source.paths) if path in found
+            ]
             assert result.digests == [found[path][0] for path in paths]
             raw = [views.mean(axis=0, keepdims=True) for views in raw]
         else:
@@ -114,7 +131,10 @@ def test_each_image_is_read_and_encoded_once(
 
 
 def test_reduction_only_changes_large_jpegs_and_those_little(photos):
-    pairs = [[unit(by_hand(path, [CENTRE], reduce=reduce)[1]) for reduce in (True, False)] for path in photos[11:15]]
+    pairs = [
+        [unit(by_hand(path, [CENTRE], reduce=reduce)[1]) for reduce in (True, False)]
+        for path in photos[11:15]
+    ]
     assert [np.array_equal(*pair) for pair in pairs] == [True, True, False, True]
     assert min((one * other).sum() for one, other in pairs) > 0.98
 
@@ -123,12 +143,17 @@ def test_an_unreadable_image_is_named(photos, caplog):
     reader, views = Reader(Fake()), view_names(1, 2)
     for _ in range(2):
         reader.encode_views(of_images(photos), views)
-    assert [skipped.reason.partition(":")[0] for skipped in reader.skipped] == ["not a readable image", "no such file"]
+    assert [skipped.reason.partition(":")[0] for skipped in reader.skipped] == [
+        "not a readable image",
+        "no such file",
+    ]
     assert caplog.text.count(photos[15]) == caplog.text.count(photos[16]) == 1
     for read in (Reader.encode, lambda reader, source: reader.encode_views(source, views)):
         with pytest.raises(InputError, match=r"15\.png: not a readable image"):
             read(Reader(Fake(), strict=True, batch_size=2), of_images(photos))
-        with pytest.raises(InputError, match=r"none of 2 images could be read .*not a readable image"):
+        with pytest.raises(
+            InputError, match=r"none of 2 images could be read .*not a readable image"
+        ):
             read(Reader(Fake()), of_images(photos[15:]))
         with pytest.raises(InputError, match=r"^[^(]*missing\.png"):
             read(Reader(Fake()), of_images(photos[16:]))
@@ -192,7 +217,8 @@ def test_an_image_without_a_usable_feature_is_skipped(folder):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"views": 0}, {"batch_size": 0}, {"workers": 0}, {"batch_size": -1}, {"norms": "sometimes"}]
+    "wrong",
+    [{"views": 0}, {"batch_size": 0}, {"workers": 0}, {"batch_size": -1}, {"norms": "sometimes"}],
 )
 def test_bad_settings_are_refused(wrong):
     with pytest.raises(UsageError, match=next(iter(wrong))):
@@ -229,15 +255,27 @@ def flipped(seed):
 OTHER = "(SELECT e.feature, e.crc FROM encodings e WHERE e.digest <> encodings.digest LIMIT 1)"
 DAMAGES = [
     # what damages the file, and at least how many images are encoded again if the file can still be used
-    *((updated(f"{column} = {value}"), 11) for column, value in (
-        ("feature", "zeroblob(24)"), ("crc", "crc + 1"), ("feature", "'text'"), ("crc", "'x'"),
-        ("(feature, crc)", OTHER),  # as if a bit of SQLite's own index had flipped: entries under the key of another
-    )),
+    *(
+        (updated(f"{column} = {value}"), 11)
+        for column, value in (
+            ("feature", "zeroblob(24)"),
+            ("crc", "crc + 1"),
+            ("feature", "'text'"),
+            ("crc", "'x'"),
+            (
+                "(feature, crc)",
+                OTHER,
+            ),  # as if a bit of SQLite's own index had flipped: entries under the key of another
+        )
+    ),
     *((flipped(seed), 0) for seed in range(8)),
     (lambda file: file.write_bytes(b"garbage" * 1000), 0),
     (lambda file: file.write_bytes(b"SQLite format 3\0" + b"\xff" * 5000), 0),
-    (lambda file: file.write_bytes(file.read_bytes()[:4096].ljust(file.stat().st_size, b"\xee")), 0),
-]  # fmt: skip
+    (
+        lambda file: file.write_bytes(file.read_bytes()[:4096].ljust(file.stat().st_size, b"\xee")),
+        0,
+    ),
+]
 
 
 @pytest.mark.parametrize(("damage", "fresh"), DAMAGES, ids=range(len(DAMAGES)))
@@ -248,7 +286,9 @@ def test_a_damaged_cache_never_gives_wrong_features(folder, tmp_path, damage, fr
     backbone = Fake()
     reader = Reader(backbone)
     try:
-        found = with_cache(tmp_path / "c", lambda cache: all_of(replace(reader, cache=cache), source))
+        found = with_cache(
+            tmp_path / "c", lambda cache: all_of(replace(reader, cache=cache), source)
+        )
     except InputError as error:
         assert fresh == 0
         assert "remove it, or give" in str(error)  # noqa: PT017
@@ -258,18 +298,25 @@ def test_a_damaged_cache_never_gives_wrong_features(folder, tmp_path, damage, fr
     assert reader.skipped == []  # the cache is damaged, not the images
     if fresh:
         again = Fake()
-        second = with_cache(tmp_path / "c", lambda cache: all_of(Reader(again, cache=cache), source))
+        second = with_cache(
+            tmp_path / "c", lambda cache: all_of(Reader(again, cache=cache), source)
+        )
         assert np.array_equal(second[1], right)
         assert again.batches == []
 
 
-def test_a_cache_that_cannot_be_used_is_refused_or_replaced_by_a_warning(tmp_path, monkeypatch, caplog):
+def test_a_cache_that_cannot_be_used_is_refused_or_replaced_by_a_warning(
+    tmp_path, monkeypatch, caplog
+):
     """It is refused if the user names it. The default is left out, with a warning."""
     (tmp_path / "file").write_text("x")
     (tmp_path / "d/encodings-2.sqlite").mkdir(parents=True)
     (tmp_path / "p").mkdir()
     os.mkfifo(tmp_path / "p/encodings-2.sqlite")
-    for place in (*(tmp_path / name for name in ("file", "file/below", "d", "p")), Path("/dev/null/x")):
+    for place in (
+        *(tmp_path / name for name in ("file", "file/below", "d", "p")),
+        Path("/dev/null/x"),
+    ):
         monkeypatch.setenv("RETRIEVAL_TIP_CACHE", str(place))
         caplog.clear()
         assert EncodingCache.default() is None
@@ -280,13 +327,19 @@ def test_a_cache_that_cannot_be_used_is_refused_or_replaced_by_a_warning(tmp_pat
 
 
 def test_environment_variables_set_the_cache_folder(monkeypatch):
-    places = {"RETRIEVAL_TIP_CACHE": "", "XDG_CACHE_HOME": "/retrieval-tip", "HOME": "/.cache/retrieval-tip"}
+    places = {
+        "RETRIEVAL_TIP_CACHE": "",
+        "XDG_CACHE_HOME": "/retrieval-tip",
+        "HOME": "/.cache/retrieval-tip",
+    }
     for number, name in enumerate(places):
         monkeypatch.setenv(name, f"/{number}")
     for number, (name, below) in enumerate(places.items()):
         assert EncodingCache.default_folder() == Path(f"/{number}{below}")
         monkeypatch.delenv(name)
-    monkeypatch.setattr(Path, "home", mock.Mock(side_effect=RuntimeError("Could not determine home directory.")))
+    monkeypatch.setattr(
+        Path, "home", mock.Mock(side_effect=RuntimeError("Could not determine home directory."))
+    )
     assert EncodingCache.default() is None
     with pytest.raises(UsageError, match="RETRIEVAL_TIP_CACHE"):
         EncodingCache.default_folder()
@@ -311,7 +364,13 @@ MEGABYTE = 1_000_000
 
 def keep(cache, name, number):
     for start in range(0, number, 10):
-        cache.put("s", {(f"{name}{i}", "centre"): np.full(512, i, np.float32) for i in range(start, start + 10)})
+        cache.put(
+            "s",
+            {
+                (f"{name}{i}", "centre"): np.full(512, i, np.float32)
+                for i in range(start, start + 10)
+            },
+        )
 
 
 def kept(cache, name, number):
@@ -340,7 +399,10 @@ def test_a_full_cache_drops_its_least_recently_used_entries(tmp_path):
         with_cache(tmp_path, lambda cache, name=name: keep(cache, name, 60))
     assert with_cache(tmp_path, lambda cache: kept(cache, "a", 60)) == 60  # this counts as a use
     with_cache(tmp_path, lambda cache: keep(cache, "d", 90))
-    left = {name: with_cache(tmp_path, lambda cache, name=name: kept(cache, name, 60)) for name in "abcd"}
+    left = {
+        name: with_cache(tmp_path, lambda cache, name=name: kept(cache, name, 60))
+        for name in "abcd"
+    }
     assert (left["a"], left["d"]) == (60, 60)
     assert left["b"] < 60
     assert left["c"] == 60 or left["b"] == 0
@@ -359,7 +421,10 @@ def _fills(folder, number):
 
 def test_two_processes_share_a_small_cache(tmp_path):
     with_cache(tmp_path, lambda cache: cache.limit(MEGABYTE))
-    workers = [multiprocessing.get_context().Process(target=_fills, args=(str(tmp_path), number)) for number in (0, 1)]
+    workers = [
+        multiprocessing.get_context().Process(target=_fills, args=(str(tmp_path), number))
+        for number in (0, 1)
+    ]
     for worker in workers:
         worker.start()
     for worker in workers:
@@ -391,13 +456,23 @@ def test_features_of_every_float_and_list_type_are_read(tmp_path, kind, lists):
 GOOD = [1.0, 0.0, 0.0, 0.0]
 MANY = list(unit_rows(10_000, 4))
 IN_MANY = {" with 3": [1.0, 0.0, 0.0], ": the feature contains": [np.nan] * 4, " without": None}
-NOT_LISTS = [[1.0, 2.0], [[1, 0], [0, 1]], [[[1.0]], [[1.0]]], [{"x": 1.0}] * 2, [None, None], [[None], [None]]]
+NOT_LISTS = [
+    [1.0, 2.0],
+    [[1, 0], [0, 1]],
+    [[[1.0]], [[1.0]]],
+    [{"x": 1.0}] * 2,
+    [None, None],
+    [[None], [None]],
+]
 BAD_ROWS = [
     ([GOOD, None, GOOD, None], "rows 1, 3 without a feature"),
     ([GOOD, GOOD, [1.0, 0.0]], "row 2 with 2 values; earlier rows have 4"),
     ([[], []], "row 0 has no values"),
     ([GOOD, [1.0, None, 0.0, 0.0]], "row 1 with a missing value"),
-    ([[np.inf, 0, 0, 0], GOOD, [0, -np.inf, 0, 0]], "rows 0, 2: the feature contains NaN or infinity"),
+    (
+        [[np.inf, 0, 0, 0], GOOD, [0, -np.inf, 0, 0]],
+        "rows 0, 2: the feature contains NaN or infinity",
+    ),
     ([GOOD, [1e300, 0, 0, 0]], "row 1: the feature contains NaN or infinity"),
     ([GOOD, [0.0, 0, 0, 0]], "row 1: the feature is zero"),
     ([GOOD, [2.0, 0, 0, 0]], "row 1: norm 2 instead of 1; use norms=unit"),
@@ -449,7 +524,9 @@ def test_norms_can_be_scaled_or_kept(tmp_path):
     check_backbone(None, 4, None, [open_items(huge)])
     assert np.allclose(read_all(huge, "unit"), unit_rows(6, 4), atol=1e-6)
     half = unit_rows(50, 512).astype(np.float16)  # of unit norm, up to rounding
-    assert np.array_equal(read_all(table_of(tmp_path / "h.parquet", list(half))), half.astype(np.float32))
+    assert np.array_equal(
+        read_all(table_of(tmp_path / "h.parquet", list(half))), half.astype(np.float32)
+    )
 
 
 def test_a_table_of_another_backbone_is_refused(tmp_path):
@@ -469,11 +546,17 @@ def test_a_table_of_another_backbone_is_refused(tmp_path):
 
 
 def test_an_encoded_table_contains_the_features_of_readable_images(folder, tmp_path):
-    lines = "".join(f"images/{n:02}.png,{'even' if n % 2 == 0 else 'odd'},note {n}\n" for n in range(12))
+    lines = "".join(
+        f"images/{n:02}.png,{'even' if n % 2 == 0 else 'odd'},note {n}\n" for n in range(12)
+    )
     (tmp_path / "list.csv").write_text(f"path,label,note\n{lines}")
     (folder / "03.png").write_bytes(b"")
     out = tmp_path / "caf\udce9.parquet"  # not UTF-8
-    source, reader, read = open_source(tmp_path / "list.csv"), Reader(Fake(), batch_size=5), [0, 1, 2, *range(4, 12)]
+    source, reader, read = (
+        open_source(tmp_path / "list.csv"),
+        Reader(Fake(), batch_size=5),
+        [0, 1, 2, *range(4, 12)],
+    )
     assert encode_table(source, out, reader) == 11
     assert len(reader.skipped) == 1
     table = pq.read_table(pa.BufferReader(out.read_bytes()))
@@ -561,8 +644,16 @@ def large_table(tmp_path_factory):
 
 
 @settings(max_examples=examples(60), deadline=None)
-@given(st.lists(st.integers(0, 12) | st.sampled_from([6667, 6670, 13_334, 13_340, 19_999]), min_size=1, max_size=20))
-def test_rows_can_be_taken_in_any_order_and_those_that_share_an_id_are_the_views_of_a_shot(large_table, order):
+@given(
+    st.lists(
+        st.integers(0, 12) | st.sampled_from([6667, 6670, 13_334, 13_340, 19_999]),
+        min_size=1,
+        max_size=20,
+    )
+)
+def test_rows_can_be_taken_in_any_order_and_those_that_share_an_id_are_the_views_of_a_shot(
+    large_table, order
+):
     whole, rows = large_table
     source = whole.take(order)
     positions, found = all_of(Reader(), source)
@@ -579,7 +670,10 @@ def test_rows_can_be_taken_in_any_order_and_those_that_share_an_id_are_the_views
 def test_the_parts_of_a_folder_are_one_table(tmp_path):
     rows, numbers = unit_rows(6, 4), [f"{row}" for row in range(6)]
     kinds = [pa.float32(), pa.float16(), pa.float64()]
-    halves = [pa.array(list(some), pa.list_(pa.float16())) for some in np.split(rows.astype(np.float16), 3)]
+    halves = [
+        pa.array(list(some), pa.list_(pa.float16()))
+        for some in np.split(rows.astype(np.float16), 3)
+    ]
     tables = [
         pa.table({"id": numbers[2 * i : 2 * i + 2], "feature": halves[i].cast(pa.list_(kind))})
         for i, kind in enumerate(kinds)
@@ -590,7 +684,9 @@ def test_the_parts_of_a_folder_are_one_table(tmp_path):
     source = pickle.loads(pickle.dumps(open_items(tmp_path / "x=1")))
     assert (source.sources, source.items.column_names) == (numbers, ["source"])
     order = [5, 0, 3, 3]
-    assert np.array_equal(Reader().encode(source.take(order)).features, rows.astype(np.float16)[order])
+    assert np.array_equal(
+        Reader().encode(source.take(order)).features, rows.astype(np.float16)[order]
+    )
     pq.write_table(pa.table({"id": ["a", "b"], "feature": [GOOD, [2.0, 0, 0, 0]]}), places[1])
     with pytest.raises(InputError, match=r"part-1\.parquet: row 1: norm 2"):
         Reader().encode(open_items(tmp_path / "x=1"))
@@ -609,7 +705,10 @@ def test_the_parts_of_a_folder_are_one_table(tmp_path):
 
 def test_few_of_many_parts_are_open_at_a_time(tmp_path):
     rows = unit_rows(100, 4)
-    write_parts(tmp_path / "parts", *(pa.table({"id": [str(at)], "feature": [rows[at]]}) for at in range(100)))
+    write_parts(
+        tmp_path / "parts",
+        *(pa.table({"id": [str(at)], "feature": [rows[at]]}) for at in range(100)),
+    )
 
     def opened():
         places = [link.readlink() for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
@@ -625,12 +724,20 @@ def test_few_of_many_parts_are_open_at_a_time(tmp_path):
 def test_labelled_features_in_memory_are_a_source(tmp_path):
     rows, labels = unit_rows(3, 4), ["x", "y", "x"]
     source = of_features(["a", "b", "c"], labels, rows)
-    assert (source.sources, source.labels, source.class_names) == (["a", "b", "c"], labels, ("x", "y"))
+    assert (source.sources, source.labels, source.class_names) == (
+        ["a", "b", "c"],
+        labels,
+        ("x", "y"),
+    )
     for one in (source, pickle.loads(pickle.dumps(source))):
         assert np.array_equal(Reader().encode(one).features, rows)
     built = build_index(source, tmp_path / "index", Reader(), fit="none", device="cpu")
     assert np.array_equal(np.sort(built.keys, axis=0), np.sort(rows, axis=0))
-    for norms, reason in (("check", "features: row 1: norm 2 instead of 1"), ("unit", None), ("keep", None)):
+    for norms, reason in (
+        ("check", "features: row 1: norm 2 instead of 1"),
+        ("unit", None),
+        ("keep", None),
+    ):
         long = of_features(["a", "b", "c"], labels, rows * np.float32([[1], [2], [1]]))
         if reason:
             with pytest.raises(InputError, match=reason):
@@ -643,7 +750,10 @@ def test_labelled_features_in_memory_are_a_source(tmp_path):
     table = of_features(["a", "b", "c"], labels, joined, parts)
     assert table.table.parts(parts) == parts
     assert Reader(parts=parts).encode(table).features == pytest.approx(joined, abs=1e-6)
-    for sources, reason in ((["a", "b", ""], "row 2 without an id"), (["a", "b", "x" * 5000], "longer than")):
+    for sources, reason in (
+        (["a", "b", ""], "row 2 without an id"),
+        (["a", "b", "x" * 5000], "longer than"),
+    ):
         with pytest.raises(InputError, match=f"features: .*{reason}"):
             of_features(sources, labels, rows)
     with pytest.raises(InputError, match="features: has no rows"):
@@ -658,6 +768,9 @@ def test_views_of_tables_raise_the_errors_of_blocks(tmp_path):
         Reader().encode_views(source, [])
     views = Reader(norms="unit").encode_views(source, [])
     assert np.allclose(np.concatenate(list(views.values())), unit_rows(3, 4), atol=1e-6)
-    other = with_identity(tmp_path / "o.parquet", json.dumps(replace(IDENTITY, weights="sha256:09").to_dict()).encode())
+    other = with_identity(
+        tmp_path / "o.parquet",
+        json.dumps(replace(IDENTITY, weights="sha256:09").to_dict()).encode(),
+    )
     with pytest.raises(BackboneError, match=r"o\.parquet"):
         Reader(Fake()).encode_views(open_items(other), [])

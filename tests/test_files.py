@@ -10,7 +10,15 @@ from pathlib import Path
 import pytest
 
 from retrieval_tip.errors import InputError
-from retrieval_tip.files import NotAFileError, make_folders, map_regular, open_regular, read_regular, real, replacing
+from retrieval_tip.files import (
+    NotAFileError,
+    make_folders,
+    map_regular,
+    open_regular,
+    read_regular,
+    real,
+    replacing,
+)
 
 
 def _socket(path):
@@ -92,7 +100,15 @@ def test_folders_of_any_depth_are_created(tmp_path, monkeypatch):
     assert Path("a/b/c").is_dir()
     Path("a/file").touch()
     Path("dangling").symlink_to("nowhere")
-    for name in ("a/file", "a/file/b", "dangling", "dangling/b", "/".join("a" * 3000), "x/" + "b" * 300, "/proc/x/y"):
+    for name in (
+        "a/file",
+        "a/file/b",
+        "dangling",
+        "dangling/b",
+        "/".join("a" * 3000),
+        "x/" + "b" * 300,
+        "/proc/x/y",
+    ):
         before = sorted(tmp_path.rglob("*"))
         with pytest.raises(OSError, match=r"Errno"):
             make_folders(name)
@@ -110,7 +126,9 @@ def test_circular_links_are_resolved(tmp_path):
     assert real(tmp_path / "loop").parent == real(tmp_path)
 
 
-@pytest.mark.parametrize("path", ["/proc/kmsg", "/proc/self/pagemap", "/proc/kcore", "/sys/kernel/mm/ksm/run"])
+@pytest.mark.parametrize(
+    "path", ["/proc/kmsg", "/proc/self/pagemap", "/proc/kcore", "/sys/kernel/mm/ksm/run"]
+)
 def test_files_of_the_kernel_are_refused(path, tmp_path):
     """They look regular, but may be endless or never answer."""
     if not Path(path).exists():
@@ -125,7 +143,10 @@ def test_files_of_the_kernel_are_refused(path, tmp_path):
 
 @pytest.mark.skipif(os.name != "posix", reason="SKIPPED: needs locks on files")
 def test_the_next_writer_removes_the_files_of_a_killed_one(tmp_path):
-    out, others = tmp_path / "x.csv", [".y.csv.0123abcd.tmp", ".x.csv.old.tmp", ".x.csv.tmp", "x.csv.0123abcd.tmp"]
+    out, others = (
+        tmp_path / "x.csv",
+        [".y.csv.0123abcd.tmp", ".x.csv.old.tmp", ".x.csv.tmp", "x.csv.0123abcd.tmp"],
+    )
     for name in others:
         (tmp_path / name).touch()
     (tmp_path / ".x.csv.0123abcd.tmp").symlink_to(tmp_path / "elsewhere")

@@ -39,14 +39,23 @@ def test_an_example_finds_similar_photos(things, lit_mini, inbox, run):
         features[str(path)] = Reader(lit_mini).encode(next(open_inputs([str(path)]))).features[0]
     example = features[str(inbox / "0.jpg")]
     others = {str(inbox / f"{place}.jpg") for place in range(1, 6)}
-    expected = {name: float(feature @ example) for name, feature in features.items() if name in others}
+    expected = {
+        name: float(feature @ example) for name, feature in features.items() if name in others
+    }
     done = run("find", inbox, inbox / "0.jpg", "--index", things, "--format", "json")
     assert (done.exit_code, "searched 7 photos" in done.stderr) == (3, True)
     rows = json_rows(done)
     assert [row["rank"] for row in rows] == [1, 2, 3, 4, 5]  # without the copies of the example
     assert [row["input"] for row in rows] == sorted(expected, key=expected.get, reverse=True)
-    assert [row["similarity"] for row in rows] == pytest.approx(sorted(expected.values(), reverse=True), abs=1e-3)
-    assert json_rows(run("find", inbox, inbox / "0.jpg", "-n", 2, "--index", things, "--format", "json")) == rows[:2]
+    assert [row["similarity"] for row in rows] == pytest.approx(
+        sorted(expected.values(), reverse=True), abs=1e-3
+    )
+    assert (
+        json_rows(
+            run("find", inbox, inbox / "0.jpg", "-n", 2, "--index", things, "--format", "json")
+        )
+        == rows[:2]
+    )
     assert cache.metric is None
 
 
@@ -67,9 +76,16 @@ def test_without_an_index_the_options_or_the_table_name_the_encoder(lit_mini, in
     expected = json_rows(run("find", inbox, "an aeroplane", *model, "--format", "json"))
     found = json_rows(run("find", table, "an aeroplane", "--format", "json"))
     assert len(expected) == 7
-    assert [Path(row["input"]).name for row in found] == [Path(row["input"]).name for row in expected]
-    features = {Path(row["id"]).name: np.array(row["feature"]) for row in pq.read_table(table).to_pylist()}
-    nearest = max((f"{place}.jpg" for place in range(1, 6)), key=lambda name: features[name] @ features["0.jpg"])
+    assert [Path(row["input"]).name for row in found] == [
+        Path(row["input"]).name for row in expected
+    ]
+    features = {
+        Path(row["id"]).name: np.array(row["feature"]) for row in pq.read_table(table).to_pylist()
+    }
+    nearest = max(
+        (f"{place}.jpg" for place in range(1, 6)),
+        key=lambda name: features[name] @ features["0.jpg"],
+    )
     alike = json_rows(run("find", table, inbox / "0.jpg", "--format", "json"))
     assert Path(alike[0]["input"]).name == nearest
     pairs = json_rows(run("find", table, "--duplicates", "--format", "json"))
@@ -78,14 +94,18 @@ def test_without_an_index_the_options_or_the_table_name_the_encoder(lit_mini, in
 
 def test_near_identical_photos_are_listed(things, inbox, run):
     rows = json_rows(run("find", inbox, "--duplicates", "--index", things, "--format", "json"))
-    assert [(row["input"], row["other"]) for row in rows] == [(str(inbox / "0.jpg"), str(inbox / "copy.jpg"))]
+    assert [(row["input"], row["other"]) for row in rows] == [
+        (str(inbox / "0.jpg"), str(inbox / "copy.jpg"))
+    ]
     assert rows[0]["kind"] == "identical image"
 
 
 def index_of(metric=False):
     cache = cache_of(unit_rows(6, 8), [0, 0, 1, 1, 2, 2], ["a", "b", "c"], device="cpu")
     if metric:
-        cache.metric = Metric(torch.from_numpy(unit_rows(1, 8, 1)[0]), torch.from_numpy(unit_rows(8, 8, 2)))
+        cache.metric = Metric(
+            torch.from_numpy(unit_rows(1, 8, 1)[0]), torch.from_numpy(unit_rows(8, 8, 2))
+        )
     return cache
 
 
@@ -97,16 +117,25 @@ class Fixed(Reader):
             yield from super().blocks(source)
             return
         numbers = [int(Path(path).read_text()) for path in source.paths]
-        yield FeatureBlock(np.arange(len(numbers)), unit_rows(40, 8, 3)[numbers], [str(number) for number in numbers])
+        yield FeatureBlock(
+            np.arange(len(numbers)),
+            unit_rows(40, 8, 3)[numbers],
+            [str(number) for number in numbers],
+        )
 
 
 @pytest.mark.parametrize("metric", [True, False])
 def test_the_best_photos_of_many_blocks_match_the_definition(metric, tmp_path):
     features, index = unit_rows(40, 8, 3), index_of(metric)
     ids = np.arange(40).astype(str)
-    tables = [write_table(tmp_path / f"{i}.parquet", features[i::4], ids=ids[i::4].tolist()) for i in range(4)]
+    tables = [
+        write_table(tmp_path / f"{i}.parquet", features[i::4], ids=ids[i::4].tolist())
+        for i in range(4)
+    ]
     (tmp_path / "x.jpg").write_text("7")
-    found, total = find_photos(list(open_inputs(map(str, tables))), Fixed(), str(tmp_path / "x.jpg"), 9, index)
+    found, total = find_photos(
+        list(open_inputs(map(str, tables))), Fixed(), str(tmp_path / "x.jpg"), 9, index
+    )
     points = features.astype(float)
     if metric:
         points = unit((points - index.metric.mean.numpy()) @ index.metric.transform.numpy())
@@ -121,7 +150,11 @@ def test_all_pairs_are_compared_up_to_a_limit(tmp_path, monkeypatch):
     features = unit_rows(60, 8)
     features[30:40] = unit(features[:10] + 0.01 * unit_rows(10, 8, 1))
     features[50] = features[51]
-    source = list(open_inputs([str(write_table(tmp_path / "t.parquet", features, ids=[str(i) for i in range(60)]))]))
+    source = list(
+        open_inputs(
+            [str(write_table(tmp_path / "t.parquet", features, ids=[str(i) for i in range(60)]))]
+        )
+    )
     table, found = find_duplicates(source, Reader(), 5)
     a, b = np.triu_indices(60, 1)
     near = (features[a] * features[b]).sum(axis=1) >= 0.98
@@ -129,7 +162,11 @@ def test_all_pairs_are_compared_up_to_a_limit(tmp_path, monkeypatch):
     assert table["kind"].to_pylist()[0] == "identical feature"
     monkeypatch.setattr(find, "MOST_PHOTOS", 10)
     table, found = find_duplicates(source, Reader(), 5)
-    assert (found.compared, table["input"].to_pylist(), table["other"].to_pylist()) == ("digests", ["50"], ["51"])
+    assert (found.compared, table["input"].to_pylist(), table["other"].to_pylist()) == (
+        "digests",
+        ["50"],
+        ["51"],
+    )
 
 
 def test_invalid_queries_are_refused(tmp_path, run):

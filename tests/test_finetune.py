@@ -57,7 +57,11 @@ def shots_table(path, counts=None, spread=0.05, order=3):
     counts = counts or [1 + i % 4 for i in range(SHOTS)]
     shot = np.repeat(np.arange(SHOTS), counts)
     rows = unit(keys[shot] + spread * generator.standard_normal((len(shot), D)))
-    turn = np.arange(len(shot)) if order is None else np.random.default_rng(order).permutation(len(shot))
+    turn = (
+        np.arange(len(shot))
+        if order is None
+        else np.random.default_rng(order).permutation(len(shot))
+    )
     names = [f"shot {shot[i]}" for i in turn]
     return open_source(write_table(path, rows[turn], [NAMES[ids[shot[i]]] for i in turn], names))
 
@@ -101,8 +105,12 @@ def plain(cache, shots, recipe):
     ids = torch.tensor([label[shots.labels[position]] for position in views])
     every = np.concatenate(list(views.values()))
     features, (val, truth) = torch.from_numpy(every), map(torch.from_numpy, clusters(60, C, D, 2))
-    keys = torch.nn.Parameter(torch.from_numpy(np.array(cache.keys)), requires_grad="keys" in recipe.train)
-    values = torch.nn.Parameter(functional.one_hot(cache.class_ids).float(), requires_grad="values" in recipe.train)
+    keys = torch.nn.Parameter(
+        torch.from_numpy(np.array(cache.keys)), requires_grad="keys" in recipe.train
+    )
+    values = torch.nn.Parameter(
+        functional.one_hot(cache.class_ids).float(), requires_grad="values" in recipe.train
+    )
     trained = [x for x in (keys, values) if x.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-3, eps=1e-4, weight_decay=0.01)
     steps = recipe.epochs * math.ceil(len(ids) / finetune.BATCH)
@@ -110,8 +118,13 @@ def plain(cache, shots, recipe):
     history, curve = [], []
 
     def logits_of(f):
-        cache_logits = ((-1) * (cache.settings.beta - cache.settings.beta * (f @ keys.T))).exp() @ values
-        return cache.settings.logit_scale * f @ cache.text_weights.T + cache_logits * cache.settings.alpha
+        cache_logits = (
+            (-1) * (cache.settings.beta - cache.settings.beta * (f @ keys.T))
+        ).exp() @ values
+        return (
+            cache.settings.logit_scale * f @ cache.text_weights.T
+            + cache_logits * cache.settings.alpha
+        )
 
     for epoch in range(-1, recipe.epochs):
         total, right = 0.0, 0
@@ -130,7 +143,10 @@ def plain(cache, shots, recipe):
                 right += int((logits.argmax(1) == ids[batch]).sum())
         held = logits_of(val).detach()
         history.append((keys.detach().clone(), values.detach().clone()))
-        judged = functional.cross_entropy(held, truth).item(), float((held.argmax(1) == truth).double().mean())
+        judged = (
+            functional.cross_entropy(held, truth).item(),
+            float((held.argmax(1) == truth).double().mean()),
+        )
         curve.append([total / len(ids), right / len(ids), *judged])
     return history, np.array(curve)
 
@@ -157,9 +173,13 @@ def test_twenty_epochs_match_plain_torch(shots, val, train, with_val):
     assert [row["epoch"] for row in rows] == list(range(21))
     assert math.isnan(rows[0]["loss"])
     assert [row["seconds"] for row in rows] == sorted(row["seconds"] for row in rows)
-    by_column = [[row[name] for row in rows] for name in ("loss", "accuracy", "val_loss", "val_accuracy")]
+    by_column = [
+        [row[name] for row in rows] for name in ("loss", "accuracy", "val_loss", "val_accuracy")
+    ]
     np.testing.assert_allclose(np.array(by_column[:2]).T[1:], curve[1:, :2], rtol=1e-5)
-    assert curve[-1, 0] < curve[1, 0] or train == ("values",)  # so few steps hardly change values of 1
+    assert curve[-1, 0] < curve[1, 0] or train == (
+        "values",
+    )  # so few steps hardly change values of 1
     if with_val:
         np.testing.assert_allclose(np.array(by_column[2:]).T, curve[:, 2:], rtol=1e-5)
     else:
@@ -172,7 +192,8 @@ def test_twenty_epochs_match_plain_torch(shots, val, train, with_val):
 def test_only_the_same_seed_gives_the_same_bits(shots, val):
     recipe = replace(OWN, train=("keys", "values"))
     one, same, other = (
-        finetune.finetune(index(), shots, Reader(), replace(recipe, seed=seed), val=val) for seed in (1, 1, 2)
+        finetune.finetune(index(), shots, Reader(), replace(recipe, seed=seed), val=val)
+        for seed in (1, 1, 2)
     )
     assert np.array_equal(one.index.keys, same.index.keys)
     assert torch.equal(one.index.values, same.index.values)
@@ -207,7 +228,13 @@ def test_the_result_can_be_saved_with_its_provenance(shots, val, tmp_path, train
     assert "temperature" not in found.provenance
     record = found.provenance["finetune"]
     assert record == json.loads(json.dumps(tuned.record))
-    expected = {"parent": str(tmp_path / "parent"), "parent_version": 1, "train": list(train), "epochs": 20, "seed": 1}
+    expected = {
+        "parent": str(tmp_path / "parent"),
+        "parent_version": 1,
+        "train": list(train),
+        "epochs": 20,
+        "seed": 1,
+    }
     expected |= {"lr": 1e-3, "epoch": tuned.record["epoch"]}
     expected |= {"shots": shots.name, "val": val.name, "collapsed": None}
     assert {name: record[name] for name in expected} == expected
@@ -219,7 +246,9 @@ def test_the_result_can_be_saved_with_its_provenance(shots, val, tmp_path, train
 
 
 def test_a_fine_tuned_index_can_be_fine_tuned_again(shots, val):
-    first = finetune.finetune(index(), shots, Reader(), replace(OWN, train=("keys", "values")), val=val)
+    first = finetune.finetune(
+        index(), shots, Reader(), replace(OWN, train=("keys", "values")), val=val
+    )
     again = finetune.finetune(first.index, shots, Reader(), replace(OWN, seed=2, epochs=8))
     assert not np.array_equal(first.index.keys, again.index.keys)
     assert torch.equal(first.index.values, again.index.values)  # used, but not trained
@@ -228,7 +257,10 @@ def test_a_fine_tuned_index_can_be_fine_tuned_again(shots, val):
 
 def test_an_index_in_half_precision_is_close_to_float32(shots, tmp_path):
     recipe = replace(OWN, epochs=20)
-    exact, near = (finetune.finetune(index(dtype=dtype), shots, Reader(), recipe) for dtype in (np.float32, np.float16))
+    exact, near = (
+        finetune.finetune(index(dtype=dtype), shots, Reader(), recipe)
+        for dtype in (np.float32, np.float16)
+    )
     near.save(tmp_path / "tuned")
     found = verify(tmp_path / "tuned")
     assert found.keys.dtype == "float16"
@@ -240,7 +272,9 @@ def test_an_index_in_half_precision_is_close_to_float32(shots, tmp_path):
 
 def kept_by_definition(curve, n):
     """Return the latest epoch within a standard error of the best, or 0 if no epoch beats no training."""
-    if not any(a > curve[0][0] or (a == curve[0][0] and loss < curve[0][1]) for a, loss in curve[1:]):
+    if not any(
+        a > curve[0][0] or (a == curve[0][0] and loss < curve[0][1]) for a, loss in curve[1:]
+    ):
         return 0
     best = max(a for a, _ in curve)
     return max(e for e, (a, _) in enumerate(curve) if a >= best - math.sqrt(best * (1 - best) / n))
@@ -272,10 +306,16 @@ def test_the_kept_epoch_follows_the_rule(material, monkeypatch):
     monkeypatch.setattr(finetune, "BATCH", 1024)
 
     @settings(max_examples=examples(150), deadline=None)
-    @example([(30, 1.0), (30, 1.0), (24, 0.5)])  # no epoch is better: a lower loss does not outweigh accuracy
+    @example(
+        [(30, 1.0), (30, 1.0), (24, 0.5)]
+    )  # no epoch is better: a lower loss does not outweigh accuracy
     @example([(30, 1.0), (30, 0.9)])  # equal accuracy, lower loss
     @example([(30, 1.0), (48, 0.9), (46, 0.9), (42, 0.9)])  # a standard error of 0.8 on 60 is 0.052
-    @given(st.lists(st.tuples(st.integers(40, 60), st.sampled_from([0.5, 0.6, 0.7])), min_size=2, max_size=9))
+    @given(
+        st.lists(
+            st.tuples(st.integers(40, 60), st.sampled_from([0.5, 0.6, 0.7])), min_size=2, max_size=9
+        )
+    )
     def check(made):
         curve = [(right / 60, loss) for right, loss in made]
         cache = index()
@@ -303,7 +343,9 @@ def test_a_collapse_is_reported_and_discarded(
     if tuned.record["collapsed"] is None:  # no collapse: the kept epoch is sound
         assert not any("collapsed" in message for message in fell)
     else:
-        assert fell == ["training collapsed: {collapsed}; kept epoch {epoch}".format(**tuned.record)]
+        assert fell == [
+            "training collapsed: {collapsed}; kept epoch {epoch}".format(**tuned.record)
+        ]
         assert tuned.record["epoch"] < len(tuned.index.curve) - 1 <= epochs
     if "keys" in train:  # an exponential overflows, but values may be of any size
         assert tuned.record["collapsed"] is not None
@@ -317,18 +359,28 @@ def test_a_collapse_is_reported_and_discarded(
 
 def test_shots_are_the_sources_of_the_keys(shots, tmp_path):
     rows = unit_rows(3, D)
-    extra = open_source(write_table(tmp_path / "more.parquet", rows, NAMES[:3], ["shot 3", "other", "shot 0"]))
+    extra = open_source(
+        write_table(tmp_path / "more.parquet", rows, NAMES[:3], ["shot 3", "other", "shot 0"])
+    )
     assert shots_of(index(), extra).sources == ["shot 3", "shot 0"]
     assert shots_of(index(), shots).sources == shots.sources
     none = open_source(write_table(tmp_path / "none.parquet", rows, NAMES[:3], ["a", "b", "c"]))
-    with pytest.raises(InputError, match=r"none\.parquet: none of its 3 items is a shot of the index.*'shot 0'.*'a'"):
+    with pytest.raises(
+        InputError,
+        match=r"none\.parquet: none of its 3 items is a shot of the index.*'shot 0'.*'a'",
+    ):
         shots_of(index(), none)
 
 
 def test_shots_and_validation_images_must_match_the_index(shots, tmp_path):
-    foreign = open_source(write_table(tmp_path / "foreign.parquet", unit_rows(2, D), ["class 0", "zebra"]))
+    foreign = open_source(
+        write_table(tmp_path / "foreign.parquet", unit_rows(2, D), ["class 0", "zebra"])
+    )
     longer = open_source(write_table(tmp_path / "longer.parquet", unit_rows(2, D + 1), NAMES[:2]))
-    for given_, words in ((foreign, "foreign.parquet.*zebra"), (longer, f"longer.parquet.*{D + 1}.*{D}")):
+    for given_, words in (
+        (foreign, "foreign.parquet.*zebra"),
+        (longer, f"longer.parquet.*{D + 1}.*{D}"),
+    ):
         for arguments in ({"shots": given_}, {"shots": shots, "val": given_}):
             with pytest.raises(InputError, match=words) as error:
                 finetune.finetune(index(), reader=Reader(), recipe=OWN, **arguments)
@@ -372,7 +424,9 @@ def test_validation_images_have_one_view_for_any_encoder_settings(lit_mini, phot
     shots, val = source.take([0, 1, 8, 9, 16]), source.take([2, 10, 18])
     recipe = replace(OWN, epochs=2)
     one, other = (
-        finetune.finetune(cache, shots, Reader(lit_mini, views=views, seed=seed), recipe, val=val).index.curve
+        finetune.finetune(
+            cache, shots, Reader(lit_mini, views=views, seed=seed), recipe, val=val
+        ).index.curve
         for views, seed in ((1, 1), (4, 7))
     )
     assert without_seconds(one) == without_seconds(other)
@@ -383,7 +437,9 @@ def test_training_draws_one_view_of_each_photo(lit_mini, photos, monkeypatch):
     cache, source = photos
     recipe = Recipe()
     first = [source.labels.index(name) for name in cache.class_names[:3]]
-    chosen = source.take([first[0], first[0], first[0] + 1, first[1], first[1] + 1, first[2], first[0] + 1])
+    chosen = source.take(
+        [first[0], first[0], first[0] + 1, first[1], first[1] + 1, first[2], first[0] + 1]
+    )
     material, seen = _Material.of(cache, chosen, Reader(lit_mini), recipe, None), set()
     every = Reader(lit_mini).encode_views(chosen.take([0, 2, 3, 4, 5]), view_names(recipe.seed, 3))
     for epoch in range(40):
@@ -406,7 +462,12 @@ HELPFUL = ("--epochs", 20, "--lr", 0.03)
 def place(tmp_path, run):
     """An index of the shots, a table of their views, and tables for validation and test."""
     features, ids = clusters(SHOTS, C, D, 1)
-    write_table(tmp_path / "train.parquet", features, [NAMES[i] for i in ids], [f"shot {i}" for i in range(SHOTS)])
+    write_table(
+        tmp_path / "train.parquet",
+        features,
+        [NAMES[i] for i in ids],
+        [f"shot {i}" for i in range(SHOTS)],
+    )
     write_table(tmp_path / "text.parquet", unit_rows(C, D, 5), NAMES)
     shots_table(tmp_path / "views.parquet", [2] * SHOTS, 0.02)
     for name, n, seed in (("val", 30, 3), ("test", 60, 4)):
@@ -418,13 +479,20 @@ def place(tmp_path, run):
 def fitted_index(run, place, *more):
     """Build the index of the shots, by default with a closed-form fit."""
     text = ("--text", place / "text.parquet", "--logit-scale", 10)
-    assert run("index", "build", place / "train.parquet", *text, *more, "--out", place / "index").exit_code == 0
+    assert (
+        run(
+            "index", "build", place / "train.parquet", *text, *more, "--out", place / "index"
+        ).exit_code
+        == 0
+    )
     return Index.load(place / "index", device="cpu")
 
 
 def tune(run, place, *more, out=None):
     out = place / "tuned" if out is None else out
-    return run("finetune", place / "index", "--out", out, "--source", place / "views.parquet", *more)
+    return run(
+        "finetune", place / "index", "--out", out, "--source", place / "views.parquet", *more
+    )
 
 
 def test_finetune_trains_on_the_source_of_the_index_by_default(run, place):
@@ -476,12 +544,15 @@ def test_the_printed_accuracy_is_of_held_out_photos(run, place):
     """Random labels can be memorised, but tell nothing about held-out shots."""
     rows = pq.read_table(place / "views.parquet")
     names = sorted(set(rows["id"].to_pylist()))
-    drawn = dict(zip(names, np.random.default_rng(0).choice(NAMES, len(names)).tolist(), strict=True))
+    drawn = dict(
+        zip(names, np.random.default_rng(0).choice(NAMES, len(names)).tolist(), strict=True)
+    )
     for name in ("train", "views"):
         table = pq.read_table(place / f"{name}.parquet")
         column = pa.array([drawn[one] for one in table["id"].to_pylist()])
         pq.write_table(
-            table.set_column(table.schema.get_field_index("label"), "label", column), place / f"{name}.parquet"
+            table.set_column(table.schema.get_field_index("label"), "label", column),
+            place / f"{name}.parquet",
         )
     index, shots = fitted_index(run, place), open_source(place / "views.parquet")
     tuned = finetune.finetune(index, shots, Reader(), Recipe(epochs=40, lr=0.03))
@@ -495,11 +566,17 @@ def test_validation_accuracy_is_measured_before_and_after_training(run, place):
     """Python gives the result of the command."""
     cache = Index.load(place / "index", device="cpu")
     shots, val = (open_source(place / f"{name}.parquet") for name in ("views", "val"))
-    printed = json.loads(tune(run, place, "--val", place / "val.parquet", *HELPFUL, "--json").stdout)
+    printed = json.loads(
+        tune(run, place, "--val", place / "val.parquet", *HELPFUL, "--json").stdout
+    )
     assert printed["kept"] == "trained"
     assert (printed["before"], printed["n"]) == (pytest.approx(accuracy(cache, 30, 3)), len(val))
-    assert printed["after"] == pytest.approx(accuracy(Index.load(place / "tuned", device="cpu"), 30, 3))
-    tuned = finetune.finetune_into(place / "again", cache, shots, Reader(), Recipe(epochs=20, lr=0.03), val=val)
+    assert printed["after"] == pytest.approx(
+        accuracy(Index.load(place / "tuned", device="cpu"), 30, 3)
+    )
+    tuned = finetune.finetune_into(
+        place / "again", cache, shots, Reader(), Recipe(epochs=20, lr=0.03), val=val
+    )
     assert tuned.facts() | {"seconds": 0} == printed | {"seconds": 0}
     one, other = (Index.load(place / name, device="cpu") for name in ("tuned", "again"))
     assert np.array_equal(one.keys, other.keys)
@@ -514,7 +591,12 @@ def test_single_shots_are_not_held_out_and_a_message_says_so(run, place):
     result = tune(run, place, "--epochs", 1, "--json")
     assert result.exit_code == 0, result.stderr
     printed = json.loads(result.stdout)
-    assert (printed["kept"], printed["before"], printed["after"], printed["n"]) == ("trained", None, None, None)
+    assert (printed["kept"], printed["before"], printed["after"], printed["n"]) == (
+        "trained",
+        None,
+        None,
+        None,
+    )
     assert "--val" in result.stderr
 
 
@@ -525,7 +607,9 @@ def test_single_shots_are_not_held_out_and_a_message_says_so(run, place):
 def test_fine_tuning_does_not_lower_accuracy_on_real_features(shared, tmp_path):
     from retrieval_tip.data.source import few_shot
 
-    train, test = (open_source(shared / f"data/clip-food9/{part}.parquet") for part in ("train", "test"))
+    train, test = (
+        open_source(shared / f"data/clip-food9/{part}.parquet") for part in ("train", "test")
+    )
     text = Reader().encode(words := open_source(shared / "data/clip-food9/text.parquet")).features
     before, after = [], []
     for seed in (1, 2):
@@ -533,7 +617,13 @@ def test_fine_tuning_does_not_lower_accuracy_on_real_features(shared, tmp_path):
         own_settings = Settings(alpha=1.17, beta=5.5)
         features = Reader().encode(own).features
         cache = Index.from_features(
-            features, own.labels, words.labels, text, settings=own_settings, sources=own.sources, device="cpu"
+            features,
+            own.labels,
+            words.labels,
+            text,
+            settings=own_settings,
+            sources=own.sources,
+            device="cpu",
         )
         tuned = finetune.finetune(cache, shots_of(cache, own), Reader(), Recipe(seed=seed)).index
         queries, ids = Reader().encode(test).features, cache.ids_of(test)
@@ -548,7 +638,8 @@ def test_fine_tuning_does_not_lower_accuracy_on_real_features(shared, tmp_path):
 def test_training_on_a_gpu_matches_the_cpu(shots, val, train):
     recipe = replace(OWN, train=train, epochs=20)
     cpu, gpu, again = (
-        finetune.finetune(index(device=device), shots, Reader(), recipe, val=val) for device in ("cpu", "cuda", "cuda")
+        finetune.finetune(index(device=device), shots, Reader(), recipe, val=val)
+        for device in ("cpu", "cuda", "cuda")
     )
     assert np.array_equal(gpu.index.keys, again.index.keys)
     moved_by = cpu.index.keys - index().keys

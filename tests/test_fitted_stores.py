@@ -31,7 +31,11 @@ from retrieval_tip.retrieval import ridge
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("bucket", "one_thread")]
 
-FORMS = {"solved": ("within", "solved"), "metric": ("within", "one-hot"), "values": ("none", "solved")}
+FORMS = {
+    "solved": ("within", "solved"),
+    "metric": ("within", "one-hot"),
+    "values": ("none", "solved"),
+}
 """Metric and values of each form."""
 NAMES = [f"class {i}" for i in range(5)]
 QUERIES = clusters(4, seed=5)[0]
@@ -41,7 +45,9 @@ KINDS = ("folder", "lance")
 def table(path, shots=8, seed=0, prefix="it's"):
     keys, ids = clusters(shots, seed)
     order = np.random.default_rng(1).permutation(len(ids))  # a source has random order
-    return write_table(path, keys[order], [NAMES[i] for i in ids[order]], [f"{prefix} {i}" for i in order])
+    return write_table(
+        path, keys[order], [NAMES[i] for i in ids[order]], [f"{prefix} {i}" for i in order]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +60,14 @@ def built(tmp_path_factory):
     for name, (metric, values) in (FORMS | {"plain": ("none", "one-hot")}).items():
         for kind in KINDS:
             found[name, kind] = made(place, kind, f"{name}-{kind}")
-            words = ["index", "build", place / "train.parquet", "--text", place / "text.parquet", "--out"]
+            words = [
+                "index",
+                "build",
+                place / "train.parquet",
+                "--text",
+                place / "text.parquet",
+                "--out",
+            ]
             words += [found[name, kind], "--metric", metric, "--values", values]
             done(CliRunner().invoke(main, [str(word) for word in words]))
     return found
@@ -66,14 +79,19 @@ def opened(*places):
 
 def check_same(one, other, *, every=(("all", True), (8, True), (8, False))):
     """Check that two indexes have the same fit, and with the same settings the same answers."""
-    found = [[np.nan if part is None else part for part in asdict(model.settings).values()] for model in (one, other)]
+    found = [
+        [np.nan if part is None else part for part in asdict(model.settings).values()]
+        for model in (one, other)
+    ]
     np.testing.assert_allclose(*found, rtol=1e-5)
     other = other.with_settings(one.settings)
     assert one.fitted == other.fitted
     for k, tail in every:
         a, b = (model.logits(QUERIES, k, tail).numpy() for model in (one, other))
         np.testing.assert_allclose(b, a, atol=1e-5 * np.abs(a).max())
-    for a, b in zip(one.classify(QUERIES, neighbours=6), other.classify(QUERIES, neighbours=6), strict=True):
+    for a, b in zip(
+        one.classify(QUERIES, neighbours=6), other.classify(QUERIES, neighbours=6), strict=True
+    ):
         assert (a.label, a.no_match) == (b.label, b.no_match)
         assert [near.key_id for near in a.neighbours] == [near.key_id for near in b.neighbours]
         for what in ("affinity", "weight", "gives"):
@@ -92,7 +110,9 @@ def test_a_store_has_the_fit_of_a_folder(built, name):
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
     kept = {kind for kind in ("metric", "values", "scores") if getattr(store, kind) is not None}
     assert store.manifest.files.keys() == {"classes"} | kept
-    assert has_points(built[name, "lance"]) == (name == "metric")  # solved values need all keys, which are in memory
+    assert has_points(built[name, "lance"]) == (
+        name == "metric"
+    )  # solved values need all keys, which are in memory
 
 
 def has_points(place):
@@ -122,7 +142,9 @@ def test_a_different_beta_for_one_call_warns_once(run, built, tmp_path):
     with TestClient(app_of(Path(place))) as client:
         for beta, warnings in ((None, 0), (6, 1)):
             found = client.post(
-                "/v1/classify", json={"features": QUERIES.tolist()}, params={"beta": beta} if beta else {}
+                "/v1/classify",
+                json={"features": QUERIES.tolist()},
+                params={"beta": beta} if beta else {},
             )
             assert len(found.json()["warnings"]) == warnings
 
@@ -138,9 +160,13 @@ def small_limits(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_fit_is_refused_if_its_index_changed_while_photos_were_encoded(built, kind, tmp_path, monkeypatch):
+def test_a_fit_is_refused_if_its_index_changed_while_photos_were_encoded(
+    built, kind, tmp_path, monkeypatch
+):
     place = copied(tmp_path, kind, built["metric", kind], kind)
-    path = write_table(tmp_path / "val.parquet", QUERIES, [NAMES[i] for i in clusters(4, seed=5)[1]])
+    path = write_table(
+        tmp_path / "val.parquet", QUERIES, [NAMES[i] for i in clusters(4, seed=5)[1]]
+    )
     encode = Reader.encode
 
     def changing(reader, source):
@@ -160,7 +186,9 @@ def test_keys_that_are_read_in_parts_give_the_same_fit(built, form, source, tmp_
     places = [copied(tmp_path, kind, built["solved", kind], kind) for kind in KINDS]
     val = {}
     if source == "val":
-        path = write_table(tmp_path / "val.parquet", QUERIES, [NAMES[i] for i in clusters(4, seed=5)[1]])
+        path = write_table(
+            tmp_path / "val.parquet", QUERIES, [NAMES[i] for i in clusters(4, seed=5)[1]]
+        )
         val = {"validation": open_source(path), "reader": Reader()}
     for place in places:
         changes.remove(place, key_ids=[4, 17])

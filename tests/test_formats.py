@@ -34,7 +34,10 @@ def answers(shared):
     names = ["/a b/1#?%.jpg", "s3://bucket/2.jpg", "/ü/3.jpg", str(Path.cwd() / "4.jpg"), "/5.png"]
     labels = ["cat", "dög", "cat", "a/b", None]
     probabilities = [0.25 + row / 10 for row in range(5)]
-    return [dict(zip(COLUMNS, row, strict=True)) for row in zip(names, labels, probabilities, strict=True)]
+    return [
+        dict(zip(COLUMNS, row, strict=True))
+        for row in zip(names, labels, probabilities, strict=True)
+    ]
 
 
 def written(folder, document):
@@ -70,7 +73,9 @@ def test_written_coco_is_read_back(answers, tmp_path):
     assert list(source.paths) == [answer["input"] for answer in answers[:4]]
     assert source.labels == [answer["label"] for answer in answers[:4]]
     assert source.class_names == ("a/b", "cat", "dög")
-    assert open_items(file, root="s3://bucket").items["label"].to_pylist() == [answer["label"] for answer in answers]
+    assert open_items(file, root="s3://bucket").items["label"].to_pylist() == [
+        answer["label"] for answer in answers
+    ]
 
 
 def test_pycocotools_reads_coco(answers, tmp_path):
@@ -79,14 +84,18 @@ def test_pycocotools_reads_coco(answers, tmp_path):
     assert [category["name"] for category in found.loadCats(found.getCatIds())] == STRANGE
     for label in STRANGE:
         images = found.loadImgs(found.getImgIds(catIds=found.getCatIds(catNms=[label])))
-        assert [image["file_name"] for image in images] == [one["input"] for one in answers if one["label"] == label]
+        assert [image["file_name"] for image in images] == [
+            one["input"] for one in answers if one["label"] == label
+        ]
     notes = found.loadAnns(found.getAnnIds())
     assert [note["score"] for note in notes] == [one["probability"] for one in answers[:4]]
 
 
 def test_fiftyone_reads_its_format(answers, tmp_path):
     importers = pytest.importorskip("fiftyone.utils.data.importers")
-    file = written(tmp_path, fiftyone([one for one in answers if "://" not in one["input"]], STRANGE))
+    file = written(
+        tmp_path, fiftyone([one for one in answers if "://" not in one["input"]], STRANGE)
+    )
     with importers.FiftyOneImageClassificationDatasetImporter(labels_path=str(file)) as importer:
         found = {path: label and (label.label, label.confidence) for path, _, label in importer}
     local = [tuple(one.values()) for one in answers if "://" not in one["input"]]
@@ -113,11 +122,15 @@ def exported(tasks):
     def accepted(task):
         return [{"was_cancelled": False, "result": one["result"]} for one in task["predictions"]]
 
-    return [task | {"id": number, "annotations": accepted(task)} for number, task in enumerate(tasks)]
+    return [
+        task | {"id": number, "annotations": accepted(task)} for number, task in enumerate(tasks)
+    ]
 
 
 def test_labels_come_back_from_label_studio(answers, tmp_path, caplog):
-    source = open_source(written(tmp_path, exported(label_studio(answers, []))), root="s3://bucket/")
+    source = open_source(
+        written(tmp_path, exported(label_studio(answers, []))), root="s3://bucket/"
+    )
     assert list(source.paths) == [answer["input"] for answer in answers[:4]]
     assert source.labels == [answer["label"] for answer in answers[:4]]
     assert "left out 1 photo without a label" in caplog.text
@@ -131,7 +144,9 @@ def test_photos_with_several_annotations(tmp_path):
     annotations = {
         "agreed": [choice("cat"), choice("cat")],
         "cancelled": [choice("dog", was_cancelled=True), choice("cat")],
-        "other region": [{"result": [{"type": "rectanglelabels", "value": {"x": 1}}, *choice("cat")["result"]]}],
+        "other region": [
+            {"result": [{"type": "rectanglelabels", "value": {"x": 1}}, *choice("cat")["result"]]}
+        ],
         "disagreed": [choice("cat"), choice("dog")],
         "two": [choice("cat", "dog")],
         "none": [choice()],
@@ -157,14 +172,29 @@ def test_photos_in_a_bucket_are_only_read_below_a_given_root(run, tmp_path, monk
     bucket, photo = f"s3://{buckets.fresh_bucket()}", io.BytesIO()
     Image.new("RGB", (8, 8)).save(photo, "PNG")
     remote.system_of(bucket).pipe_file(f"{bucket}/a.png", photo.getvalue())
-    model = ("--model", f"local-dir:{tiny(tmp_path / 'model')}", "--out", tmp_path / "table.parquet")
-    coco = {"images": [IMAGE | {"file_name": f"{bucket}/a.png"}], "categories": [CATEGORY], "annotations": [NOTE]}
-    for document in (coco, [{"data": {"image": f"{bucket}/a.png"}, "annotations": [choice("cat")]}]):
+    model = (
+        "--model",
+        f"local-dir:{tiny(tmp_path / 'model')}",
+        "--out",
+        tmp_path / "table.parquet",
+    )
+    coco = {
+        "images": [IMAGE | {"file_name": f"{bucket}/a.png"}],
+        "categories": [CATEGORY],
+        "annotations": [NOTE],
+    }
+    for document in (
+        coco,
+        [{"data": {"image": f"{bucket}/a.png"}, "annotations": [choice("cat")]}],
+    ):
         labels = written(tmp_path, document)
         for root in ((), ("--root", tmp_path), ("--root", f"{bucket}-2")):
             refused = run("encode", labels, *model, *root)
             assert refused.exit_code == 1
-            assert f"{bucket}/a.png: lies outside the root; to read it there, give --root {bucket}" in refused.stderr
+            assert (
+                f"{bucket}/a.png: lies outside the root; to read it there, give --root {bucket}"
+                in refused.stderr
+            )
         done = run("encode", labels, *model, "--root", bucket)
         assert done.exit_code == 0, done.stderr
 
@@ -179,21 +209,45 @@ WRONG = [
     ({"images": [IMAGE, IMAGE], "categories": [], "annotations": []}, "image 1 has no file_name"),
     ({"images": [{"id": 1}], "categories": [], "annotations": []}, "image 0 has no file_name"),
     ({"images": [7], "categories": [], "annotations": []}, "image 0 has no file_name"),
-    ({"images": [IMAGE | {"id": [1]}], "categories": [], "annotations": []}, "image 0 has no file_name"),
-    ({"images": [IMAGE | {"id": 0.5}], "categories": [], "annotations": []}, "image 0 has no file_name"),
-    ({"images": [IMAGE], "categories": [{"id": 1, "name": " "}], "annotations": []}, "category 0 has no id"),
-    ({"images": [IMAGE], "categories": [{"id": None, "name": "x"}], "annotations": []}, "category 0 has no id"),
-    ({"images": [], "categories": [CATEGORY, {"id": 1, "name": "dog"}], "annotations": []}, "category 1 has the id 1"),
-    ({"images": [IMAGE], "categories": [CATEGORY], "annotations": [NOTE | {"category_id": 2}]}, "annotation 0 names"),
-    ({"images": [IMAGE], "categories": [CATEGORY], "annotations": [NOTE | {"image_id": [1]}]}, "annotation 0 names"),
-    ({"images": [IMAGE], "categories": [CATEGORY | {"name": "x" * 5000}], "annotations": [NOTE]}, "longer"),
+    (
+        {"images": [IMAGE | {"id": [1]}], "categories": [], "annotations": []},
+        "image 0 has no file_name",
+    ),
+    (
+        {"images": [IMAGE | {"id": 0.5}], "categories": [], "annotations": []},
+        "image 0 has no file_name",
+    ),
+    (
+        {"images": [IMAGE], "categories": [{"id": 1, "name": " "}], "annotations": []},
+        "category 0 has no id",
+    ),
+    (
+        {"images": [IMAGE], "categories": [{"id": None, "name": "x"}], "annotations": []},
+        "category 0 has no id",
+    ),
+    (
+        {"images": [], "categories": [CATEGORY, {"id": 1, "name": "dog"}], "annotations": []},
+        "category 1 has the id 1",
+    ),
+    (
+        {"images": [IMAGE], "categories": [CATEGORY], "annotations": [NOTE | {"category_id": 2}]},
+        "annotation 0 names",
+    ),
+    (
+        {"images": [IMAGE], "categories": [CATEGORY], "annotations": [NOTE | {"image_id": [1]}]},
+        "annotation 0 names",
+    ),
+    (
+        {"images": [IMAGE], "categories": [CATEGORY | {"name": "x" * 5000}], "annotations": [NOTE]},
+        "longer",
+    ),
     ([{"data": {}}], "task 0 has no photo"),
     ([{"data": None}], "task 0 has no photo"),
     ([{"data": {"a": "1.jpg", "b": "2.jpg"}}], "task 0 has no photo"),
     ([{"data": {"image": "1.jpg"}}, 7], "task 1 has no photo"),
     ([{"data": {"image": "1.jpg"}, "annotations": 7}], "no photo with one label"),
     ([7], "no part 'train'"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("document", "message"), WRONG, ids=[message for _, message in WRONG])
@@ -204,7 +258,12 @@ def test_malformed_label_files_are_refused(document, message, tmp_path):
 
 KEYS = st.sampled_from(["data", "image", "annotations", "result", "value", "choices"])
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | st.just("\ud800"),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=3)
+    | st.just("\ud800"),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3),
     max_leaves=12,
 )

@@ -31,7 +31,9 @@ def warnings_of(caplog):
     return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
 
 
-def test_a_driver_too_old_for_torch_is_explained_once_and_a_missing_or_hidden_gpu_is_not(monkeypatch, caplog):
+def test_a_driver_too_old_for_torch_is_explained_once_and_a_missing_or_hidden_gpu_is_not(
+    monkeypatch, caplog
+):
     import faiss
 
     glob = Path.glob
@@ -39,9 +41,15 @@ def test_a_driver_too_old_for_torch_is_explained_once_and_a_missing_or_hidden_gp
     def machine(nodes, torch_sees, faiss_sees):
         """Simulate GPUs as the driver, torch and FAISS see them."""
         found = [Path(f"/dev/nvidia{i}") for i in range(nodes)]
-        monkeypatch.setattr(Path, "glob", lambda p, s: iter(found) if str(p) == "/dev" else glob(p, s))
+        monkeypatch.setattr(
+            Path, "glob", lambda p, s: iter(found) if str(p) == "/dev" else glob(p, s)
+        )
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-        for name, value in (("is_available", torch_sees > 0), ("get_device_capability", (9, 0)), ("get_arch_list", [])):
+        for name, value in (
+            ("is_available", torch_sees > 0),
+            ("get_device_capability", (9, 0)),
+            ("get_arch_list", []),
+        ):
             monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
         monkeypatch.setattr(faiss, "get_num_gpus", lambda: faiss_sees)
 
@@ -82,7 +90,9 @@ def random_keys(n, q, d, c):
     rng = np.random.default_rng(n)
     common = rng.standard_normal(d)
     rows = [common + 0.7 * rng.standard_normal((m, d)) for m in (n, q)]
-    keys, queries = [(r / np.linalg.norm(r, axis=1, keepdims=True)).astype(np.float32) for r in rows]
+    keys, queries = [
+        (r / np.linalg.norm(r, axis=1, keepdims=True)).astype(np.float32) for r in rows
+    ]
     return keys, np.sort(rng.choice(np.arange(0, c, 2), n)), torch.from_numpy(queries)
 
 
@@ -96,7 +106,9 @@ def test_gpu_answers_over_all_keys_match_the_cpu(stored):
         over, f = Keys(keys, ids, 1000, f"cuda:{number}"), queries.to(f"cuda:{number}")
         for size in (1, 16, 17, 3000):
             found = over.cache_logits(f[:size], 7.5)
-            assert torch.equal(over.cache_logits(f[:size], 7.5), found)  # the same sums in the same order
+            assert torch.equal(
+                over.cache_logits(f[:size], 7.5), found
+            )  # the same sums in the same order
             torch.testing.assert_close(found.cpu(), on_cpu[:size], rtol=1e-4, atol=1e-4)
         assert (found.cpu().argmax(1) == on_cpu.argmax(1)).double().mean() >= 0.9995
 
@@ -115,14 +127,20 @@ def test_a_gpu_holds_one_block_of_affinities_at_a_time():
 def test_float32_convolutions_are_not_rounded_to_tf32(lit_mini):
     conv = torch.backends.cudnn.conv if hasattr(torch.backends.cudnn, "conv") else None
     if conv is None:
-        pytest.skip(f"SKIPPED: torch {torch.__version__} has only the older setting, which needs a GPU")
+        pytest.skip(
+            f"SKIPPED: torch {torch.__version__} has only the older setting, which needs a GPU"
+        )
     before, within = conv.fp32_precision, []
     model = object.__new__(type(lit_mini))
-    model.__dict__ |= lit_mini.__dict__ | {"_device": SimpleNamespace(type="cuda")}  # the only attribute that is read
+    model.__dict__ |= lit_mini.__dict__ | {
+        "_device": SimpleNamespace(type="cuda")
+    }  # the only attribute that is read
     model._forward(lambda given: within.append(conv.fp32_precision) or given, torch.zeros(1))
     assert within == ["ieee"]
     assert conv.fp32_precision == before == "tf32"
-    lit_mini._forward(lambda given: within.append(conv.fp32_precision) or given, torch.zeros(1))  # unchanged on a CPU
+    lit_mini._forward(
+        lambda given: within.append(conv.fp32_precision) or given, torch.zeros(1)
+    )  # unchanged on a CPU
     assert within[-1] == before
 
 
@@ -130,7 +148,9 @@ def test_weights_with_channels_last_are_the_same_backbone(lit_mini):
     pixels, model = torch.rand(3, 3, *lit_mini.size), deepcopy(lit_mini._model)
     model.visual.to(memory_format=torch.channels_last)
     assert weights_digest(model) == lit_mini.identity.weights
-    found, expected = (lit_mini._forward(one.encode_image, pixels) for one in (model, lit_mini._model))
+    found, expected = (
+        lit_mini._forward(one.encode_image, pixels) for one in (model, lit_mini._model)
+    )
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
 
 
@@ -139,14 +159,21 @@ def test_auto_uses_all_keys_on_a_gpu_if_they_fit(monkeypatch):
     for n, c in ((100, 10), (160_000, 1000), (1_000_000, 1000), (10_000_000, 100_000)):
         assert keys_module.auto_for((n, 512), np.dtype("float32"), c, "cuda") == ("Flat", None)
         assert keys_module.auto_for((n, 512), np.dtype("float32"), c, "cpu") == auto_factory(n, c)
-    assert keys_module.auto_for((20_000_000, 512), np.dtype("float32"), 1000, "cuda") == auto_factory(20_000_000, 1000)
-    assert keys_module.auto_for((20_000_000, 512), np.dtype("float16"), 1000, "cuda") == ("Flat", None)
+    assert keys_module.auto_for(
+        (20_000_000, 512), np.dtype("float32"), 1000, "cuda"
+    ) == auto_factory(20_000_000, 1000)
+    assert keys_module.auto_for((20_000_000, 512), np.dtype("float16"), 1000, "cuda") == (
+        "Flat",
+        None,
+    )
 
 
 def labelled(n, d, c):
     """Return unit keys ``[n, d]``, their class ids and the class names."""
     rng = np.random.default_rng(0)
-    rows = functional.normalize(torch.from_numpy(rng.standard_normal((n, d)).astype(np.float32)), dim=1)
+    rows = functional.normalize(
+        torch.from_numpy(rng.standard_normal((n, d)).astype(np.float32)), dim=1
+    )
     return rows, np.sort(rng.integers(0, c, n)), [f"class {i}" for i in range(c)]
 
 
@@ -158,7 +185,11 @@ def test_answers_on_a_gpu_repeat_bit_for_bit():
         f = keys[::7].cuda()
         for k, tail in (("all", True), (64, True), (64, False)):
             first = cache.logits(f, k, tail)
-            assert all(torch.equal(cache.logits(f, k, tail), first) for _ in range(5)), (index, k, tail)
+            assert all(torch.equal(cache.logits(f, k, tail), first) for _ in range(5)), (
+                index,
+                k,
+                tail,
+            )
 
 
 @pytest.mark.gpu
@@ -175,7 +206,9 @@ def test_search_hp_holds_few_affinities_on_a_gpu():
 @pytest.mark.gpu
 def test_threads_can_search_several_indexes_on_a_gpu_at_once():
     rows, *classes = labelled(4000, 32, 20)
-    caches = [Index.from_features(rows, *classes, index="IVF16,Flat", device="cuda") for _ in range(4)]
+    caches = [
+        Index.from_features(rows, *classes, index="IVF16,Flat", device="cuda") for _ in range(4)
+    ]
     expected = [cache.logits(rows[:50], 64) for cache in caches]
     with ThreadPoolExecutor(8) as pool:
         asked = [pool.submit(caches[i % 4].logits, rows[:50], 64) for i in range(200)]
@@ -183,11 +216,17 @@ def test_threads_can_search_several_indexes_on_a_gpu_at_once():
 
 
 @pytest.mark.gpu
-def test_float32_features_on_a_gpu_match_the_cpu_and_other_features_are_made_in_large_batches(shared):
+def test_float32_features_on_a_gpu_match_the_cpu_and_other_features_are_made_in_large_batches(
+    shared,
+):
     place = f"local-dir:{shared / 'models' / 'lit-mini'}"
-    on_cpu, on_gpu_ = (load_backbone(place, device=device, precision="float32") for device in ("cpu", "cuda"))
+    on_cpu, on_gpu_ = (
+        load_backbone(place, device=device, precision="float32") for device in ("cpu", "cuda")
+    )
     pixels = torch.rand(5, 3, *on_cpu.size)
-    np.testing.assert_allclose(on_gpu_.encode_images(pixels), on_cpu.encode_images(pixels), rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(
+        on_gpu_.encode_images(pixels), on_cpu.encode_images(pixels), rtol=1e-3, atol=1e-4
+    )
     model = load_backbone(place, device="cuda")
     assert model.batch_size == 256
     assert model.encode_images(pixels).shape == (5, model.dim)
@@ -217,16 +256,25 @@ def gpus():
                 return index
 
             own = {
-                "get_num_gpus": lambda: number, "get_compile_options": lambda: "OPTIMIZE GPU NVIDIA_CUVS ",
-                "GpuMultipleClonerOptions": lambda: SimpleNamespace(useFloat16=False, use_cuvs=False, shard=False),
-                "index_cpu_to_gpu": lambda _, number, index, options: copy("one", number, index, options),
+                "get_num_gpus": lambda: number,
+                "get_compile_options": lambda: "OPTIMIZE GPU NVIDIA_CUVS ",
+                "GpuMultipleClonerOptions": lambda: SimpleNamespace(
+                    useFloat16=False, use_cuvs=False, shard=False
+                ),
+                "index_cpu_to_gpu": lambda _, number, index, options: copy(
+                    "one", number, index, options
+                ),
                 "index_cpu_to_all_gpus": lambda index, options: copy("all", None, index, options),
                 "copies": copies,
-            }  # fmt: skip
+            }
             fake = SimpleNamespace(**vars(real) | own)
             seen = {"is_available": lambda: torch_sees, "current_device": lambda: current}
-            stack.enter_context(mock.patch.multiple(vector_index, faiss=lambda: fake, resources=object))
-            stack.enter_context(mock.patch.multiple(torch.cuda, **seen, mem_get_info=lambda *_: (free, 1 << 40)))
+            stack.enter_context(
+                mock.patch.multiple(vector_index, faiss=lambda: fake, resources=object)
+            )
+            stack.enter_context(
+                mock.patch.multiple(torch.cuda, **seen, mem_get_info=lambda *_: (free, 1 << 40))
+            )
             return fake
 
         yield make
@@ -248,7 +296,13 @@ def test_a_search_by_torch_is_exact_for_any_k_and_blocks(dtype):
 @pytest.mark.parametrize(
     ("machine", "device", "factory", "dtype", "expected"),
     [
-        ({"free": 2 * SIZE}, "auto", "IVF4,Flat", np.float32, ("one", 0, False)),  # it fits in half the free memory
+        (
+            {"free": 2 * SIZE},
+            "auto",
+            "IVF4,Flat",
+            np.float32,
+            ("one", 0, False),
+        ),  # it fits in half the free memory
         ({"free": 2 * SIZE - 2}, "auto", "IVF4,Flat", np.float32, ("all", None, False)),
         ({}, "cuda", "IVF4,Flat", np.float16, ("one", 0, False)),  # queries are never rounded
         ({}, "cuda", "IVF4,PQ4x4", np.float16, ("one", 0, True)),
@@ -273,7 +327,13 @@ def test_an_index_is_placed_on_the_right_gpus(gpus, machine, device, factory, dt
     [
         (100, 1, "cuda", "", f"{SIZE:,} bytes, but half of the free GPU memory is 50 bytes"),
         (100, 4, "cuda:1", "", "half of the free GPU memory"),
-        (1 << 30, 1, "cuda", "this index is not implemented on GPU", "this index is not implemented on GPU"),
+        (
+            1 << 30,
+            1,
+            "cuda",
+            "this index is not implemented on GPU",
+            "this index is not implemented on GPU",
+        ),
         (1 << 30, 0, "cuda", "", "FAISS finds no GPU"),
     ],
 )
@@ -300,11 +360,13 @@ def on_gpu(search):
 @pytest.mark.parametrize(
     ("error", "shown"),
     [
-        ("Error in allocMemory: StandardGpuResources: alloc fail type TemporaryMemory dev 0",
-         pytest.raises(torch.OutOfMemoryError, match="alloc fail")),
+        (
+            "Error in allocMemory: StandardGpuResources: alloc fail type TemporaryMemory dev 0",
+            pytest.raises(torch.OutOfMemoryError, match="alloc fail"),
+        ),
         ("damaged", pytest.raises(StoreError, match="rebuild the index")),
     ],
-)  # fmt: skip
+)
 def test_missing_gpu_memory_is_reported(gpus, error, shown):
     gpus()
     with shown:
@@ -341,6 +403,8 @@ def test_results_stay_on_the_gpu_of_the_queries(factory, dtype):
         queries = torch.from_numpy(keys[:9].astype(np.float32)).to(f"cuda:{number}")
         affinity, rows = index.search_tensor(queries, 5)
         assert affinity.device == rows.device == queries.device
-        expected, expected_rows = VectorIndex.build(keys, factory, "cpu").search(queries.cpu().numpy(), 5)
+        expected, expected_rows = VectorIndex.build(keys, factory, "cpu").search(
+            queries.cpu().numpy(), 5
+        )
         np.testing.assert_allclose(affinity.cpu().numpy(), expected, rtol=1e-2)
         assert (rows.cpu().numpy()[:, 0] == expected_rows[:, 0]).all()

@@ -23,7 +23,9 @@ from retrieval_tip.labelling.groups import group, threshold_of
 
 def linked(points, threshold):
     """Return the rows of scikit-learn's groups."""
-    clusters = AgglomerativeClustering(None, metric="precomputed", linkage="average", distance_threshold=1 - threshold)
+    clusters = AgglomerativeClustering(
+        None, metric="precomputed", linkage="average", distance_threshold=1 - threshold
+    )
     ids = clusters.fit_predict(1 - points @ points.T)
     assume(np.abs(clusters.distances_ - (1 - threshold)).min() > 1e-5)
     return [np.flatnonzero(ids == i) for i in set(ids)]
@@ -34,32 +36,52 @@ def parted(points, rows, threshold):
     if len(rows) < 2:
         return []
     own = points[rows] - points[rows].mean(axis=0)
-    parts = [rows[part] for part in linked(own / np.maximum(np.linalg.norm(own, axis=1)[:, None], 1e-5), threshold)]
+    parts = [
+        rows[part]
+        for part in linked(own / np.maximum(np.linalg.norm(own, axis=1)[:, None], 1e-5), threshold)
+    ]
     large = [len(part) for part in parts if len(part) >= 4]
     if len(large) < 2 or sum(large) < len(rows) / 2:
         return [rows]
     return [one for part in parts for one in parted(points, part, threshold)]
 
 
-@given(st.integers(2, 60), st.floats(-0.3, 0.9), st.booleans(), st.booleans(), st.integers(0, 2**32 - 1))
+@given(
+    st.integers(2, 60),
+    st.floats(-0.3, 0.9),
+    st.booleans(),
+    st.booleans(),
+    st.integers(0, 2**32 - 1),
+)
 def test_groups_match_average_linkage(m, threshold, with_metric, with_copies, seed):
     draw = np.random.default_rng(seed)
     features = draw.normal(size=(m, 6)) + draw.normal(size=(5, 6))[np.arange(m) % 5]
     features = features.astype(np.float32)
     if with_copies:
         features[m // 2 :] = features[: m - m // 2]
-    mean, transform = draw.normal(size=6).astype(np.float32), draw.normal(size=(6, 6)).astype(np.float32)
+    mean, transform = (
+        draw.normal(size=6).astype(np.float32),
+        draw.normal(size=(6, 6)).astype(np.float32),
+    )
     metric = tip.Metric(*map(torch.from_numpy, (mean, transform))) if with_metric else None
     found = group(features, threshold, metric)
-    points = unit((features - mean).astype(float) @ transform if with_metric else features.astype(float))
-    expected = [part for rows in linked(points, threshold) for part in parted(points, rows, threshold)]
+    points = unit(
+        (features - mean).astype(float) @ transform if with_metric else features.astype(float)
+    )
+    expected = [
+        part for rows in linked(points, threshold) for part in parted(points, rows, threshold)
+    ]
     assert sorted(rows.tolist() for rows in found) == sorted(rows.tolist() for rows in expected)
-    assert [(-len(rows), rows[0]) for rows in found] == sorted((-len(rows), rows[0]) for rows in found)
+    assert [(-len(rows), rows[0]) for rows in found] == sorted(
+        (-len(rows), rows[0]) for rows in found
+    )
 
 
 def test_photos_beyond_the_limit_join_the_groups_of_a_sample(monkeypatch):
     sizes, real = [], groups._linked
-    monkeypatch.setattr(groups, "_linked", lambda points, t: sizes.append(len(points)) or real(points, t))
+    monkeypatch.setattr(
+        groups, "_linked", lambda points, t: sizes.append(len(points)) or real(points, t)
+    )
     monkeypatch.setattr(groups, "MOST", 40)
     monkeypatch.setattr(groups, "BLOCK", 7)
     centres = np.eye(8, dtype=np.float32)[:3]
@@ -69,7 +91,11 @@ def test_photos_beyond_the_limit_join_the_groups_of_a_sample(monkeypatch):
     alone = set(range(5))
     assert (sizes[0], max(sizes)) == (40, 40)
     assert (
-        sorted(rows - alone == set(range(i, 120, 3)) - alone for rows in own for i in [min(rows - alone) % 3])
+        sorted(
+            rows - alone == set(range(i, 120, 3)) - alone
+            for rows in own
+            for i in [min(rows - alone) % 3]
+        )
         == [True] * 3
     )
     monkeypatch.setattr("retrieval_tip.errors.memory", lambda: 1000)
@@ -116,7 +142,9 @@ def test_unknown_classes_of_real_photos_become_groups(things):
 
 def features_of(path):
     table = pq.read_table(SHARED / "data" / path)
-    return unit(np.stack(table["feature"].to_numpy())).astype(np.float32), np.array(table["label"].to_pylist())
+    return unit(np.stack(table["feature"].to_numpy())).astype(np.float32), np.array(
+        table["label"].to_pylist()
+    )
 
 
 @needs_real
@@ -127,7 +155,9 @@ def test_far_photos_of_several_kinds_are_not_offered_as_one_group(seed):
     flowers, names = features_of("clip-vitb32/oxford_flowers/test.parquet")
     known = draw.permutation(np.unique(names))[:17]
     shots = np.concatenate([draw.permutation(np.flatnonzero(names == name))[:8] for name in known])
-    index = Index.from_features(flowers[shots], np.repeat(range(17), 8), [str(name) for name in known], device="cpu")
+    index = Index.from_features(
+        flowers[shots], np.repeat(range(17), 8), [str(name) for name in known], device="cpu"
+    )
     index, _ = closed_form.fit(index)
     food, dishes = features_of("clip-food9/train.parquet")
     rows = [np.flatnonzero(dishes == dish)[:80] for dish in draw.permutation(np.unique(dishes))[:5]]
@@ -135,9 +165,15 @@ def test_far_photos_of_several_kinds_are_not_offered_as_one_group(seed):
     [one] = [part for part in group(food[rows[0]], threshold, index.metric) if len(part) > 4]
     assert len(one) > 60
     mixed, kinds = food[np.concatenate(rows)], np.repeat(range(5), 80)
-    sizes = [np.bincount(kinds[part], minlength=5) for part in group(mixed, threshold, index.metric)]
+    sizes = [
+        np.bincount(kinds[part], minlength=5) for part in group(mixed, threshold, index.metric)
+    ]
     assert {size.argmax() for size in sizes} == {*range(5)}
-    assert sum(size.max() for size in sizes) > 0.95 * sum(size.sum() for size in sizes) > 0.8 * len(kinds)
+    assert (
+        sum(size.max() for size in sizes)
+        > 0.95 * sum(size.sum() for size in sizes)
+        > 0.8 * len(kinds)
+    )
     assert all(size.max() >= 0.9 * size.sum() for size in sizes[:5])
 
 
@@ -145,7 +181,9 @@ def test_far_photos_of_several_kinds_are_not_offered_as_one_group(seed):
 def folder(tmp_path):
     """A fitted index of three classes."""
     ids = np.arange(60) % 3
-    cache = Index.from_features(unit(3 * np.eye(16)[ids] + unit_rows(60, 16)), ids, ["a", "b", "c"], device="cpu")
+    cache = Index.from_features(
+        unit(3 * np.eye(16)[ids] + unit_rows(60, 16)), ids, ["a", "b", "c"], device="cpu"
+    )
     cache, _ = closed_form.fit(cache)
     cache.save(tmp_path / "index")
     return tmp_path / "index"
@@ -167,11 +205,16 @@ def test_the_command_numbers_the_groups_largest_first(folder, run, tmp_path, mon
         numbers = [answer.group for answer in clf.predict(photos, group_no_match=True)]
         assert numbers == [int(row["group"]) if row["group"] else None for row in written]
     assert clf.predict(rows[1], group_no_match=True).group is None  # a single photo has no group
-    plain = run("classify", folder, table, "--top", 2, "--explain", "--format", "json").stdout.splitlines()
+    plain = run(
+        "classify", folder, table, "--top", 2, "--explain", "--format", "json"
+    ).stdout.splitlines()
     grouped = run(
         "classify", folder, table, "--top", 2, "--explain", "--group-no-match", "--format", "json"
     ).stdout.splitlines()
-    without = [{name: value for name, value in json.loads(line).items() if name != "group"} for line in grouped]
+    without = [
+        {name: value for name, value in json.loads(line).items() if name != "group"}
+        for line in grouped
+    ]
     assert without == [json.loads(line) for line in plain]
     monkeypatch.setattr(groups, "MOST", 3)
     assert "Grouped 3 of 6 images" in run("classify", folder, table, "--group-no-match").stderr
@@ -181,9 +224,10 @@ def test_photos_with_a_match_get_no_group(folder, run, tmp_path):
     table = write_table(tmp_path / "new.parquet", unit(np.eye(16)[:3]).astype(np.float32))
     done = run("classify", folder, table, "--group-no-match", "--format", "json")
     assert [json.loads(line)["group"] for line in done.stdout.splitlines()] == [None] * 3
-    assert [answer.group for answer in Classifier.load(folder, device="cpu").predict(np.eye(16, dtype="f")[:1])] == [
-        None
-    ]
+    assert [
+        answer.group
+        for answer in Classifier.load(folder, device="cpu").predict(np.eye(16, dtype="f")[:1])
+    ] == [None]
 
 
 def test_groups_need_a_fitted_index(folder, run, tmp_path):

@@ -15,7 +15,19 @@ def test_caltech_photos_reach_the_expected_accuracy(run, shared, tmp_path):
     """The expected values were measured with plain open_clip and the formula (lit-mini's MODEL.md)."""
     caltech, split = tmp_path / "index", shared / "data/caltech101/split_zhou_Caltech101.json"
     model = f"local-dir:{shared / 'models/lit-mini'}"
-    built = run("index", "build", "--fit", "none", split, "--model", model, "--template", TEMPLATE, "--out", caltech)
+    built = run(
+        "index",
+        "build",
+        "--fit",
+        "none",
+        split,
+        "--model",
+        model,
+        "--template",
+        TEMPLATE,
+        "--out",
+        caltech,
+    )
     assert built.exit_code == 0, built.output
     assert "1,600 shots, 100 classes" in built.stdout
 

@@ -26,17 +26,27 @@ def cells(page):
 
 
 def test_a_value_is_escaped_once_and_on_one_line():
-    found = cells(Tree(table([], [['<a href="x">&\'', markup("<b>&lt;</b>"), "1.5 %", "a\nb\u202ec\ud800"]])).root)
+    found = cells(
+        Tree(
+            table([], [['<a href="x">&\'', markup("<b>&lt;</b>"), "1.5 %", "a\nb\u202ec\ud800"]])
+        ).root
+    )
     assert found == ['<a href="x">&\'', "<", "1.5 %", "a\\nb\\u202ec\\ud800"]
     assert markup("<b>{}</b>").format("<") == "<b>&lt;</b>"
     assert cells(Tree(table([], [["{{ 7 * 7 }}{% raw %}"]])).root) == ["{{ 7 * 7 }}{% raw %}"]
 
 
 def test_a_table_has_headings_and_aligns_numbers():
-    page = Tree(table(["name", "<n>"], [["<a>", 1], ["b", markup("<b>2</b>")]], "cap<tion", numbers=[1])).root
+    page = Tree(
+        table(["name", "<n>"], [["<a>", 1], ["b", markup("<b>2</b>")]], "cap<tion", numbers=[1])
+    ).root
     assert page.text == "cap<tion name <n> <a> 1 b 2"
     assert [head.attributes["scope"] for head in page.all("th")] == ["col", "col", "row", "row"]
-    sides = [node.attributes["style"].partition(";")[0] for node in page.all() if node.name in ("th", "td")]
+    sides = [
+        node.attributes["style"].partition(";")[0]
+        for node in page.all()
+        if node.name in ("th", "td")
+    ]
     assert sides == [f"text-align:{side}" for side in ("left", "right") * 3]
     assert not list(Tree(table([], [["a", 1]])).root.all("thead"))
 
@@ -44,7 +54,15 @@ def test_a_table_has_headings_and_aligns_numbers():
 @given(st.text(), st.text())
 def test_any_text_is_escaped(one, other):
     page = Tree(table([one], [[other, one]], other)).root
-    assert {node.name for node in page.all()} <= {"table", "caption", "thead", "tbody", "tr", "th", "td"}
+    assert {node.name for node in page.all()} <= {
+        "table",
+        "caption",
+        "thead",
+        "tbody",
+        "tr",
+        "th",
+        "td",
+    }
     assert "\n" not in table([one], [[other]])
 
 
@@ -56,7 +74,12 @@ def cache():
     names = [*HOSTILE[:2], "plain"]
     sources = [f"{HOSTILE[i % 5]}{i}" for i in range(12)]
     return Index.from_features(
-        keys, [0, 1, 2] * 4, names, settings=Settings(alpha=2.0, beta=5.5), device="cpu", sources=sources
+        keys,
+        [0, 1, 2] * 4,
+        names,
+        settings=Settings(alpha=2.0, beta=5.5),
+        device="cpu",
+        sources=sources,
     )
 
 
@@ -72,8 +95,18 @@ def check_markup(shown):
 
 def test_a_classifier_shows_its_keys_classes_and_settings(cache, tmp_path):
     page = check_markup(cache._repr_html_())
-    for expected in ("Index", "12 of 8 values, float32", "3: <script>alert(1)</script> 4, ", "plain 4", "alpha 2",
-                     "beta 5.5", "k all", "not from a folder", "unnamed", "none: only the cache is used"):  # fmt: skip
+    for expected in (
+        "Index",
+        "12 of 8 values, float32",
+        "3: <script>alert(1)</script> 4, ",
+        "plain 4",
+        "alpha 2",
+        "beta 5.5",
+        "k all",
+        "not from a folder",
+        "unnamed",
+        "none: only the cache is used",
+    ):
         assert expected in page.text
     cache.save(tmp_path / "in<dex")
     page = check_markup(Index.load(tmp_path / "in<dex", device="cpu")._repr_html_())

@@ -82,7 +82,9 @@ def test_pixels_and_extension_of_each_format(style):
 @pytest.mark.parametrize("style", ["GIF", "TIFF", "WEBP", "PNG", "MPO"])
 def test_the_first_of_several_frames_is_decoded(style):
     others = [Image.new("RGB", (32, 32), BLUE), Image.new("RGB", (32, 32), GREEN)]
-    assert_close(pixels(encoded(quarters(), style, save_all=True, append_images=others)), quarters())
+    assert_close(
+        pixels(encoded(quarters(), style, save_all=True, append_images=others)), quarters()
+    )
 
 
 TURNED = [None, *(Image.Transpose(number) for number in (0, 3, 1, 5, 4, 6, 2))]
@@ -94,7 +96,10 @@ TURNED = [None, *(Image.Transpose(number) for number in (0, 3, 1, 5, 4, 6, 2))]
 def test_exif_orientation_is_applied_once(style, orientation):
     stored, turn, exif = quarters(48, 32), TURNED[orientation - 1], Image.Exif()
     exif[0x0112] = orientation
-    assert_close(pixels(encoded(stored, style, exif=exif)), stored if turn is None else stored.transpose(turn))
+    assert_close(
+        pixels(encoded(stored, style, exif=exif)),
+        stored if turn is None else stored.transpose(turn),
+    )
 
 
 @pytest.mark.parametrize(
@@ -120,9 +125,16 @@ def test_orientation_is_applied_even_if_other_exif_entries_are_damaged():
         struct.pack("<HHII", 0x0131, 2, 500, 0x7FFFFFFF),  # a text beyond the end
         struct.pack("<HHII", 0x8769, 4, 1, 0x7FFFFFF0),  # a sub-folder beyond the end
     ]
-    exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(entries)) + b"".join(entries) + b"\0\0\0\0"
+    exif = (
+        b"Exif\0\0II*\0\x08\0\0\0"
+        + struct.pack("<H", len(entries))
+        + b"".join(entries)
+        + b"\0\0\0\0"
+    )
     stored = quarters(48, 32)
-    assert_close(pixels(encoded(stored, "JPEG", exif=exif)), stored.transpose(Image.Transpose.ROTATE_270))
+    assert_close(
+        pixels(encoded(stored, "JPEG", exif=exif)), stored.transpose(Image.Transpose.ROTATE_270)
+    )
 
 
 def few_pixels(mode, *values):
@@ -134,17 +146,31 @@ def few_pixels(mode, *values):
 
 
 WHITE, LOSSLESS = [255] * 3, {"lossless": True, "exact": True}
-PALETTE, ALPHA = few_pixels("P", 0, 1), few_pixels("RGBA", (0, 0, 0, 255), (0, 0, 0, 0), (0, 0, 0, 128))
+PALETTE, ALPHA = (
+    few_pixels("P", 0, 1),
+    few_pixels("RGBA", (0, 0, 0, 255), (0, 0, 0, 0), (0, 0, 0, 128)),
+)
 FEW_PIXELS = [
     (PALETTE, "PNG", {"transparency": 0}, [WHITE, [0, 255, 0]]),
     (PALETTE, "PNG", {"transparency": b"\x00\xff\x80"}, [WHITE, [0, 255, 0]]),
     (PALETTE, "GIF", {"transparency": 0}, [WHITE, [0, 255, 0]]),
     *((ALPHA, style, LOSSLESS, [[0] * 3, WHITE, [127] * 3]) for style in ("PNG", "TIFF", "WEBP")),
     (few_pixels("LA", (50, 255), (50, 0)), "PNG", {}, [[50] * 3, WHITE]),
-    (few_pixels("RGB", (10, 20, 30), (200,) * 3), "PNG", {"transparency": (10, 20, 30)}, [WHITE, [200] * 3]),
+    (
+        few_pixels("RGB", (10, 20, 30), (200,) * 3),
+        "PNG",
+        {"transparency": (10, 20, 30)},
+        [WHITE, [200] * 3],
+    ),
     (few_pixels("L", 10, 200), "PNG", {"transparency": 10}, [WHITE, [200] * 3]),
-    *((few_pixels("1", 0, 255), style, {}, [[0] * 3, WHITE]) for style in ("PNG", "TIFF", "BMP", "PPM")),
-    *((few_pixels("RGB", (255,) * 3), style, {}, [WHITE]) for style in ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF")),
+    *(
+        (few_pixels("1", 0, 255), style, {}, [[0] * 3, WHITE])
+        for style in ("PNG", "TIFF", "BMP", "PPM")
+    ),
+    *(
+        (few_pixels("RGB", (255,) * 3), style, {}, [WHITE])
+        for style in ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF")
+    ),
 ]
 
 
@@ -181,17 +207,24 @@ def test_sixteen_bit_greys_are_scaled_to_eight_bits(style):
     ],
 )
 def test_32_bit_greys_are_scaled_by_their_range(kind, values, expected):
-    assert pixels(encoded(Image.fromarray(np.array([values], dtype=kind)), "TIFF"))[0, :, 0].tolist() == expected
+    assert (
+        pixels(encoded(Image.fromarray(np.array([values], dtype=kind)), "TIFF"))[0, :, 0].tolist()
+        == expected
+    )
 
 
-@pytest.mark.parametrize(("mode", "style"), [("CMYK", "JPEG"), ("CMYK", "TIFF"), ("LAB", "TIFF"), ("YCbCr", "TIFF")])
+@pytest.mark.parametrize(
+    ("mode", "style"), [("CMYK", "JPEG"), ("CMYK", "TIFF"), ("LAB", "TIFF"), ("YCbCr", "TIFF")]
+)
 def test_other_colour_spaces_are_converted_to_rgb(mode, style):
     image = quarters()
     if mode == "LAB":
         pytest.importorskip("PIL._imagingcms")
         profiles = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
         image = ImageCms.buildTransform(*profiles, "RGB", "LAB").apply(image)
-    assert_close(pixels(encoded(image if mode == "LAB" else image.convert(mode), style)), quarters())
+    assert_close(
+        pixels(encoded(image if mode == "LAB" else image.convert(mode), style)), quarters()
+    )
 
 
 @pytest.mark.parametrize("size", [(1, 50000), (50000, 1), (2, 40001)])
@@ -205,7 +238,9 @@ def test_an_extremely_long_image_is_cropped_to_its_middle(size):
     assert np.asarray(got).reshape(-1, 3).mean(axis=0).tolist() == [255, 0, 0]
 
 
-@pytest.mark.parametrize("size", [(30000, 30000), (178956971, 1), (2**31 - 1, 2**31 - 1), (0, 5), (5, 0)])
+@pytest.mark.parametrize(
+    "size", [(30000, 30000), (178956971, 1), (2**31 - 1, 2**31 - 1), (0, 5), (5, 0)]
+)
 def test_a_decompression_bomb_is_refused_before_it_is_decoded(size):
     tracemalloc.start()
     message = error_of(png_claiming(*size))
@@ -254,7 +289,9 @@ def test_unlisted_formats_are_refused(style):
     size = 1024 if style == "ICNS" else 64
     quarters(size, size).convert("1" if style in ("XBM", "MSP") else "RGB").save(buffer, style)
     assert "not a readable image" in error_of(buffer.getvalue())
-    assert {".avif", ".jp2", ".ico", ".icns", ".tga", ".qoi", ".eps", ".pdf"}.isdisjoint(images.extensions())
+    assert {".avif", ".jp2", ".ico", ".icns", ".tga", ".qoi", ".eps", ".pdf"}.isdisjoint(
+        images.extensions()
+    )
 
 
 def test_running_out_of_memory_refuses_the_image(monkeypatch):
@@ -285,7 +322,9 @@ def test_read_reports_why_a_path_is_not_a_file(tmp_path, what):
     assert read_item(str(tmp_path / "y.png")) == b"anything"
 
 
-@pytest.mark.parametrize("path", ["a\0b.png", "x" * 5000 + ".png", "/".join(["d"] * 3000), "\ud800.png", ""])
+@pytest.mark.parametrize(
+    "path", ["a\0b.png", "x" * 5000 + ".png", "/".join(["d"] * 3000), "\ud800.png", ""]
+)
 def test_read_refuses_impossible_paths(path):
     with pytest.raises(InputError) as caught:
         read_item(str(path))
@@ -361,7 +400,13 @@ def test_other_formats_are_never_reduced(style):
 
 def test_a_damaged_jpeg_is_refused_at_a_reduced_size():
     data = encoded(smooth(320, 240), "JPEG")
-    for wrong in (b"", b"\xff\xd8", b"\xff\xd8\xff" + b"garbage" * 100, data[:20], data[: len(data) // 2]):
+    for wrong in (
+        b"",
+        b"\xff\xd8",
+        b"\xff\xd8\xff" + b"garbage" * 100,
+        data[:20],
+        data[: len(data) // 2],
+    ):
         with pytest.raises(InputError, match="damaged"):
             decode(wrong, 20)
 
@@ -404,7 +449,12 @@ def test_an_image_that_takes_long_to_parse_is_refused(what):
 
 
 def test_a_huge_exif_block_is_ignored():
-    exif = b"II*\0\x08\0\0\0" + struct.pack("<HHHII", 1, 0x0112, 3, 1_000_000, 26) + bytes(4) + b"\6\0" * 1_000_000
+    exif = (
+        b"II*\0\x08\0\0\0"
+        + struct.pack("<HHHII", 1, 0x0112, 3, 1_000_000, 26)
+        + bytes(4)
+        + b"\6\0" * 1_000_000
+    )
     assert_close(pixels(encoded(quarters(), "WEBP", exif=exif)), quarters())
     assert_close(pixels(encoded(quarters(), "PNG", exif=exif)), quarters())
 
@@ -430,15 +480,23 @@ for path in sys.argv[1:]:
 """
 
 
-@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="peak memory is known only on Linux")
-@pytest.mark.parametrize(("style", "options"), [("PNG", {}), ("JPEG", {"progressive": True}), ("WEBP", {"method": 0})])
+@pytest.mark.skipif(
+    not os.access("/proc/self/clear_refs", os.W_OK), reason="peak memory is known only on Linux"
+)
+@pytest.mark.parametrize(
+    ("style", "options"), [("PNG", {}), ("JPEG", {"progressive": True}), ("WEBP", {"method": 0})]
+)
 def test_large_images_are_decoded_one_at_a_time(tmp_path, style, options):
     size = (4200, 4000)
     assert size[0] * size[1] > images.LARGE_PIXELS
     path = tmp_path / "large"
     Image.linear_gradient("L").resize(size).convert("RGB").save(path, style, **options)
-    done = subprocess.run([sys.executable, "-c", MEASURED, str(path)], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 1.5 * 16 * size[0] * size[1]  # a decoder uses at most 16 bytes per pixel
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURED, str(path)], capture_output=True, text=True, check=True
+    )
+    assert (
+        int(done.stdout) < 1.5 * 16 * size[0] * size[1]
+    )  # a decoder uses at most 16 bytes per pixel
 
 
 def test_a_large_image_can_be_decoded_after_another_one_failed(monkeypatch):
@@ -454,7 +512,10 @@ MODES = ["1", "L", "LA", "P", "RGBA", "CMYK", "I", "F", "I;16"]
 
 @pytest.mark.parametrize(
     ("style", "mode"),
-    [*((style, "RGB") for style in ("PNG", "GIF", "WEBP", "MPO", "JPEG")), *(("TIFF", mode) for mode in MODES)],
+    [
+        *((style, "RGB") for style in ("PNG", "GIF", "WEBP", "MPO", "JPEG")),
+        *(("TIFF", mode) for mode in MODES),
+    ],
 )
 @pytest.mark.parametrize("orientation", [1, 6])
 def test_an_image_above_the_pixel_limit_is_halved(monkeypatch, style, mode, orientation):
@@ -463,7 +524,9 @@ def test_an_image_above_the_pixel_limit_is_halved(monkeypatch, style, mode, orie
     options = {} if style == "GIF" else {"exif": exif}
     deep = {"I": np.int32, "F": np.float32, "I;16": np.uint16}.get(mode)
     image = quarters(96, 64).convert("L" if deep else mode)
-    data = encoded(Image.fromarray(200 * np.asarray(image).astype(deep)) if deep else image, style, **options)
+    data = encoded(
+        Image.fromarray(200 * np.asarray(image).astype(deep)) if deep else image, style, **options
+    )
     whole = decode(data)
     monkeypatch.setattr(images, "WHOLE_PIXELS", 96 * 64 // 4)
     found = decode(data)
@@ -476,7 +539,10 @@ def test_a_caller_can_limit_pixels_and_formats(style):
     data = encoded(quarters(40, 20), style)
     assert decode(data, most=800, only=(style,)).size == (40, 20)
     assert images.area(data, most=800, only=(style,)) == 800
-    for call in (lambda: decode(data, 2, most=799), lambda: thumbnail(data, 4, most=799)):  # limit of the full size
+    for call in (
+        lambda: decode(data, 2, most=799),
+        lambda: thumbnail(data, 4, most=799),
+    ):  # limit of the full size
         with pytest.raises(InputError, match="40 x 20 pixels"):
             call()
     with pytest.raises(InputError, match="not a readable image"):
@@ -496,7 +562,9 @@ def test_a_thumbnail_is_a_small_jpeg(style):
 def test_a_thumbnail_is_upright_not_enlarged_and_without_metadata():
     exif = Image.Exif()
     exif[0x0112], exif[0x010E] = 6, "secret"  # turned by 90 degrees
-    data = encoded(quarters(80, 40), "JPEG", exif=exif, comment=b"secret", icc_profile=b"secret" * 9)
+    data = encoded(
+        quarters(80, 40), "JPEG", exif=exif, comment=b"secret", icc_profile=b"secret" * 9
+    )
     found = thumbnail(data, 200)
     with Image.open(io.BytesIO(found)) as image:
         assert image.size == (40, 80)

@@ -59,7 +59,12 @@ def make_tables(place, added=ADDED):
     for number, (name, n) in enumerate(sizes):
         labels = [f"class {i % CLASSES}" for i in range(n)]
         labels[-1] = "class new" if name == "more" else labels[-1]
-        write_table(place / f"{name}.parquet", unit_rows(n, D, number), labels, [f"{name} {i}" for i in range(n)])
+        write_table(
+            place / f"{name}.parquet",
+            unit_rows(n, D, number),
+            labels,
+            [f"{name} {i}" for i in range(n)],
+        )
     names = [f"class {i}" for i in range(CLASSES)]
     write_table(place / "text.parquet", unit_rows(CLASSES, D, 50), names)
     write_table(place / "new text.parquet", unit_rows(CLASSES + 1, D, 51), [*names, "class new"])
@@ -71,7 +76,9 @@ def table(tables, name):
 
 def built(place, tables, name, index=None, how=UNFITTED):
     text = tables / "text.parquet"
-    return build_index(table(tables, name), place, Reader(), text=text, index=index, device="cpu", **how)
+    return build_index(
+        table(tables, name), place, Reader(), text=text, index=index, device="cpu", **how
+    )
 
 
 def make_index(place, tables, index):
@@ -83,7 +90,9 @@ def make_index(place, tables, index):
 
 
 def rebuild(place):
-    return changes.rebuild(place, **({"index": "Classes"} if "://" in str(place) else {"dtype": "float16"}))
+    return changes.rebuild(
+        place, **({"index": "Classes"} if "://" in str(place) else {"dtype": "float16"})
+    )
 
 
 def label_again(place):
@@ -97,14 +106,27 @@ def label_again(place):
 def command(place, tables, index):
     """Build an index with the command line, and exit like it."""
     files = [str(tables / "other.parquet"), "--text", str(tables / "text.parquet")]
-    options = ["--alpha", "2", "--beta", "4", "--index", index, "--device", "cpu", "--out", str(place)]
+    options = [
+        "--alpha",
+        "2",
+        "--beta",
+        "4",
+        "--index",
+        index,
+        "--device",
+        "cpu",
+        "--out",
+        str(place),
+    ]
     status = main(["-q", "index", "build", *files, *options], standalone_mode=False)
     if status:
         os._exit(status)
 
 
 OPERATIONS = {
-    "first": lambda place, tables, _: built(place, tables, "other", how=FITTED),  # creates its table twice
+    "first": lambda place, tables, _: built(
+        place, tables, "other", how=FITTED
+    ),  # creates its table twice
     "build": lambda place, tables, index: built(place, tables, "other", index),
     "add": lambda place, tables, _: changes.add(
         place, table(tables, "more"), Reader(), text=tables / "new text.parquet"
@@ -112,7 +134,9 @@ OPERATIONS = {
     "label": lambda place, *_: label_again(place),
     "remove": lambda place, *_: changes.remove(place, where="source IN ('0 3', '1 2', '2 1')"),
     "remove late": lambda place, *_: changes.remove(place, where="source LIKE '2 %'"),
-    "relabel": lambda place, *_: changes.relabel(place, "class 0", where="source IN ('1 1', '1 2')"),
+    "relabel": lambda place, *_: changes.relabel(
+        place, "class 0", where="source IN ('1 1', '1 2')"
+    ),
     "rebuild": lambda place, *_: rebuild(place),
     "fit": lambda place, *_: fit_index(place, **FITTED),
     "fit to values": lambda place, *_: fit_index(place, values="solved"),
@@ -122,7 +146,7 @@ OPERATIONS = {
     "duplicate": lambda place, *_: manage.duplicate(place, "copy"),
     "delete": lambda place, *_: manage.delete(place),
     "command": command,
-}  # fmt: skip
+}
 
 
 def _work(job, steps):
@@ -132,7 +156,10 @@ def _work(job, steps):
         for owner, names in (
             (LocalFiles, ("put", "create", "delete")),
             (BucketFiles, ("put", "create", "delete")),
-            (lancedb.table.LanceTable, ("add", "delete", "restore", "optimize", "create_index", "add_columns")),
+            (
+                lancedb.table.LanceTable,
+                ("add", "delete", "restore", "optimize", "create_index", "add_columns"),
+            ),
             (lancedb.db.LanceDBConnection, ("create_table",)),
             (lancedb.table.Tags, ("create", "delete")),
             (os, ("fsync", "link")),
@@ -159,7 +186,9 @@ def shrink_limits(patch):
 
 
 if __name__ == "__main__":
-    warnings.simplefilter("ignore", RuntimeWarning)  # LanceDB warns of forks, but has not been used before the fork
+    warnings.simplefilter(
+        "ignore", RuntimeWarning
+    )  # LanceDB warns of forks, but has not been used before the fork
     shrink_limits(pytest.MonkeyPatch())
     killing.serve(_work)
     raise SystemExit
@@ -184,7 +213,13 @@ def answer(place):
     labels = model.labels.select(columns).sort_by("key_id")
     logits = np.concatenate([model.logits(QUERIES, k).numpy() for k in ("all", 5)])
     text = np.round(model.text_weights.numpy(), 5).tolist()
-    return np.round(logits, 3).tolist(), labels.to_pydict(), model.class_names, text, model.next_key_id
+    return (
+        np.round(logits, 3).tolist(),
+        labels.to_pydict(),
+        model.class_names,
+        text,
+        model.next_key_id,
+    )
 
 
 @dataclass
@@ -204,11 +239,19 @@ class World:
 
     def copy(self, folder, name, operation):
         """Copy the index byte for byte, except before the first version, and return the address."""
-        return (made if operation == "first" else partial(copied, place=self.old))(folder, self.kind, name=name)
+        return (made if operation == "first" else partial(copied, place=self.old))(
+            folder, self.kind, name=name
+        )
 
     def job(self, operation, place, counted=True):
         tables = str(self.tables)
-        return {"name": operation, "place": place, "tables": tables, "index": self.index, "counted": counted}
+        return {
+            "name": operation,
+            "place": place,
+            "tables": tables,
+            "index": self.index,
+            "counted": counted,
+        }
 
     def do(self, operation, place):
         OPERATIONS[operation](place, self.tables, self.index)
@@ -274,7 +317,11 @@ def check_killed(place, world, operation):
     if operation == "first" and not at.exists():
         state = "before"
     else:
-        version, found, kept = at.manifest().version, answer(place), at.history()["version"].to_pylist()
+        version, found, kept = (
+            at.manifest().version,
+            answer(place),
+            at.history()["version"].to_pylist(),
+        )
         assert kept[-1] == version
         if operation == "gc":
             assert (version, found) == (4, world.before)
@@ -305,10 +352,20 @@ def stopped(server, world, operation, folder, moments):
 
 
 NEEDED = {
-    "first": "create_table", "build": "create_table", "add": "add", "remove": "delete", "relabel": "add",
-    "rebuild": "create_index", "gc": "optimize", "fit": "create_table",
-}  # fmt: skip
-WHOLE = {"move": ({"old"}, {"moved"}), "duplicate": ({"old"}, {"old", "copy"}), "delete": ({"old"}, set())}
+    "first": "create_table",
+    "build": "create_table",
+    "add": "add",
+    "remove": "delete",
+    "relabel": "add",
+    "rebuild": "create_index",
+    "gc": "optimize",
+    "fit": "create_table",
+}
+WHOLE = {
+    "move": ({"old"}, {"moved"}),
+    "duplicate": ({"old"}, {"old", "copy"}),
+    "delete": ({"old"}, set()),
+}
 """Indexes before and after a change of the whole folder."""
 CHANGES = [name for name in OPERATIONS if name not in ("first", "command", *WHOLE)]
 
@@ -331,7 +388,10 @@ def steps_of(server, world, operation, folder):
     return world.steps[operation]
 
 
-FOLDERS = [*(("Flat", name) for name in CHANGES), *(("Classes", name) for name in ("add", "relabel", "rebuild"))]
+FOLDERS = [
+    *(("Flat", name) for name in CHANGES),
+    *(("Classes", name) for name in ("add", "relabel", "rebuild")),
+]
 FAILING = ["build", "add", "first", "label", "gc", "rebuild", "rollback"]
 STOPPED = [
     *((*case, "SIGKILL", 4) for case in few([*FOLDERS, ("Flat", "first")], 4)),
@@ -351,7 +411,9 @@ def test_a_change_stopped_at_any_step_leaves_the_old_or_the_new_version(
     world = worlds[kind]
     steps = enumerate(steps_of(server, world, operation, tmp_path))
     steps = [at for at, name in steps if how != "EIO" or name != "fcntl.flock"]
-    steps = [steps[i] for i in (sampled(len(steps), most) if kind != "s3" else [0, len(steps) // 2])]
+    steps = [
+        steps[i] for i in (sampled(len(steps), most) if kind != "s3" else [0, len(steps) // 2])
+    ]
     hows = [how.split()[at % len(how.split())] for at in steps]
     moments = ({"step": at, "how": one} for at, one in zip(steps, hows, strict=True))
     statuses, found = stopped(server, world, operation, tmp_path, moments)
@@ -359,9 +421,13 @@ def test_a_change_stopped_at_any_step_leaves_the_old_or_the_new_version(
         assert REFUSED in statuses
         assert set(statuses) <= {0, REFUSED}
         if operation != "gc":  # which deletes one version after another
-            assert [state == "before" for state in found] == [status == REFUSED for status in statuses]
+            assert [state == "before" for state in found] == [
+                status == REFUSED for status in statuses
+            ]
         return
-    assert statuses == [-signal.SIGKILL if one == "SIGKILL" else 128 + getattr(signal, one) for one in hows]
+    assert statuses == [
+        -signal.SIGKILL if one == "SIGKILL" else 128 + getattr(signal, one) for one in hows
+    ]
     # The new version takes over at one moment, with steps before and after it.
     assert found == sorted(found, key=["before", "after"].index)
     assert set(found) == {"before", "after"} or kind == "s3"
@@ -388,8 +454,15 @@ def test_a_killed_rename_copy_or_removal_leaves_whole_folders(server, worlds, op
     assert 0 in found
 
 
-ANY = [("Flat", "add"), ("lance", "rebuild"), ("Classes", "rebuild"), ("lance", "build"), ("Flat", "remove"),
-       ("lance", "add"), ("Classes", "build")]  # fmt: skip
+ANY = [
+    ("Flat", "add"),
+    ("lance", "rebuild"),
+    ("Classes", "rebuild"),
+    ("lance", "build"),
+    ("Flat", "remove"),
+    ("lance", "add"),
+    ("Classes", "build"),
+]
 
 
 @pytest.mark.parametrize(("kind", "operation"), few(ANY, 2))
@@ -399,12 +472,21 @@ def test_a_change_killed_at_a_random_moment_leaves_the_old_or_the_new_version(
     """The moment can also lie within a step."""
     world, moments, seconds = worlds[kind], random.Random(operation), []
     for number in range(2):
-        assert server.run(world.job(operation, world.copy(tmp_path, f"whole {number}", operation), counted=False)) == 0
+        assert (
+            server.run(
+                world.job(
+                    operation, world.copy(tmp_path, f"whole {number}", operation), counted=False
+                )
+            )
+            == 0
+        )
         seconds.append(server.seconds)
     killed, latest = 0, min(seconds)
     for attempt in range(8):
         after = ({"after": moments.uniform(0.1, 1) * latest} for _ in range(KILLS - killed))
-        killed += sum(map(bool, stopped(server, world, operation, tmp_path / str(attempt), after)[0]))
+        killed += sum(
+            map(bool, stopped(server, world, operation, tmp_path / str(attempt), after)[0])
+        )
         latest *= 0.7  # in case the machine was busy during the timing
         if killed >= KILLS:
             return
@@ -415,7 +497,9 @@ def test_a_killed_writer_does_not_block_a_bucket(server, worlds, tmp_path):
     """Its rows, which no manifest names, are not part of any version."""
     world = worlds["s3"]
     place = world.copy(tmp_path, "waited", "add")
-    server.start(world.job("add", place), step=steps_of(server, world, "add", tmp_path).index("add") + 1)
+    server.start(
+        world.job("add", place), step=steps_of(server, world, "add", tmp_path).index("add") + 1
+    )
     assert server.wait() == [-signal.SIGKILL]
     assert KeyTable.at(stores.at(place).address, "keys").rows > 35
     assert changes.remove(place, key_ids=[0]).version == 5
@@ -463,10 +547,15 @@ def change_on(name, folder, room, index):
     [
         ("first", "Flat"),
         ("duplicate", "Flat"),
-        *few([(name, index) for index in ("Flat", "Classes") for name in [*WRITING, "merge", "set"]], 3),
+        *few(
+            [(name, index) for index in ("Flat", "Classes") for name in [*WRITING, "merge", "set"]],
+            3,
+        ),
     ],
 )
-def test_a_change_on_a_full_disk_changes_nothing_and_succeeds_with_more_room(small_disk, room, tmp_path, name, index):
+def test_a_change_on_a_full_disk_changes_nothing_and_succeeds_with_more_room(
+    small_disk, room, tmp_path, name, index
+):
     """The disk gets one more page of room each time; outside a soak, ten. Each refusal names the reason."""
     disk = small_disk(8192)
     for folder in (disk / "index", tmp_path / "index"):

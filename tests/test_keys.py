@@ -19,7 +19,9 @@ from retrieval_tip.retrieval.keys import Keys
 
 @contextmanager
 def blocks(queries, of_keys, gathered=1 << 23):
-    with mock.patch.multiple(keys_module, QUERY_BLOCK=queries, KEY_BLOCK=of_keys, GATHERED=gathered):
+    with mock.patch.multiple(
+        keys_module, QUERY_BLOCK=queries, KEY_BLOCK=of_keys, GATHERED=gathered
+    ):
         yield
 
 
@@ -43,7 +45,9 @@ def folder(tmp_path_factory):
 
 @settings(max_examples=examples(60), deadline=None)
 @given(small_cases, betas, block_sizes, st.booleans(), st.booleans())
-def test_all_keys_give_the_dense_sum_for_any_shape_and_blocks(folder, case, beta, sizes, valued, mapped):
+def test_all_keys_give_the_dense_sum_for_any_shape_and_blocks(
+    folder, case, beta, sizes, valued, mapped
+):
     if mapped:
         np.save(folder / "keys.npy", case.K)
         case.K = np.load(folder / "keys.npy", mmap_mode="c")
@@ -114,7 +118,11 @@ def some_classes(draw):
     """Draw a case, some classes for each query, and which of them are requested."""
     case = draw(small_cases)
     p = draw(st.integers(1, case.c))
-    classes = np.stack([case.rng.permutation(case.c)[:p] for _ in case.f]) if len(case.f) else np.empty((0, p), int)
+    classes = (
+        np.stack([case.rng.permutation(case.c)[:p] for _ in case.f])
+        if len(case.f)
+        else np.empty((0, p), int)
+    )
     return case, classes, case.rng.random(classes.shape) < draw(st.sampled_from([0.0, 0.3, 1.0]))
 
 
@@ -124,7 +132,9 @@ def test_requested_classes_get_their_dense_sum_and_others_get_0(given_, beta, si
     case, classes, met = given_
     expected = np.take_along_axis(case.logits(beta), classes, axis=1) * met
     with blocks(*sizes):
-        found = keys_of(case).class_logits(case.queries, torch.from_numpy(classes), torch.from_numpy(met), beta)
+        found = keys_of(case).class_logits(
+            case.queries, torch.from_numpy(classes), torch.from_numpy(met), beta
+        )
     np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
     assert (found.numpy()[~met] == 0).all()
 
@@ -144,7 +154,9 @@ def excess_of(array, ids, c, f, own, beta):
 def test_new_queries_rarely_exceed_the_slack(synthetic, beta):
     array, ids, _, queries = synthetic
     slack = Keys(array, ids, 100).slack(beta)
-    excess = excess_of(array, ids, 100, queries[:1000], Made(c=100, d=256).classes(4096, 2)[:1000], beta)
+    excess = excess_of(
+        array, ids, 100, queries[:1000], Made(c=100, d=256).classes(4096, 2)[:1000], beta
+    )
     assert 0 < (excess > slack).mean() <= 0.01  # a quantile of a sample
     assert slack <= 1.5 * np.quantile(excess, 0.999)  # not an arbitrarily large value
 

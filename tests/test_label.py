@@ -46,7 +46,9 @@ def test_every_photo_is_shown_once_and_skipped_photos_come_last(m, data):
             labelled.append(shown[0])
         if data.draw(st.booleans()):
             picks = data.draw(st.permutations(range(m)))
-            queue.suggest([(photo, "") for photo in picks if photo not in skipped], labelled, len(labelled))
+            queue.suggest(
+                [(photo, "") for photo in picks if photo not in skipped], labelled, len(labelled)
+            )
     assert sorted(labelled) == [*range(m)]
     assert set(labelled[m - len(skipped) :]) == skipped
 
@@ -58,12 +60,18 @@ def test_suggestions_come_after_the_fixed_photos_and_every_fifth_photo_is_random
     queue.suggest([(photo, "because") for photo in picks], taken, labelled)
     shown = queue.show(taken)
     assert shown[:FIXED] == front
-    at_random = [(labelled + place) % RANDOM_EVERY == RANDOM_EVERY - 1 for place in range(FIXED, QUEUED)]
+    at_random = [
+        (labelled + place) % RANDOM_EVERY == RANDOM_EVERY - 1 for place in range(FIXED, QUEUED)
+    ]
     assert [one.picked == "random" for one in shown[FIXED:]] == at_random
     drawn = {one.photo for one in shown if one.picked == "random"}
-    wanted = [photo for photo in picks if photo not in taken and photo not in {one.photo for one in front}]
+    wanted = [
+        photo for photo in picks if photo not in taken and photo not in {one.photo for one in front}
+    ]
     suggested = [one.photo for one in shown[FIXED:] if one.picked == "suggested"]
-    assert [photo for photo in wanted if photo not in drawn - set(suggested)][: len(suggested)] == suggested
+    assert [photo for photo in wanted if photo not in drawn - set(suggested)][
+        : len(suggested)
+    ] == suggested
     queue.put_first(Queued(59, "random"))
     assert queue.show(taken)[0].photo == 59
 
@@ -111,7 +119,9 @@ class Client(InProcess):
         done = []
         for _ in range(number):
             queue = self.status()["queue"]
-            done.append(next(one for one in queue if one["name"] in self.pool))  # not the damaged file
+            done.append(
+                next(one for one in queue if one["name"] in self.pool)
+            )  # not the damaged file
             self.set({done[-1]["photo"]: self.pool[done[-1]["name"]]})
         return done
 
@@ -152,7 +162,11 @@ def test_labels_build_an_index_that_guesses_and_sessions_can_be_resumed(pool, pl
         first = client.label(1)
         assert (first[0]["picked"], first[0]["guesses"]) == ("random", [])
         state = client.settled()
-        assert (state["photos"], state["labelled"], state["unsaved"]) == (25, 1, 0)  # without the damaged file
+        assert (state["photos"], state["labelled"], state["unsaved"]) == (
+            25,
+            1,
+            0,
+        )  # without the damaged file
         done = first + client.label(9)
         state = client.settled()
         assert state["labelled"] == 10
@@ -172,13 +186,17 @@ def test_labels_build_an_index_that_guesses_and_sessions_can_be_resumed(pool, pl
         feature = Reader(lit_mini).encode(next(open_inputs([shown["name"]]))).features
         answer = index.classify(feature, "keep", top=3)[0]
         assert [one["label"] for one in shown["guesses"]] == answer.labels
-        assert [one["probability"] for one in shown["guesses"]] == pytest.approx(answer.probabilities, abs=1e-4)
+        assert [one["probability"] for one in shown["guesses"]] == pytest.approx(
+            answer.probabilities, abs=1e-4
+        )
         client.label(15)
         assert client.settled()["queue"] == []
     assert opened(place).n == 25
 
 
-def test_a_step_is_one_version_done_once_and_undo_restores_labels_and_skipped_photos(pool, place, lit_mini):
+def test_a_step_is_one_version_done_once_and_undo_restores_labels_and_skipped_photos(
+    pool, place, lit_mini
+):
     """``test_label_sessions.py`` repeats this at random, with other writers."""
     with Client(pool, place, lit_mini) as client:
         one, other, third, *_ = client.settled()["queue"]
@@ -186,12 +204,15 @@ def test_a_step_is_one_version_done_once_and_undo_restores_labels_and_skipped_ph
         client.set({one["photo"]: "b"}, step="2")
         steps = client.set({one["photo"]: "a"}, step="1")["steps"]  # the request was repeated
         assert steps == [
-            {"step": n, "photos": [one["photo"]], "labels": [label]} for n, label in (("1", "a"), ("2", "b"))
+            {"step": n, "photos": [one["photo"]], "labels": [label]}
+            for n, label in (("1", "a"), ("2", "b"))
         ]
         assert client.settled()["queue"][0]["photo"] == other["photo"]
         red = str(place.parent / "red.png")
         Image.new("RGB", (64, 64), "red").save(red)
-        changes.add(place, of_images([red], "photos", ["red"], ["red"]), Reader(lit_mini))  # by another process
+        changes.add(
+            place, of_images([red], "photos", ["red"], ["red"]), Reader(lit_mini)
+        )  # by another process
         client.until(lambda state: state["version"] == opened(place).version)
         version = client.settled()["version"]
         client.set({other["photo"]: "x", third["photo"]: "tpyo"}, step="typo")
@@ -234,8 +255,14 @@ def test_a_bad_label_is_named_and_kept_while_the_others_are_saved(pool, place, l
         bad = client.number("damaged")
         good = [client.number(name) for name in ("1", "2", "3", "4")]
         client.set(dict.fromkeys([good[0], bad, *good[1:]], "x"))
-        (refused,) = client.until(lambda state: state["unsaved"] == 1 and state["refused"])["refused"]
-        assert (refused["photo"], Path(refused["name"]).name, refused["label"]) == (bad, "damaged.jpg", "x")
+        (refused,) = client.until(lambda state: state["unsaved"] == 1 and state["refused"])[
+            "refused"
+        ]
+        assert (refused["photo"], Path(refused["name"]).name, refused["label"]) == (
+            bad,
+            "damaged.jpg",
+            "x",
+        )
         assert "image" in refused["reason"]
         known = {row["source"]: row["key_id"] for row in opened(place).labels.to_pylist()}
         changes.remove(place, key_ids=[known[client.names[good[0]]]])  # by another process
@@ -246,7 +273,9 @@ def test_a_bad_label_is_named_and_kept_while_the_others_are_saved(pool, place, l
         assert client.settled()["unsaved"] == 0
 
 
-def test_photos_are_recognised_by_their_bytes_from_any_folder(shared, place, lit_mini, tmp_path, monkeypatch):
+def test_photos_are_recognised_by_their_bytes_from_any_folder(
+    shared, place, lit_mini, tmp_path, monkeypatch
+):
     photos = [path for path, _ in caltech_photos(shared, "train", 2, 2)]
 
     def client_in(folder):
@@ -296,7 +325,9 @@ def test_labels_are_saved_later_if_saving_fails(pool, place, lit_mini, monkeypat
     assert opened(place).n == 2
 
 
-def test_saved_labels_are_shown_even_if_the_index_cannot_be_read(pool, place, lit_mini, monkeypatch):
+def test_saved_labels_are_shown_even_if_the_index_cannot_be_read(
+    pool, place, lit_mini, monkeypatch
+):
     def refuse(_):
         raise StoreError("idx: input/output error")
 
@@ -320,21 +351,33 @@ def test_the_first_labels_are_saved_even_if_their_photos_are_gone(pool, place, l
         client.settled()
         for path in images[:2]:
             path.unlink()
-        client.set({client.number(path.stem): label for path, label in zip(images, "xyx", strict=True)}, step="all")
+        client.set(
+            {client.number(path.stem): label for path, label in zip(images, "xyx", strict=True)},
+            step="all",
+        )
         state = client.settled()
-        assert (state["version"], state["labelled"], state["unsaved"], state["refused"]) == (1, 3, 0, [])
+        assert (state["version"], state["labelled"], state["unsaved"], state["refused"]) == (
+            1,
+            3,
+            0,
+            [],
+        )
     assert labels_of(place) == dict(zip(map(str, images), "xyx", strict=True))
     assert opened(place).provenance["precision"] == {"keys": "float32"}
 
 
-def test_near_copies_name_each_other_and_photos_that_are_gone_can_be_relabelled(pool, place, lit_mini, tmp_path):
+def test_near_copies_name_each_other_and_photos_that_are_gone_can_be_relabelled(
+    pool, place, lit_mini, tmp_path
+):
     folder = shutil.copytree(Path(next(iter(pool))).parent, tmp_path / "pool")
     images = {name: folder / f"{name}.jpg" for name in ("0", "copy", "1", "2")}
     for path in {*folder.iterdir()} - {*images.values()}:
         path.unlink()
     with Client({str(path): "x" for path in images.values()}, place, lit_mini) as client:
         numbers = {name: client.number(name) for name in images}
-        similar = {one["photo"]: one["similar"] for one in client.settled()["queue"] if one["similar"]}
+        similar = {
+            one["photo"]: one["similar"] for one in client.settled()["queue"] if one["similar"]
+        }
         pair = numbers["0"], numbers["copy"]
         assert similar == {pair[0]: [pair[1]], pair[1]: [pair[0]]}
         for name in ("0", "1"):
@@ -371,21 +414,35 @@ def test_the_answers_for_the_rest_are_reviewed_together(pool, place, lit_mini):
         for photo, right, feature in zip(sorted(photos), expected, folder, strict=True):
             if photo not in rest:
                 continue
-            assert photos[photo]["similar"] == [pytest.approx(one, abs=1e-4) for one in right.similar]
-            assert [one["label"] for one in photos[photo]["guesses"]] == right.labels  # "none of these", too
+            assert photos[photo]["similar"] == [
+                pytest.approx(one, abs=1e-4) for one in right.similar
+            ]
+            assert [
+                one["label"] for one in photos[photo]["guesses"]
+            ] == right.labels  # "none of these", too
             chances = [one["probability"] for one in photos[photo]["guesses"]]
             assert chances == pytest.approx(right.probabilities, abs=1e-4)
             assert photos[photo]["no_match"] == bool(right.no_match)
             sent = client.http.get(f"/v1/label/photos/{photo}/feature").content
             assert np.frombuffer(sent, "<f4") == pytest.approx(feature, abs=1e-5)
-            assert client.http.get(f"/v1/label/photos/{photo}/file").content == Path(photos[photo]["name"]).read_bytes()
+            assert (
+                client.http.get(f"/v1/label/photos/{photo}/file").content
+                == Path(photos[photo]["name"]).read_bytes()
+            )
         assert all(photos[photo]["no_match"] for group in answer["groups"] for photo in group)
-        assert client.http.get(f"/v1/label/photos/{client.number('damaged')}/feature").status_code == 404
+        assert (
+            client.http.get(f"/v1/label/photos/{client.number('damaged')}/feature").status_code
+            == 404
+        )
 
         shown = client.status()["queue"][0]
         some = dict.fromkeys([shown["photo"], *rest[:5]], "panda") | {rest[6]: "a class of its own"}
         state = client.set(some, step="review", reviewed=True)
-        assert state["steps"][-1] == {"step": "review", "photos": [*some], "labels": [*some.values()]}
+        assert state["steps"][-1] == {
+            "step": "review",
+            "photos": [*some],
+            "labels": [*some.values()],
+        }
         client.settled()
         assert {photo: one["label"] for photo, one in answers()[0].items() if photo in some} == some
         picked = {row["source"]: row["picked"] for row in opened(place).labels.to_pylist()}
@@ -393,7 +450,9 @@ def test_the_answers_for_the_rest_are_reviewed_together(pool, place, lit_mini):
         client.set({}, undo="review")
         client.settled()
         assert opened(place).n == 8
-        client.set({labelled[0]["photo"]: "panda"}, reviewed=True)  # the label changes, but not how it was chosen
+        client.set(
+            {labelled[0]["photo"]: "panda"}, reviewed=True
+        )  # the label changes, but not how it was chosen
         client.settled()
         assert [row["picked"] for row in opened(place).labels.to_pylist()].count("reviewed") == 0
 
@@ -412,7 +471,9 @@ def test_right_guesses_are_counted_until_they_are_undone(pool, place, lit_mini):
         assert client.set({}, undo="5")["guessed"] == state["guessed"][:-1]
 
 
-def test_a_session_is_finished_with_copies_links_moved_photos_or_the_labelled_ones(pool, place, lit_mini, tmp_path):
+def test_a_session_is_finished_with_copies_links_moved_photos_or_the_labelled_ones(
+    pool, place, lit_mini, tmp_path
+):
     folder = shutil.copytree(Path(next(iter(pool))).parent, tmp_path / "photos")
     moved = {str(folder / Path(name).name): label for name, label in pool.items()}
     with Client(moved, place, lit_mini) as client:
@@ -430,16 +491,22 @@ def test_a_session_is_finished_with_copies_links_moved_photos_or_the_labelled_on
         assert {path.name: path.parent.name for path in fixed} == labels
         _, answer = sort("none", action="xmp", labelled=True)
         assert answer["summary"].startswith("changed the keywords of 6 photos")
-        written = {path.stem: path.read_text().split("<rdf:li>")[1] for path in folder.glob("*.xmp")}
+        written = {
+            path.stem: path.read_text().split("<rdf:li>")[1] for path in folder.glob("*.xmp")
+        }
         assert {name: text.partition("<")[0] for name, text in written.items()} == labels
         assert answer["undo"] == f"retrieval-tip classify {place} {folder} --format xmp --undo"
         _, answer = sort("none", action="xmp", undo=True)
-        assert (answer["summary"], [*folder.glob("*.xmp")]) == ("restored the keywords of 6 photos", [])
+        assert (answer["summary"], [*folder.glob("*.xmp")]) == (
+            "restored the keywords of 6 photos",
+            [],
+        )
         nothing, plan = sort("copies", dry_run=True)
         assert (nothing, plan["folder"], plan["photos"]) == ([], str(tmp_path / "copies"), 25)
         copies, answer = sort("copies")  # by label or answer
         assert plan["aside"] == {
-            name: sum(path.parent.name == name for path in copies) for name in ("no match", "not sure")
+            name: sum(path.parent.name == name for path in copies)
+            for name in ("no match", "not sure")
         }
         assert answer["summary"].startswith("copied 25 photos")
         assert answer["undo"] == f"retrieval-tip sort --undo --into {tmp_path / 'copies'}"
@@ -460,10 +527,12 @@ def test_invalid_requests_are_refused(pool, place, lit_mini, shared, run):
     with Client(pool, place, lit_mini, "owl") as client:
         post = client.http.post
         for body, status in (
-            ({"labels": [{"photo": 99, "label": "x"}]}, 404), ({"skip": [99]}, 404),
-            ({"labels": [{"photo": 0, "label": " "}]}, 422), ({"labels": [{"photo": -1, "label": "x"}]}, 422),
+            ({"labels": [{"photo": 99, "label": "x"}]}, 404),
+            ({"skip": [99]}, 404),
+            ({"labels": [{"photo": 0, "label": " "}]}, 422),
+            ({"labels": [{"photo": -1, "label": "x"}]}, 422),
             ({"labels": [{"photo": 0, "label": "a\nb"}]}, 422),
-        ):  # fmt: skip
+        ):
             assert post("/v1/label", json=body, headers=AUTHORISED).status_code == status, body
         state = client.settled()
         assert (state["labelled"], state["classes"]) == (0, {"owl": 0})
@@ -472,7 +541,9 @@ def test_invalid_requests_are_refused(pool, place, lit_mini, shared, run):
         for photo in (99, client.number("damaged")):
             assert client.http.get(f"/v1/label/photos/{photo}/image").status_code == 404
     table = shared / "data" / "clip-food9" / "test.parquet"
-    told = run("label", table, "--out", place, "--model", f"local-dir:{shared / 'models' / 'lit-mini'}")
+    told = run(
+        "label", table, "--out", place, "--model", f"local-dir:{shared / 'models' / 'lit-mini'}"
+    )
     assert (told.exit_code, "labelling needs photos" in told.stderr) == (1, True)
     assert not place.exists()
 
@@ -488,7 +559,9 @@ def test_a_killed_session_keeps_its_labels_and_a_stopped_one_names_the_file_of_t
     with server(folder, "--out", index, *model, **again) as (first_url, process):
         state = asked(url := first_url)
         assert [*state["classes"]] == ["owl", "crab"]
-        first = [one for one in state["queue"] if one["name"] in right][:6]  # without the damaged file
+        first = [one for one in state["queue"] if one["name"] in right][
+            :6
+        ]  # without the damaged file
         for one in first:
             asked(url, {"labels": [{"photo": one["photo"], "label": right[one["name"]]}]})
         process.kill()  # the last labels are not in the index yet
@@ -497,7 +570,17 @@ def test_a_killed_session_keeps_its_labels_and_a_stopped_one_names_the_file_of_t
     printed = []
     with server(folder, "--out", index, *model, **again, printed=printed) as (url, process):
         assert url == first_url  # an open page still works
-        asked(url, {"labels": [{"photo": sorted(folder.iterdir()).index(folder / "damaged.jpg"), "label": "owl"}]})
+        asked(
+            url,
+            {
+                "labels": [
+                    {
+                        "photo": sorted(folder.iterdir()).index(folder / "damaged.jpg"),
+                        "label": "owl",
+                    }
+                ]
+            },
+        )
         process.send_signal(signal.SIGINT)
         assert process.wait() == 1
     assert {Path(name).name: label for name, label in labels_of(index).items()} == {
@@ -510,7 +593,9 @@ def test_a_killed_session_keeps_its_labels_and_a_stopped_one_names_the_file_of_t
     assert printed[-2] == "Labelled photos: 7 of 25\n"
     address, _, token = url.partition("/#token=")
     with (
-        socket.create_server(("127.0.0.1", int(address.rpartition(":")[2]))),  # it may have received the token
+        socket.create_server(
+            ("127.0.0.1", int(address.rpartition(":")[2]))
+        ),  # it may have received the token
         server(folder, "--out", index, **again) as (url, _),  # uses the encoder of the index
     ):
         assert not url.startswith(address)
@@ -527,5 +612,7 @@ def asked(url, body=None):
     address, _, token = url.partition("/#token=")
     headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
     data = None if body is None else json.dumps(body).encode()
-    with urllib.request.urlopen(urllib.request.Request(f"{address}/v1/label", data, headers)) as answer:
+    with urllib.request.urlopen(
+        urllib.request.Request(f"{address}/v1/label", data, headers)
+    ) as answer:
         return json.load(answer)

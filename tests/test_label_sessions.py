@@ -44,8 +44,12 @@ class Words(Fake):
     """A backbone with text, so that new classes need text weights."""
 
     def encode_texts(self, texts):
-        seeds = (int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") for text in texts)
-        return np.stack([np.random.default_rng(seed).normal(size=self.dim) for seed in seeds]).astype(np.float32)
+        seeds = (
+            int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") for text in texts
+        )
+        return np.stack(
+            [np.random.default_rng(seed).normal(size=self.dim) for seed in seeds]
+        ).astype(np.float32)
 
 
 class Wordless(Fake):
@@ -88,14 +92,26 @@ class Session:
             assert found in (self.wanted, self.maybe), (found, self.wanted, self.maybe)
             self.keep(found, found)
             for number in range(STEPS):
-                steps = (self.label, self.label, self.review, self.back, self.skip, self.others, self.fill, self.drop)
+                steps = (
+                    self.label,
+                    self.label,
+                    self.review,
+                    self.back,
+                    self.skip,
+                    self.others,
+                    self.fill,
+                    self.drop,
+                )
                 self.draw.choice(steps)(f"{self.job['round']} {number}")
                 time.sleep(self.draw.choice((0, 0, 0.05)))
             if self.draw.random() < 0.5:
                 self.full.unlink(missing_ok=True)
         if not self.full.exists():
             rows = self.rows()  # the only label stays until there is another one
-            assert self.found() == self.wanted or len(rows) == 1 > len(self.wanted), (rows, self.wanted)
+            assert self.found() == self.wanted or len(rows) == 1 > len(self.wanted), (
+                rows,
+                self.wanted,
+            )
 
     def review(self, step):
         """Label many photos at once. The page then shows the acknowledged labels."""
@@ -108,7 +124,11 @@ class Session:
         chosen = self.draw.sample([*self.digests], self.draw.randint(1, most))
         labels = {photo: self.draw.choice((*LABELS, f"new {step}")) for photo in chosen}
         new = self.wanted | {self.digests[photo]: label for photo, label in labels.items()}
-        before = {digest: self.wanted.get(digest) for digest in new if new[digest] != self.wanted.get(digest)}
+        before = {
+            digest: self.wanted.get(digest)
+            for digest in new
+            if new[digest] != self.wanted.get(digest)
+        }
         body = [{"photo": photo, "label": label} for photo, label in labels.items()]
         if self.ask({"labels": body, "step": step, **more}, new):
             self.undo.append((step, before))
@@ -133,7 +153,9 @@ class Session:
         if not self.undo:
             return
         step, before = self.undo.pop()
-        new = {digest: label for digest, label in (self.wanted | before).items() if label is not None}
+        new = {
+            digest: label for digest, label in (self.wanted | before).items() if label is not None
+        }
         if not self.ask({"undo": step}, new):
             self.undo.append((step, before))
 
@@ -146,7 +168,11 @@ class Session:
         gone = self.draw.sample(rows, 1) if len(rows) > 2 and self.draw.random() < 0.5 else []
         path = self.folder / "others" / f"{self.draw.randrange(OTHERS)}.png"
         there = digest_of(path) in {row["digest"] for row in rows}
-        new = {digest: label for digest, label in self.wanted.items() if digest not in {r["digest"] for r in gone}}
+        new = {
+            digest: label
+            for digest, label in self.wanted.items()
+            if digest not in {r["digest"] for r in gone}
+        }
         if gone:
             self.keep(self.wanted, new)
             changes.remove(self.place, key_ids=[row["key_id"] for row in gone])
@@ -154,7 +180,11 @@ class Session:
         if not there:
             new = self.wanted | {digest_of(path): "other"}
             self.keep(self.wanted, new)
-            changes.add(self.place, of_images([str(path)], "others", ["other"], ["other"]), Reader(self.backbone))
+            changes.add(
+                self.place,
+                of_images([str(path)], "others", ["other"], ["other"]),
+                Reader(self.backbone),
+            )
             self.keep(new, new)
         version = places.at(self.place).manifest().version
         self.until(lambda state: state["version"] >= version)
@@ -209,7 +239,9 @@ class Session:
 
 def saved(state):
     """Return whether all labels are saved. The only label cannot be removed, so this waits for another one."""
-    return all(one["label"] is None for one in state["refused"]) and state["unsaved"] == len(state["refused"])
+    return all(one["label"] is None for one in state["refused"]) and state["unsaved"] == len(
+        state["refused"]
+    )
 
 
 def digest_of(path):
@@ -222,7 +254,9 @@ def _work(job, _):
 
 
 if __name__ == "__main__":
-    warnings.simplefilter("ignore", RuntimeWarning)  # LanceDB warns of forks, but has not been used before the fork
+    warnings.simplefilter(
+        "ignore", RuntimeWarning
+    )  # LanceDB warns of forks, but has not been used before the fork
     killing.serve(_work)
     raise SystemExit
 
@@ -236,7 +270,9 @@ def make_photos(folder, number, first=0):
     (folder / "copy.png").write_bytes((folder / "0.png").read_bytes())
 
 
-@pytest.mark.parametrize(("kind", "disk"), few([*itertools.product(("", "lance://"), (False, True))], 2))
+@pytest.mark.parametrize(
+    ("kind", "disk"), few([*itertools.product(("", "lance://"), (False, True))], 2)
+)
 def test_no_acknowledged_label_is_lost(server, tmp_path, small_disk, kind, disk):
     draw = random.Random(f"{kind} {disk}")
     killed = 0
@@ -255,7 +291,8 @@ def test_no_acknowledged_label_is_lost(server, tmp_path, small_disk, kind, disk)
         for round_ in range(ROUNDS):
             last = round_ == ROUNDS - 1
             server.start(
-                *[job | {"round": round_} for job in jobs], after=None if last else draw.uniform(0.2, 3) * len(jobs)
+                *[job | {"round": round_} for job in jobs],
+                after=None if last else draw.uniform(0.2, 3) * len(jobs),
             )
             status = server.wait()
             killed += status.count(-signal.SIGKILL)

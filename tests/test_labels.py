@@ -16,26 +16,64 @@ from retrieval_tip.predictions import PREDICTIONS
 from retrieval_tip.store.labels import in_words
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x00"), max_size=8)
-KEYS = pa.table({"key_id": pa.array([7, 8, 9, 3, 4], pa.int64()), "label": ["cat", "cat", "dog", "dog", "dog"]})
+KEYS = pa.table(
+    {"key_id": pa.array([7, 8, 9, 3, 4], pa.int64()), "label": ["cat", "cat", "dog", "dog", "dog"]}
+)
 
 
 # --- files of predictions
 
-NEIGHBOUR = {"key_id": 3, "source": 'camera-3/a, "b"\n.jpg', "label": "cat", "affinity": 0.5, "weight": 1e-5,
-             "gives": [1e-5, -2e-7]}  # fmt: skip
+NEIGHBOUR = {
+    "key_id": 3,
+    "source": 'camera-3/a, "b"\n.jpg',
+    "label": "cat",
+    "affinity": 0.5,
+    "weight": 1e-5,
+    "gives": [1e-5, -2e-7],
+}
 ROWS = [
-    {"input": "a.jpg", "label": "cat", "probability": 0.75, "labels": ["cat", "2024-01-01"],
-     "probabilities": [0.75, 0.25], "logits": [1.5, -2.0], "text_logit": 1.0, "cache_logit": 0.5,
-     "discriminant_logit": 0.25,
-     "neighbours": [NEIGHBOUR, NEIGHBOUR | {"key_id": 4, "source": "b"}], "opposing": NEIGHBOUR,
-     "no_match": False, "shot": True, "group": 2, "level": "class", "set": ["cat", "dog"],
-     "similar": [{"input": "a.jpg", "label": "dog", "gives": 0.25}, {"input": "b,\n", "label": "cat", "gives": 0.5}]},
-    {"input": "b,\n\"c\".jpg", "label": None, "probability": 1.0, "labels": ["dog", "cat"],
-     "probabilities": [1.0, 0.0], "logits": None, "text_logit": 0.0, "cache_logit": 0.0,
-     "discriminant_logit": None,
-     "neighbours": [], "opposing": None, "no_match": None, "shot": None, "group": None, "level": None, "set": [],
-     "similar": None},
-]  # fmt: skip
+    {
+        "input": "a.jpg",
+        "label": "cat",
+        "probability": 0.75,
+        "labels": ["cat", "2024-01-01"],
+        "probabilities": [0.75, 0.25],
+        "logits": [1.5, -2.0],
+        "text_logit": 1.0,
+        "cache_logit": 0.5,
+        "discriminant_logit": 0.25,
+        "neighbours": [NEIGHBOUR, NEIGHBOUR | {"key_id": 4, "source": "b"}],
+        "opposing": NEIGHBOUR,
+        "no_match": False,
+        "shot": True,
+        "group": 2,
+        "level": "class",
+        "set": ["cat", "dog"],
+        "similar": [
+            {"input": "a.jpg", "label": "dog", "gives": 0.25},
+            {"input": "b,\n", "label": "cat", "gives": 0.5},
+        ],
+    },
+    {
+        "input": 'b,\n"c".jpg',
+        "label": None,
+        "probability": 1.0,
+        "labels": ["dog", "cat"],
+        "probabilities": [1.0, 0.0],
+        "logits": None,
+        "text_logit": 0.0,
+        "cache_logit": 0.0,
+        "discriminant_logit": None,
+        "neighbours": [],
+        "opposing": None,
+        "no_match": None,
+        "shot": None,
+        "group": None,
+        "level": None,
+        "set": [],
+        "similar": None,
+    },
+]
 STYLES = ["parquet", "csv", "json"]
 
 
@@ -61,14 +99,22 @@ def cell_value(column, cell):
     kind = PREDICTIONS[column]
     if not cell:
         return None
-    return cell if pa.types.is_string(kind) else cell == "True" if pa.types.is_boolean(kind) else json.loads(cell)
+    return (
+        cell
+        if pa.types.is_string(kind)
+        else cell == "True"
+        if pa.types.is_boolean(kind)
+        else json.loads(cell)
+    )
 
 
 def test_duckdb_joins_predictions_with_keys(tmp_path):
     pq.write_table(KEYS, tmp_path / "keys.parquet")
     path = written(tmp_path / "p.parquet", ROWS, "parquet")
     found = duckdb.sql(f"SELECT input, label, probability, no_match FROM '{path}'").fetchall()
-    assert found == [(row["input"], row["label"], row["probability"], row["no_match"]) for row in ROWS]
+    assert found == [
+        (row["input"], row["label"], row["probability"], row["no_match"]) for row in ROWS
+    ]
     joined = duckdb.sql(
         f"SELECT p.input, l.label, n.affinity FROM '{path}' p, UNNEST(p.neighbours) AS u(n) "
         f"JOIN '{tmp_path / 'keys.parquet'}' l ON l.key_id = n.key_id ORDER BY l.key_id"
@@ -77,12 +123,20 @@ def test_duckdb_joins_predictions_with_keys(tmp_path):
 
 
 ANY = st.builds(
-    lambda row, text, more: row | text | {"neighbours": [NEIGHBOUR | {"source": source} for source in more]},
+    lambda row, text, more: (
+        row | text | {"neighbours": [NEIGHBOUR | {"source": source} for source in more]}
+    ),
     st.sampled_from(ROWS),
-    st.fixed_dictionaries({"input": TEXT.filter(bool), "label": st.none() | TEXT.filter(bool),
-                           "labels": st.lists(TEXT, max_size=3), "probability": st.floats(0, 1)}),
+    st.fixed_dictionaries(
+        {
+            "input": TEXT.filter(bool),
+            "label": st.none() | TEXT.filter(bool),
+            "labels": st.lists(TEXT, max_size=3),
+            "probability": st.floats(0, 1),
+        }
+    ),
     st.lists(TEXT, max_size=2),
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -98,7 +152,10 @@ def test_predictions_come_back_from_every_format(tmp_path_factory, rows, style):
     [
         ([(None, "ibis"), (None, "crab"), (None, "crab")], "3 photos: 2 crab, 1 ibis"),
         ([("crab", "ibis")] * 2, "2 photos: crab became ibis"),
-        ([("crab", "ibis")] * 2 + [("ibis", "owl")], "3 photos: 2 crab became ibis, 1 ibis became owl"),
+        (
+            [("crab", "ibis")] * 2 + [("ibis", "owl")],
+            "3 photos: 2 crab became ibis, 1 ibis became owl",
+        ),
         ([("crab", None)] * 3, "removed 3 photos: 3 crab"),
         (
             [(None, "owl"), ("owl", "crab"), ("crab", None)],

@@ -35,7 +35,11 @@ LEVELS, *ROWS = (line.split(",") for line in TABLE.split())
 
 def photos(seed, each):
     """Return features of the classes, of which those of one family are alike."""
-    centres = np.eye(8)[[0, 0, 0, 1, 2]] + 0.5 * np.eye(8)[[3, 3, 4, 5, 6]] + 0.25 * np.eye(8)[[6, 7, 5, 4, 3]]
+    centres = (
+        np.eye(8)[[0, 0, 0, 1, 2]]
+        + 0.5 * np.eye(8)[[3, 3, 4, 5, 6]]
+        + 0.25 * np.eye(8)[[6, 7, 5, 4, 3]]
+    )
     noise = np.random.default_rng(seed).normal(size=(each, 5, 8)) * 0.3
     return unit((centres + noise).reshape(-1, 8)), NAMES * each
 
@@ -50,7 +54,9 @@ def table(tmp_path):
 @pytest.fixture
 def index(tmp_path, table, run):
     train = write_table(tmp_path / "train.parquet", *photos(0, 6))
-    assert run("index", "build", train, "--out", tmp_path / "index", "--groups", table).exit_code == 0
+    assert (
+        run("index", "build", train, "--out", tmp_path / "index", "--groups", table).exit_code == 0
+    )
     return tmp_path / "index"
 
 
@@ -76,7 +82,10 @@ def expected(chances, least):
 def test_an_answer_is_the_narrowest_level_whose_sum_is_probable_enough(logits, least):
     chances = torch.tensor([logits], dtype=torch.float64).softmax(1)
     groups = Levels(LEVELS, {row[0]: [name or None for name in row[1:]] for row in ROWS})
-    found = {name: column.to_pylist()[0] for name, column in narrowest(chances, NAMES, groups, least).items()}
+    found = {
+        name: column.to_pylist()[0]
+        for name, column in narrowest(chances, NAMES, groups, least).items()
+    }
     label, level, probability = expected(chances[0].tolist(), least)
     assert found == {"label": label, "level": level, "probability": pytest.approx(probability)}
 
@@ -91,9 +100,15 @@ def test_every_door_answers_by_level(run, index, queries):
     rows = [json.loads(line) for line in shown.splitlines()]
     assert list(rows[0])[:4] == ["input", "label", "level", "probability"]
     assert [(row["label"], row["level"]) for row in rows] == [answer[:2] for answer in answers]
-    np.testing.assert_allclose([row["probability"] for row in rows], [answer[2] for answer in answers], rtol=1e-5)
-    bursts = run("classify", index, queries, "--at-least", 0.8, "--burst", 10, "--format", "json").stdout
-    assert [json.loads(line)["level"] for line in bursts.splitlines()] == [row["level"] for row in rows]  # no times
+    np.testing.assert_allclose(
+        [row["probability"] for row in rows], [answer[2] for answer in answers], rtol=1e-5
+    )
+    bursts = run(
+        "classify", index, queries, "--at-least", 0.8, "--burst", 10, "--format", "json"
+    ).stdout
+    assert [json.loads(line)["level"] for line in bursts.splitlines()] == [
+        row["level"] for row in rows
+    ]  # no times
     found = opened.classify(features, at_least=0.8)
     assert [(one.label, one.level) for one in found] == [answer[:2] for answer in answers]
     assert repr(found)
@@ -101,19 +116,32 @@ def test_every_door_answers_by_level(run, index, queries):
     with TestClient(app_of(index)) as client:
         body = {"features": features.tolist()}
         results = client.post("/v1/classify?at_least=0.8", json=body).json()["results"]
-        assert [(row["label"], row["level"]) for row in results] == [answer[:2] for answer in answers]
+        assert [(row["label"], row["level"]) for row in results] == [
+            answer[:2] for answer in answers
+        ]
         assert client.post("/v1/classify?at_least=2", json=body).status_code == 422
     report = json.loads(run("evaluate", index, queries, "--at-least", 0.8, "--json").stdout)
     assert report["no_label"] == pytest.approx(np.mean([answer[0] is None for answer in answers]))
     paths = {row[0]: row for row in ROWS}
     for number, level in enumerate(LEVELS):
-        right = [a[0] == paths[label][number] for a, label in zip(answers, labels, strict=True) if a[1] == level]
-        assert report["levels"][level] == pytest.approx({"share": len(right) / len(labels), "right": np.mean(right)})
+        right = [
+            a[0] == paths[label][number]
+            for a, label in zip(answers, labels, strict=True)
+            if a[1] == level
+        ]
+        assert report["levels"][level] == pytest.approx(
+            {"share": len(right) / len(labels), "right": np.mean(right)}
+        )
     assert "genus" in run("evaluate", index, queries, "--at-least", 0.8).stdout
     coco = json.loads(run("classify", index, queries, "--at-least", 0.8, "--format", "coco").stdout)
     assert {"lion", "Panthera", "Felidae"} <= {category["name"] for category in coco["categories"]}
-    document = json.loads(run("classify", index, queries, "--at-least", 0.8, "--format", "megadetector").stdout)
-    first = [image["detections"][0].get("classifications", [[None]])[0][0] for image in document["images"]]
+    document = json.loads(
+        run("classify", index, queries, "--at-least", 0.8, "--format", "megadetector").stdout
+    )
+    first = [
+        image["detections"][0].get("classifications", [[None]])[0][0]
+        for image in document["images"]
+    ]
     labels = [row["label"] if not row["no_match"] else None for row in rows]
     assert [document["classification_categories"].get(number) for number in first] == labels
     facts = json.loads(run("index", "info", index, "--json").stdout)
@@ -121,7 +149,9 @@ def test_every_door_answers_by_level(run, index, queries):
 
 
 def test_at_least_needs_groups_and_a_share_and_excludes_abstain(run, index, tmp_path, queries):
-    assert run("index", "build", tmp_path / "train.parquet", "--out", tmp_path / "bare").exit_code == 0
+    assert (
+        run("index", "build", tmp_path / "train.parquet", "--out", tmp_path / "bare").exit_code == 0
+    )
     for command in ("classify", "evaluate"):
         done = run(command, tmp_path / "bare", queries, "--at-least", 0.9)
         assert (done.exit_code, done.stdout) == (2, "")
@@ -137,8 +167,14 @@ def test_at_least_needs_groups_and_a_share_and_excludes_abstain(run, index, tmp_
 BAD = {
     "class twice": ("c,g\nlion,a\nlion,a\n", "'lion' occurs twice"),
     "class in two groups": ("c,g\nlion,a\nlion,b\n", "'lion' occurs twice"),
-    "genus in two families": ("c,g,f\nlion,Panthera,Felidae\nwolf,Panthera,Canidae\n", "'Panthera'"),
-    "genus with and without a family": ("c,g,f\nlion,Panthera,Felidae\nwolf,Panthera,\n", "'Panthera'"),
+    "genus in two families": (
+        "c,g,f\nlion,Panthera,Felidae\nwolf,Panthera,Canidae\n",
+        "'Panthera'",
+    ),
+    "genus with and without a family": (
+        "c,g,f\nlion,Panthera,Felidae\nwolf,Panthera,\n",
+        "'Panthera'",
+    ),
     "cycle": ("c,g,f\nlion,a,b\nwolf,b,a\n", "'b'"),
     "name at two levels": ("c,g,f\nlion,a,a\n", "'a'"),
     "only classes": ("c\nlion\n", "columns of broader groups"),
@@ -151,8 +187,14 @@ BAD = {
     "long name": ("c,g\nlion," + "x" * 5000 + "\n", "longer than"),
     "many rows": ("c,g\n" + "".join(f"c{i},g\n" for i in range(100_001)), "at most 100,000"),
     "large": ("c,g\nlion," + "x" * (1 << 24) + "\n", "larger than"),
-    "many levels": ("c," + ",".join(f"g{i}" for i in range(17)) + "\nlion" + ",x" * 17 + "\n", "keep at most 16"),
-    "very many levels": ("c," + ",".join(f"g{i}" for i in range(20_000)) + "\nlion" + ",x" * 20_000, "20,000 levels"),
+    "many levels": (
+        "c," + ",".join(f"g{i}" for i in range(17)) + "\nlion" + ",x" * 17 + "\n",
+        "keep at most 16",
+    ),
+    "very many levels": (
+        "c," + ",".join(f"g{i}" for i in range(20_000)) + "\nlion" + ",x" * 20_000,
+        "20,000 levels",
+    ),
     "not a table": ("\x00" * 50, "groups.csv"),
 }
 
@@ -166,30 +208,48 @@ def test_an_invalid_table_is_refused_in_one_line_and_changes_nothing(run, index,
         assert reason in line
     for column in (pa.array([0.5, 2]), pa.array([[1], [2]])):
         pq.write_table(pa.table({"c": ["lion", "wolf"], "g": column}), tmp_path / "g.parquet")
-        refused(lambda: changes.configure(index, groups=tmp_path / "g.parquet"), "'g'", error=InputError)
+        refused(
+            lambda: changes.configure(index, groups=tmp_path / "g.parquet"), "'g'", error=InputError
+        )
     for path in (tmp_path / "none.csv", tmp_path):
-        refused(lambda path=path: changes.configure(index, groups=path), path.name, error=InputError)
+        refused(
+            lambda path=path: changes.configure(index, groups=path), path.name, error=InputError
+        )
     assert Index.load(index).version == 1
 
 
 def test_groups_are_read_from_the_bytes_of_a_file(table, tmp_path):
     expected = read_groups(table, ["lion"])
-    pq.write_table(pa.table(list(zip(*ROWS, strict=True)), names=LEVELS), tmp_path / "groups.parquet")
-    for data in (TABLE.encode(), TABLE.encode("utf-16"), (tmp_path / "groups.parquet").read_bytes()):
+    pq.write_table(
+        pa.table(list(zip(*ROWS, strict=True)), names=LEVELS), tmp_path / "groups.parquet"
+    )
+    for data in (
+        TABLE.encode(),
+        TABLE.encode("utf-16"),
+        (tmp_path / "groups.parquet").read_bytes(),
+    ):
         assert read_groups(data, ["lion"]) == expected
     for text, reason in BAD.values():
         words = ("groups: ", reason.removesuffix(".csv"))
         refused(lambda text=text: read_groups(text.encode(), ["lion"]), *words, error=InputError)
 
 
-def test_classes_that_the_index_lacks_are_named_and_have_their_groups_later(run, index, table, tmp_path):
+def test_classes_that_the_index_lacks_are_named_and_have_their_groups_later(
+    run, index, table, tmp_path
+):
     table.write_text(TABLE + "jaguar, Panthera ,Felidae\n")
     done = run("index", "set", index, "--groups", table)
     assert done.exit_code == 0
     assert "1 class is not in the index: jaguar" in done.stderr
-    changes.add(index, source(tmp_path / "more.parquet", photos(3, 1)[0][:2], ["jaguar", "hyena"]), Reader())
+    changes.add(
+        index, source(tmp_path / "more.parquet", photos(3, 1)[0][:2], ["jaguar", "hyena"]), Reader()
+    )
     groups = Index.load(index).groups
-    paths = {"jaguar": "Felidae|Panthera|jaguar", "Panthera": "Felidae|Panthera", "Felidae": "Felidae"}
+    paths = {
+        "jaguar": "Felidae|Panthera|jaguar",
+        "Panthera": "Felidae|Panthera",
+        "Felidae": "Felidae",
+    }
     for label, path in (paths | {"hyena": "hyena", "empty": "empty"}).items():
         assert "|".join(groups.path(label)) == path
     assert Index.load(index).classify(photos(3, 1)[0][1:2], at_least=0)[0].level == "species"
@@ -200,10 +260,15 @@ def test_groups_are_set_over_http(index, table):
     with TestClient(app, headers={"Authorization": "Bearer open sesame"}) as client:
 
         def sent(text):
-            return client.post("/v1/indexes/index/set", content=text, headers={"Content-Type": "text/csv"})
+            return client.post(
+                "/v1/indexes/index/set", content=text, headers={"Content-Type": "text/csv"}
+            )
 
         answer = sent("kind,sort\nlion,beast\nwolf,beast\nyak,beast\n")
-        assert (answer.json()["version"], answer.json()["warnings"]) == (2, ["1 class is not in the index: yak"])
+        assert (answer.json()["version"], answer.json()["warnings"]) == (
+            2,
+            ["1 class is not in the index: yak"],
+        )
         assert client.get("/v1/indexes/index").json()["levels"] == ["kind", "sort"]
         assert Index.load(index).groups.path("lion") == ("beast", "lion")
         table.write_text(TABLE)
@@ -216,15 +281,23 @@ def test_groups_are_set_over_http(index, table):
                 assert refusal.json()["detail"].startswith("groups")
                 assert reason.removesuffix(".csv") in refusal.json()["detail"]  # it is no file
         assert client.post("/v1/indexes/index/set", json={"groups": TABLE}).status_code == 422
-        assert (client.get("/v1/indexes/index").json()["levels"], Index.load(index).version) == (LEVELS, 3)
+        assert (client.get("/v1/indexes/index").json()["levels"], Index.load(index).version) == (
+            LEVELS,
+            3,
+        )
         client.headers["Authorization"] = "Bearer none"
         assert sent(TABLE).status_code == 401
 
 
 @pytest.mark.parametrize("kind", ["folder", "lance"])
 def test_groups_survive_every_change_and_copy(tmp_path, kind, table):
-    place, copy = made(tmp_path, kind), made(tmp_path, "lance" if kind == "folder" else "folder", "copy")
-    build_index(source(tmp_path / "t.parquet", *photos(0, 6)), place, Reader(), groups=table, device="cpu")
+    place, copy = (
+        made(tmp_path, kind),
+        made(tmp_path, "lance" if kind == "folder" else "folder", "copy"),
+    )
+    build_index(
+        source(tmp_path / "t.parquet", *photos(0, 6)), place, Reader(), groups=table, device="cpu"
+    )
 
     def now(where=place):
         return at(where).load(device="cpu").groups

@@ -46,8 +46,13 @@ KEPT = 4
 QUERIES = unit_rows(4, D, 99)
 TABLE = ["Flat", "Classes"]
 FACTORIES = {"folder": ["Flat", "Classes", "IVF4,Flat"], "lance": TABLE, "s3": TABLE}
-FOLDERS = [("folder", "Flat", "float16"), ("folder", "Flat", "float32"), ("folder", "Classes", "float32"),
-           ("folder", "IVF4,Flat", "float32"), ("folder", "Classes", "float16")]  # fmt: skip
+FOLDERS = [
+    ("folder", "Flat", "float16"),
+    ("folder", "Flat", "float32"),
+    ("folder", "Classes", "float32"),
+    ("folder", "IVF4,Flat", "float32"),
+    ("folder", "Classes", "float16"),
+]
 TABLES = [("lance", "Flat", "float32"), ("s3", "Flat", "float16")]
 HOW = ["command", "merge", "program"]
 SOLVED = [{"values": "solved"}, {"metric": "none", "values": "solved"}]
@@ -83,12 +88,18 @@ class State:
         """Return a classifier that is built from these contents at once, with the keys in the given order of ids."""
         keys = [self.keys[key_id] for key_id in order or self.keys]
         index = Index.from_features(
-            np.stack([key.vector for key in keys]), [key.label for key in keys], list(self.text),
-            np.stack(list(self.text.values())), settings=self.settings, index=kind, device="cpu",
+            np.stack([key.vector for key in keys]),
+            [key.label for key in keys],
+            list(self.text),
+            np.stack(list(self.text.values())),
+            settings=self.settings,
+            index=kind,
+            device="cpu",
             sources=[str(key_id) for key_id in order or self.keys],
-        )  # fmt: skip
+        )
         digests = pa.array(
-            [self.keys[int(key_id)].digest for key_id in index.labels["source"].to_pylist()], pa.string()
+            [self.keys[int(key_id)].digest for key_id in index.labels["source"].to_pylist()],
+            pa.string(),
         )
         index.rows = replace(index.rows, labels=with_column(index.labels, "digest", digests))
         if self.fitted is not None:
@@ -130,7 +141,12 @@ class Living(RuleBasedStateMachine):
         self.born |= {name: name for name in names}
         return names
 
-    @initialize(n=st.integers(LEAST, 30), c=st.integers(1, 3), piece=st.sampled_from([5, 20, 1000]), fit=st.booleans())
+    @initialize(
+        n=st.integers(LEAST, 30),
+        c=st.integers(1, 3),
+        piece=st.sampled_from([5, 20, 1000]),
+        fit=st.booleans(),
+    )
     def build(self, n, c, piece, fit):
         """A table is read in pieces of at most ``piece`` keys: all keys, some classes, or a part of a class."""
         self.patches.setattr("retrieval_tip.lance.rows.PIECE", piece * 4 * D)
@@ -138,9 +154,15 @@ class Living(RuleBasedStateMachine):
         vectors = self.vectors([names[i % c] for i in range(n)]).astype(self.dtype)
         text = self.vectors(names)
         index = Index.from_features(
-            vectors, np.arange(n) % c, names, text, settings=SETTINGS, index=self.factory, device="cpu",
+            vectors,
+            np.arange(n) % c,
+            names,
+            text,
+            settings=SETTINGS,
+            index=self.factory,
+            device="cpu",
             sources=[f"built {i}" for i in range(n)],
-        )  # fmt: skip
+        )
         self.store.copy_from(index, "build")
         keys = {i: Key(names[i % c], vector, f"built {i}") for i, vector in enumerate(vectors)}
         self.state = State(keys, dict(zip(names, text, strict=True)), self.factory, self.dtype)
@@ -170,9 +192,14 @@ class Living(RuleBasedStateMachine):
             grown = len(state.keys) >= (1.125 if fitted.automatic else 2) * fitted.keys
             outdated = grown or self.state.bare.intersection(state.text) != state.bare
             automatic, beta = fitted.automatic, state.settings.beta
-            assert (change.fit is not None, change.fit_due) == (outdated and automatic, outdated and not automatic)
+            assert (change.fit is not None, change.fit_due) == (
+                outdated and automatic,
+                outdated and not automatic,
+            )
             if change.fit is not None:
-                state = self.with_fit(state, closed_form.fit if grown else partial(closed_form.refit, beta=beta))
+                state = self.with_fit(
+                    state, closed_form.fit if grown else partial(closed_form.refit, beta=beta)
+                )
         elif change is not None:
             assert (change.fit, change.fit_due) == (None, False)
         self.state, self.version = state, self.version + 1
@@ -181,12 +208,21 @@ class Living(RuleBasedStateMachine):
 
     def with_fit(self, state, fit_again):
         """Return the state with the fit of the index. A fresh build that is fitted in the same way has the same."""
-        index, kind = self.store.load(device="cpu"), "Classes" if state.factory.startswith("Classes") else "Flat"
+        index, kind = (
+            self.store.load(device="cpu"),
+            "Classes" if state.factory.startswith("Classes") else "Flat",
+        )
         fresh = state.fresh(index.in_memory().labels["key_id"].to_pylist(), kind)
         fresh, _ = fit_again(fresh)
-        assert replace(fresh.fitted, automatic=index.fitted.automatic, bonus=index.fitted.bonus) == index.fitted
+        assert (
+            replace(fresh.fitted, automatic=index.fitted.automatic, bonus=index.fitted.bonus)
+            == index.fitted
+        )
         found = (
-            [np.nan if part is None else part for part in (*astuple(own.settings), own.fitted.bonus)]
+            [
+                np.nan if part is None else part
+                for part in (*astuple(own.settings), own.fitted.bonus)
+            ]
             for own in (fresh, index)
         )
         np.testing.assert_allclose(*found, rtol=1e-2)  # the optimum is flat
@@ -211,12 +247,21 @@ class Living(RuleBasedStateMachine):
         """Add keys of old and new classes: from a table, from another index, or in a program."""
         new = min(new, n, CLASSES - len(self.state.text))
         names = self.new_names(new)
-        drawn = data.draw(st.lists(st.sampled_from([*self.state.text, *names]), min_size=n - new, max_size=n - new))
+        drawn = data.draw(
+            st.lists(
+                st.sampled_from([*self.state.text, *names]), min_size=n - new, max_size=n - new
+            )
+        )
         labels, added = [*names, *drawn], None
         vectors, sources = self.vectors(labels), [f"{how} {self.drawn} {i}" for i in range(n)]
         text = dict(zip(names, self.vectors(names), strict=True)) if new else {}
-        both, more = self.state.text | text, {"camera": [f"it's {i}" for i in range(n)], "digest": sources}
-        table = open_source(write_table(self.tables / "new.parquet", vectors, labels, sources, **more))
+        both, more = (
+            self.state.text | text,
+            {"camera": [f"it's {i}" for i in range(n)], "digest": sources},
+        )
+        table = open_source(
+            write_table(self.tables / "new.parquet", vectors, labels, sources, **more)
+        )
         weights = write_table(self.tables / "text.parquet", list(both.values()), list(both))
         if how == "command":
             added = changes.add(self.place, table, Reader(), text=weights)
@@ -226,16 +271,24 @@ class Living(RuleBasedStateMachine):
             build_index(table, other, Reader(), text=weights, fit="none", device="cpu")
             added = changes.merge(self.place, other)
             order = np.argsort([list(both).index(label) for label in labels], kind="stable")
-            labels, vectors, sources = [labels[i] for i in order], vectors[order], [sources[i] for i in order]
+            labels, vectors, sources = (
+                [labels[i] for i in order],
+                vectors[order],
+                [sources[i] for i in order],
+            )
             more = {name: [column[i] for i in order] for name, column in more.items()}
         else:
             more = {"camera": [None] * n, "digest": sources}
-            self.save_once(Edits(classes=text, add=NewKeys(vectors, labels, sources, digests=sources)))
+            self.save_once(
+                Edits(classes=text, add=NewKeys(vectors, labels, sources, digests=sources))
+            )
             key_ids = list(range(self.program.next_key_id - n, self.program.next_key_id))
         key_ids = key_ids if added is None else added.key_ids
         assert key_ids == list(range(self.next_key_id, self.next_key_id + n))
         self.next_key_id += n
-        rows = zip(key_ids, labels, vectors.astype(self.state.dtype), sources, *more.values(), strict=True)
+        rows = zip(
+            key_ids, labels, vectors.astype(self.state.dtype), sources, *more.values(), strict=True
+        )
         keys = self.state.keys | {key_id: Key(*row) for key_id, *row in rows}
         self.commit(replace(self.state, keys=keys, text=self.state.text | text), added)
         if how == "program":
@@ -245,11 +298,15 @@ class Living(RuleBasedStateMachine):
         """Draw key ids, more often from the end."""
         ids = list(self.state.keys)
         from_end = data.draw(st.sampled_from([True, True, True, False]))
-        return data.draw(st.lists(st.sampled_from(ids[-6:] if from_end else ids), max_size=most, unique=True))
+        return data.draw(
+            st.lists(st.sampled_from(ids[-6:] if from_end else ids), max_size=most, unique=True)
+        )
 
     def relabelled(self, labels):
         """Return the expected keys after the keys with these ids got these labels."""
-        return self.state.keys | {key_id: self.state.keys[key_id]._replace(label=new) for key_id, new in labels.items()}
+        return self.state.keys | {
+            key_id: self.state.keys[key_id]._replace(label=new) for key_id, new in labels.items()
+        }
 
     @rule(data=st.data())
     def remove(self, data):
@@ -268,20 +325,29 @@ class Living(RuleBasedStateMachine):
         label = data.draw(st.sampled_from(list(self.state.text)))
         self.save_once(Edits(remove=gone), Edits(move=dict.fromkeys(moved, label)))
         keys = self.relabelled(dict.fromkeys(moved, label))
-        self.commit(replace(self.state, keys={key_id: key for key_id, key in keys.items() if key_id not in gone}))
+        self.commit(
+            replace(
+                self.state, keys={key_id: key for key_id, key in keys.items() if key_id not in gone}
+            )
+        )
         self.check_keys_and_labels(self.program)
         self.check_answers_match_a_fresh_index(self.program)
 
     @rule(data=st.data())
     def relabel(self, data):
-        chosen, label = self.draw_key_ids(data, 4), data.draw(st.sampled_from(list(self.state.text)))
+        chosen, label = (
+            self.draw_key_ids(data, 4),
+            data.draw(st.sampled_from(list(self.state.text))),
+        )
         if not chosen:
             return
         moved = [key_id for key_id in chosen if self.state.keys[key_id].label != label]
         relabelled = changes.relabel(self.place, label, key_ids=chosen)
         assert relabelled.key_ids == moved
         if moved:
-            self.commit(replace(self.state, keys=self.relabelled(dict.fromkeys(moved, label))), relabelled)
+            self.commit(
+                replace(self.state, keys=self.relabelled(dict.fromkeys(moved, label))), relabelled
+            )
 
     @rule(data=st.data())
     def rename(self, data):
@@ -293,7 +359,9 @@ class Living(RuleBasedStateMachine):
         self.born[new] = self.born[old] if new not in others else self.born[new]
         renamed = changes.rename(self.place, old, new)
         assert (renamed.key_ids, renamed.merged) == (sorted(own), new in others)
-        text = {name: row for name, row in self.state.text.items() if name != old or new not in others}
+        text = {
+            name: row for name, row in self.state.text.items() if name != old or new not in others
+        }
         text = {new if name == old else name: row for name, row in text.items()}
         state = replace(self.state, keys=self.relabelled(dict.fromkeys(own, new)), text=text)
         self.commit(state, renamed if renamed.merged else None)
@@ -304,15 +372,23 @@ class Living(RuleBasedStateMachine):
             {} if alpha is None else {"alpha": alpha, "beta": self.state.settings.beta}
         )  # the same beta fits nothing
         changes.configure(self.place, k=k, **given)
-        fitted = self.state.fitted and replace(self.state.fitted, automatic=self.state.fitted.automatic and not given)
-        self.commit(replace(self.state, settings=self.state.settings.override(k=k, **given), fitted=fitted))
+        fitted = self.state.fitted and replace(
+            self.state.fitted, automatic=self.state.fitted.automatic and not given
+        )
+        self.commit(
+            replace(self.state, settings=self.state.settings.override(k=k, **given), fitted=fitted)
+        )
 
     @rule(form=st.sampled_from(FITS), beta=st.none() | st.floats(1, 8))
     def fit(self, form, beta):
-        if form.get("values") == "solved" and (self.state.settings.k or self.state.factory.startswith("Classes")):
+        if form.get("values") == "solved" and (
+            self.state.settings.k or self.state.factory.startswith("Classes")
+        ):
             form = form | {"values": "one-hot"}  # solved values need all keys
         changes.fit_index(self.place, **form)
-        self.commit(self.with_fit(self.state, partial(closed_form.fit, asked=closed_form.Fit(**form))))
+        self.commit(
+            self.with_fit(self.state, partial(closed_form.fit, asked=closed_form.Fit(**form)))
+        )
         assert self.state.fitted.automatic == (form == {})
         if beta is not None:
             changes.configure(self.place, beta=beta)
@@ -322,14 +398,21 @@ class Living(RuleBasedStateMachine):
     @rule(dtype=st.sampled_from([None, "float16", "float32"]), data=st.data())
     def rebuild(self, dtype, data):
         solved = self.state.fitted is not None and self.state.fitted.ridge is not None
-        factory = data.draw(st.none() | st.sampled_from(["Flat"] if solved else FACTORIES[self.kind]))
+        factory = data.draw(
+            st.none() | st.sampled_from(["Flat"] if solved else FACTORIES[self.kind])
+        )
         before = self.store.load(device="cpu").labels.sort_by("key_id")
         changes.rebuild(self.place, index=factory, dtype=dtype)
         after = self.store.load(device="cpu").labels.sort_by("key_id")
         assert after.select(before.column_names).drop_columns("shot") == before.drop_columns("shot")
         dtype = dtype or self.state.dtype
-        keys = {key_id: key._replace(vector=key.vector.astype(dtype)) for key_id, key in self.state.keys.items()}
-        self.commit(replace(self.state, keys=keys, dtype=dtype, factory=factory or self.state.factory))
+        keys = {
+            key_id: key._replace(vector=key.vector.astype(dtype))
+            for key_id, key in self.state.keys.items()
+        }
+        self.commit(
+            replace(self.state, keys=keys, dtype=dtype, factory=factory or self.state.factory)
+        )
 
     @rule(data=st.data())
     def rollback(self, data):
@@ -348,12 +431,18 @@ class Living(RuleBasedStateMachine):
     @rule(data=st.data())
     def clone(self, data):
         """Go on with a copy of some version in the same or another kind of store."""
-        version, kind = data.draw(st.sampled_from(list(self.kept))), data.draw(st.sampled_from(self.kinds))
+        version, kind = (
+            data.draw(st.sampled_from(list(self.kept))),
+            data.draw(st.sampled_from(self.kinds)),
+        )
         self.copies += 1
         place = made(self.tables, kind, f"copy {self.copies}")
         changes.clone(self.place, place, version)
         factory = self.kept[version].factory if kind == self.kind == "folder" else "Flat"
-        old, copy = self.store.load(device="cpu", version=version), stores.at(place).load(device="cpu")
+        old, copy = (
+            self.store.load(device="cpu", version=version),
+            stores.at(place).load(device="cpu"),
+        )
         assert copy.provenance | {"index": None} == old.provenance | {"index": None}
         self.next_key_id = self.store.manifest(version).next_key_id
         self.place, self.store, self.kind = place, stores.at(place), kind
@@ -382,7 +471,10 @@ class Living(RuleBasedStateMachine):
         rows = rows_of(index.labels)
         named = ("label", "source", "camera", "digest")
         found = {key_id: [row.get(name) for name in named] for key_id, row in rows.items()}
-        assert found == {key_id: [getattr(key, name) for name in named] for key_id, key in self.state.keys.items()}
+        assert found == {
+            key_id: [getattr(key, name) for name in named]
+            for key_id, key in self.state.keys.items()
+        }
         labels = [row["label"] for row in rows.values()]
         assert index.counts == [labels.count(name) for name in index.class_names]
         assert [index.class_names[i] for i in index.class_ids.tolist()] == labels
@@ -393,17 +485,23 @@ class Living(RuleBasedStateMachine):
     def check_answers_match_a_fresh_index(self, index):
         fresh = self.state.fresh()
         self.check_close(index.logits(QUERIES, "all"), fresh.logits(QUERIES, "all"))
-        predicted, expected = (own.classify(QUERIES, k="all", neighbours=K) for own in (index, fresh))
+        predicted, expected = (
+            own.classify(QUERIES, k="all", neighbours=K) for own in (index, fresh)
+        )
         assert [found.label for found in predicted] == [found.label for found in expected]
         rows = {int(source): row for row, source in enumerate(fresh.labels["source"].to_pylist())}
         A = affinity(fresh.retrieval.keys.phi(torch.from_numpy(QUERIES)), fresh.vectors)
         for q, (one, other) in enumerate(zip(predicted, expected, strict=True)):
             near = [rows[key.key_id] for key in one.neighbours]
-            np.testing.assert_allclose([key.affinity for key in one.neighbours], A[q, near], atol=1e-4)
+            np.testing.assert_allclose(
+                [key.affinity for key in one.neighbours], A[q, near], atol=1e-4
+            )
             own, same = ([key.contribution for key in shown.neighbours] for shown in (one, other))
             np.testing.assert_allclose(own, same, rtol=1e-2, atol=1e-3 * max(1, *np.abs(same)))
         winners = [index.class_names[i] for i in index.logits(QUERIES, K).argmax(1).tolist()]
-        assert [found.label for found in index.classify(QUERIES, k=K)] == winners  # also with a shortlist of classes
+        assert [
+            found.label for found in index.classify(QUERIES, k=K)
+        ] == winners  # also with a shortlist of classes
         for tail in (False, True):
             if not index.index_type.startswith("Classes"):
                 self.check_close(index.logits(QUERIES, K, tail), fresh.logits(QUERIES, K, tail))
@@ -413,7 +511,9 @@ class Living(RuleBasedStateMachine):
     def check_close(self, found, expected):
         """The contributions of solved values partly cancel in float32, so their equation is checked more sharply."""
         tolerance = 1e-4 if self.state.fitted is None else 1e-2
-        np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance * max(1, expected.abs().max().item()))
+        np.testing.assert_allclose(
+            found, expected, rtol=0, atol=tolerance * max(1, expected.abs().max().item())
+        )
 
     def check_each_class_counts_exactly_or_at_its_mean(self, index, fresh, A, tail):
         """A sample of the keys determines which classes count exactly, so the test accepts either sum."""
@@ -430,12 +530,23 @@ class Living(RuleBasedStateMachine):
         ids, c, counts = index.class_ids.numpy(), len(index.class_names), np.array(index.counts)
         if index.values is not None:
             ridges = (index.fitted.ridge * counts / counts[counts > 0].mean())[ids]
-            gram = np.exp(-index.settings.beta * (1 - affinity(index.vectors, index.vectors))) + np.diag(ridges)
-            values, targets = (part[:, counts > 0] for part in (index.values.numpy(), np.eye(c)[ids]))
-            tolerance = 1e-2 if index.dtype == "float16" else 1e-3  # a fit does not round the points
-            np.testing.assert_allclose(gram @ values, targets, rtol=0, atol=tolerance * max(1, np.abs(values).max()))
+            gram = np.exp(
+                -index.settings.beta * (1 - affinity(index.vectors, index.vectors))
+            ) + np.diag(ridges)
+            values, targets = (
+                part[:, counts > 0] for part in (index.values.numpy(), np.eye(c)[ids])
+            )
+            tolerance = (
+                1e-2 if index.dtype == "float16" else 1e-3
+            )  # a fit does not round the points
+            np.testing.assert_allclose(
+                gram @ values, targets, rtol=0, atol=tolerance * max(1, np.abs(values).max())
+            )
         if index.rows.sums is not None:
-            wide, one_hot = np.asarray(index.rows.in_memory().keys).astype(np.float64), np.eye(c)[ids]
+            wide, one_hot = (
+                np.asarray(index.rows.in_memory().keys).astype(np.float64),
+                np.eye(c)[ids],
+            )
             np.testing.assert_array_equal(index.rows.sums.counts, one_hot.sum(0))
             np.testing.assert_allclose(index.rows.sums.sums, one_hot.T @ wide, atol=1e-9)
             np.testing.assert_allclose(index.rows.sums.second, wide.T @ wide, atol=1e-9)
@@ -447,8 +558,12 @@ class Living(RuleBasedStateMachine):
         assert [row["keys"] for row in rows] == [len(state.keys) for state in self.kept.values()]
         assert all(row["parent"] == row["version"] - 1 for row in rows if row["version"] > 1)
         assert [row["current"] for row in rows] == [False] * (len(rows) - 1) + [True]
-        named = {file.name for version in self.kept for file in self.store.manifest(version).data_files}
-        found = {name for name in everything(self.place) if "data/" in name and "keys.lance" not in name}
+        named = {
+            file.name for version in self.kept for file in self.store.manifest(version).data_files
+        }
+        found = {
+            name for name in everything(self.place) if "data/" in name and "keys.lance" not in name
+        }
         assert named == {name[name.index("data/") :] for name in found}
 
     @invariant()
@@ -463,9 +578,16 @@ def test_a_changed_index_answers_like_a_fresh_build(kind, factory, dtype, reques
     if kind == "s3":
         request.getfixturevalue("bucket")
     kinds = ["folder", "lance", *(["s3"] if kind == "s3" else [])]
-    machine = type("LivingIndex", (Living,), {"kind": kind, "factory": factory, "dtype": dtype, "kinds": kinds})
+    machine = type(
+        "LivingIndex", (Living,), {"kind": kind, "factory": factory, "dtype": dtype, "kinds": kinds}
+    )
     quick = settings(
-        max_examples=8 if SOAK else 4, stateful_step_count=16, deadline=None, suppress_health_check=list(HealthCheck),
-        phases=[phase for phase in Phase if SOAK or phase is not Phase.shrink],  # shrinking takes minutes
-    )  # fmt: skip
+        max_examples=8 if SOAK else 4,
+        stateful_step_count=16,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+        phases=[
+            phase for phase in Phase if SOAK or phase is not Phase.shrink
+        ],  # shrinking takes minutes
+    )
     run_state_machine_as_test(machine, settings=quick)

@@ -40,9 +40,11 @@ KINDS = ("folder", "lance", "s3")
 D, N = 8, 24
 NAMES = ["cat", "dog", "newt"]
 LEFT = (
-    "data/labels-0123456789abcdef.parquet", "data/.keys.npy.01234567.tmp", ".x.01234567.tmp",
+    "data/labels-0123456789abcdef.parquet",
+    "data/.keys.npy.01234567.tmp",
+    ".x.01234567.tmp",
     "manifests/.y.01234567.tmp",
-)  # fmt: skip
+)
 """Files that a killed writer leaves."""
 
 
@@ -71,7 +73,9 @@ def built(tables, tmp_path_factory):
     for kind in KINDS:
         found[kind] = made(place, kind, kind)
         train = open_source(tables / "train.parquet")
-        build_index(train, found[kind], Reader(), text=tables / "text.parquet", device="cpu", fit="none")
+        build_index(
+            train, found[kind], Reader(), text=tables / "text.parquet", device="cpu", fit="none"
+        )
         changes.configure(found[kind], k=5)
         changes.add(found[kind], open_source(tables / "more.parquet"), Reader())
     return found
@@ -90,7 +94,11 @@ def _untold():
 
 def own(place):
     """Return everything in a store except its lock and the rows of its table, which a refused change may write."""
-    return {name: data for name, data in everything(place).items() if name != "lock" and "keys.lance" not in name}
+    return {
+        name: data
+        for name, data in everything(place).items()
+        if name != "lock" and "keys.lance" not in name
+    }
 
 
 REFUSED = """
@@ -121,16 +129,22 @@ def test_a_refused_command_leaves_every_byte(run, place, tables, left):
         put(place, name, b"left")
     before = own(place)
     for line in REFUSED.replace("\n", "|").split("|"):
-        if words := shlex.split(line.replace("PLACE", place).replace("TABLES", str(tables)).format(newline="\n")):
+        if words := shlex.split(
+            line.replace("PLACE", place).replace("TABLES", str(tables)).format(newline="\n")
+        ):
             failed = run("index", *words)
             assert failed.exit_code in (1, 2), (words, failed.output)
             assert failed.exception is None or isinstance(failed.exception, SystemExit), words
             assert own(place) == before, words
-    assert run("fit", place, "--metric", "within", "--values", "solved", "--prior", tables / "missing").exit_code
+    assert run(
+        "fit", place, "--metric", "within", "--values", "solved", "--prior", tables / "missing"
+    ).exit_code
     assert own(place) == before
     done = run("index", "remove", place, "--key-ids", 0)
     assert done.exit_code == 0, done.output
-    gone = LEFT[:1] if place.startswith("s3:") else LEFT  # no temporary file is written into a bucket
+    gone = (
+        LEFT[:1] if place.startswith("s3:") else LEFT
+    )  # no temporary file is written into a bucket
     assert not set(gone) & own(place).keys()
 
 
@@ -146,32 +160,52 @@ def test_a_disk_that_a_killed_writer_has_filled_recovers_with_the_next_change(
         list(map(file.write, itertools.repeat(bytes(1 << 12))))
     words = ["add", place, tables / "later.parquet"]
     if command == "build":
-        words = ["build", tables / "train.parquet", "--out", place, "--text", tables / "text.parquet"]
+        words = [
+            "build",
+            tables / "train.parquet",
+            "--out",
+            place,
+            "--text",
+            tables / "text.parquet",
+        ]
     done = run("index", *words)
     assert done.exit_code == 0, done.output
     assert stores.at(place).verify().version == 4
     assert not left.exists()
 
 
-def test_the_loss_of_the_newest_version_is_noticed_and_can_be_undone_or_accepted(run, place, tables, caplog):
+def test_the_loss_of_the_newest_version_is_noticed_and_can_be_undone_or_accepted(
+    run, place, tables, caplog
+):
     """Readers warn, writers refuse and delete nothing, and a key id is never used again."""
     name = "manifests/000003.json"
-    lost, whole, next_key_id = everything(place)[name], own(place), stores.at(place).manifest().next_key_id
+    lost, whole, next_key_id = (
+        everything(place)[name],
+        own(place),
+        stores.at(place).manifest().next_key_id,
+    )
     put(place, name, None)
     before = own(place)
     with caplog.at_level(logging.WARNING):
         assert stores.at(place).load(device="cpu").version == 2
     (warning,) = {record.getMessage() for record in caplog.records}
     command = shlex.join(["retrieval-tip", "index", "rollback", place, "2"])
-    assert warning.startswith(f"{place}/{name}: is missing, but version 3 was written; restore the file, or ")
+    assert warning.startswith(
+        f"{place}/{name}: is missing, but version 3 was written; restore the file, or "
+    )
     assert warning.endswith(command)
     calls = (
-        lambda: changes.remove(place, key_ids=[0]), lambda: changes.configure(place, k=2),
-        lambda: changes.gc(place, keep=1), lambda: changes.rebuild(place), lambda: changes.rollback(place),
+        lambda: changes.remove(place, key_ids=[0]),
+        lambda: changes.configure(place, k=2),
+        lambda: changes.gc(place, keep=1),
+        lambda: changes.rebuild(place),
+        lambda: changes.rollback(place),
         lambda: changes.rollback(place, 1),
         lambda: changes.add(place, open_source(tables / "later.parquet"), Reader()),
-        lambda: build_index(open_source(tables / "more.parquet"), place, Reader(), fit="none", device="cpu"),
-    )  # fmt: skip
+        lambda: build_index(
+            open_source(tables / "more.parquet"), place, Reader(), fit="none", device="cpu"
+        ),
+    )
     for call in calls:
         refused(call, f"{place}/{name}", command)
         assert own(place) == before
@@ -190,7 +224,11 @@ def test_an_index_without_any_manifest_is_not_built_again(place, tables):
     for number in (1, 2, 3):
         put(place, f"manifests/{number:06d}.json", None)
     before, train = own(place), open_source(tables / "train.parquet")
-    refused(lambda: build_index(train, place, Reader(), fit="none", device="cpu"), "000003.json", "restore")
+    refused(
+        lambda: build_index(train, place, Reader(), fit="none", device="cpu"),
+        "000003.json",
+        "restore",
+    )
     assert own(place) == before
 
 
@@ -255,7 +293,19 @@ def test_a_clock_that_is_ahead_deletes_no_file_that_another_process_is_writing(s
     code = "import sys; from retrieval_tip.cli import main; main()"
 
     def collect():
-        command = ["faketime", "-f", ahead, sys.executable, "-c", code, "index", "gc", place, "--keep", "1"]
+        command = [
+            "faketime",
+            "-f",
+            ahead,
+            sys.executable,
+            "-c",
+            code,
+            "index",
+            "gc",
+            place,
+            "--keep",
+            "1",
+        ]
         done = subprocess.run(command, capture_output=True, text=True, env=os.environ, check=False)
         assert done.returncode == 0, done.stderr
 
@@ -361,18 +411,21 @@ def python(place, tables, run):
     more = open_source(tables / "wide.parquet")
     photo = changes.PhotoLabel("x", "0" * 64, "cat", "random", unit_rows(1, WIDE, 9)[0])
     yield [
-        lambda: changes.add(place, more, Reader()), lambda: changes.label(place, [photo], Reader()),
-        lambda: changes.relabel(place, {0: "dog"}), lambda: changes.remove(place, key_ids=[1]),
-    ]  # fmt: skip
+        lambda: changes.add(place, more, Reader()),
+        lambda: changes.label(place, [photo], Reader()),
+        lambda: changes.relabel(place, {0: "dog"}),
+        lambda: changes.remove(place, key_ids=[1]),
+    ]
 
 
 @contextmanager
 def classifier(place, tables, run):
     opened = Classifier.load(place, device="cpu")
     yield [
-        lambda: opened.add(tables / "wide.parquet"), lambda: opened.relabel({0: "dog"}),
+        lambda: opened.add(tables / "wide.parquet"),
+        lambda: opened.relabel({0: "dog"}),
         lambda: opened.remove(key_ids=[1]),
-    ]  # fmt: skip
+    ]
     assert opened.index.version == stores.at(place).manifest().version
 
 
@@ -385,7 +438,10 @@ def command(place, tables, run):
         assert done.exit_code == 0, done.output
 
     words = (("add", place, tables / "wide.parquet"), ("relabel", place, "dog", "--key-ids", 0))
-    yield [*(partial(edit, *each) for each in words), partial(edit, "remove", place, "--key-ids", 1)]
+    yield [
+        *(partial(edit, *each) for each in words),
+        partial(edit, "remove", place, "--key-ids", 1),
+    ]
 
 
 WIDE = 1024
@@ -396,7 +452,9 @@ WIDE = 1024
 def large(tmp_path_factory):
     """The folder of an index whose keys only a full check reads, and of a table of one more key."""
     place = tmp_path_factory.mktemp("large")
-    index = Index.from_features(unit_rows(1100, WIDE), ["cat", "dog"] * 550, ["cat", "dog"], device="cpu")
+    index = Index.from_features(
+        unit_rows(1100, WIDE), ["cat", "dog"] * 550, ["cat", "dog"], device="cpu"
+    )
     index.save(place / "index")
     assert (place / "index" / index.manifest.files["keys"].name).stat().st_size > FAST_BYTES
     write_table(place / "wide.parquet", unit_rows(1, WIDE, 8), ["dog"])

@@ -30,7 +30,9 @@ def peak(folder, rows, dim, *options, compressed=False):
     return launch(*PROGRAM, "-q", "index", "build", table, "--out", folder / "index", *options).peak
 
 
-@pytest.mark.parametrize(("compressed", "fit", "most"), [(False, "none", 3), (True, "none", 3), (False, "auto", 4.5)])
+@pytest.mark.parametrize(
+    ("compressed", "fit", "most"), [(False, "none", 3), (True, "none", 3), (False, "auto", 4.5)]
+)
 def test_a_build_holds_few_copies_of_the_features(tmp_path, compressed, fit, most):
     """A fit also holds the keys transformed by the metric, which the index contains instead of the raw keys."""
     base = peak(tmp_path / "small", 1000, DIM, "--fit", fit)

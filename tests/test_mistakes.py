@@ -29,7 +29,9 @@ def world(tmp_path_factory):
     place = tmp_path_factory.mktemp("mistakes")
     write_table(place / "train.parquet", unit_rows(6, 8), ["a", "b"] * 3)
     write_table(place / "new.parquet", unit_rows(4, 8, seed=2), ["a", "b"] * 2)
-    built = command_line("index", "build", place / "train.parquet", "--out", place / "i" / "x", "--fit", "none")
+    built = command_line(
+        "index", "build", place / "train.parquet", "--out", place / "i" / "x", "--fit", "none"
+    )
     assert built.exit_code == 0, built.output
     for name in ("cat", "dog"):
         (place / "my photos" / name).mkdir(parents=True)
@@ -72,7 +74,10 @@ MISTAKES = {
     "classify {w}/i/x {w}/my*photos": (2, "--model"),
     "classify {w}/i/x {w}/new.parquet --alpha much": (2, "--alpha"),
     "classify {w}/i/x {w}/new.parquet --device gpu": (2, "expected auto, cpu or cuda"),
-    "encode {w}/my*photos --out {w}/out.parquet --model google/siglip-base-patch16-224": (2, "hf:google/siglip-base"),
+    "encode {w}/my*photos --out {w}/out.parquet --model google/siglip-base-patch16-224": (
+        2,
+        "hf:google/siglip-base",
+    ),
     "encode {w}/my*photos --out {w}/out.parquet --model resnet50": (2, "timm:resnet50"),
     "encode {w}/my*photos --out {w}/out.parquet --model hf:{w}/my*photos": (1, "--model hf:FOLDER"),
     "classify {w}/i/x {w}/new.parquet --top 0": (2, "--top"),
@@ -80,7 +85,10 @@ MISTAKES = {
     "classify {w}/i/x a.jpg --burst 10 --logits": (2, "leave out --logits"),
     "classify {w}/i/x {w}/new.parquet --out {w}/answers.xlsx": (2, ".xlsx; use .csv"),
     "classify {w}/i/x {w}/new.parquet --out {w}/none/answers.csv": (1, "there is no folder"),
-    "index add {w}/i/x {w}/my*photos/cat/1.png": (1, "expected a folder with one folder of images per class"),
+    "index add {w}/i/x {w}/my*photos/cat/1.png": (
+        1,
+        "expected a folder with one folder of images per class",
+    ),
     "index remove {w}/i/x": (2, "where, key_ids"),
     "index remove {w}/i/x --where labl='a'": (2, "over the columns key_id, class_id, label"),
     "index rollback {w}/i/x": (1, "no version before 1"),
@@ -104,7 +112,12 @@ MISTAKES = {
 @pytest.mark.parametrize("typed", MISTAKES)
 def test_a_mistake_prints_one_line_that_explains_what_to_do(run, world, typed):
     status, words = MISTAKES[typed]
-    parts = typed.replace("{w}/*.jpg", f"{world}/%.jpg").replace("{w}", str(world)).replace(" ", "\0").replace("*", " ")
+    parts = (
+        typed.replace("{w}/*.jpg", f"{world}/%.jpg")
+        .replace("{w}", str(world))
+        .replace(" ", "\0")
+        .replace("*", " ")
+    )
     result = run(*parts.replace("%", "*").split("\0"))
     assert result.exit_code == status, result.output
     assert result.stdout == ""
@@ -115,7 +128,9 @@ def test_a_mistake_prints_one_line_that_explains_what_to_do(run, world, typed):
 
 def test_the_output_suffix_selects_the_format(run, world, tmp_path):
     classify = ("classify", world / "i/x", world / "new.parquet")
-    labels = [json.loads(line)["label"] for line in run(*classify, "--format", "json").stdout.splitlines()]
+    labels = [
+        json.loads(line)["label"] for line in run(*classify, "--format", "json").stdout.splitlines()
+    ]
     for name in ("a.csv", "a.json", "a.jsonl", "a.txt", "a.parquet"):
         assert run(*classify, "--out", tmp_path / name).exit_code == 0
     text = {name: (tmp_path / f"a.{name}").read_text() for name in ("csv", "json", "jsonl", "txt")}
@@ -142,9 +157,17 @@ def test_quiet_and_verbose_work_in_any_position(run, world):
 
 
 def test_index_list_shows_version_keys_and_classes(run, world):
-    rows = [json.loads(line) for line in run("index", "list", world / "i", "--format", "json").stdout.splitlines()]
+    rows = [
+        json.loads(line)
+        for line in run("index", "list", world / "i", "--format", "json").stdout.splitlines()
+    ]
     (row,) = rows
-    assert (row["index"], row["version"], row["keys"], row["classes"]) == (str(world / "i/x"), 1, 6, 2)
+    assert (row["index"], row["version"], row["keys"], row["classes"]) == (
+        str(world / "i/x"),
+        1,
+        6,
+        2,
+    )
 
 
 def test_the_cache_command_shows_prunes_and_limits_the_cache(run, tmp_path, monkeypatch):
@@ -161,7 +184,9 @@ def test_the_cache_command_shows_prunes_and_limits_the_cache(run, tmp_path, monk
     bounded = run("cache", "--max-size", 0.02, "--json")
     assert json.loads(bounded.stdout)["max_bytes"] == 20_000_000
     assert json.loads(run("cache", "--json").stdout)["max_bytes"] == 20_000_000
-    assert "of at most 20 MB" in json.loads(run("doctor", "--json").stdout)["facts"]["encoding cache"]
+    assert (
+        "of at most 20 MB" in json.loads(run("doctor", "--json").stdout)["facts"]["encoding cache"]
+    )
     assert run("cache", "--max-size", "20mb").exit_code == 2
 
 
@@ -176,20 +201,37 @@ def test_every_command_has_help_for_each_option_and_two_valid_examples():
         for example in found.examples:
             words = shlex.split(example.partition(" > ")[0])
             assert words[: len(path)] == list(path)
-            ctx = found.make_context(found.name, words[len(path) :], parent=click.Context(cli.main, obj=True))
+            ctx = found.make_context(
+                found.name, words[len(path) :], parent=click.Context(cli.main, obj=True)
+            )
             assert ctx.args == []
 
 
 def test_wide_characters_align(run, world, tmp_path):
     write_table(tmp_path / "t.parquet", unit_rows(4, 8), ["猫", "dog"] * 2)
-    assert run("index", "build", tmp_path / "t.parquet", "--out", tmp_path / "i", "--fit", "none").exit_code == 0
-    lines = run("index", "query", tmp_path / "i", "SELECT label, keys FROM class_counts").stdout.splitlines()
+    assert (
+        run(
+            "index", "build", tmp_path / "t.parquet", "--out", tmp_path / "i", "--fit", "none"
+        ).exit_code
+        == 0
+    )
+    lines = run(
+        "index", "query", tmp_path / "i", "SELECT label, keys FROM class_counts"
+    ).stdout.splitlines()
     assert len({wcswidth(line) for line in lines}) == 1
 
 
 def test_colour_is_used_only_in_terminals_without_no_color(world, capsys, monkeypatch):
     write_table(world / "one.parquet", unit_rows(2, 8), ["a", "a"])
-    command = ["index", "build", str(world / "one.parquet"), "--out", str(world / "o2"), "--fit", "none"]
+    command = [
+        "index",
+        "build",
+        str(world / "one.parquet"),
+        "--out",
+        str(world / "o2"),
+        "--fit",
+        "none",
+    ]
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.delenv("NO_COLOR", raising=False)
     for variable, warning in (("NO_COLOR", "warning: "), ("OTHER", "\x1b[33mwarning\x1b[0m: ")):
@@ -213,6 +255,8 @@ def test_install_commands_work_where_this_package_is_installed(active, monkeypat
 
 def test_install_commands_suit_uv_and_clones_on_the_path(monkeypatch):
     monkeypatch.setattr(errors, "find_spec", lambda _: None)  # environments from uv have no pip
-    assert re.fullmatch(rf"uv pip install 'pillow-heif>=[0-9.]+' --python {sys.executable}", errors.install("heic"))
+    assert re.fullmatch(
+        rf"uv pip install 'pillow-heif>=[0-9.]+' --python {sys.executable}", errors.install("heic")
+    )
     monkeypatch.setattr("importlib.metadata.requires", Mock(side_effect=PackageNotFoundError))
     assert f"install {shlex.quote(f'{ROOT}[heic]')} " in errors.install("heic")

@@ -17,7 +17,9 @@ REACHED = {
         and names["learned"].label == names["wrong"][0].split("/")[-2]
         and len(names["clf"]) == 41
     ),
-    "features-from-elsewhere": lambda names: names["same"] and 0.2 < names["by_colour"] == names["by_table"] < 0.6,
+    "features-from-elsewhere": lambda names: (
+        names["same"] and 0.2 < names["by_colour"] == names["by_table"] < 0.6
+    ),
     "label-less": lambda names: (
         [n for n, _ in names["curve"]] == [10, 20, 30, 40]
         and len(set(names["first"].inputs)) == 10
@@ -25,7 +27,9 @@ REACHED = {
         and len(names["clf"]) == 40
     ),
     "wrong-labels": lambda names: (
-        len(names["found"]) >= 13 and len(names["suspects"]) <= 25 and len(names["moves"]) == len(names["found"])
+        len(names["found"]) >= 13
+        and len(names["suspects"]) <= 25
+        and len(names["moves"]) == len(names["found"])
     ),
     "unknown-classes": lambda names: (
         len(names["marked"]) > 15

@@ -138,7 +138,11 @@ def test_written_objects_are_read_back(place):
     assert store.get("a/x", 3) == b"two"
     assert store.get("a/y", 0) == b""
     assert store.get("b/z", 1 << 21) == bytes(range(256)) * 8192
-    assert [store.sizes(folder) for folder in ("a", "b", "c")] == [{"a/x": 3, "a/y": 0}, {"b/z": 1 << 21}, {}]
+    assert [store.sizes(folder) for folder in ("a", "b", "c")] == [
+        {"a/x": 3, "a/y": 0},
+        {"b/z": 1 << 21},
+        {},
+    ]
     with pytest.raises(StoreError, match="b/z"):
         store.get("b/z", (1 << 21) - 1)
 
@@ -212,9 +216,12 @@ def check_error(ask, *expected, within=20.0):
 def check_errors(store, *expected, within=20.0):
     """Check that each operation on an object fails with these words and the address of the object."""
     for ask in (
-        lambda: store.get("a/x", 10), lambda: store.put("a/x", b""), lambda: store.create("a/x", b""),
-        lambda: store.delete(["a/x"]), lambda: store.sizes("a"),
-    ):  # fmt: skip
+        lambda: store.get("a/x", 10),
+        lambda: store.put("a/x", b""),
+        lambda: store.create("a/x", b""),
+        lambda: store.delete(["a/x"]),
+        lambda: store.sizes("a"),
+    ):
         check_error(ask, f"{store.address}/a", *expected, within=within)
 
 
@@ -224,7 +231,12 @@ def test_a_missing_bucket_is_reported(bucket):
 
 def test_an_unreachable_server_is_reported(monkeypatch):
     buckets.use(monkeypatch, CLOSED)
-    check_errors(at("s3://bucket/x", RETRIES=1), "cannot connect to 127.0.0.1:9", "AWS_ENDPOINT_URL", within=5)
+    check_errors(
+        at("s3://bucket/x", RETRIES=1),
+        "cannot connect to 127.0.0.1:9",
+        "AWS_ENDPOINT_URL",
+        within=5,
+    )
 
 
 def test_a_server_that_does_not_answer_is_reported(monkeypatch):
@@ -263,10 +275,16 @@ def test_refusals_of_the_service_are_reported(status, code, expected, monkeypatc
         ({"AWS_ALLOW_HTTP": ""}, "AWS_ALLOW_HTTP=true"),
         ({"AWS_ENDPOINT_URL": "localhost:9000"}, "AWS_ENDPOINT_URL is not a server address"),
         ({"AWS_ENDPOINT_URL": "http://[x"}, "AWS_ENDPOINT_URL is not a server address"),
-        ({"AWS_ENDPOINT_URL_S3": f"http://u:{buckets.SECRET}@h"}, "AWS_ENDPOINT_URL_S3 is not a server address"),
+        (
+            {"AWS_ENDPOINT_URL_S3": f"http://u:{buckets.SECRET}@h"},
+            "AWS_ENDPOINT_URL_S3 is not a server address",
+        ),
         ({"AWS_ACCESS_KEY_ID": None}, "no credentials"),
         ({"AWS_SECRET_ACCESS_KEY": None}, "no credentials"),
-        ({"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None}, "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"),
+        (
+            {"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None},
+            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+        ),
     ],
 )
 def test_a_bad_environment_is_reported(environment, expected, monkeypatch):
@@ -284,7 +302,8 @@ def test_a_bad_environment_is_reported(environment, expected, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("variable", "region"), [("AWS_ENDPOINT_URL_S3", True), ("AWS_ENDPOINT_URL", False), ("AWS_ENDPOINT", True)]
+    ("variable", "region"),
+    [("AWS_ENDPOINT_URL_S3", True), ("AWS_ENDPOINT_URL", False), ("AWS_ENDPOINT", True)],
 )
 def test_obstore_and_lancedb_use_the_same_server(variable, region, bucket, monkeypatch, tmp_path):
     lancedb, pa = pytest.importorskip("lancedb"), pytest.importorskip("pyarrow")
@@ -370,7 +389,12 @@ def test_objects_behave_in_the_same_way_on_gcs(tmp_path, monkeypatch):
     with running_server(answer) as server:
         buckets.use(monkeypatch, CLOSED)
         account = tmp_path / "account.json"
-        entries = {"gcs_base_url": server, "disable_oauth": True, "client_email": "", "private_key": ""}
+        entries = {
+            "gcs_base_url": server,
+            "disable_oauth": True,
+            "client_email": "",
+            "private_key": "",
+        }
         account.write_text(json.dumps(entries | {"private_key_id": ""}))
         monkeypatch.setenv("GOOGLE_SERVICE_ACCOUNT", str(account))
         store = at("gs://bucket/indexes/x")
@@ -396,4 +420,8 @@ def test_missing_gcs_credentials_are_reported(tmp_path, monkeypatch):
         "GOOGLE_APPLICATION_CREDENTIALS",
     )
     monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "none.json"))
-    check_error(lambda: at("gs://bucket/x"), "gs://bucket/x: no credentials", "GOOGLE_APPLICATION_CREDENTIALS")
+    check_error(
+        lambda: at("gs://bucket/x"),
+        "gs://bucket/x: no credentials",
+        "GOOGLE_APPLICATION_CREDENTIALS",
+    )

@@ -32,7 +32,9 @@ def run_in(file, given):
 FORMS = [("none", "one-hot"), ("within", "one-hot"), ("none", "solved"), ("within", "solved"), None]
 
 
-@pytest.mark.parametrize(("form", "covered"), [*((form, C) for form in FORMS), (("within", "solved"), C - 1)], ids=str)
+@pytest.mark.parametrize(
+    ("form", "covered"), [*((form, C) for form in FORMS), (("within", "solved"), C - 1)], ids=str
+)
 def test_logits_of_features_equal_those_of_the_package(form, covered, tmp_path):
     cache = index()
     cache = cache.take(np.flatnonzero(cache.class_ids.numpy() < covered))
@@ -49,7 +51,9 @@ def test_logits_of_features_equal_those_of_the_package(form, covered, tmp_path):
         for row, prediction in zip(probabilities, predictions, strict=True):
             ranked = [row[NAMES.index(label)] for label in prediction.labels]
             np.testing.assert_allclose(ranked, prediction.probabilities, atol=1e-4)
-        assert [one.tolist() for one in no_match] == ([] if form is None else [[p.no_match for p in predictions]])
+        assert [one.tolist() for one in no_match] == (
+            [] if form is None else [[p.no_match for p in predictions]]
+        )
     assert form is None or no_match[0].any()
     props = session.get_modelmeta().custom_metadata_map
     assert json.loads(props["labels"]) == NAMES
@@ -64,10 +68,17 @@ def test_an_exported_graph_with_an_encoder_classifies_pixels(run, things, shared
     done = run("index", "export", things, "--onnx", file)
     assert done.exit_code == 0, done.output
     assert "pixels to logits of 10 classes" in done.stdout
-    assert "10 of 10 photos classified as by the package, with probabilities within 0.0001\n" in done.stdout
+    assert (
+        "10 of 10 photos classified as by the package, with probabilities within 0.0001\n"
+        in done.stdout
+    )
     props = onnxruntime.InferenceSession(file).get_modelmeta().custom_metadata_map
     labels, preprocess = json.loads(props["labels"]), json.loads(props["preprocess"])
-    assert (preprocess["size"], preprocess["resize_mode"], preprocess["shorter_side"]) == ([224, 224], "shortest", 224)
+    assert (preprocess["size"], preprocess["resize_mode"], preprocess["shorter_side"]) == (
+        [224, 224],
+        "shortest",
+        224,
+    )
     paths = [path for path, _ in caltech_photos(shared, "test", 10, 2)]
     pixels = np.stack([prepared(path, 224) for path in paths])
     _, (logits, _) = run_in(file, pixels)
@@ -81,10 +92,14 @@ def test_an_exported_graph_with_an_encoder_classifies_pixels(run, things, shared
 def test_the_suffix_of_a_file_selects_onnx(run, things, tmp_path):
     done = run("index", "export", things, "--out", tmp_path / "a.onnx", "--features")
     assert done.exit_code == 0, done.stderr
-    assert run("index", "export", things, "--onnx", tmp_path / "b.onnx", "--features").exit_code == 0
+    assert (
+        run("index", "export", things, "--onnx", tmp_path / "b.onnx", "--features").exit_code == 0
+    )
     one, other = (onnx.load(tmp_path / f"{name}.onnx").graph for name in "ab")
     assert one == other
-    both = run("index", "export", things, "--out", tmp_path / "c.onnx", "--onnx", tmp_path / "d.onnx")
+    both = run(
+        "index", "export", things, "--out", tmp_path / "c.onnx", "--onnx", tmp_path / "d.onnx"
+    )
     assert (both.exit_code, both.stdout, sorted(one.name for one in tmp_path.iterdir())) == (
         2,
         "",
@@ -92,8 +107,12 @@ def test_the_suffix_of_a_file_selects_onnx(run, things, tmp_path):
     )
 
 
-def test_an_index_without_its_photos_is_exported_without_a_comparison(run, things, tmp_path, monkeypatch):
-    monkeypatch.setattr("retrieval_tip.index.onnx_graph.read_item", lambda _: read_item(tmp_path / "gone.jpg"))
+def test_an_index_without_its_photos_is_exported_without_a_comparison(
+    run, things, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(
+        "retrieval_tip.index.onnx_graph.read_item", lambda _: read_item(tmp_path / "gone.jpg")
+    )
     done = run("index", "export", things, "--onnx", tmp_path / "things.onnx")
     assert done.exit_code == 0, done.output
     assert "no photo of the index could be read" in done.stderr
@@ -104,9 +123,13 @@ def prepared(path, side):
     """Prepare a photo like a user of the graph: resize its shorter side, and crop its centre."""
     image = Image.open(path).convert("RGB")
     scale = side / min(image.size)
-    image = image.resize([max(side, int(edge * scale)) for edge in image.size], Image.Resampling.BICUBIC)
+    image = image.resize(
+        [max(side, int(edge * scale)) for edge in image.size], Image.Resampling.BICUBIC
+    )
     left, top = round((image.width - side) / 2), round((image.height - side) / 2)
-    return np.asarray(image.crop((left, top, left + side, top + side)), dtype=np.float32).transpose(2, 0, 1)
+    return np.asarray(image.crop((left, top, left + side, top + side)), dtype=np.float32).transpose(
+        2, 0, 1
+    )
 
 
 def test_an_index_with_a_k_is_exported_with_all_keys(tmp_path, run):
@@ -116,7 +139,10 @@ def test_an_index_with_a_k_is_exported_with_all_keys(tmp_path, run):
     assert run("index", "export", tmp_path / "i", "--onnx", tmp_path / "i.onnx").exit_code == 0
     queries = clusters(3, seed=7)[0]
     np.testing.assert_allclose(
-        run_in(tmp_path / "i.onnx", queries)[1][0], cache.logits(queries, k="all").numpy(), rtol=1e-4, atol=1e-3
+        run_in(tmp_path / "i.onnx", queries)[1][0],
+        cache.logits(queries, k="all").numpy(),
+        rtol=1e-4,
+        atol=1e-3,
     )
 
 

@@ -49,37 +49,58 @@ def test_no_request_leads_to_an_internal_server_error(api, path, method):
     """Statuses, content types and bodies also match the schema."""
 
     @given(case=api[path][method].as_strategy(), here=st.booleans(), authorised=st.booleans())
-    @settings(max_examples=examples(60), deadline=None, suppress_health_check=list(HealthCheck), database=None)
+    @settings(
+        max_examples=examples(60),
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+        database=None,
+    )
     def ask(case, here, authorised):
         if here and "name" in case.path_parameters:
             taken_away = path == "/v1/indexes/{name}" and method in ("patch", "delete")
             case.path_parameters["name"] = "spare" if taken_away else "tiny"
         answer = case.call(headers={"Authorization": f"Bearer {TOKEN}"} if authorised else {})
         assert answer.status_code < 500
-        case.validate_response(answer, excluded_checks=[positive_data_acceptance])  # a schema cannot require norm 1
+        case.validate_response(
+            answer, excluded_checks=[positive_data_acceptance]
+        )  # a schema cannot require norm 1
 
     ask()
 
 
 def test_the_schema_describes_every_operation_body_and_result():
     """The classes that check bodies also describe them."""
-    assert {path for path, _ in OPERATIONS} >= {"/v1/classify", "/v1/indexes/{name}/keys", "/healthz", "/metrics"}
+    assert {path for path, _ in OPERATIONS} >= {
+        "/v1/classify",
+        "/v1/indexes/{name}/keys",
+        "/healthz",
+        "/metrics",
+    }
     assert all(SCHEMA["paths"][path][method]["description"] for path, method in OPERATIONS)
     for path in ("/v1/classify", "/v1/indexes/{name}/keys"):
         content = SCHEMA["paths"][path]["post"]["requestBody"]["content"]
         binary = {"application/octet-stream"} if path == "/v1/classify" else set()
         assert set(content) == {"multipart/form-data", "application/json"} | binary
-    found = SCHEMA["paths"]["/v1/classify"]["post"]["responses"]["200"]["content"]["application/json"]["schema"]
-    result = SCHEMA["components"]["schemas"][found["$ref"].rpartition("/")[2]]["properties"]["results"]["items"]
+    found = SCHEMA["paths"]["/v1/classify"]["post"]["responses"]["200"]["content"][
+        "application/json"
+    ]["schema"]
+    result = SCHEMA["components"]["schemas"][found["$ref"].rpartition("/")[2]]["properties"][
+        "results"
+    ]["items"]
     fields = {"input", "label", "probability", "neighbours", "opposing", "feature", "similar"}
     assert result["properties"].keys() >= fields
 
 
 def test_examples_in_the_schema_can_be_sent(address):
     content = SCHEMA["paths"]["/v1/classify"]["post"]["requestBody"]["content"]
-    answer = httpx.post(f"{address}/v1/classify?index=tiny", json=content["application/json"]["schema"]["example"])
+    answer = httpx.post(
+        f"{address}/v1/classify?index=tiny", json=content["application/json"]["schema"]["example"]
+    )
     assert (answer.status_code, answer.json()["results"][0]["input"]) == (200, "camera-3/0001")
     content = SCHEMA["paths"]["/v1/indexes/{name}/keys"]["post"]["requestBody"]["content"]
-    sent = {"json": content["application/json"]["schema"]["example"], "headers": {"Authorization": f"Bearer {TOKEN}"}}
+    sent = {
+        "json": content["application/json"]["schema"]["example"],
+        "headers": {"Authorization": f"Bearer {TOKEN}"},
+    }
     answer = httpx.post(f"{address}/v1/indexes/tiny/keys", **sent)
     assert (answer.status_code, answer.json()["classes"]) == (201, [])

@@ -77,7 +77,8 @@ def test_data_outside_a_terminal_is_unchanged(tmp_path, to_file, monkeypatch):
 
 def test_escaping_preserves_json_and_printable_text():
     every = (
-        "".join(chr(code) for code in range(0x11000) if not 0xD800 <= code < 0xE000) + "\U0001f600\U000e0001\U0010ffff"
+        "".join(chr(code) for code in range(0x11000) if not 0xD800 <= code < 0xE000)
+        + "\U0001f600\U000e0001\U0010ffff"
     )
     assert json.loads(json_line(every)) == every
     assert json_line(every).isprintable()
@@ -89,15 +90,29 @@ def test_escaping_preserves_json_and_printable_text():
 
 def test_parquet_uses_dictionaries_only_for_text(tmp_path):
     """For numbers, dictionaries cost time and space."""
-    near = [[{"source": f"s{i % 3}", "affinity": i / 7, "gives": [i / 3], "labels": ["a"]}] for i in range(2000)]
-    table = pa.table({"input": [f"q{i}" for i in range(2000)], "probability": np.arange(2000) / 11, "neighbours": near})
+    near = [
+        [{"source": f"s{i % 3}", "affinity": i / 7, "gives": [i / 3], "labels": ["a"]}]
+        for i in range(2000)
+    ]
+    table = pa.table(
+        {
+            "input": [f"q{i}" for i in range(2000)],
+            "probability": np.arange(2000) / 11,
+            "neighbours": near,
+        }
+    )
     write_table(table, "parquet", tmp_path / "out")
     file = pq.ParquetFile(tmp_path / "out")
     group = file.metadata.row_group(0)
-    texts = {group.column(i).path_in_schema: "RLE_DICTIONARY" in group.column(i).encodings for i in range(6)}
+    texts = {
+        group.column(i).path_in_schema: "RLE_DICTIONARY" in group.column(i).encodings
+        for i in range(6)
+    }
     assert [path for path, has in texts.items() if has] == [
-        "input", "neighbours.list.element.source", "neighbours.list.element.labels.list.element",
-    ]  # fmt: skip
+        "input",
+        "neighbours.list.element.source",
+        "neighbours.list.element.labels.list.element",
+    ]
     assert file.read().equals(table)
 
 
@@ -105,20 +120,36 @@ PREDICTED = ("labels", "probabilities", "neighbours", "opposing", "logits")
 
 
 @pytest.mark.parametrize("name", PREDICTED)
-@pytest.mark.parametrize("value", ["text", 1, None, [1], ["a"], [{"a": 1}], [[None]], {"a": 1}, []], ids=repr)
+@pytest.mark.parametrize(
+    "value", ["text", 1, None, [1], ["a"], [{"a": 1}], [[None]], {"a": 1}, []], ids=repr
+)
 def test_column_names_have_no_special_meaning(name, value, tmp_path):
     table = pa.table({name: [value], "after": ["x"]})
     for style in FORMATS:
         write_table(table, style, tmp_path / style)
     heading, row = (tmp_path / "table").read_text().splitlines()
     assert heading.split() == [name, "after"]
-    assert row.strip().startswith("-" if value is None else value if isinstance(value, str) else json.dumps(value))
+    assert row.strip().startswith(
+        "-" if value is None else value if isinstance(value, str) else json.dumps(value)
+    )
     assert row.endswith("  x")
 
 
 def test_predictions_are_followed_by_details(tmp_path):
-    near = {"key_id": 3, "source": f"s{ESCAPES}", "label": "cat", "affinity": 0.5, "weight": 0.25, "gives": [-0.5]}
-    row = {"input": "a", "label": "cat", "labels": ["cat", f"d{ESCAPES}"], "probabilities": [0.75, 0.25]}
+    near = {
+        "key_id": 3,
+        "source": f"s{ESCAPES}",
+        "label": "cat",
+        "affinity": 0.5,
+        "weight": 0.25,
+        "gives": [-0.5],
+    }
+    row = {
+        "input": "a",
+        "label": "cat",
+        "labels": ["cat", f"d{ESCAPES}"],
+        "probabilities": [0.75, 0.25],
+    }
     row |= {"logits": [1.0, 2.0], "neighbours": [near], "opposing": near}
     table = pa.Table.from_pylist([row, row | {"neighbours": [], "opposing": None}])
     write_tables([table], table.schema, "table", tmp_path / "out", predictions=True)
@@ -131,7 +162,13 @@ def test_predictions_are_followed_by_details(tmp_path):
 
 @pytest.mark.parametrize(
     ("value", "shown"),
-    [(1.0, ">0.9999"), (0.99996, ">0.9999"), (0.99994, "0.9999"), (0.5, "0.5000"), (1e-7, "1.0e-07")],
+    [
+        (1.0, ">0.9999"),
+        (0.99996, ">0.9999"),
+        (0.99994, "0.9999"),
+        (0.5, "0.5000"),
+        (1e-7, "1.0e-07"),
+    ],
 )
 def test_a_probability_is_never_rounded_to_1(value, shown, tmp_path):
     row = {"probability": value, "labels": ["cat"], "probabilities": [value], "neighbours": []}

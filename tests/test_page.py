@@ -27,7 +27,18 @@ from serving import build, server
 
 pytestmark = [pytest.mark.soak, *([needs_real] if SOAK else [])]
 
-CLASSES = ["accordion", "butterfly", "camera", "crab", "crayfish", "dalmatian", "lobster", "panda", "pizza", "starfish"]
+CLASSES = [
+    "accordion",
+    "butterfly",
+    "camera",
+    "crab",
+    "crayfish",
+    "dalmatian",
+    "lobster",
+    "panda",
+    "pizza",
+    "starfish",
+]
 HOSTILE = '<img src=x onerror="document.title=1">'
 TOKEN = "a token"
 REFUSED = "Failed to load resource: the server responded with a status of "
@@ -62,8 +73,14 @@ def served(tmp_path_factory, encodings, warm_path):
     The photos are ten classes of eight shots, with one wrong label, and a class whose name is markup.
     """
     place = tmp_path_factory.mktemp("page")
-    rows = [(path, label) for label in CLASSES for path in caltech_photos("train", label, 7 if label == "panda" else 8)]
-    rows.append((caltech_photos("test", "pizza", 9)[-1], "panda"))  # a wrong label that the page should find
+    rows = [
+        (path, label)
+        for label in CLASSES
+        for path in caltech_photos("train", label, 7 if label == "panda" else 8)
+    ]
+    rows.append(
+        (caltech_photos("test", "pizza", 9)[-1], "panda")
+    )  # a wrong label that the page should find
     for number, path in enumerate(caltech_photos("train", "anchor", 2)):
         link = place / f"{number}{HOSTILE}.jpg"
         link.symlink_to(path)
@@ -90,7 +107,15 @@ def serving(browser, warm_path):
 
     @contextlib.contextmanager
     def start(*arguments, command="serve", printed=None, **options):
-        started = server(*arguments, "--device", "cpu", token=TOKEN, path=warm_path, command=command, printed=printed)
+        started = server(
+            *arguments,
+            "--device",
+            "cpu",
+            token=TOKEN,
+            path=warm_path,
+            command=command,
+            printed=printed,
+        )
         with started as (url, process):
             address, _, token = url.partition("/#")
             one = Opened(browser, address, f"/#{token or f'token={TOKEN}'}", **options)
@@ -136,7 +161,10 @@ def page(opened):
 def choose_photos(page, *images, names=None):
     """Choose files on the screen of photos, under their own or other names."""
     named = zip(names or [image.name for image in images], images, strict=True)
-    files = [{"name": name, "mimeType": "image/jpeg", "buffer": image.read_bytes()} for name, image in named]
+    files = [
+        {"name": name, "mimeType": "image/jpeg", "buffer": image.read_bytes()}
+        for name, image in named
+    ]
     page.set_input_files("#files", files)
 
 
@@ -147,17 +175,23 @@ def drop(page, *files, at=(600, 400)):
 
 def drag_files(page, *files, at, kinds=("dragEnter", "dragOver")):
     """Drag folders or files over the page as the browser itself does."""
-    page.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+    page.evaluate(
+        "() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"
+    )
     session = page.context.new_cdp_session(page)
     data = {"items": [], "files": [str(file.resolve()) for file in files], "dragOperationsMask": 1}
     for kind in kinds:
-        session.send("Input.dispatchDragEvent", {"type": kind, "x": at[0], "y": at[1], "data": data})
+        session.send(
+            "Input.dispatchDragEvent", {"type": kind, "x": at[0], "y": at[1], "data": data}
+        )
     session.detach()
 
 
 def violations(page):
     """Return the accessibility violations that axe finds on the page."""
-    axe = pytest.importorskip("axe_playwright_python", reason="SKIPPED: no axe; pip install -e '.[dev]'")
+    axe = pytest.importorskip(
+        "axe_playwright_python", reason="SKIPPED: no axe; pip install -e '.[dev]'"
+    )
     page.evaluate((Path(axe.__file__).parent / "axe.min.js").read_text())
     found = page.evaluate("async () => (await axe.run()).violations")
     return [f"{one['id']}: {node['html']}" for one in found for node in one["nodes"]]
@@ -232,8 +266,17 @@ def answer(page):
         }"""
     )
     labels, probabilities, text, cache = map(list, zip(*rows, strict=True))
-    columns = {"labels": labels, "probabilities": probabilities, "logits": [*map(sum, zip(text, cache, strict=True))]}
-    first = {"label": labels[0], "probability": probabilities[0], "text_logit": text[0], "cache_logit": cache[0]}
+    columns = {
+        "labels": labels,
+        "probabilities": probabilities,
+        "logits": [*map(sum, zip(text, cache, strict=True))],
+    }
+    first = {
+        "label": labels[0],
+        "probability": probabilities[0],
+        "text_logit": text[0],
+        "cache_logit": cache[0],
+    }
     return first | columns | {"neighbours": neighbours}
 
 
@@ -305,17 +348,24 @@ def assert_same(page, run, folder, image):
     assert told.exit_code == 0, told.output
     right = json.loads(told.stdout)
     right["cache_logit"] += right.get("discriminant_logit", 0)  # the page shows the sum
-    shown, shots = answer(page), [*right["neighbours"], *([right["opposing"]] if right["opposing"] else [])]
+    shown, shots = (
+        answer(page),
+        [*right["neighbours"], *([right["opposing"]] if right["opposing"] else [])],
+    )
     close = {"rel": 1e-3, "abs": 1e-6}
     assert shown["label"] == right["label"]
     for name in ("probability", "text_logit", "cache_logit"):
         assert shown[name] == pytest.approx(right[name], **close), name
     assert shown["labels"] == right["labels"]
     assert shown["probabilities"] == pytest.approx(right["probabilities"], **close)
-    assert shown["logits"] == pytest.approx(sorted(right["logits"], reverse=True)[:8], rel=1e-3, abs=1e-3)
+    assert shown["logits"] == pytest.approx(
+        sorted(right["logits"], reverse=True)[:8], rel=1e-3, abs=1e-3
+    )
     for mine, other in zip(shown["neighbours"], shots, strict=True):
         assert (mine["key_id"], mine["label"]) == (other["key_id"], other["label"])
-        assert [mine["affinity"], mine["weight"]] == pytest.approx([other["affinity"], other["weight"]], rel=1e-3)
+        assert [mine["affinity"], mine["weight"]] == pytest.approx(
+            [other["affinity"], other["weight"]], rel=1e-3
+        )
 
 
 def test_answers_agree_with_the_command_line(page, served, run):
@@ -326,7 +376,9 @@ def test_answers_agree_with_the_command_line(page, served, run):
 
     page.click("#drawer-close")
     page.click("#clear")
-    with page.expect_request("**/v1/classify**without=*") as example:  # the other examples classify it
+    with page.expect_request(
+        "**/v1/classify**without=*"
+    ) as example:  # the other examples classify it
         page.locator("#known button").first.click()
     expect(page.locator("#drawer-notes")).to_contain_text("only the other examples count")
     itself = int(re.findall(r"without=(\d+)", example.value.url)[0])
@@ -337,7 +389,9 @@ def test_correcting_an_answer_adds_a_shot_and_can_be_undone(opened, served, run)
     page = opened("", expected=[f"{REFUSED}401"])
     crabs = caltech_photos("test", "crab", 10)
     told = run("classify", served.folder, *crabs, "--format", "json").stdout.splitlines()
-    image = next((Path(row["input"]) for row in map(json.loads, told) if row["label"] != "crab"), None)
+    image = next(
+        (Path(row["input"]) for row in map(json.loads, told) if row["label"] != "crab"), None
+    )
     assert image is not None, "all are right"
     ask(page, image)
     before, version = answer(page), things(page)["version"]
@@ -403,7 +457,9 @@ def test_answers_are_confirmed_or_corrected_one_by_one_or_together(opened):
 
 
 def test_markup_in_names_is_shown_as_text(page):
-    [anchor] = caltech_photos("train", "anchor", 1)  # one of the two shots whose class name is markup
+    [anchor] = caltech_photos(
+        "train", "anchor", 1
+    )  # one of the two shots whose class name is markup
     ask(page, anchor, names=[f"{HOSTILE}.jpg"])
     assert HOSTILE in answer(page)["labels"]
     expect(page.locator("#drawer-file")).to_have_attribute("title", f"{HOSTILE}.jpg")
@@ -433,7 +489,9 @@ def test_photos_are_classified_and_classes_added_with_the_keyboard_alone(page):
     expect(focused).to_have_id("main")
     key("Tab")
     expect(focused).to_have_id("choose")
-    assert focused.evaluate("element => getComputedStyle(element).outlineStyle") == "solid"  # the focus is visible
+    assert (
+        focused.evaluate("element => getComputedStyle(element).outlineStyle") == "solid"
+    )  # the focus is visible
     with page.expect_file_chooser() as chooser:
         key("Enter")
     chooser.value.set_files(caltech_photos("test", "panda", 1))
@@ -483,11 +541,21 @@ def test_many_images_are_classified_sorted_and_downloaded(page):
         }"""
     )
     images = [path for label in CLASSES for path in caltech_photos("test", label, 2)]
-    names = ["a/../..jpg", "same.jpg", "same.jpg", "größe.jpg", *(f"{number}.jpg" for number in range(16))]
+    names = [
+        "a/../..jpg",
+        "same.jpg",
+        "same.jpg",
+        "größe.jpg",
+        *(f"{number}.jpg" for number in range(16)),
+    ]
     ask(page, *images, names=names)
     page.select_option("#sort", "new")
-    right = page.locator("#grid .tile").evaluate_all("tiles => tiles.map((tile) => tile.dataset.label)")
-    assert sum(a == b for a, b in zip(right, np.repeat(CLASSES, 2), strict=True)) >= 16  # in order of arrival
+    right = page.locator("#grid .tile").evaluate_all(
+        "tiles => tiles.map((tile) => tile.dataset.label)"
+    )
+    assert (
+        sum(a == b for a, b in zip(right, np.repeat(CLASSES, 2), strict=True)) >= 16
+    )  # in order of arrival
     page.select_option("#sort", "doubt")
     doubts = page.locator("#grid .tile:not(.no_match)").evaluate_all(
         "tiles => tiles.map((tile) => +tile.dataset.probability)"
@@ -510,7 +578,9 @@ def test_many_images_are_classified_sorted_and_downloaded(page):
     paths = [Path(name) for name in packed.namelist()]
     assert len({*paths}) == 20
     assert all(len(path.parts) == 2 and ".." not in path.parts for path in paths)
-    assert sorted(packed.read(name) for name in packed.namelist()) == sorted(image.read_bytes() for image in images)
+    assert sorted(packed.read(name) for name in packed.namelist()) == sorted(
+        image.read_bytes() for image in images
+    )
     page.click("#finish-close")
     page.click("#clear")
     expect(page.locator("#grid .tile")).to_have_count(0)
@@ -560,7 +630,9 @@ def test_an_empty_server_classifies_a_photo_after_five_actions(serving, tmp_path
     with serving(*MODEL, "--out", tmp_path / "made") as (page, _):  # 1
         expect(page.locator("#teach-missing")).to_contain_text("at least two classes")
         page.set_input_files("#teach-folder", tmp_path / "photos")  # 2
-        expect(page.locator("#teach-go")).to_have_text("Create classifier from 15 photos in 3 classes")
+        expect(page.locator("#teach-go")).to_have_text(
+            "Create classifier from 15 photos in 3 classes"
+        )
         page.click("#teach-go")  # 3
         expect(page.locator("#teach-result")).to_contain_text("“my photos” is ready.")
         expect(page.locator("#teach-result")).to_contain_text("class names alone")
@@ -572,9 +644,13 @@ def test_an_empty_server_classifies_a_photo_after_five_actions(serving, tmp_path
         go(page, "teach")
         page.set_input_files("#teach-folder", tmp_path / "colours")
         page.fill("#teach-name", "colours")
-        expect(page.locator("#teach-go")).to_have_text("Create classifier from 66 photos in 66 classes")
+        expect(page.locator("#teach-go")).to_have_text(
+            "Create classifier from 66 photos in 66 classes"
+        )
         page.press("#teach-go", "Enter")
-        expect(page.locator("#teach-result")).to_contain_text("“colours” is ready.", timeout=4 * PATIENCE)
+        expect(page.locator("#teach-result")).to_contain_text(
+            "“colours” is ready.", timeout=4 * PATIENCE
+        )
         expect(page.locator("#index-facts")).to_contain_text("66 photos, 66 classes")
 
 
@@ -600,7 +676,9 @@ def test_dropped_folders_become_classes_and_adding_can_be_cancelled(opened, tmp_
 
     drag_files(page, *loose, at=middle(cards.last))
     expect(cards.last).to_have_class(re.compile("target"))
-    drag_files(page, *loose, at=(600, 20))  # not on a card: the first card without photos is the target
+    drag_files(
+        page, *loose, at=(600, 20)
+    )  # not on a card: the first card without photos is the target
     expect(cards.first).to_have_class(re.compile("target"))
     drag_files(page, place / "crab", at=middle(cards.last))
     expect(marked).to_have_count(0)
@@ -680,7 +758,12 @@ def test_a_phone_takes_photos_and_swipes_confirm_or_correct_answers(opened):
     swipe(120)
     undone(page, "Added 1 example photo to pizza.")
     page.click("#drawer-close")
-    assert page.locator("#grid").evaluate("grid => Math.round(grid.clientWidth / grid.firstChild.clientWidth)") == 3
+    assert (
+        page.locator("#grid").evaluate(
+            "grid => Math.round(grid.clientWidth / grid.firstChild.clientWidth)"
+        )
+        == 3
+    )
     go(page, "teach")
     card = page.locator(".class-card").first
     for number in ("1 photo", "2 photos"):
@@ -733,7 +816,12 @@ def test_every_request_is_repeated_while_the_server_refuses_it_as_busy(opened):
         if what in refused or what.endswith("/image"):
             route.continue_()
             return
-        refuse(route, 429, "9 images are waiting; try again", **({"Retry-After": "0"} if refused else {}))
+        refuse(
+            route,
+            429,
+            "9 images are waiting; try again",
+            **({"Retry-After": "0"} if refused else {}),
+        )
         refused.append(what)
 
     page.route("**/v1/**", busy)
@@ -750,10 +838,24 @@ def test_every_request_is_repeated_while_the_server_refuses_it_as_busy(opened):
     groups.first.get_by_label("Class").fill("signs")
     groups.first.get_by_role("button", name="Name this class").click()
     undone(page, "Added 3 example photos to the new class signs")
-    for screen, shown in (("classes", "#shots .tile"), ("check", "#audit li"), ("history", "#history li")):
+    for screen, shown in (
+        ("classes", "#shots .tile"),
+        ("check", "#audit li"),
+        ("history", "#history li"),
+    ):
         page.click(f"#tab-{screen}")
         expect(page.locator(shown).first).to_be_visible()
-    whole = {"indexes", "accuracy", "audit", "classify", "exemplars", "groups", "history", "keys", "rollback"}
+    whole = {
+        "indexes",
+        "accuracy",
+        "audit",
+        "classify",
+        "exemplars",
+        "groups",
+        "history",
+        "keys",
+        "rollback",
+    }
     assert {what.rpartition("/")[2].rpartition(" ")[2] for what in refused} >= whole
 
 
@@ -787,14 +889,18 @@ def test_each_screen_reports_a_stopped_server(serving, served, tmp_path):
         gone("#notice")
         expect(page.locator("#grid .tile[data-label]")).to_have_count(2)  # the answers remain
         go(page, "teach")
-        page.set_input_files("#teach-folder", class_folders(tmp_path / "photos", "crab", "panda", each=2))
+        page.set_input_files(
+            "#teach-folder", class_folders(tmp_path / "photos", "crab", "panda", each=2)
+        )
         page.click("#teach-go")
         gone("#teach-result")
 
 
 def test_classes_and_example_photos_are_listed_and_filtered(page):
     computing = "still being computed; try again in 1 s"  # as a large audit is
-    page.route("**/audit*", lambda route: refuse(route, 202, computing, **{"Retry-After": "1"}), times=1)
+    page.route(
+        "**/audit*", lambda route: refuse(route, 202, computing, **{"Retry-After": "1"}), times=1
+    )
     page.click("#tab-check")
     expect(page.locator("#audit-state")).to_contain_text("Still being computed. Trying again…")
     go(page, "settings")
@@ -816,7 +922,9 @@ def test_classes_and_example_photos_are_listed_and_filtered(page):
     page.fill("#shots-class", "")
     expect(number).to_have_text("82")
 
-    whole = things(page)  # only cards near the viewport are drawn, and the search finds classes beyond the first ones
+    whole = things(
+        page
+    )  # only cards near the viewport are drawn, and the search finds classes beyond the first ones
     whole["class_names"] += [f"class {i}" for i in range(3000)]
     whole["counts"] += [4] * 3000
     page.route("**/v1/indexes/things", lambda route: route.fulfill(json=whole | {"text": None}))
@@ -826,14 +934,18 @@ def test_classes_and_example_photos_are_listed_and_filtered(page):
     expect(page.locator("#classes-list-state")).to_contain_text("Search for the others.")
     assert page.locator("#classes-list").evaluate("one => one.scrollHeight <= one.clientHeight")
     last = cards.last
-    assert not last.locator(".name").evaluate("one => one.checkVisibility({ contentVisibilityAuto: true })")
+    assert not last.locator(".name").evaluate(
+        "one => one.checkVisibility({ contentVisibilityAuto: true })"
+    )
     last.scroll_into_view_if_needed()
     expect(last).to_be_in_viewport()
     page.fill("#classes-filter", "class 2999")
     expect(cards).to_have_count(1)
     go(page, "settings")
     expect(page.locator("#about")).to_contain_text("(fitted on")
-    expect(page.locator("#settings-view")).not_to_contain_text(re.compile(r'[\[{]["\[\]{]'))  # no JSON
+    expect(page.locator("#settings-view")).not_to_contain_text(
+        re.compile(r'[\[{]["\[\]{]')
+    )  # no JSON
     page.unroute_all(behavior="wait")
 
 
@@ -849,7 +961,9 @@ def test_wrong_labels_are_listed_first_and_corrected(page, served, run):
     expect(worst).to_contain_text("All other examples together suggest pizza.")
     key_id = worst.get_attribute("data-key-id")
     listed = run("index", "audit", served.folder, "--format", "json").stdout.splitlines()
-    assert [json.loads(line)["key_id"] for line in listed] == [int(key_id)]  # the command line lists the same
+    assert [json.loads(line)["key_id"] for line in listed] == [
+        int(key_id)
+    ]  # the command line lists the same
     page.click("#tab-classes")
     expect(page.locator('#classes-list button[data-label="panda"]')).to_contain_text("1 to check")
     worst, number = open_audit(page)
@@ -866,7 +980,9 @@ def test_wrong_labels_are_listed_first_and_corrected(page, served, run):
     expect(page.locator("#audit-next")).to_be_hidden()
     title.press("Enter")
     command = f"retrieval-tip sort {served.folder} {served.folder.parent} {IMAGES / 'accordion'} "
-    expect(page.locator("#audit-next code")).to_have_text(re.compile(rf"^{re.escape(command)}.* --into fixed$"))
+    expect(page.locator("#audit-next code")).to_have_text(
+        re.compile(rf"^{re.escape(command)}.* --into fixed$")
+    )
     undone(page, "Moved 1 example photo to pizza.")
     worst.get_by_role("button", name="Change to pizza").press("Enter")
     expect(page.locator("#audit-state")).to_contain_text("No clear mistakes")
@@ -973,7 +1089,9 @@ def test_suspicious_labels_are_corrected_removed_or_kept_together(opened):
     undone(page, f"from {before} to {after}." if after != before else f"still {after}.")
     expect(listed).to_have_count(number)
     assert accuracy() == before
-    page.route("**/accuracy", lambda route: route.abort())  # the old accuracy stays, and the message omits it
+    page.route(
+        "**/accuracy", lambda route: route.abort()
+    )  # the old accuracy stays, and the message omits it
     page.press("#audit-title", "x")
     expect(page.locator("#index-facts")).to_contain_text("81 photos")
     expect(page.locator("#notice")).not_to_contain_text("accuracy")
@@ -1021,7 +1139,9 @@ def test_photos_are_found_and_selected_on_the_map(page, served):
     ring = page.locator("#map-canvas").get_attribute("data-rings").split(",")
     assert [*map(float, ring)] == pytest.approx(weights @ places / weights.sum(), abs=2e-4)
 
-    page.route("**/map?*", lambda route: route.fulfill(json=route.fetch().json() | {"methods": ["pca"]}))
+    page.route(
+        "**/map?*", lambda route: route.fulfill(json=route.fetch().json() | {"methods": ["pca"]})
+    )
     page.reload()  # a server without scikit-learn shows the same map each time
     canvas = page.locator("#map-canvas")
     expect(canvas).to_have_attribute("data-method", "pca")
@@ -1041,7 +1161,11 @@ def test_photos_are_found_and_selected_on_the_map(page, served):
     page.click("#map-whole")
     expect(canvas).to_have_attribute("data-scale", "1")
 
-    inside = {id_ for id_, (x, y) in zip(found["key_ids"], found["places"], strict=True) if x > 0.1 and y > 0}
+    inside = {
+        id_
+        for id_, (x, y) in zip(found["key_ids"], found["places"], strict=True)
+        if x > 0.1 and y > 0
+    }
     assert 3 < len(inside) < 60
     move_on_map(page, 0.1, 0)
     page.mouse.down()
@@ -1052,7 +1176,9 @@ def test_photos_are_found_and_selected_on_the_map(page, served):
     expect(page.locator("#shots-count")).to_have_text(str(len(inside)))
     expect(page.locator("#shots-selected")).to_have_text(f"{len(inside)} selected")
     expect(page.locator("#classes-list")).to_be_hidden()
-    ids = page.locator("#shots .tile").evaluate_all("tiles => tiles.map((tile) => +tile.dataset.keyId)")
+    ids = page.locator("#shots .tile").evaluate_all(
+        "tiles => tiles.map((tile) => +tile.dataset.keyId)"
+    )
     assert set(ids) <= inside
     submit(page, "#shots-form input", "starfish")
     expect(page.locator("#shots .tile .said").first).to_have_text("starfish")
@@ -1062,8 +1188,12 @@ def test_photos_are_found_and_selected_on_the_map(page, served):
     expect(page.locator("#classes-list")).to_be_visible()
 
     page.click("#tab-map")
-    expect(canvas).to_have_attribute("data-pictures", re.compile("[1-9]"))  # thumbnails appear where they fit
-    expect(canvas).to_have_attribute("data-names", re.compile(r"^([5-9]|1[01])$"))  # at least 5 of 11 names fit
+    expect(canvas).to_have_attribute(
+        "data-pictures", re.compile("[1-9]")
+    )  # thumbnails appear where they fit
+    expect(canvas).to_have_attribute(
+        "data-names", re.compile(r"^([5-9]|1[01])$")
+    )  # at least 5 of 11 names fit
     for _ in range(4):
         page.click("#map-closer")
     before = canvas.screenshot()
@@ -1093,7 +1223,9 @@ def test_removing_a_shot_can_be_undone(page):
     expect(page.locator("#index-facts")).to_contain_text("81 photos")
     change(page, "rollback", to=things(page)["version"] - 1)
     page.click("#tab-classify")
-    ask(page, *caltech_photos("test", "starfish", 1))  # the answer is from a newer version than the page's
+    ask(
+        page, *caltech_photos("test", "starfish", 1)
+    )  # the answer is from a newer version than the page's
     expect(page.locator("#index-facts")).to_contain_text("82 photos")
 
     page.click("#tab-classes")
@@ -1151,7 +1283,9 @@ def test_an_index_of_features_opens_and_refuses_photos(page):
     page.click("#tab-check")
     expect(page.locator("#audit-state")).not_to_contain_text("Loading")
     page.reload()
-    expect(page.locator("#index-name")).to_have_text("food <b>1")  # the page remembers the classifier
+    expect(page.locator("#index-name")).to_have_text(
+        "food <b>1"
+    )  # the page remembers the classifier
     choose(page, "things")
     page.click("#tab-classes")
     expect(page.locator("#shots-count")).to_have_text("82")
@@ -1173,11 +1307,16 @@ def test_every_screen_fits_and_is_accessible(opened, tmp_path, width, scheme):
 
     def fits(name):
         for place in ("html", "#drawer"):
-            assert page.locator(place).evaluate("one => one.scrollWidth <= one.clientWidth"), (name, place)
+            assert page.locator(place).evaluate("one => one.scrollWidth <= one.clientWidth"), (
+                name,
+                place,
+            )
         assert violations(page) == [], name
 
     expect(page.locator("#known button img").first).to_be_visible()
-    assert page.evaluate("async () => (await document.fonts.ready, document.fonts.check('600 14px Inter'))")
+    assert page.evaluate(
+        "async () => (await document.fonts.ready, document.fonts.check('600 14px Inter'))"
+    )
     fits("start")
     page.click("#help")
     for word in ("No match", "accuracy on the examples", "accuracy on the other photos"):
@@ -1188,7 +1327,12 @@ def test_every_screen_fits_and_is_accessible(opened, tmp_path, width, scheme):
     classified(page)
     page.click("#drawer-close")
     some = [*caltech_photos("test", "crab", 3), *caltech_photos("test", "car_side", 2)]
-    ask(page, *some, names=[f"{number}{'a-very-long-name' * 10}.jpg" for number in range(5)], number=6)
+    ask(
+        page,
+        *some,
+        names=[f"{number}{'a-very-long-name' * 10}.jpg" for number in range(5)],
+        number=6,
+    )
     if width < 500:
         page.click("#filters")  # the filters are collapsed on phones
     else:
@@ -1199,9 +1343,13 @@ def test_every_screen_fits_and_is_accessible(opened, tmp_path, width, scheme):
         page.click("#selection-none")
         page.set_viewport_size(size)
     page.locator("#grid .tile .tick").first.click()
-    page.evaluate("async () => (await import('/page/dialogs.js')).notice('Packed 6 photos', () => true)")
+    page.evaluate(
+        "async () => (await import('/page/dialogs.js')).notice('Packed 6 photos', () => true)"
+    )
     boxes = [page.locator(one).bounding_box() or {} for one in ("#notice", "#selection")]
-    assert boxes[0]["y"] + boxes[0]["height"] <= boxes[1]["y"]  # the notice does not cover the buttons
+    assert (
+        boxes[0]["y"] + boxes[0]["height"] <= boxes[1]["y"]
+    )  # the notice does not cover the buttons
     fits("grid")
     page.select_option("#filter-state", "no_match")
     expect(page.locator("#grid .tile.no_match").first).to_be_visible()
@@ -1213,11 +1361,15 @@ def test_every_screen_fits_and_is_accessible(opened, tmp_path, width, scheme):
     name = f"{'a-very-long-name' * 10}.jpg"
     expect(page.locator("#drawer-file")).to_have_attribute("title", re.compile(rf"^\d{name}$"))
     expect(page.locator("#drawer-file")).to_have_text(re.compile(r"^\da-very.{0,20}….{0,20}\.jpg$"))
-    expect(page.locator("#decided .gives").first).to_have_text(re.compile(r"^[\d.]+ points for \w+$"))
+    expect(page.locator("#decided .gives").first).to_have_text(
+        re.compile(r"^[\d.]+ points for \w+$")
+    )
     show_calculation(page)
     fits("drawer")
     submit(page, "#drawer-form input", "crab")
-    expect(page.locator("#token-dialog")).to_contain_text("the address that retrieval-tip serve printed")
+    expect(page.locator("#token-dialog")).to_contain_text(
+        "the address that retrieval-tip serve printed"
+    )
     fits("token")
     page.click("#token-cancel")
     page.click("#drawer-close")
@@ -1225,7 +1377,9 @@ def test_every_screen_fits_and_is_accessible(opened, tmp_path, width, scheme):
     page.click("#tab-check")
     expect(page.locator("#audit li").first).to_be_visible()
     expect(page.locator("#audit li").first.get_by_role("button").last).to_be_in_viewport(ratio=1)
-    assert page.locator("header").evaluate("one => one.clientHeight") == height  # the late number makes nothing jump
+    assert (
+        page.locator("header").evaluate("one => one.clientHeight") == height
+    )  # the late number makes nothing jump
     open_map(page)
     page.click("#tab-classes")
     page.locator("#shots .tile").first.click()
@@ -1247,7 +1401,9 @@ def test_every_screen_fits_and_is_accessible(opened, tmp_path, width, scheme):
     sizes = "() => [...document.querySelectorAll('body *')].map((one) => getComputedStyle(one).fontSize)"
     assert {*page.evaluate(sizes)} <= {"12px", "14px", "16px", "20px", "28px"}
     go(page, "teach")
-    page.set_input_files("#teach-folder", class_folders(tmp_path / "photos", "crab", "panda", each=3))
+    page.set_input_files(
+        "#teach-folder", class_folders(tmp_path / "photos", "crab", "panda", each=3)
+    )
     page.locator(".class-card input[type=text]").last.fill("a-very-long-name" * 8)
     fits("teach")
 
@@ -1266,7 +1422,9 @@ def pool(tmp_path_factory):
             shutil.copy(path, folder / name)
             found[name] = label
             if number == 0:
-                with Image.open(path) as image:  # a near-identical photo, to label together with the original
+                with Image.open(
+                    path
+                ) as image:  # a near-identical photo, to label together with the original
                     image.save(folder / f"{len(found):03}.jpg", quality=70)
                 found[f"{len(found):03}.jpg"] = label
     found[""] = str(folder)
@@ -1299,7 +1457,9 @@ def test_photos_are_labelled_by_keyboard_and_the_rest_is_finished(labelling, poo
         for _ in range(50):  # the fifth ones are random, and nine of these make an estimate
             following = page.locator("#label-next img").first.get_attribute("src")
             hows.append(label_by_key(page, pool[shown_photo(page)]))
-            expect(page.locator("#label-photo img")).to_have_attribute("src", following)  # which has been loaded before
+            expect(page.locator("#label-photo img")).to_have_attribute(
+                "src", following
+            )  # which has been loaded before
             page.wait_for_timeout(200)
         assert hows.count("Enter") > 8
         assert "typed" in hows
@@ -1311,13 +1471,17 @@ def test_photos_are_labelled_by_keyboard_and_the_rest_is_finished(labelling, poo
         least, most, wrong = (round(40 * (1 - found[name])) for name in ("high", "low", "accuracy"))
         assert least < most < 40
         others = f"{least} to {most} of the other 40 photos are wrong (about {wrong})"
-        expect(page.locator("#label-progress")).to_have_text(re.compile(rf" of the last 20\. {re.escape(others)}\.$"))
+        expect(page.locator("#label-progress")).to_have_text(
+            re.compile(rf" of the last 20\. {re.escape(others)}\.$")
+        )
         expect(page.locator("#label-stop")).to_contain_text(
             re.compile(r"less than 1 % of the answers|about \d+ fewer wrong")
         )
         expect(page.locator("#index-facts")).to_contain_text("6 classes")
         page.click("#label-review")
-        expect(page.locator("#progress")).to_have_text(re.compile(rf"^{re.escape(others)}( · \d+ with no match)?$"))
+        expect(page.locator("#progress")).to_have_text(
+            re.compile(rf"^{re.escape(others)}( · \d+ with no match)?$")
+        )
         expect(page.locator("#grid")).to_be_focused()
         page.click("#finish-open")
         assert violations(page) == []
@@ -1335,7 +1499,9 @@ def test_photos_are_labelled_by_keyboard_and_the_rest_is_finished(labelling, poo
             assert not [*left]
 
         default = Path(f"{folder.name}-sorted").absolute()
-        expect(page.locator("#finish-said")).to_contain_text(f"90 photos go to {default}.")  # before it is written
+        expect(page.locator("#finish-said")).to_contain_text(
+            f"90 photos go to {default}."
+        )  # before it is written
         expect(page.locator("#finish-said")).to_contain_text(f" {others}")
         assert not default.exists()
         page.fill("#finish-into", "~/" + os.path.relpath(sorted_, Path.home()))
@@ -1346,11 +1512,16 @@ def test_photos_are_labelled_by_keyboard_and_the_rest_is_finished(labelling, poo
             page.fill("#finish-wrong", str(wrong))
             expect(page.locator("#finish-said")).to_contain_text(f"90 photos go to {sorted_}. ")
             planned = re.findall(
-                r"(\d+) (?:below|without) [^()]*\(“(.*?)”\)", page.locator("#finish-said").text_content()
+                r"(\d+) (?:below|without) [^()]*\(“(.*?)”\)",
+                page.locator("#finish-said").text_content(),
             )
-            expect(page.locator("#finish-said")).to_contain_text("Of 50 examples, each classified by the others, ")
+            expect(page.locator("#finish-said")).to_contain_text(
+                "Of 50 examples, each classified by the others, "
+            )
             finish("copied 90 photos")
-            expect(page.locator("#finish-said")).to_contain_text("If the other photos are like them, at most ")
+            expect(page.locator("#finish-said")).to_contain_text(
+                "If the other photos are like them, at most "
+            )
             placed = Counter(path.parent.name for path in sorted_.glob("*/*.jpg"))
             assert {name: int(number) for number, name in planned} == {
                 name: placed[name] for name in ("no match", "not sure") if placed[name]
@@ -1375,7 +1546,9 @@ def test_photos_are_labelled_by_keyboard_and_the_rest_is_finished(labelling, poo
     placed = [*sorted_.glob("*/*.jpg")]
     assert len(placed) == 90
     assert sum(path.parent.name == pool[path.name] for path in placed) > 80
-    told = run("index", "query", folder, "SELECT source, label FROM labels", "--format", "json").stdout
+    told = run(
+        "index", "query", folder, "SELECT source, label FROM labels", "--format", "json"
+    ).stdout
     labels = [json.loads(line) for line in told.splitlines()]
     assert len(labels) == 50
     assert all(pool[Path(row["source"]).name] == row["label"] for row in labels)
@@ -1408,7 +1581,9 @@ def test_the_answers_of_the_folder_are_reviewed(labelling, pool, tmp_path):
         page.click("#tab-label")
         page.click("#tab-classify")
         expect(page.locator(counted)).to_contain_text("67 photos without a label")
-        shown = page.locator("#grid .tile").evaluate_all("all => all.map((one) => [one.title, one.dataset.label])")
+        shown = page.locator("#grid .tile").evaluate_all(
+            "all => all.map((one) => [one.title, one.dataset.label])"
+        )
         assert sum(pool[name] == label for name, label in shown) > 0.8 * len(shown)
 
         page.press("#grid", "Home")
@@ -1434,7 +1609,9 @@ def test_the_answers_of_the_folder_are_reviewed(labelling, pool, tmp_path):
             return known.all_text_contents()[1:]
 
         wait_until(page, "!state.busy")
-        for _ in range(20):  # the page learns later that the class of the label that was undone is gone
+        for _ in range(
+            20
+        ):  # the page learns later that the class of the label that was undone is gone
             if (classes := selected()) == sorted(LABELS):
                 break
             page.wait_for_timeout(500)
@@ -1452,8 +1629,12 @@ def test_the_answers_of_the_folder_are_reviewed(labelling, pool, tmp_path):
         expect(page.locator(counted)).to_contain_text(f"{64 - visible} photos without a label")
 
         page.locator(f"#grid {tiles}:not(.no_match)").first.click()
-        expect(page.locator("#decided li img").first).to_be_visible()  # the drawer explains the answer
-        expect(page.locator("#drawer-notes")).to_contain_text("of the probability. Similar photos give the rest: ")
+        expect(
+            page.locator("#decided li img").first
+        ).to_be_visible()  # the drawer explains the answer
+        expect(page.locator("#drawer-notes")).to_contain_text(
+            "of the probability. Similar photos give the rest: "
+        )
         label = page.locator("#drawer-title").get_attribute("title")
         assert page.locator("#grid .tile.active").get_attribute("data-label") == label
         page.press("#drawer", "Enter")
@@ -1465,7 +1646,10 @@ def test_the_answers_of_the_folder_are_reviewed(labelling, pool, tmp_path):
         wait_until(page, "!state.busy")
         page.reload()
         expect(page.locator(counted)).to_contain_text(f"{number} photos without a label")
-        rows = {Path(one["name"]).name: one["label"] for one in dict(get(page, "/v1/label/answers"))["photos"]}
+        rows = {
+            Path(one["name"]).name: one["label"]
+            for one in dict(get(page, "/v1/label/answers"))["photos"]
+        }
     assert sum(label is not None for label in rows.values()) == 90 - number
     assert rows[corrected] != "acorn"
 
@@ -1487,7 +1671,9 @@ def test_dropped_photos_belong_to_the_session(labelling, pool, tmp_path):
         page.reload()
         expect(page.locator(counted)).to_contain_text("71 photos without a label")
         drop(page, *dropped, tmp_path / "damaged.jpg")
-        expect(page.locator("#notice")).to_contain_text("Added 6 photos to the session.")  # four for the second time
+        expect(page.locator("#notice")).to_contain_text(
+            "Added 6 photos to the session."
+        )  # four for the second time
         expect(page.locator("#troubles")).to_contain_text("Skipped 1 file (not a readable image")
         expect(page.locator(counted)).to_contain_text("73 photos without a label")
 
@@ -1502,7 +1688,9 @@ def test_dropped_photos_belong_to_the_session(labelling, pool, tmp_path):
         wait_until(page, "!state.busy && !state.unsaved")
         page.reload()
         expect(page.locator(counted)).to_contain_text("72 photos without a label")
-        answers = {Path(one["name"]).name: one for one in dict(get(page, "/v1/label/answers"))["photos"]}
+        answers = {
+            Path(one["name"]).name: one for one in dict(get(page, "/v1/label/answers"))["photos"]
+        }
         assert {*answers} == {*names, *more}
         assert answers["more crab.jpg"]["label"] == "crab"
 
@@ -1527,7 +1715,9 @@ def test_dropped_photos_belong_to_the_session(labelling, pool, tmp_path):
             assert {*placed} == {*names, *more}
             assert placed["more crab.jpg"].parent.name == "crab"
             finish(how, "#finish-undo", "undid the sorting of 96 photos")
-        kept = {path.name: path.read_bytes() for path in (tmp_path / "things-dropped").rglob("*.jpg")}
+        kept = {
+            path.name: path.read_bytes() for path in (tmp_path / "things-dropped").rglob("*.jpg")
+        }
         assert kept == {name: path.read_bytes() for name, path in more.items()}
 
 
@@ -1563,16 +1753,24 @@ def correct(page, name, label):
 
 
 def two_frames(page):
-    page.evaluate("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+    page.evaluate(
+        "() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))"
+    )
 
 
 def test_answers_on_the_screen_stay_and_are_confirmed_as_they_were_shown(labelling, pool, tmp_path):
     """A person corrects some answers on a laptop, while the others on the screen are answered in another way."""
-    names, merged = sorted(name for name in pool if name), {"camera": "accordion", "crayfish": "crab"}
+    names, merged = (
+        sorted(name for name in pool if name),
+        {"camera": "accordion", "crayfish": "crab"},
+    )
     laptop = {"viewport": {"width": 1280, "height": 800}, "reduced_motion": "no-preference"}
     with labelling(pool, tmp_path / "things", **laptop) as (page, _):
         wait_until(page, "state.encoded === 90")
-        give(page, {n: merged.get(pool[name], pool[name]) for n, name in enumerate(names) if n % 5 == 0})
+        give(
+            page,
+            {n: merged.get(pool[name], pool[name]) for n, name in enumerate(names) if n % 5 == 0},
+        )
         newest = answers_of(page)
         page.click("#tab-classify")
         expect(page.locator("#grid .tile").nth(20)).to_be_visible()
@@ -1590,8 +1788,12 @@ def test_answers_on_the_screen_stay_and_are_confirmed_as_they_were_shown(labelli
         page.wait_for_function("() => scrollY === 60")
         shown, box = page.evaluate(WHOLE), page.locator("#screen-right").bounding_box()
         sent = []
-        page.on("request", lambda request: sent.append(request) if request.method == "POST" else None)
-        page.mouse.dblclick(box["x"] + 20, box["y"] + 10)  # the second click is not about the next screen
+        page.on(
+            "request", lambda request: sent.append(request) if request.method == "POST" else None
+        )
+        page.mouse.dblclick(
+            box["x"] + 20, box["y"] + 10
+        )  # the second click is not about the next screen
         expect(page.locator("#notice")).to_contain_text(f"Labelled {len(shown)} photos as")
         page.evaluate("() => Promise.all(document.getAnimations().map(({ finished }) => finished))")
         two_frames(page)
@@ -1600,16 +1802,24 @@ def test_answers_on_the_screen_stay_and_are_confirmed_as_they_were_shown(labelli
         assert {names[one["photo"]]: one["label"] for one in change} == shown
         following = page.evaluate(WHOLE)
         assert not following.keys() & shown.keys()
-        assert {name: newest[name] for name in following} == following  # the next screen has the newest answers
+        assert {
+            name: newest[name] for name in following
+        } == following  # the next screen has the newest answers
         page.unroute_all(behavior="wait")
 
 
 def test_new_answers_come_with_the_next_screen(labelling, pool, tmp_path):
     """The next screen comes by scrolling, with another order, or after a look at another page."""
-    names, merged = sorted(name for name in pool if name), {"camera": "accordion", "crayfish": "crab"}
+    names, merged = (
+        sorted(name for name in pool if name),
+        {"camera": "accordion", "crayfish": "crab"},
+    )
     with labelling(pool, tmp_path / "things", viewport={"width": 1280, "height": 560}) as (page, _):
         wait_until(page, "state.encoded === 90")
-        give(page, {n: merged.get(pool[name], pool[name]) for n, name in enumerate(names) if n % 5 == 0})
+        give(
+            page,
+            {n: merged.get(pool[name], pool[name]) for n, name in enumerate(names) if n % 5 == 0},
+        )
         newest = answers_of(page)
         page.click("#tab-classify")
         expect(page.locator("#grid .tile").nth(20)).to_be_visible()
@@ -1625,7 +1835,9 @@ def test_new_answers_come_with_the_next_screen(labelling, pool, tmp_path):
             assert page.evaluate(WHOLE) == shown
             return page.locator(f'#grid .tile[title="{changed[0]}"]'), newest[changed[0]]
 
-        tile, label = learned(*(name for name, said in page.evaluate(WHOLE).items() if said != pool[name]))
+        tile, label = learned(
+            *(name for name, said in page.evaluate(WHOLE).items() if said != pool[name])
+        )
         page.mouse.wheel(0, 560)
         expect(tile).to_have_attribute("data-label", label)
         page.mouse.wheel(0, -560)
@@ -1668,7 +1880,9 @@ def all_saved(page):
 
 def test_letters_of_a_class_name_are_not_shortcuts(labelling, pool, tmp_path):
     with labelling(pool, tmp_path / "things") as (page, _):
-        expect(page.locator("#label-saved")).to_have_text("")  # all photos are read, as on a second start
+        expect(page.locator("#label-saved")).to_have_text(
+            ""
+        )  # all photos are read, as on a second start
         unlabelled, sent = status(page), []
 
         def keep(route):
@@ -1684,7 +1898,9 @@ def test_letters_of_a_class_name_are_not_shortcuts(labelling, pool, tmp_path):
             page.keyboard.type(name)
             with page.expect_response(lambda answer: answer.request.method == "POST"):
                 page.keyboard.press("Enter")
-        assert [[one["label"] for one in change["labels"]] for change in sent] == [[name] for name in names]
+        assert [[one["label"] for one in change["labels"]] for change in sent] == [
+            [name] for name in names
+        ]
         sent.clear()
         many = """async () => {
             const { session } = await import("/page/session.js");
@@ -1694,7 +1910,9 @@ def test_letters_of_a_class_name_are_not_shortcuts(labelling, pool, tmp_path):
         page.evaluate(many)  # more photos than one request may label
         wait_for(page, sent, 4)
         assert [len(change.get("labels", [])) for change in sent] == [1000, 1, 0, 0]
-        assert [change.get("undo") for change in sent[2:]] == [change["step"] for change in sent[:2]]
+        assert [change.get("undo") for change in sent[2:]] == [
+            change["step"] for change in sent[:2]
+        ]
         page.unroute("**/v1/label")
         page.reload()
         page.locator("#label-photo img").click()
@@ -1712,7 +1930,9 @@ def test_letters_of_a_class_name_are_not_shortcuts(labelling, pool, tmp_path):
         page.keyboard.type("crab")  # the field gets all letters
         page.keyboard.press("Enter")
         page.keyboard.type("sna")
-        expect(page.locator("#label-choices .primary")).to_be_visible()  # a guess appears while the name is typed
+        expect(
+            page.locator("#label-choices .primary")
+        ).to_be_visible()  # a guess appears while the name is typed
         page.keyboard.type("ke")
         page.keyboard.press("Enter")
         expect(page.locator("#label-progress")).to_contain_text("3 of 90")
@@ -1732,7 +1952,9 @@ def test_typed_text_means_an_existing_class_or_is_asked_about(labelling, pool, t
             if number is not None:
                 expect(page.locator("#label-progress")).to_contain_text(f"{number} of 90")
 
-        for number, text in enumerate(("pan", "panda", "sea horse", "Sea-Ho", "type 2", "NONE OF THESE"), 1):
+        for number, text in enumerate(
+            ("pan", "panda", "sea horse", "Sea-Ho", "type 2", "NONE OF THESE"), 1
+        ):
             enter(text, "Enter", number=number)
         enter("cat", "Enter", number=7)
         enter("ca", "Shift+Enter", number=8)
@@ -1755,8 +1977,15 @@ def test_typed_text_means_an_existing_class_or_is_asked_about(labelling, pool, t
         enter("crabs", "Enter", "Enter", number=11)  # the typed name is the default
         wait_until(page, "state.labelled === 11")
         assert {label: photos for label, photos in status(page)["classes"].items() if photos} == {
-            "Panda": 2, "Sea_Horse": 2, "type 2": 1, "caterpillar": 1, "ca": 1, "crab": 1, "carb": 1, "crabs": 1,
-        }  # fmt: skip
+            "Panda": 2,
+            "Sea_Horse": 2,
+            "type 2": 1,
+            "caterpillar": 1,
+            "ca": 1,
+            "crab": 1,
+            "carb": 1,
+            "crabs": 1,
+        }
 
 
 def test_steps_are_undone_in_order_and_after_a_reload(labelling, pool, tmp_path):
@@ -1764,7 +1993,9 @@ def test_steps_are_undone_in_order_and_after_a_reload(labelling, pool, tmp_path)
 
         def shown(*, not_=None, name="", labelled):
             photo = expect(page.locator("#label-photo img"))
-            photo.to_have_attribute("alt", name) if name else photo.not_to_have_attribute("alt", not_ or "")
+            photo.to_have_attribute("alt", name) if name else photo.not_to_have_attribute(
+                "alt", not_ or ""
+            )
             expect(page.locator("#label-progress")).to_contain_text(f"{labelled} of 90")
             return shown_photo(page)
 
@@ -1776,7 +2007,11 @@ def test_steps_are_undone_in_order_and_after_a_reload(labelling, pool, tmp_path)
         third = shown(not_=second, labelled=1)
         page.keyboard.press("ArrowRight")
         shown(not_=third, labelled=1)
-        assert page.locator("#label-last .name").all_text_contents() == ["skipped", "crab", "skipped"]
+        assert page.locator("#label-last .name").all_text_contents() == [
+            "skipped",
+            "crab",
+            "skipped",
+        ]
         page.keyboard.press("ArrowLeft")
         shown(name=third, labelled=1)
         page.keyboard.press("ArrowLeft")
@@ -1790,7 +2025,9 @@ def test_steps_are_undone_in_order_and_after_a_reload(labelling, pool, tmp_path)
         wait_until(page, "state.labelled === 1")
         page.reload()
         shown(not_=first, labelled=1)
-        page.get_by_role("button", name="Undo crab").click()  # not only the last answer can be undone
+        page.get_by_role(
+            "button", name="Undo crab"
+        ).click()  # not only the last answer can be undone
         shown(name=first, labelled=0)
         assert status(page)["queue"][0]["name"].endswith(first)
 
@@ -1818,7 +2055,11 @@ def test_refused_labels_are_named_and_can_be_corrected(labelling, pool, tmp_path
         refused.get_by_role("button", name="Drop it and show the photo").click()
         expect(page.locator("#label-photo img")).to_have_attribute("alt", name)
         expect(refused).to_be_empty()
-        page.route("**/v1/label", lambda route: route.fulfill(status=422, json={"detail": "not a label"}), times=1)
+        page.route(
+            "**/v1/label",
+            lambda route: route.fulfill(status=422, json={"detail": "not a label"}),
+            times=1,
+        )
         submit(page, "#label-class", "crab")
         expect(page.locator("#label-problem")).to_contain_text("not a label")
 
@@ -1827,7 +2068,10 @@ def test_labels_are_kept_until_the_server_can_be_reached(labelling, browser, poo
     """Photos are labelled and undone with their copies, also on a phone, whose page asks for the token first."""
     progress = "#label-progress"
     with labelling(pool, tmp_path / "things", expected=["Failed to load resource"]) as (page, _):
-        page.route("**/v1/label", lambda route: route.abort() if route.request.method == "POST" else route.continue_())
+        page.route(
+            "**/v1/label",
+            lambda route: route.abort() if route.request.method == "POST" else route.continue_(),
+        )
         for _ in range(3):
             label_by_key(page, "cat")
         last = shown_photo(page)
@@ -1854,7 +2098,9 @@ def test_labels_are_kept_until_the_server_can_be_reached(labelling, browser, poo
             page.wait_for_timeout(300)
         done = int((page.locator(progress).text_content() or "").split()[0])
         number = page.locator("#label-similar-list li").count()
-        expect(page.locator("#label-similar label")).to_have_text(re.compile(r"^\s*\+\s+Also label"))
+        expect(page.locator("#label-similar label")).to_have_text(
+            re.compile(r"^\s*\+\s+Also label")
+        )
         page.keyboard.press("+")
         expect(page.locator("#label-too")).to_be_checked()
         page.locator("#label-choices button").first.click()
@@ -1863,7 +2109,10 @@ def test_labels_are_kept_until_the_server_can_be_reached(labelling, browser, poo
         expect(page.locator(progress)).to_contain_text(f"{done} of 90")
         all_saved(page)
 
-        token, address = page.evaluate("sessionStorage.getItem('retrieval-tip token')"), page.url.partition("/#")[0]
+        token, address = (
+            page.evaluate("sessionStorage.getItem('retrieval-tip token')"),
+            page.url.partition("/#")[0],
+        )
         options = PHONE | {"reduced_motion": "no-preference"}
         one = Opened(browser, address, ready="#token-title", expected=[f"{REFUSED}401"], **options)
         page = one.page
@@ -1883,7 +2132,9 @@ def test_labels_are_kept_until_the_server_can_be_reached(labelling, browser, poo
         expect(page.locator(progress)).to_contain_text(f"{done + 1} of 90")
         page.locator("#label-choices button").first.tap()
         expect(page.locator(progress)).to_contain_text(f"{done + 2} of 90")
-        page.wait_for_function("() => window.slid && !document.querySelector('.sliding')")  # the slide has ended
+        page.wait_for_function(
+            "() => window.slid && !document.querySelector('.sliding')"
+        )  # the slide has ended
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
         assert violations(page) == []
         one.close()
@@ -1900,12 +2151,16 @@ def printed(page, *screens):
             page.evaluate("screen => (location.hash = screen)", screen)
             expect(page.locator(f"#{screen}-view")).to_be_visible()
         found |= {
-            text for text in page.locator("code:visible").all_text_contents() if text.startswith("retrieval-tip ")
+            text
+            for text in page.locator("code:visible").all_text_contents()
+            if text.startswith("retrieval-tip ")
         }
     return found
 
 
-def test_every_command_on_the_page_runs_as_it_is_printed(labelling, serving, tmp_path, monkeypatch, warm_path):
+def test_every_command_on_the_page_runs_as_it_is_printed(
+    labelling, serving, tmp_path, monkeypatch, warm_path
+):
     """The index and the photos have other names than in examples, and the terminal is in another folder."""
     photos, elsewhere = tmp_path / "my photos", tmp_path / "elsewhere"
     class_folders(photos, "crab", "panda", "pizza", each=6)
@@ -1915,7 +2170,9 @@ def test_every_command_on_the_page_runs_as_it_is_printed(labelling, serving, tmp
 
     def execute(*commands):
         for command in commands:
-            done = subprocess.run(command, shell=True, cwd=elsewhere, env=environment, capture_output=True, text=True)
+            done = subprocess.run(
+                command, shell=True, cwd=elsewhere, env=environment, capture_output=True, text=True
+            )
             assert done.returncode == 0, (command, done.stderr)
 
     index, wrong = Path("indexes", "it's clothes"), photos / "panda" / "a pizza.jpg"
@@ -1933,7 +2190,10 @@ def test_every_command_on_the_page_runs_as_it_is_printed(labelling, serving, tmp
 
     with labelling({"": "my photos"}, Path("indexes", "other")) as (page, _):
         wait_until(page, "state.encoded === 19")
-        give(page, {n: path.parent.name for n, path in enumerate(sorted(photos.glob("*/*.jpg"))) if n % 2})
+        give(
+            page,
+            {n: path.parent.name for n, path in enumerate(sorted(photos.glob("*/*.jpg"))) if n % 2},
+        )
         assert not printed(page, *SCREENS)
         page.evaluate("location.hash = 'classify'")
         page.click("#finish-open")
@@ -1952,7 +2212,9 @@ def test_every_command_on_the_page_runs_as_it_is_printed(labelling, serving, tmp
 
 
 @pytest.mark.parametrize("size", [(390, 844), (360, 640)])
-def test_a_phone_shows_the_photo_with_all_its_buttons_and_the_whole_estimate(labelling, pool, tmp_path, size):
+def test_a_phone_shows_the_photo_with_all_its_buttons_and_the_whole_estimate(
+    labelling, pool, tmp_path, size
+):
     names = sorted(name for name in pool if name)
     phone = PHONE | {"viewport": dict(zip(("width", "height"), size, strict=True))}
     with labelling(pool, tmp_path / "things", **phone) as (page, _):
@@ -1997,7 +2259,9 @@ def test_a_phone_shows_the_photo_with_all_its_buttons_and_the_whole_estimate(lab
         assert violations(page) == []
         page.click("#tab-classes")
         expect(page.locator("#index-accuracy")).to_contain_text("on the examples (")
-        name, link = (page.locator(one).bounding_box() for one in ("#index-name", "#index-accuracy"))
+        name, link = (
+            page.locator(one).bounding_box() for one in ("#index-name", "#index-accuracy")
+        )
         assert 64 < name["width"] <= link["x"] - name["x"]
         page.unroute_all(behavior="wait")
 
@@ -2008,7 +2272,11 @@ def test_the_keys_of_a_screen_are_shown_by_a_button(labelling, pool, tmp_path):
         give(page, {0: pool["000.jpg"], 20: pool["020.jpg"]})
         page.reload()
         expect(page.locator("#label-choices button").first).to_be_visible()
-        for screen, keys in (("label", "none of these"), ("classify", "Shift Enter"), ("classes", "Delete")):
+        for screen, keys in (
+            ("label", "none of these"),
+            ("classify", "Shift Enter"),
+            ("classes", "Delete"),
+        ):
             page.click(f"#tab-{screen}")
             page.click("#keys")
             expect(page.locator("#key-list dl:visible")).to_have_count(1)
@@ -2021,18 +2289,37 @@ def test_the_keys_of_a_screen_are_shown_by_a_button(labelling, pool, tmp_path):
 
 
 def test_the_zip_has_the_folders_of_sort(serving, run, tmp_path):
-    classes, names = {"pizza": "a/b", "panda": "a:b", "crab": "No match"}, ["con.jpg", "a?.jpg", "100%41 .jpg"]
-    rows = [(path, label) for name, label in classes.items() for path in caltech_photos("train", name, 8)]
+    classes, names = (
+        {"pizza": "a/b", "panda": "a:b", "crab": "No match"},
+        ["con.jpg", "a?.jpg", "100%41 .jpg"],
+    )
+    rows = [
+        (path, label)
+        for name, label in classes.items()
+        for path in caltech_photos("train", name, 8)
+    ]
     build(SHARED, tmp_path / "index", rows)
     (tmp_path / "inbox").mkdir()
-    images = [tmp_path / "inbox" / name for name in [*names, *(f"{number}.jpg" for number in range(4))]]
-    sources = [*(caltech_photos("test", name, 1)[0] for name in classes), *caltech_photos("train", "stop_sign", 4)]
+    images = [
+        tmp_path / "inbox" / name for name in [*names, *(f"{number}.jpg" for number in range(4))]
+    ]
+    sources = [
+        *(caltech_photos("test", name, 1)[0] for name in classes),
+        *caltech_photos("train", "stop_sign", 4),
+    ]
     for source, image in zip(sources, images, strict=True):
         shutil.copy(source, image)
     done = run("sort", tmp_path / "index", tmp_path / "inbox", "--into", tmp_path / "sorted")
     assert done.exit_code == 0, done.output
-    expected = {str(path.relative_to(tmp_path / "sorted")) for path in (tmp_path / "sorted").glob("*/*")}
-    assert {name.partition("/")[0] for name in expected} >= {"a%2Fb", "a%3Ab", "%4Eo match", "no match"}
+    expected = {
+        str(path.relative_to(tmp_path / "sorted")) for path in (tmp_path / "sorted").glob("*/*")
+    }
+    assert {name.partition("/")[0] for name in expected} >= {
+        "a%2Fb",
+        "a%3Ab",
+        "%4Eo match",
+        "no match",
+    }
     with serving(tmp_path / "index") as (page, _):
         ask(page, *images)
         assert {*zipfile.ZipFile(download(page, "zip")).namelist()} == expected
@@ -2041,7 +2328,9 @@ def test_the_zip_has_the_folders_of_sort(serving, run, tmp_path):
 def test_the_accuracy_links_to_the_weakest_class(page):
     found = get(page, "/v1/indexes/things/accuracy")
     low, high = found["interval"]
-    shown = f"{100 * found['both']:.0f} % accurate on the examples ({100 * low:.0f}–{100 * high:.0f})"
+    shown = (
+        f"{100 * found['both']:.0f} % accurate on the examples ({100 * low:.0f}–{100 * high:.0f})"
+    )
     expect(page.locator("#index-accuracy")).to_have_text(shown)
     page.click("#index-accuracy")
     weakest, (label, right, photos) = page.locator("#classes-list li").first, found["weakest"][0]
@@ -2052,7 +2341,9 @@ def test_the_accuracy_links_to_the_weakest_class(page):
     expect(page.locator("#teach-old")).to_be_checked()
     page.go_back()
     expect(page.locator("#classes-view")).to_be_visible()
-    page.route("**/accuracy", lambda route: route.fulfill(json=found | {"tested": 3, "classes": 10}))
+    page.route(
+        "**/accuracy", lambda route: route.fulfill(json=found | {"tested": 3, "classes": 10})
+    )
     page.reload()
     said = re.compile(r"^Only 3 of 10 classes could be tested\. Accuracy on the examples: ")
     expect(page.locator("#index-judged")).to_have_text(said)
@@ -2111,7 +2402,9 @@ def test_classifiers_are_renamed_duplicated_and_deleted(serving, served, tmp_pat
             page.locator("#index-delete").press("Enter")
             tab_to(page, page.locator("#confirm-ok"))
             page.keyboard.press("Enter")
-        expect(page.locator("#problem")).to_contain_text("no classifier")  # nor an encoder to create one
+        expect(page.locator("#problem")).to_contain_text(
+            "no classifier"
+        )  # nor an encoder to create one
         assert list(tmp_path.iterdir()) == []
 
 
@@ -2139,7 +2432,9 @@ def test_the_accuracy_counts_up_unless_motion_is_reduced(opened):
         ask(page, *caltech_photos("test", "pizza", 1))
         page.press("#drawer", "Enter")
         expect(accuracy).to_have_text("97 % accurate on the examples (95–99)")
-        assert [number for number in page.evaluate("window.seen") if number not in (93, 97)] == steps
+        assert [
+            number for number in page.evaluate("window.seen") if number not in (93, 97)
+        ] == steps
         undo(page)
         page.unroute_all(behavior="wait")
 
@@ -2151,13 +2446,17 @@ def test_an_uncertain_photo_shows_the_group_that_is_sure(opened, tmp_path):
     go(page, "settings")
     groups.write_text("class,kind\npanda,animal\npanda,bear\n")
     page.set_input_files("#groups-file", groups)
-    expect(page.locator("#notice")).to_contain_text("groups: class 'panda' occurs twice; keep one row")
+    expect(page.locator("#notice")).to_contain_text(
+        "groups: class 'panda' occurs twice; keep one row"
+    )
     groups.write_text("class,kind\npanda,animal\nyak,animal\n")
     drop(page, groups)
     expect(page.locator("#about")).to_contain_text("groupskind")
     undone(page, "1 class is not in the index: yak.")
     expect(page.locator("#about")).not_to_contain_text("groups")
-    groups.write_text("class,kind\n" + "".join(f"{label},photographed thing\n" for label in CLASSES))
+    groups.write_text(
+        "class,kind\n" + "".join(f"{label},photographed thing\n" for label in CLASSES)
+    )
     page.set_input_files("#groups-file", groups)
     expect(page.locator("#about")).to_contain_text("groupskind")
     page.click("#tab-classify")

@@ -75,19 +75,31 @@ def data_url(data):
 
 def noise():
     file = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(file, "png")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(
+        file, "png"
+    )
     return file.getvalue()
 
 
 def event(action, photo, choices, names, **more):
     """An event as Label Studio sends it, reduced to what the server reads."""
-    result = [{"from_name": "kind", "to_name": "img", "type": "choices", "value": {"choices": choices}}]
-    result += [{"from_name": "other", "to_name": "img", "type": "choices", "value": {"choices": ["blurred"]}}]
+    result = [
+        {"from_name": "kind", "to_name": "img", "type": "choices", "value": {"choices": choices}}
+    ]
+    result += [
+        {
+            "from_name": "other",
+            "to_name": "img",
+            "type": "choices",
+            "value": {"choices": ["blurred"]},
+        }
+    ]
     return {
-        "action": action, "project": {"id": 3, "label_config": config(names)},
+        "action": action,
+        "project": {"id": 3, "label_config": config(names)},
         "task": {"id": 17, "data": {"photo": photo}},
         "annotation": {"id": 42, "task": 17, "was_cancelled": False, "result": result, **more},
-    }  # fmt: skip
+    }
 
 
 def deleted(number=42):
@@ -108,7 +120,9 @@ def digest_of(data):
 def labels_of(folder, photos):
     """Return the labels that an index has for each of some photos, which are bytes."""
     rows = places.at(folder).load(device="cpu").having("digest", map(digest_of, photos)).to_pylist()
-    return [sorted(row["label"] for row in rows if row["digest"] == digest_of(data)) for data in photos]
+    return [
+        sorted(row["label"] for row in rows if row["digest"] == digest_of(data)) for data in photos
+    ]
 
 
 def test_tasks_get_predictions_in_order(things, photos, tmp_path):
@@ -121,21 +135,38 @@ def test_tasks_get_predictions_in_order(things, photos, tmp_path):
     names = [name for _, name in photos]
     with client(things, root=root) as asking:
         path = "/label-studio/things"
-        whole = asking.post(f"{path}/setup", json={"schema": config(names), "access_token": "secret"}).json()
+        whole = asking.post(
+            f"{path}/setup", json={"schema": config(names), "access_token": "secret"}
+        ).json()
         version = f"things@{Index.load(things).manifest.version}"
         assert whole == {"model_version": version, "classes_without_choice": []}
         lacking = asking.post(f"{path}/setup", json={"schema": config(names[1:])}).json()
         assert lacking["classes_without_choice"] == names[:1]
-        truth = asking.post("/v1/classify?top=1", files=[("images", photo.read_bytes()) for photo, _ in photos]).json()
+        truth = asking.post(
+            "/v1/classify?top=1", files=[("images", photo.read_bytes()) for photo, _ in photos]
+        ).json()
         local = "/data/local-files/?d="
         good = [data_url(photo.read_bytes()) for photo, _ in photos]
         good += [local + quote("a b/é.jpg"), local + quote(str(root / "a b" / "é.jpg").lstrip("/"))]
-        bad = [local + quote(str(outside).lstrip("/")), f"{local}../outside.jpg", f"{local}link.jpg"]
-        bad += [f"{local}%00", local, "data:image/jpeg;base64,!", data_url(b"no image"), "http://127.0.0.1:1/a.jpg", 7]
+        bad = [
+            local + quote(str(outside).lstrip("/")),
+            f"{local}../outside.jpg",
+            f"{local}link.jpg",
+        ]
+        bad += [
+            f"{local}%00",
+            local,
+            "data:image/jpeg;base64,!",
+            data_url(b"no image"),
+            "http://127.0.0.1:1/a.jpg",
+            7,
+        ]
         tasks = [{"id": i, "data": {"photo": address}} for i, address in enumerate([*bad, *good])]
         sent = {"tasks": [*tasks, {"id": 99}], "label_config": config(names[1:])}
         found = asking.post(f"{path}/predict", json=sent).json()
-        assert [one["input"] for one in found["skipped"]] == [f"task {i}" for i in [*range(len(bad)), 99]]
+        assert [one["input"] for one in found["skipped"]] == [
+            f"task {i}" for i in [*range(len(bad)), 99]
+        ]
         assert len(found["results"]) == len(sent["tasks"])
         assert {one["model_version"] for one in found["results"]} == {version}
         assert [one["result"] for one in found["results"][: len(bad)]] == [[]] * len(bad)
@@ -147,7 +178,9 @@ def test_tasks_get_predictions_in_order(things, photos, tmp_path):
             assert one["result"] == ([choice] if known else [])
             assert one["score"] == pytest.approx(row["probability"] if known else 0.0, abs=1e-4)
         assert asking.get(f"{path}/health").json() == {"status": "UP", "model_version": version}
-        assert asking.post(f"{path}/predict", json={**sent, "tasks": [{}] * 10_001}).status_code == 422
+        assert (
+            asking.post(f"{path}/predict", json={**sent, "tasks": [{}] * 10_001}).status_code == 422
+        )
     assert "secret" not in json.dumps(whole)
 
 
@@ -167,12 +200,16 @@ def test_annotations_become_shots_and_follow_their_changes(own, photos):
             assert answer.status_code == 200, answer.text
             again = asking.post(f"{PATH}/webhook", json=body).json()
             assert (again["key_ids"], again["version"]) == ([], answer.json()["version"])
-            assert (answer.json()["version"] > before) == bool(answer.json()["key_ids"]) or answer.json()["skipped"]
+            assert (answer.json()["version"] > before) == bool(
+                answer.json()["key_ids"]
+            ) or answer.json()["skipped"]
             return dict(answer.json())
 
         assert len(send(event("ANNOTATION_CREATED", photo, [names[1]], names))["key_ids"]) == 1
         assert shots() == {"3/42": names[1]}
-        image = asking.get(f"/v1/indexes/own/keys/{max(Index.load(own).labels['key_id'].to_pylist())}/image")
+        image = asking.get(
+            f"/v1/indexes/own/keys/{max(Index.load(own).labels['key_id'].to_pylist())}/image"
+        )
         assert image.headers["content-type"] == "image/jpeg"
         send(event("ANNOTATION_UPDATED", photo, [name], names))
         assert shots() == {"3/42": name}
@@ -246,7 +283,10 @@ def test_a_photo_is_a_shot_while_its_annotations_agree(own, teach, caplog):
     shutil.copy(one, copy)
     assert not teach(says(1, one, "a"), "a", "")
     several = teach(says(2, copy, "b"), "", "")
-    assert several == "its photo has several labels ('a', 'b'); it is no shot until its annotations agree"
+    assert (
+        several
+        == "its photo has several labels ('a', 'b'); it is no shot until its annotations agree"
+    )
     assert several in caplog.text  # Label Studio does not show the answer
     assert teach(says(2, copy, "b"), "", "") == several
     assert not teach(deleted(2), "a", "")  # only the first annotation tells where the photo is
@@ -292,7 +332,9 @@ def test_a_label_stays_with_its_photo_if_the_task_shows_another(own, teach):
     two.unlink()
     assert "no such file" in teach(says(2, two, "b"), "a", "b")  # it is the photo that was there
     assert "no such file" in teach(says(2, two.with_name("other.jpg"), "b"), "a", "")
-    assert "no Choices" in teach(says(1, one, "a") | {"project": {"id": 3, "label_config": "<View/>"}}, "", "")
+    assert "no Choices" in teach(
+        says(1, one, "a") | {"project": {"id": 3, "label_config": "<View/>"}}, "", ""
+    )
 
 
 def test_an_older_event_about_an_annotation_changes_nothing(teach):
@@ -342,14 +384,18 @@ def test_a_change_that_failed_is_made_by_the_next_event(own, teach):
 
 
 @pytest.mark.parametrize("kind", ["lance", "s3"])
-def test_annotations_of_an_index_in_a_table_or_a_bucket_are_kept(own, photos, tmp_path, bucket, kind):
+def test_annotations_of_an_index_in_a_table_or_a_bucket_are_kept(
+    own, photos, tmp_path, bucket, kind
+):
     """For a bucket, in the folder of uploads."""
     place = made(tmp_path, kind, "table")
     changes.clone(own, place)
     data = shrunk(photos[0][0])
     for uploads in (None,) if kind == "lance" else (tmp_path / "uploads", None):
         for number, name, labels in ((1, "a", ["a"]), (2, "b", []), (1, "b", ["b"])):
-            service = Service(open_all([place], Backbones("cpu", "float32", "fast")), uploads=uploads)
+            service = Service(
+                open_all([place], Backbones("cpu", "float32", "fast")), uploads=uploads
+            )
             with TestClient(create_app(service, token=TOKEN)) as asking:
                 asking.auth = ("", TOKEN)
                 body = event("ANNOTATION_UPDATED", data_url(data), [name], ["a", "b"], id=number)
@@ -365,14 +411,33 @@ class Studio:
     """Two annotators in Label Studio. ``says`` is the task, the photo and the choices of each annotation."""
 
     def __init__(self, seed, photos, before, names):
-        self.random, self.photos, self.before, self.names = random.Random(seed), photos, before, names
+        self.random, self.photos, self.before, self.names = (
+            random.Random(seed),
+            photos,
+            before,
+            names,
+        )
         self.tasks = [0, 0, *range(1, len(photos))]  # two tasks show the same photo
         self.says, self.sent, self.count = {}, {}, itertools.count(1)
 
     def event(self):
         """Return a random event, which may repeat the last event about an annotation, or come after a later one."""
-        kinds = ["create", "create", "update", "update", "show", "delete", "delete task", "repeat", "late"]
-        kind, made, task = self.random.choice(kinds), [*self.says], self.random.randrange(len(self.tasks))
+        kinds = [
+            "create",
+            "create",
+            "update",
+            "update",
+            "show",
+            "delete",
+            "delete task",
+            "repeat",
+            "late",
+        ]
+        kind, made, task = (
+            self.random.choice(kinds),
+            [*self.says],
+            self.random.randrange(len(self.tasks)),
+        )
         if kind == "repeat" and self.sent:
             return self.random.choice([*self.sent.values()])[-1]
         if kind == "late" and made:
@@ -407,7 +472,12 @@ class Studio:
         """Return the labels that each photo must have, and the photos whose annotations must be named."""
         labels, named = [], []
         for data, before in zip(self.photos, self.before, strict=True):
-            said = {choice for _, photo, choices in self.says.values() if photo == data for choice in choices}
+            said = {
+                choice
+                for _, photo, choices in self.says.values()
+                if photo == data
+                for choice in choices
+            }
             labels.append([before] if before else sorted(said) if len(said) == 1 else [])
             named += [data] if said - {*labels[-1]} else []
         return labels, named
@@ -418,8 +488,12 @@ def test_a_label_is_what_the_annotations_say_after_any_events(own, photos, seed)
     """After each event of two annotators, and over restarts of the server, against a dictionary."""
     had = Index.load(own).labels.to_pylist()
     known = [had[0], had[-1]]
-    data = [shrunk(path) for path, _ in photos[:3]] + [Path(row["source"]).read_bytes() for row in known]
-    studio = Studio(seed, data, [None] * 3 + [row["label"] for row in known], ["new", "Faces", had[0]["label"]])
+    data = [shrunk(path) for path, _ in photos[:3]] + [
+        Path(row["source"]).read_bytes() for row in known
+    ]
+    studio = Studio(
+        seed, data, [None] * 3 + [row["label"] for row in known], ["new", "Faces", had[0]["label"]]
+    )
     for _ in range(3):
         with client(own) as asking:
             for _ in range(6):
@@ -428,11 +502,13 @@ def test_a_label_is_what_the_annotations_say_after_any_events(own, photos, seed)
                 assert answer.status_code == 200, answer.text
                 labels, named = studio.expected()
                 assert labels_of(own, data) == labels, body["action"]
-                about = [said for number, said in studio.says.items() if studio.sent[number][-1] is body]
+                about = [
+                    said for number, said in studio.says.items() if studio.sent[number][-1] is body
+                ]
                 assert answer.json()["skipped"] or all(photo not in named for _, photo, _ in about)
-    assert Index.load(own).find(key_ids=[row["key_id"] for row in had]).select(["label", "source"]).to_pylist() == [
-        {"label": row["label"], "source": row["source"]} for row in had
-    ]
+    assert Index.load(own).find(key_ids=[row["key_id"] for row in had]).select(
+        ["label", "source"]
+    ).to_pylist() == [{"label": row["label"], "source": row["source"]} for row in had]
 
 
 @pytest.mark.soak
@@ -441,7 +517,10 @@ def test_a_killed_server_has_learnt_an_event_or_not(own, photos, warm_path, seed
     """If it was killed between the annotation and its shots, the next event about any annotation completes them."""
     data = [shrunk(path) for path, _ in photos[:3]]
     studio = Studio(seed, data, [None] * 3, ["new", "Faces"])
-    with server(own, token=TOKEN, path=warm_path) as (address, process), httpx.Client(auth=("", TOKEN)) as asking:
+    with (
+        server(own, token=TOKEN, path=warm_path) as (address, process),
+        httpx.Client(auth=("", TOKEN)) as asking,
+    ):
         labels = after = studio.expected()[0]
         while labels == after:
             body = studio.event()
@@ -463,17 +542,25 @@ def test_an_event_counts_even_if_label_studio_stops_waiting(own, photos):
     """By default, it waits for one second."""
     names, n = [label for _, label in photos], Index.load(own).n
     body = event("ANNOTATION_CREATED", data_url(photos[0][0].read_bytes()), names[:1], names)
-    with running(app_of(own, token=TOKEN)) as (host, port), httpx.Client(auth=("", TOKEN), timeout=60) as asking:
+    with (
+        running(app_of(own, token=TOKEN)) as (host, port),
+        httpx.Client(auth=("", TOKEN), timeout=60) as asking,
+    ):
         address = f"http://{host}:{port}"
         for _ in range(3):
             with pytest.raises(httpx.ReadTimeout):
-                asking.post(f"{address}{PATH}/webhook", json=body, timeout=httpx.Timeout(60, read=0.001))
+                asking.post(
+                    f"{address}{PATH}/webhook", json=body, timeout=httpx.Timeout(60, read=0.001)
+                )
         asking.post(f"{address}{PATH}/webhook", json=deleted(43))  # waits for the others
         assert Index.load(own).n == n + 1
 
 
 def test_the_token_is_accepted_as_a_password_on_these_routes_only(own):
-    sent, plain = {"schema": config(Index.load(own).class_names)}, base64.b64encode(TOKEN.encode()).decode()
+    sent, plain = (
+        {"schema": config(Index.load(own).class_names)},
+        base64.b64encode(TOKEN.encode()).decode(),
+    )
     with client(own) as asking:
 
         def status(**more):
@@ -481,12 +568,16 @@ def test_the_token_is_accepted_as_a_password_on_these_routes_only(own):
 
         assert status() == 200
         assert asking.delete("/v1/indexes/own/keys?key_id=0").status_code == 401
-        assert status(headers={"sec-fetch-site": "same-origin"}) == 401  # browsers repeat passwords unasked
+        assert (
+            status(headers={"sec-fetch-site": "same-origin"}) == 401
+        )  # browsers repeat passwords unasked
         assert status(auth=("label-studio", "wrong")) == 401
         asking.auth = None
         for text in ("", "Basic !", "Basic", f"Basic {TOKEN}", f"Basic {plain}"):
-            assert [asking.post(f"{PATH}/{what}", json={}, headers={"authorization": text}).status_code
-                    for what in ("setup", "predict", "webhook")] == [401] * 3  # fmt: skip
+            assert [
+                asking.post(f"{PATH}/{what}", json={}, headers={"authorization": text}).status_code
+                for what in ("setup", "predict", "webhook")
+            ] == [401] * 3
         assert status(headers={"authorization": f"Bearer {TOKEN}"}) == 200
     with client(own, token=None) as asking:
         assert asking.get(f"{PATH}/health").status_code == 200
@@ -496,11 +587,20 @@ def test_the_token_is_accepted_as_a_password_on_these_routes_only(own):
 @pytest.mark.parametrize(
     ("text", "found"),
     [
-        ('<View><Text name="t" value="$t"/><Choices name="a" toName="t"/><Image name="i" value="$p"/>'
-         '<Choices name="b" toName="i" perRegion="true"/><Choices name="c" toName="i"><Choice value="x"/>'
-         '<Choice value="y" alias="z"/></Choices><Choices name="d" toName="i"/></View>', ("c", "i", "p", {"x", "z"})),
-        ('<View><Choices name="c" toName="i"><Choice value="x"/></Choices></View>', "has no Choices tag"),
-        ('<View><Image name="i" valueList="$p"/><Choices name="c" toName="i"/></View>', "has no Choices tag"),
+        (
+            '<View><Text name="t" value="$t"/><Choices name="a" toName="t"/><Image name="i" value="$p"/>'
+            '<Choices name="b" toName="i" perRegion="true"/><Choices name="c" toName="i"><Choice value="x"/>'
+            '<Choice value="y" alias="z"/></Choices><Choices name="d" toName="i"/></View>',
+            ("c", "i", "p", {"x", "z"}),
+        ),
+        (
+            '<View><Choices name="c" toName="i"><Choice value="x"/></Choices></View>',
+            "has no Choices tag",
+        ),
+        (
+            '<View><Image name="i" valueList="$p"/><Choices name="c" toName="i"/></View>',
+            "has no Choices tag",
+        ),
         ('<!DOCTYPE a [<!ENTITY b "c">]><View>&b;</View>', "without a DOCTYPE"),
         ("<View>" * 200_000, "at most 1,048,576"),
         ("<View>" * 100_000, "is not XML"),
@@ -509,8 +609,10 @@ def test_the_token_is_accepted_as_a_password_on_these_routes_only(own):
         ("<View>\ud800</View>", "is not XML"),
         (None, "must be XML"),
     ],
-    ids=lambda value: value[:20] if isinstance(value, str) else "",  # a set has another order in each process
-)  # fmt: skip
+    ids=lambda value: (
+        value[:20] if isinstance(value, str) else ""
+    ),  # a set has another order in each process
+)
 def test_the_first_choices_of_an_image_count(text, found):
     if isinstance(found, tuple):
         assert tuple(interface_of(text)) == found
@@ -535,7 +637,9 @@ def studio(uploads):
             asked.append((self.path, self.headers["authorization"]))
             known = self.headers["authorization"] in ("Bearer short", "Token legacy")
             found = uploads.get(self.path) if known else None
-            self.answer(307 if "moved" in self.path else 404 if found is None else 200, found or b"")
+            self.answer(
+                307 if "moved" in self.path else 404 if found is None else 200, found or b""
+            )
 
         def do_POST(self):
             key = json.loads(self.rfile.read(int(self.headers["content-length"])))["refresh"]
@@ -551,18 +655,44 @@ def studio(uploads):
 
 def test_only_uploads_of_the_configured_label_studio_are_fetched(things, photos, monkeypatch):
     data, interface = photos[0][0].read_bytes(), config([name for _, name in photos])
-    encoded = [f"/sub/data/{path}" for path in ("%2e%2e/api", "..%2fapi", "%2E%2E/%2E%2E/x", "upload/.%2e/%2e./api")]
-    uploads = {"/sub/data/upload/a.jpg": data, "/sub/data/upload/big.jpg": bytes(2 << 20), "/sub/api/a.jpg": data}
+    encoded = [
+        f"/sub/data/{path}"
+        for path in ("%2e%2e/api", "..%2fapi", "%2E%2E/%2E%2E/x", "upload/.%2e/%2e./api")
+    ]
+    uploads = {
+        "/sub/data/upload/a.jpg": data,
+        "/sub/data/upload/big.jpg": bytes(2 << 20),
+        "/sub/api/a.jpg": data,
+    }
     uploads |= dict.fromkeys(encoded, data)
-    with studio(uploads) as (url, asked), studio({"/sub/data/upload/a.jpg": data}) as (other, elsewhere):
-        good, host = ["/sub/data/upload/a.jpg", f"{url}/sub/data/upload/a.jpg"], other.removeprefix("http://")
-        bad = ["/sub/data/upload/moved.jpg", "/sub/data/upload/big.jpg", "/sub/data/../api/a.jpg", "/sub/api/a.jpg"]
+    with (
+        studio(uploads) as (url, asked),
+        studio({"/sub/data/upload/a.jpg": data}) as (other, elsewhere),
+    ):
+        good, host = (
+            ["/sub/data/upload/a.jpg", f"{url}/sub/data/upload/a.jpg"],
+            other.removeprefix("http://"),
+        )
+        bad = [
+            "/sub/data/upload/moved.jpg",
+            "/sub/data/upload/big.jpg",
+            "/sub/data/../api/a.jpg",
+            "/sub/api/a.jpg",
+        ]
         bad += [f"{at}/sub/data/upload/a.jpg" for at in (other, f"//{host}", f"{url}@{host}")]
         bad += [*encoded, *(f"{url}{path}" for path in encoded)]
         bad += ["http://[", "s3://bucket/data/upload/a.jpg", "file:///sub/data/upload/a.jpg"]
-        sent = {"tasks": [{"data": {"photo": one}} for one in [*good, *bad]], "label_config": interface}
+        sent = {
+            "tasks": [{"data": {"photo": one}} for one in [*good, *bad]],
+            "label_config": interface,
+        }
         monkeypatch.setenv("LABEL_STUDIO_URL", f"{url}/sub")
-        keys = {"a.b.c": "Bearer short", "legacy": "Token legacy", "x.y.z": None, "wrong": "Token wrong"}
+        keys = {
+            "a.b.c": "Bearer short",
+            "legacy": "Token legacy",
+            "x.y.z": None,
+            "wrong": "Token wrong",
+        }
         for key, used in keys.items():
             monkeypatch.setenv("LABEL_STUDIO_API_KEY", key)
             with client(things, limits=Limits(bytes=1 << 20)) as asking:
@@ -571,11 +701,18 @@ def test_only_uploads_of_the_configured_label_studio_are_fetched(things, photos,
             assert [bool(one["result"]) for one in found] == right + [False] * len(bad)
             expected = {(True, used)} if used else set()
             assert {
-                (path.startswith("/sub/data/upload/") and "%" not in path, header) for path, header in asked
+                (path.startswith("/sub/data/upload/") and "%" not in path, header)
+                for path, header in asked
             } == expected
             asked.clear()
         assert not elsewhere
-    for address, key in (("ftp://a", "k"), ("nowhere", "k"), ("http://a:b", "k"), ("http://a", ""), ("", "k")):
+    for address, key in (
+        ("ftp://a", "k"),
+        ("nowhere", "k"),
+        ("http://a:b", "k"),
+        ("http://a", ""),
+        ("", "k"),
+    ):
         with pytest.raises(UsageError, match="LABEL_STUDIO_URL"):
             Photos(None, 1, {"LABEL_STUDIO_URL": address, "LABEL_STUDIO_API_KEY": key})
 
@@ -603,7 +740,10 @@ def test_another_process_may_add_a_photo_while_it_is_fetched(own, teach, monkeyp
             teach(said, "a" if number == 1 else "", "")
         uploads.late = True
         several = teach(deleted(2), "b", "")
-    assert several == "its photo has several labels ('a', 'b'); the index had it before, and keeps its label"
+    assert (
+        several
+        == "its photo has several labels ('a', 'b'); the index had it before, and keeps its label"
+    )
 
 
 @needs_real
@@ -614,45 +754,85 @@ def test_photoprism_gets_the_labels_of_photos_that_match(own, photos):
     photo = path.read_bytes()
 
     def ask(asking, *images, **more):
-        body = {"id": "b0db2187", "model": "own", "version": "latest", "suffix": "", "stream": False, "images": images}
+        body = {
+            "id": "b0db2187",
+            "model": "own",
+            "version": "latest",
+            "suffix": "",
+            "stream": False,
+            "images": images,
+        }
         return asking.post("/api/v1/vision/labels", json=body, auth=None, **more)
 
     with client(own) as asking:
         [truth] = asking.post("/v1/classify?top=1", files={"images": photo}).json()["results"]
         p = pytest.approx(truth["probability"], abs=1e-4)
         assert ask(asking, data_url(photo), no_match).json() == {
-            "id": "b0db2187", "code": 200,
-            "model": {"type": "labels", "name": "own", "version": str(Index.load(own).manifest.version)},
-            "result": {"labels": [{"name": name, "source": "image", "confidence": p, "topicality": p}]},
-        }  # fmt: skip
+            "id": "b0db2187",
+            "code": 200,
+            "model": {
+                "type": "labels",
+                "name": "own",
+                "version": str(Index.load(own).manifest.version),
+            },
+            "result": {
+                "labels": [{"name": name, "source": "image", "confidence": p, "topicality": p}]
+            },
+        }
         assert ask(asking, no_match, params={"index": "own"}).json()["result"] == {"labels": []}
-        for images in ((), ("http://127.0.0.1/a.jpg",), ("/etc/passwd",), (data_url(b""),), (no_match,) * 65):
+        for images in (
+            (),
+            ("http://127.0.0.1/a.jpg",),
+            ("/etc/passwd",),
+            (data_url(b""),),
+            (no_match,) * 65,
+        ):
             assert ask(asking, *images).status_code == 422
-        sent = {"tasks": [{"id": 1, "data": {"photo": no_match}}], "label_config": config(Index.load(own).class_names)}
+        sent = {
+            "tasks": [{"id": 1, "data": {"photo": no_match}}],
+            "label_config": config(Index.load(own).class_names),
+        }
         answer = asking.post(f"{PATH}/predict", json=sent).json()
         assert (answer["results"][0]["result"], answer["skipped"]) == ([], [])
     with client(own, private=TOKEN) as asking:
         assert ask(asking, no_match).status_code == 401
-        assert ask(asking, no_match, headers={"authorization": f"Bearer {TOKEN}"}).status_code == 200
+        assert (
+            ask(asking, no_match, headers={"authorization": f"Bearer {TOKEN}"}).status_code == 200
+        )
 
 
 def test_any_json_is_answered_or_refused(own):
     scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
     scalars |= st.sampled_from(["\ud800", 2**64])
-    keys = st.sampled_from(["id", "data", "photo", "result", "value", "choices", "from_name", "annotations", "x"])
-    anything = st.recursive(scalars, lambda part: st.lists(part, max_size=3) | st.dictionaries(keys, part, max_size=3))
+    keys = st.sampled_from(
+        ["id", "data", "photo", "result", "value", "choices", "from_name", "annotations", "x"]
+    )
+    anything = st.recursive(
+        scalars, lambda part: st.lists(part, max_size=3) | st.dictionaries(keys, part, max_size=3)
+    )
     number, chosen = st.integers(0, 3) | anything, event("", "", ["a"], [])["annotation"]["result"]
     annotation = {"id": number, "result": st.just(chosen) | anything, "updated_at": anything}
-    task = {"id": number, "data": st.fixed_dictionaries({"photo": st.just(data_url(noise())) | anything})}
+    task = {
+        "id": number,
+        "data": st.fixed_dictionaries({"photo": st.just(data_url(noise())) | anything}),
+    }
     valid = {
-        "schema": st.just(config(["a"])), "label_config": st.just(config(["a"])),
+        "schema": st.just(config(["a"])),
+        "label_config": st.just(config(["a"])),
         "action": st.sampled_from(["ANNOTATION_CREATED", "ANNOTATIONS_DELETED", "TASKS_DELETED"]),
         "task": st.fixed_dictionaries({}, optional=task),
-        "tasks": st.lists(st.fixed_dictionaries({}, optional={"id": anything, "data": anything}), max_size=2),
-        "images": st.just([data_url(noise())]), "project": st.just({"id": 3, "label_config": config(["a"])}),
-        "id": anything, "annotation": st.fixed_dictionaries({}, optional=annotation), "annotations": anything,
-    }  # fmt: skip
-    bodies = st.fixed_dictionaries({}, optional={name: one | anything for name, one in valid.items()})
+        "tasks": st.lists(
+            st.fixed_dictionaries({}, optional={"id": anything, "data": anything}), max_size=2
+        ),
+        "images": st.just([data_url(noise())]),
+        "project": st.just({"id": 3, "label_config": config(["a"])}),
+        "id": anything,
+        "annotation": st.fixed_dictionaries({}, optional=annotation),
+        "annotations": anything,
+    }
+    bodies = st.fixed_dictionaries(
+        {}, optional={name: one | anything for name, one in valid.items()}
+    )
 
     with client(own) as asking:
         routes = [f"label-studio/own/{what}" for what in ("setup", "predict", "webhook")]
@@ -660,7 +840,9 @@ def test_any_json_is_answered_or_refused(own):
         @given(path=st.sampled_from([*routes, "api/v1/vision/labels"]), body=bodies)
         @settings(max_examples=examples(400), deadline=None)
         def ask(path, body):
-            answer = asking.post(f"/{path}", content=json.dumps(body), headers={"content-type": "application/json"})
+            answer = asking.post(
+                f"/{path}", content=json.dumps(body), headers={"content-type": "application/json"}
+            )
             assert answer.status_code in (200, 422)
 
         ask()
@@ -674,16 +856,33 @@ def real_studio(data, root):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     name, word = "a@example.org", "secret123"
-    command = [program, "start", "--no-browser", "--port", str(port), "--username", name, "--password", word]
+    command = [
+        program,
+        "start",
+        "--no-browser",
+        "--port",
+        str(port),
+        "--username",
+        name,
+        "--password",
+        word,
+    ]
     settings = {
-        "LABEL_STUDIO_BASE_DATA_DIR": str(data), "LABEL_STUDIO_LOCAL_FILES_SERVING_ENABLED": "true",
-        "LABEL_STUDIO_LOCAL_FILES_DOCUMENT_ROOT": str(root), "ML_BLOCK_LOCAL_IP": "false",
-        "SSRF_PROTECTION_ENABLED": "false", "LATEST_VERSION_CHECK": "0", "COLLECT_ANALYTICS": "false", "SENTRY_DSN": "",
-    }  # fmt: skip
+        "LABEL_STUDIO_BASE_DATA_DIR": str(data),
+        "LABEL_STUDIO_LOCAL_FILES_SERVING_ENABLED": "true",
+        "LABEL_STUDIO_LOCAL_FILES_DOCUMENT_ROOT": str(root),
+        "ML_BLOCK_LOCAL_IP": "false",
+        "SSRF_PROTECTION_ENABLED": "false",
+        "LATEST_VERSION_CHECK": "0",
+        "COLLECT_ANALYTICS": "false",
+        "SENTRY_DSN": "",
+    }
     with (data / "log").open("w") as log:
         process = subprocess.Popen(command, env=os.environ | settings, stdout=log, stderr=log)
     try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120, follow_redirects=True) as asking:
+        with httpx.Client(
+            base_url=f"http://127.0.0.1:{port}", timeout=120, follow_redirects=True
+        ) as asking:
             for _ in range(240):
                 with suppress(httpx.ConnectError):
                     if asking.get("/health").is_success:
@@ -691,7 +890,10 @@ def real_studio(data, root):
                 assert process.poll() is None, (data / "log").read_text()
                 time.sleep(0.5)
             asking.headers["referer"] = str(asking.base_url)
-            for path, form in (("/user/login/", {"email": name, "password": word}), ("/api/token/", {})):
+            for path, form in (
+                ("/user/login/", {"email": name, "password": word}),
+                ("/api/token/", {}),
+            ):
                 asking.get("/user/login/")
                 asking.headers["x-csrftoken"] = asking.cookies["csrftoken"]
                 answer = asking.post(path, data=form)
@@ -704,19 +906,25 @@ def real_studio(data, root):
 
 @pytest.mark.soak
 @pytest.mark.timeout(1200)
-def test_a_real_label_studio_gets_predictions_that_follow_annotations(own, photos, tmp_path, monkeypatch, warm_path):
+def test_a_real_label_studio_gets_predictions_that_follow_annotations(
+    own, photos, tmp_path, monkeypatch, warm_path
+):
     """Label Studio reads local files and uploads, is told of the token by the address only, and deletes a shot."""
     root = tmp_path / "root" / "set"
     root.mkdir(parents=True)
     (tmp_path / "data").mkdir()
     for number in (0, 1):
-        Image.open(photos[0][0]).convert("RGB").resize((200, 150 + number)).save(root / f"{number}.jpg")
+        Image.open(photos[0][0]).convert("RGB").resize((200, 150 + number)).save(
+            root / f"{number}.jpg"
+        )
     label = "something new"
     interface = config([*Index.load(own).class_names, label])
     with real_studio(tmp_path / "data", root.parent) as asking:
 
         def post(path, /, **body):
-            answer = asking.post(f"/api/{path}", **({"json": body} if "files" not in body else body))
+            answer = asking.post(
+                f"/api/{path}", **({"json": body} if "files" not in body else body)
+            )
             assert answer.is_success, answer.text
             return answer.json()
 
@@ -724,7 +932,9 @@ def test_a_real_label_studio_gets_predictions_that_follow_annotations(own, photo
             """Ask for predictions of all tasks, and return the newest one of a task."""
             every = {"all": True, "excluded": []}
             post(f"dm/actions?id=retrieve_tasks_predictions&project={project}", selectedItems=every)
-            newest = max(asking.get(f"/api/predictions?task={task}").json(), key=lambda one: one["id"])
+            newest = max(
+                asking.get(f"/api/predictions?task={task}").json(), key=lambda one: one["id"]
+            )
             return newest["result"][0]["value"]["choices"][0], newest["model_version"]
 
         monkeypatch.setenv("LABEL_STUDIO_URL", str(asking.base_url))
@@ -733,10 +943,18 @@ def test_a_real_label_studio_gets_predictions_that_follow_annotations(own, photo
             project = post("projects", title="Things", label_config=interface)["id"]
             url = address.replace("//", "//label-studio:to-ken@") + PATH
             assert post("ml", project=project, url=url)["model_version"] == "own@1"
-            storage = post("storages/localfiles", project=project, path=str(root), use_blob_urls=True)
+            storage = post(
+                "storages/localfiles", project=project, path=str(root), use_blob_urls=True
+            )
             post(f"storages/localfiles/{storage['id']}/sync")
-            post(f"projects/{project}/import", files={"file": ("up.jpg", (root / "0.jpg").read_bytes(), "image/jpeg")})
-            tasks = sorted(one["id"] for one in asking.get(f"/api/tasks?project={project}&fields=all").json()["tasks"])
+            post(
+                f"projects/{project}/import",
+                files={"file": ("up.jpg", (root / "0.jpg").read_bytes(), "image/jpeg")},
+            )
+            tasks = sorted(
+                one["id"]
+                for one in asking.get(f"/api/tasks?project={project}&fields=all").json()["tasks"]
+            )
             before = [predicted(task) for task in tasks]
             assert before == [(before[0][0], "own@1")] * 3
             assert before[0][0] != label
@@ -747,14 +965,19 @@ def test_a_real_label_studio_gets_predictions_that_follow_annotations(own, photo
             assert [predicted(task)[1] for task in tasks] == ["own@3"] * 3
             assert Index.load(own).class_names[-1] == label
             assert Index.load(own).counts[-1] == 0
-            shown = {task: asking.get(f"/api/tasks/{task}").json()["data"]["photo"] for task in tasks}
+            shown = {
+                task: asking.get(f"/api/tasks/{task}").json()["data"]["photo"] for task in tasks
+            }
             [copy] = [task for task, photo in shown.items() if photo.endswith("0.jpg")]
             [upload] = [task for task, photo in shown.items() if photo.endswith("up.jpg")]
             post(f"tasks/{upload}/annotations", result=result)
             other = event("", "", [Index.load(own).class_names[0]], [])["annotation"]["result"][:1]
             for undo in ("annotations", "tasks"):
                 assert Index.load(own).counts[-1] == 1
-                made = {"tasks": copy, "annotations": post(f"tasks/{copy}/annotations", result=other)["id"]}
+                made = {
+                    "tasks": copy,
+                    "annotations": post(f"tasks/{copy}/annotations", result=other)["id"],
+                }
                 assert Index.load(own).counts[-1] == 0
                 asking.delete(f"/api/{undo}/{made[undo]}").raise_for_status()
             assert Index.load(own).counts[-1] == 1

@@ -31,7 +31,13 @@ def folder(shared, tmp_path_factory):
         (folder / "photos" / label).mkdir(parents=True, exist_ok=True)
         shutil.copy(path, folder / "photos" / label / f"{number}.jpg")
     made = command_line(
-        "index", "build", folder / "photos", "--out", folder / "ix", "--model", f"local-dir:{folder}/encoder"
+        "index",
+        "build",
+        folder / "photos",
+        "--out",
+        folder / "ix",
+        "--model",
+        f"local-dir:{folder}/encoder",
     )
     assert made.exit_code == 0, made.output
     shutil.copytree(folder / "ix", folder / "ix2")
@@ -57,7 +63,14 @@ LINES = {
         "gone --out ix",
         "- --out new",
     ],
-    "suggest": ["gone", "gone --index ix", "photos --index gone", "unlabelled.csv", "-", "photos --out gone/new.csv"],
+    "suggest": [
+        "gone",
+        "gone --index ix",
+        "photos --index gone",
+        "unlabelled.csv",
+        "-",
+        "photos --out gone/new.csv",
+    ],
     "find": [
         "gone other.png",
         "gone flower",
@@ -70,7 +83,12 @@ LINES = {
         "- --duplicates",
         "photos flower --out gone/new.csv",
     ],
-    "sort": ["ix gone --into out", "gone photos --into out", "--undo --into gone", "ix unlabelled.csv --into out"],
+    "sort": [
+        "ix gone --into out",
+        "gone photos --into out",
+        "--undo --into gone",
+        "ix unlabelled.csv --into out",
+    ],
     "classify": [
         "ix gone",
         "ix gone.jpg also-gone.jpg",
@@ -97,7 +115,13 @@ LINES = {
         "photos --out gone/new.parquet",
     ],
     "serve": ["gone --port 0", "ix gone --port 0", "gone --model ViT-B-32 --port 0"],
-    "fit": ["gone", "ix --val gone", "ix --val rooted.csv", "ix --calibrate --val gone", "ix --prior gone"],
+    "fit": [
+        "gone",
+        "ix --val gone",
+        "ix --val rooted.csv",
+        "ix --calibrate --val gone",
+        "ix --prior gone",
+    ],
     "search-hp": ["gone", "ix --val gone", "ix --val rooted.csv"],
     "finetune": [
         "gone --out new",
@@ -136,7 +160,9 @@ LINES = {
 }
 
 
-@pytest.mark.parametrize("line", [f"{name} {more}" for name, several in LINES.items() for more in several])
+@pytest.mark.parametrize(
+    "line", [f"{name} {more}" for name, several in LINES.items() for more in several]
+)
 def test_a_wrong_path_is_named_before_an_encoder_is_loaded(folder, run, monkeypatch, line):
     monkeypatch.chdir(folder)
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
@@ -155,9 +181,13 @@ def test_every_command_is_tried():
 def test_python_names_a_wrong_path_before_it_loads_an_encoder(folder, monkeypatch):
     monkeypatch.chdir(folder)
     for photos, options in (
-        ("gone", {}), ("rooted.csv", {}), ("photos", {"text": "gone.parquet"}), ("photos", {"groups": "gone.csv"}),
-        ("photos", {"prior": ["gone"]}), ("photos", {"prior": "gone"}),
-    ):  # fmt: skip
+        ("gone", {}),
+        ("rooted.csv", {}),
+        ("photos", {"text": "gone.parquet"}),
+        ("photos", {"groups": "gone.csv"}),
+        ("photos", {"prior": ["gone"]}),
+        ("photos", {"prior": "gone"}),
+    ):
         with pytest.raises(InputError, match=r"gone.*no such file or folder"):
             Classifier.from_folder(photos, **options)
     with pytest.raises(BackboneError, match="ViT-B-32"):  # otherwise, this test proves nothing
@@ -168,10 +198,18 @@ def test_a_session_whose_photos_are_all_damaged_says_so(shared, tmp_path, warm_p
     (tmp_path / "photos").mkdir()
     for name in ("a.jpg", "b.jpg"):
         (tmp_path / "photos" / name).write_bytes(b"no image")
-    given = tmp_path / "photos", "--out", tmp_path / "ix", "--model", f"local-dir:{shared / 'models' / 'lit-mini'}"
+    given = (
+        tmp_path / "photos",
+        "--out",
+        tmp_path / "ix",
+        "--model",
+        f"local-dir:{shared / 'models' / 'lit-mini'}",
+    )
     with server(*given, path=warm_path, command="label") as (url, _):
         address, _, token = url.partition("/#token=")
-        sent = urllib.request.Request(f"{address}/v1/label", headers={"Authorization": f"Bearer {token}"})
+        sent = urllib.request.Request(
+            f"{address}/v1/label", headers={"Authorization": f"Bearer {token}"}
+        )
         for _ in range(600):
             with urllib.request.urlopen(sent) as answer:
                 if problem := json.load(answer)["problem"]:

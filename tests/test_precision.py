@@ -98,7 +98,12 @@ def cosines(one, other):
 
 
 def test_stored_features_are_near_float32(name, towers, calibrated):
-    exact, quick, pixels, lowest = load_backbone(name, device="cpu"), int8(name), random_pixels(), towers[1]
+    exact, quick, pixels, lowest = (
+        load_backbone(name, device="cpu"),
+        int8(name),
+        random_pixels(),
+        towers[1],
+    )
     near = cosines(quick.encode_images(pixels), exact.encode_images(pixels))
     assert 0.95 < near.min() <= lowest < near.max() < 1 - 1e-7
     assert (quick.precision, exact.precision, exact.scope) == ("int8", "float32", "float32")
@@ -140,13 +145,17 @@ def test_large_channels_of_a_transformer_keep_int8_accurate(tmp_path, monkeypatc
 def test_a_calibration_far_from_float32_is_refused(name, place, monkeypatch):
     monkeypatch.setitem(tower.LEAST_COSINE, "int8", 1.1)
     exact = load_backbone(name, device="cpu")
-    with pytest.raises(BackboneError, match=r"cosine to the float32 features is 0\.9\d+, below 1\.1$"):
+    with pytest.raises(
+        BackboneError, match=r"cosine to the float32 features is 0\.9\d+, below 1\.1$"
+    ):
         exact.store_int8(random_pixels())
     with pytest.raises(BackboneError, match="not stored"):
         int8(name)
 
 
-@pytest.mark.parametrize("damage", ["bytes", "digests", "endless", "truncated", "onnx", "foreign", "versions"])
+@pytest.mark.parametrize(
+    "damage", ["bytes", "digests", "endless", "truncated", "onnx", "foreign", "versions"]
+)
 def test_a_damaged_or_foreign_tower_is_not_used(name, calibrated, damage, monkeypatch):
     first = int8(name)
     folder = tower.folder_of(first.identity, "int8")
@@ -173,10 +182,15 @@ def test_a_damaged_or_foreign_tower_is_not_used(name, calibrated, damage, monkey
 
 
 @pytest.mark.soak
-def test_two_processes_store_an_encoder_at_once_without_a_connection(name, place, tmp_path, warm_path):
+def test_two_processes_store_an_encoder_at_once_without_a_connection(
+    name, place, tmp_path, warm_path
+):
     (tmp_path / "home").mkdir()
     own = os.environ | {"HOME": str(tmp_path / "home")}
-    both = [subprocess.Popen([warm.python(warm_path), "-c", CALIBRATE, name, seed], env=own) for seed in "12"]
+    both = [
+        subprocess.Popen([warm.python(warm_path), "-c", CALIBRATE, name, seed], env=own)
+        for seed in "12"
+    ]
     assert [process.wait() for process in both] == [0, 0]
     assert sorted(entry.name for entry in place.iterdir()) == sorted(
         tower.folder_of(int8(name).identity, kind).name for kind in ("float32", "int8")
@@ -198,7 +212,17 @@ def test_an_encoder_that_is_not_stored_names_the_command(name, place, run, photo
             load()
     with pytest.raises(BackboneError, match=command):
         Classifier.from_folder(photos, name, precision="int8")
-    done = run("index", "build", photos, "--model", name, "--out", tmp_path / "index", "--precision", "int8")
+    done = run(
+        "index",
+        "build",
+        photos,
+        "--model",
+        name,
+        "--out",
+        tmp_path / "index",
+        "--precision",
+        "int8",
+    )
     assert done.exit_code == 1
     assert command[:-1] in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
@@ -206,7 +230,9 @@ def test_an_encoder_that_is_not_stored_names_the_command(name, place, run, photo
 
 def test_only_an_encoder_in_float32_can_be_stored(name, place):
     with pytest.raises(UsageError, match="in float32 with OpenVINO on a CPU"):
-        load_backbone(name, device="cpu", precision="bfloat16").store_int8(torch.zeros(40, 3, 32, 32))
+        load_backbone(name, device="cpu", precision="bfloat16").store_int8(
+            torch.zeros(40, 3, 32, 32)
+        )
 
 
 def test_the_command_stores_an_encoder_that_other_commands_load(run, name, place, photos, tmp_path):
@@ -214,7 +240,10 @@ def test_the_command_stores_an_encoder_that_other_commands_load(run, name, place
     assert done.exit_code == 0, done.output
     assert f"{name}: stored in int8 (lowest cosine to the features in float32: " in done.stderr
     cache, source = EncodingCache(tmp_path / "encodings"), open_items(photos)
-    exact, quick = (Reader(load_backbone(name, device="cpu", precision=p), cache=cache) for p in ("float32", "int8"))
+    exact, quick = (
+        Reader(load_backbone(name, device="cpu", precision=p), cache=cache)
+        for p in ("float32", "int8")
+    )
     first, second = exact.encode(source).features, quick.encode(source).features
     assert 0.9 < cosines(first, second).min() < 1 - 1e-7
     assert len(cache) == 2 * len(source)
@@ -223,7 +252,9 @@ def test_the_command_stores_an_encoder_that_other_commands_load(run, name, place
     assert run(*build, "--precision", "int8").exit_code == 0
     assert json.loads(run("index", "info", index, "--json").stdout)["precision"] == {"keys": "int8"}
     answers = {
-        asked: json.loads(run("classify", index, query, "--precision", asked, "--format", "json").stdout)["label"]
+        asked: json.loads(
+            run("classify", index, query, "--precision", asked, "--format", "json").stdout
+        )["label"]
         for asked in ("float32", "int8")
     }
     assert answers == {"float32": "red", "int8": "red"}
@@ -231,8 +262,14 @@ def test_the_command_stores_an_encoder_that_other_commands_load(run, name, place
     Image.new("RGB", (40, 40), "red").save(tmp_path / "more" / "red" / "new.png")
     added = run("index", "add", index, tmp_path / "more", "--precision", "float32")
     assert added.exit_code == 0, added.output
-    assert json.loads(run("index", "info", index, "--json").stdout)["precision"]["keys"] == "float32, int8"
-    assert Backbones("cpu", "int8", None).of(at(index).load(device="cpu"), "things").precision == "int8"
+    assert (
+        json.loads(run("index", "info", index, "--json").stdout)["precision"]["keys"]
+        == "float32, int8"
+    )
+    assert (
+        Backbones("cpu", "int8", None).of(at(index).load(device="cpu"), "things").precision
+        == "int8"
+    )
     assert Classifier.load(index, precision="int8").predict(query).label == "red"
 
 
@@ -247,7 +284,9 @@ def test_the_model_is_not_loaded_to_encode_in_int8(name, calibrated, monkeypatch
 def test_too_few_photos_are_refused(run, name, place, photos, caplog):
     few = open_items(photos).take(range(FEWEST - 1))
     for source in (few, open_images(map(read_item, few.paths))):
-        with pytest.raises(InputError, match=f"{FEWEST - 1} photos could be read; int8 needs {FEWEST}"):
+        with pytest.raises(
+            InputError, match=f"{FEWEST - 1} photos could be read; int8 needs {FEWEST}"
+        ):
             Reader(load_backbone(name, device="cpu")).store_int8(source)
     reader = Reader(load_backbone(name, device="cpu"))
     with pytest.raises(InputError, match=" 0 photos could be read"):
@@ -267,9 +306,16 @@ def test_an_exported_graph_contains_the_stored_encoder(run, name, calibrated, ph
         assert done.exit_code == 0, done.output
         assert "10 of 10 photos classified as by the package" in done.stdout
     assert [b"QuantizeLinear" in file.read_bytes() for file in files] == [False, True]
-    pixels = np.stack([np.moveaxis(np.asarray(Image.open(p).resize((32, 32)), np.float32), 2, 0) for p in
-                       sorted((photos / "red").iterdir())])  # fmt: skip
-    exact, quick = (onnxruntime.InferenceSession(file).run(["probabilities"], {"pixels": pixels})[0] for file in files)
+    pixels = np.stack(
+        [
+            np.moveaxis(np.asarray(Image.open(p).resize((32, 32)), np.float32), 2, 0)
+            for p in sorted((photos / "red").iterdir())
+        ]
+    )
+    exact, quick = (
+        onnxruntime.InferenceSession(file).run(["probabilities"], {"pixels": pixels})[0]
+        for file in files
+    )
     assert 0 < np.abs(exact - quick).max() < 0.2
     onnx.checker.check_model(str(files[1]), full_check=True)
     for path in (photos / "red").iterdir():  # the stored encoder needs no photos

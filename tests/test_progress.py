@@ -24,7 +24,9 @@ def index_of(n, text, seed=0):
     ids = np.random.default_rng(seed).choice(4, n, p=[0.5, 0.25, 0.2, 0.05])
     features = unit(CENTRES[ids] + 1.5 * unit_rows(n, 10, seed + 1))
     sources = [f"photo-{max(i, 1)}" for i in range(n)]
-    index = Index.from_features(features, ids, NAMES, TEXT if text else None, sources=sources, device="cpu")
+    index = Index.from_features(
+        features, ids, NAMES, TEXT if text else None, sources=sources, device="cpu"
+    )
     index, _ = closed_form.fit(index)
     return index, features, ids
 
@@ -75,22 +77,31 @@ def wrong_of(probabilities, labels, rest):
 @pytest.mark.parametrize("text", [True, False])
 def test_labelled_photos_tell_how_often_an_answer_is_right(text):
     index, features, ids = index_of(40, text)
-    rest, temperature = unit(CENTRES[np.arange(60) % 4] + 1.5 * unit_rows(60, 10, 9)), index.settings.temperature
+    rest, temperature = (
+        unit(CENTRES[np.arange(60) % 4] + 1.5 * unit_rows(60, 10, 9)),
+        index.settings.temperature,
+    )
     before = index.logits(rest).numpy()
     asked = [1, 7, 12, 20, 28, 33, 38]  # at most PARTS, so that each is held out alone
     logits = answers_without(index, features, ids, asked, range(40))
     right = logits.argmax(axis=1) == ids[asked]
     assert 0 < right.sum() < 7
-    found = estimate_rest(index, [*asked, 0, 999], rest)  # 0 has the same source as 1; 999 is unknown
+    found = estimate_rest(
+        index, [*asked, 0, 999], rest
+    )  # 0 has the same source as 1; 999 is unknown
     held, answers = (probabilities(one, temperature) for one in (logits, before))
     wrong = wrong_of(held, ids[asked], answers)
     assert found.first_wrong == pytest.approx(np.sort(wrong)[-progress.SCREEN :].sum(), rel=0.05)
     assert found.wrong == pytest.approx(wrong.sum(), rel=0.05)
     spread = np.sqrt(progress.SPREAD**2 + progress.EVIDENCE / (1 + (~right).sum()))
     chance = np.random.default_rng(4)
-    shares = scipy.special.expit(scipy.special.logit(found.wrong / 60) + spread * chance.standard_normal(50_000))
+    shares = scipy.special.expit(
+        scipy.special.logit(found.wrong / 60) + spread * chance.standard_normal(50_000)
+    )
     numbers = np.minimum(chance.poisson(60 * shares), 60)
-    assert (found.least_wrong, found.most_wrong) == pytest.approx(np.quantile(numbers, (0.025, 0.975)), abs=3)
+    assert (found.least_wrong, found.most_wrong) == pytest.approx(
+        np.quantile(numbers, (0.025, 0.975)), abs=3
+    )
     shares = np.array([found.wrong, found.most_wrong, found.least_wrong]) / 60
     assert (found.accuracy, found.low, found.high) == pytest.approx(tuple(1 - shares))
     assert (index.logits(rest).numpy() == before).all()
@@ -102,9 +113,13 @@ def test_the_estimate_is_a_mean_of_classifiers_that_lack_the_last_labels():
     wrong = []
     for kept in (40, 35, 30):  # at least 20 of the photos that are held out
         sources = [f"photo-{max(i, 1)}" for i in range(kept)]
-        other = Index.from_features(features[:kept], ids[:kept], NAMES, sources=sources, device="cpu")
+        other = Index.from_features(
+            features[:kept], ids[:kept], NAMES, sources=sources, device="cpu"
+        )
         other, _ = closed_form.fit(other)
-        held = held_out_probabilities(other, np.flatnonzero(other.labels["key_id"].to_numpy() >= 10))
+        held = held_out_probabilities(
+            other, np.flatnonzero(other.labels["key_id"].to_numpy() >= 10)
+        )
         answers = probabilities(other.logits(rest).numpy(), other.settings.temperature)
         wrong.append(wrong_of(held.pred_probs, held.labels, answers).mean())
     assert np.ptp(wrong) > 0.02
@@ -138,7 +153,9 @@ def test_the_estimate_is_empty_without_labels_or_photos():
     single = Index.from_features(features[:2], [0, 1], NAMES, device="cpu")
     single, _ = closed_form.fit(single)
     found = estimate_rest(single, [0, 1], features)
-    assert not held_out_probabilities(single, np.arange(2)).right.any()  # without its only photo, a class is unknown
+    assert not held_out_probabilities(
+        single, np.arange(2)
+    ).right.any()  # without its only photo, a class is unknown
     assert gain_of(single, features, found, 2) is None
     copies = Index.from_features(features[:4], [0] * 4, NAMES, sources=["one"] * 4, device="cpu")
     assert gain_of(copies, features, found, 2) is None
@@ -167,7 +184,9 @@ def test_the_number_of_wrong_answers_stays_in_its_interval_while_the_least_certa
             rest = np.setdiff1d(np.arange(300), labelled)
             found = estimate_rest(index, range(len(labelled)), features[rest])
             p = probabilities(index.logits(features[rest]).numpy(), index.settings.temperature)
-            inside.append(found.least_wrong <= (p.argmax(axis=1) != ids[rest]).sum() <= found.most_wrong)
+            inside.append(
+                found.least_wrong <= (p.argmax(axis=1) != ids[rest]).sum() <= found.most_wrong
+            )
             labelled += rest[p.max(axis=1).argsort()[:40]].tolist()
     assert sum(inside) >= 11
     assert found.most_wrong < 150
@@ -177,13 +196,30 @@ def test_the_number_of_wrong_answers_stays_in_its_interval_while_the_least_certa
     ("least", "most", "wrong", "then", "now", "said"),
     [
         (12, 60, 30, 240, 240, "12 to 60 of the other 240 photos are wrong (about 30)"),
-        (12, 60, 30, 240, 120, "6 to 30 of the other 120 photos are wrong (about 15)"),  # some were labelled since
-        (0, 2345, 1500.4, 10_000, 10_000, "0 to 2,345 of the other 10,000 photos are wrong (about 1,500)"),
+        (
+            12,
+            60,
+            30,
+            240,
+            120,
+            "6 to 30 of the other 120 photos are wrong (about 15)",
+        ),  # some were labelled since
+        (
+            0,
+            2345,
+            1500.4,
+            10_000,
+            10_000,
+            "0 to 2,345 of the other 10,000 photos are wrong (about 1,500)",
+        ),
         (3, 3, 2.9, 12, 12, "Probably 3 of the other 12 photos are wrong"),
-        (0, 0, 0.2, 1, 1, "The other photo is probably right"), (1, 1, 0.9, 1, 1, "The other photo is probably wrong"),
-        (0, 1, 0.5, 1, 1, ""), (0, 240, 240, 240, 240, ""), (12, 60, 30, 240, 0, ""),
+        (0, 0, 0.2, 1, 1, "The other photo is probably right"),
+        (1, 1, 0.9, 1, 1, "The other photo is probably wrong"),
+        (0, 1, 0.5, 1, 1, ""),
+        (0, 240, 240, 240, 240, ""),
+        (12, 60, 30, 240, 0, ""),
     ],
-)  # fmt: skip
+)
 def test_the_interval_of_wrong_answers_is_said_first(least, most, wrong, then, now, said):
     found = Estimate(1 - wrong / then, 1 - most / then, 1 - least / then, wrong, least, most, 0)
     assert found.of_others(now) == said

@@ -9,7 +9,9 @@ from retrieval_tip.evaluation.projection import methods, projected
 
 def cache_of(keys):
     labels = [f"class {i % 3}" for i in range(len(keys))]
-    return Index.from_features(keys.astype(np.float32), labels, [f"class {i}" for i in range(3)], device="cpu")
+    return Index.from_features(
+        keys.astype(np.float32), labels, [f"class {i}" for i in range(3)], device="cpu"
+    )
 
 
 @pytest.mark.parametrize(("n", "d"), [(300, 40), (20, 500), (7, 3), (3, 2)])

@@ -36,19 +36,28 @@ class Built:
     truth: dict[str, str]
 
 
-@pytest.fixture(scope="module", params=["food", *(pytest.param(name, marks=needs_real) for name in ("dtd", "caltech"))])
+@pytest.fixture(
+    scope="module",
+    params=["food", *(pytest.param(name, marks=needs_real) for name in ("dtd", "caltech"))],
+)
 def built(request, shared, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     train, test, column, each = SETS[request.param]
-    train, test = (pq.read_table(shared / f"data/{name}.parquet").to_pandas() for name in (train, test))
+    train, test = (
+        pq.read_table(shared / f"data/{name}.parquet").to_pandas() for name in (train, test)
+    )
     train = train.groupby("label").sample(each, random_state=1)
     classes = sorted(set(train["label"]))
     names = [str(folder / f"{i}.png") for i in range(len(test))]
     for name in names:
         Path(name).write_text(name)
-    (folder / "groups.csv").write_text("class,letter\n" + "".join(f"{name},{name[0]}\n" for name in classes))
+    (folder / "groups.csv").write_text(
+        "class,letter\n" + "".join(f"{name},{name[0]}\n" for name in classes)
+    )
     write_table(folder / "train.parquet", np.stack(train[column]), train["label"].tolist())
-    other = write_table(folder / "test.parquet", np.stack(test[column]), test["label"].tolist(), names)
+    other = write_table(
+        folder / "test.parquet", np.stack(test[column]), test["label"].tolist(), names
+    )
     options = ("--out", folder / "index", "--groups", folder / "groups.csv")
     assert command_line("index", "build", folder / "train.parquet", *options).exit_code == 0
     truth = dict(zip(names, test["label"], strict=True))
@@ -73,14 +82,20 @@ def test_answers_at_each_level_are_right_as_often_as_at_least_promises(built, le
     levels = json.loads(done.stdout)["levels"]
     assert levels["class"]["share"] > 0.2
     for level in filter(lambda level: level["share"], levels.values()):
-        assert level["right"] >= least - tolerance(least, built.held_out, level["share"] * len(built.truth))
+        assert level["right"] >= least - tolerance(
+            least, built.held_out, level["share"] * len(built.truth)
+        )
 
 
 @pytest.mark.parametrize("most", [5, 10])
 def test_sorted_photos_are_wrong_as_rarely_as_at_most_wrong_promises(built, tmp_path, most):
     out = ("--into", tmp_path / "out", "--dry-run", "--at-most-wrong", f"{most}%")
     done = command_line("sort", built.index, built.test, *out)
-    kept = [row for row in csv.DictReader(done.stdout.splitlines()) if row["output"].split("/")[0] not in ASIDE]
+    kept = [
+        row
+        for row in csv.DictReader(done.stdout.splitlines())
+        if row["output"].split("/")[0] not in ASIDE
+    ]
     held_out = int(re.search(r"(\d+) reach the limit", done.stderr)[1])
     wrong = np.mean([row["label"] != built.truth[row["input"]] for row in kept])
     assert wrong <= most / 100 + tolerance(most / 100, held_out, len(kept))

@@ -19,7 +19,9 @@ def test_text_weights_are_unit_means_of_unit_prompts(lit_mini, monkeypatch):
     names, templates = ["grand_piano", "cat"], ["a photo of a {}.", "itap of a {}.", "{}"]
     monkeypatch.setattr(prompts, "PROMPTS", 2)
     weights = text_weights(lit_mini, names, templates)
-    encoded = lit_mini.encode_texts(["a photo of a grand piano.", "itap of a grand piano.", "grand piano"])
+    encoded = lit_mini.encode_texts(
+        ["a photo of a grand piano.", "itap of a grand piano.", "grand piano"]
+    )
     mean = (encoded / np.linalg.norm(encoded, axis=1, keepdims=True)).mean(axis=0)
     assert weights.shape == (2, 1280)
     assert weights.dtype == np.float32

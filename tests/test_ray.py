@@ -37,10 +37,14 @@ def test_pieces_of_a_table_contain_each_row_once_and_in_order(tmp_path_factory, 
     rows = unit_rows(n, 4)
     column = pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), 4)
     path = tmp_path_factory.mktemp("t") / "t.parquet"
-    pq.write_table(pa.table({"id": [f"q{i}" for i in range(n)], "feature": column}), path, row_group_size=group)
+    pq.write_table(
+        pa.table({"id": [f"q{i}" for i in range(n)], "feature": column}), path, row_group_size=group
+    )
     found = [pickle.loads(pickle.dumps(piece)) for piece in cut(open_items(path))]
     assert [name for piece in found for name in piece.sources] == [f"q{i}" for i in range(n)]
-    assert np.array_equal(np.concatenate([Reader().encode(piece).features for piece in found]), rows)
+    assert np.array_equal(
+        np.concatenate([Reader().encode(piece).features for piece in found]), rows
+    )
 
 
 @pytest.mark.parametrize(
@@ -53,7 +57,13 @@ def test_pieces_of_a_table_contain_each_row_once_and_in_order(tmp_path_factory, 
     ],
 )
 def test_actors_share_the_cpus_or_use_one_gpu_each(nodes, device, expected):
-    assert room([{"Alive": True, "Resources": {"CPU": cpus, "GPU": gpus}} for cpus, gpus in nodes], device) == expected
+    assert (
+        room(
+            [{"Alive": True, "Resources": {"CPU": cpus, "GPU": gpus}} for cpus, gpus in nodes],
+            device,
+        )
+        == expected
+    )
     with pytest.raises(UsageError, match="--num-cpus"):
         room([{"Alive": True, "Resources": {}}, {"Alive": False, "Resources": {"CPU": 4}}], device)
 
@@ -79,7 +89,12 @@ def test_bad_options_are_refused(run, monkeypatch, tmp_path, arguments, named):
 def test_a_folder_contains_each_intact_part_of_a_run_once(tmp_path):
     folder = PartsFolder(f"{tmp_path}/parts/")
     assert not folder.claim("a")
-    for part, name, rows in (("000000", "a", 3), ("000000", "b", 3), ("000001", "a", 2), ("000002", "a", 1)):
+    for part, name, rows in (
+        ("000000", "a", 3),
+        ("000000", "b", 3),
+        ("000001", "a", 2),
+        ("000002", "a", 1),
+    ):
         path = tmp_path / f"parts/part={part}/{name}.parquet"
         path.parent.mkdir(exist_ok=True)
         write_table(path, unit_rows(rows, 4), ids=[f"{part}-{row}" for row in range(rows)])
@@ -104,11 +119,21 @@ def test_an_actor_encodes_a_piece_and_reports_unreadable_photos(tmp_path, shared
     paths = [str(path) for path, _ in caltech_photos(shared, "test", 2, 1)]
     (tmp_path / "bad.jpg").write_bytes(b"no image")
     gone = str(tmp_path / "gone.jpg")
-    pieces = {"000000": of_images([paths[0], str(tmp_path / "bad.jpg"), paths[1]]), "000001": of_images([gone])}
-    found = [worker(pa.table({"part": [part], "piece": [pickle.dumps(piece)]})) for part, piece in pieces.items()]
-    assert [(rows["id"].to_pylist(), rows["part"].to_pylist()) for rows in found] == [(paths, ["000000"] * 2), ([], [])]
+    pieces = {
+        "000000": of_images([paths[0], str(tmp_path / "bad.jpg"), paths[1]]),
+        "000001": of_images([gone]),
+    }
+    found = [
+        worker(pa.table({"part": [part], "piece": [pickle.dumps(piece)]}))
+        for part, piece in pieces.items()
+    ]
+    assert [(rows["id"].to_pylist(), rows["part"].to_pylist()) for rows in found] == [
+        (paths, ["000000"] * 2),
+        ([], []),
+    ]
     failed = {
-        part: [skipped.source for skipped in some] for part, some in PartsFolder(tmp_path / "out").failed().items()
+        part: [skipped.source for skipped in some]
+        for part, some in PartsFolder(tmp_path / "out").failed().items()
     }
     assert failed == {"000000": [str(tmp_path / "bad.jpg")], "000001": [gone]}
 
@@ -123,9 +148,16 @@ def cluster():
         buckets.use(patch, buckets.endpoint(), RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="0" * 64)
         remote.filesystem.cache_clear()
         started = []
-        for which in (f"--head --port={port} --include-dashboard=false", f"--address=127.0.0.1:{port}"):
+        for which in (
+            f"--head --port={port} --include-dashboard=false",
+            f"--address=127.0.0.1:{port}",
+        ):
             started.append(
-                subprocess.Popen(f"{command} {which}".split(), stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
+                subprocess.Popen(
+                    f"{command} {which}".split(),
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.STDOUT,
+                )
             )
             time.sleep(15)
         yield f"127.0.0.1:{port}"
@@ -142,7 +174,9 @@ def in_own_process(*words):
 
 def rows_and_numbers(place):
     """Return the rows of a feature table without the features, and the features."""
-    rows = pa.concat_tables([open_parquet(file).read() for file in table_files(place)]).replace_schema_metadata(None)
+    rows = pa.concat_tables(
+        [open_parquet(file).read() for file in table_files(place)]
+    ).replace_schema_metadata(None)
     return rows.drop("feature"), np.array(rows["feature"].to_pylist())
 
 
@@ -155,23 +189,41 @@ def test_two_nodes_give_the_same_results_as_one_process(run, cluster, shared, tm
         place.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, place)
     model = ("--no-cache", "--model", f"local-dir:{shared / 'models/lit-mini'}")
-    assert run("index", "build", tmp_path / "photos", *model, "--fit", "none", "--out", tmp_path / "i").exit_code == 0
+    assert (
+        run(
+            "index", "build", tmp_path / "photos", *model, "--fit", "none", "--out", tmp_path / "i"
+        ).exit_code
+        == 0
+    )
     place.write_bytes(b"no image")
-    files, source, out = sorted((tmp_path / "photos").rglob("*.jpg")), tmp_path / "photos", str(tmp_path)
+    files, source, out = (
+        sorted((tmp_path / "photos").rglob("*.jpg")),
+        tmp_path / "photos",
+        str(tmp_path),
+    )
     if kind == "bucket":
         out = f"s3://{buckets.fresh_bucket()}"
         source = f"{out}/photos"
         for file in files:
-            remote.system_of(source).pipe_file(f"{source}/{file.parent.name}/{file.name}", file.read_bytes())
+            remote.system_of(source).pipe_file(
+                f"{source}/{file.parent.name}/{file.name}", file.read_bytes()
+            )
     nodes, ended = set(), threading.Event()
 
     def watch():
         while not ended.wait(0.2):
             every = list(psutil.process_iter(["ppid", "cmdline"]))
-            nodes.update(p.info["ppid"] for p in every if "ray::MapWorker" in " ".join(p.info["cmdline"] or ()))
+            nodes.update(
+                p.info["ppid"]
+                for p in every
+                if "ray::MapWorker" in " ".join(p.info["cmdline"] or ())
+            )
 
     threading.Thread(target=watch, daemon=True).start()
-    command, places = ("encode", source, *model, "--out"), (tmp_path / "here.parquet", f"{out}/parts")
+    command, places = (
+        ("encode", source, *model, "--out"),
+        (tmp_path / "here.parquet", f"{out}/parts"),
+    )
     here = run(*command, places[0])
     assert (here.exit_code, place.name in here.stderr) == (3, True), here.output
     ray = (*command, places[1], "--ray", cluster)
@@ -180,10 +232,14 @@ def test_two_nodes_give_the_same_results_as_one_process(run, cluster, shared, tm
     (one, figures), (other, others) = map(rows_and_numbers, places)
     assert one.equals(other)
     np.testing.assert_allclose(figures, others, rtol=1e-5, atol=1e-5)
-    answers = [json_rows(run("classify", tmp_path / "i", table, "--format", "json"), 0) for table in places]
+    answers = [
+        json_rows(run("classify", tmp_path / "i", table, "--format", "json"), 0) for table in places
+    ]
     assert [row["label"] for row in answers[0]] == [row["label"] for row in answers[1]]
     ended.set()
-    raylets = [" ".join(psutil.Process(node).cmdline()) for node in nodes if psutil.pid_exists(node)]
+    raylets = [
+        " ".join(psutil.Process(node).cmdline()) for node in nodes if psutil.pid_exists(node)
+    ]
     assert sum(cluster.partition(":")[2] in raylet for raylet in raylets) == 2
     if kind == "folder":  # if a part is missing, the same command computes only this part
         parts = tmp_path / "parts"

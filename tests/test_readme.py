@@ -29,11 +29,17 @@ def blocks(page):
     A block marked ``printed with OPTIONS`` builds its index with these options, and shows standard error too.
     """
     found = BLOCK.finditer(page.read_text(encoding="utf-8"))
-    return [(match["language"], match["body"], match["options"]) for match in found if not match["skipped"]]
+    return [
+        (match["language"], match["body"], match["options"])
+        for match in found
+        if not match["skipped"]
+    ]
 
 
 RUN = [page for page in PAGES if blocks(page)]
-WITH_LIT_MINI = [page for page in RUN if any("../shared" in (options or "") for _, _, options in blocks(page))]
+WITH_LIT_MINI = [
+    page for page in RUN if any("../shared" in (options or "") for _, _, options in blocks(page))
+]
 
 
 BUILD = f"retrieval-tip index build photos --model {demo.LITE0}@efficientnet-lite0.pth --out indexes/things"
@@ -75,15 +81,26 @@ def same_word(said, printed):
 
 def typed_and_printed(typed, place, path, with_messages=False):
     command = ["bash", "-c", re.sub(r"\\\n\s*", " ", typed)]
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT if with_messages else subprocess.PIPE}
-    done = subprocess.run(command, cwd=place, env=os.environ | {"PATH": path}, text=True, check=False, **streams)
+    streams = {
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.STDOUT if with_messages else subprocess.PIPE,
+    }
+    done = subprocess.run(
+        command, cwd=place, env=os.environ | {"PATH": path}, text=True, check=False, **streams
+    )
     assert done.returncode == 0, f"{typed}\n{done.stdout if with_messages else done.stderr}"
-    return re.sub(r"^Encoded .*\n", "", done.stdout, flags=re.MULTILINE)  # only printed on slow machines
+    return re.sub(
+        r"^Encoded .*\n", "", done.stdout, flags=re.MULTILINE
+    )  # only printed on slow machines
 
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
-    "page", [pytest.param(page, id=page.stem, marks=[needs_real] * (page in WITH_LIT_MINI)) for page in RUN]
+    "page",
+    [
+        pytest.param(page, id=page.stem, marks=[needs_real] * (page in WITH_LIT_MINI))
+        for page in RUN
+    ],
 )
 def test_examples_print_the_documented_output(page, demo_clone, things, warm_path, monkeypatch):
     place = demo_clone
@@ -97,7 +114,9 @@ def test_examples_print_the_documented_output(page, demo_clone, things, warm_pat
             with contextlib.redirect_stdout(printed):
                 exec(compile(body, str(page), "exec"), {"__name__": "page"})
             said = re.findall(r"^# -> (.*)$", body, re.MULTILINE)
-            assert same(" ".join(said), printed.getvalue()), f"{body}\n--- printed\n{printed.getvalue()}"
+            assert same(" ".join(said), printed.getvalue()), (
+                f"{body}\n--- printed\n{printed.getvalue()}"
+            )
             continue
         written = ""
         for typed, said in session(body):
@@ -105,7 +124,11 @@ def test_examples_print_the_documented_output(page, demo_clone, things, warm_pat
             if "indexes/things" in typed and not makes:
                 lay_out_index(place, things)
             asked = f"{typed} {options}" if makes else typed
-            printed = things[1] if typed == BUILD else typed_and_printed(asked, place, warm_path, bool(options))
+            printed = (
+                things[1]
+                if typed == BUILD
+                else typed_and_printed(asked, place, warm_path, bool(options))
+            )
             written += f"$ {typed}\n{printed}"
             assert WRITES or same(said, printed), f"$ {typed}\n{printed}\n--- the page says\n{said}"
         text = text.replace(f"```console\n{body}```", f"```console\n{written}```")
@@ -114,9 +137,8 @@ def test_examples_print_the_documented_output(page, demo_clone, things, warm_pat
 
 
 def test_enough_pages_are_run():
-    expected = (
-        "README choose deploy exchange features index-folder many python server sort tuning tutorial wrong-labels"
-    )
+    expected = "README choose deploy exchange features index-folder many python server sort"
+    expected += " tuning tutorial wrong-labels"
     assert set(expected.split()) <= {page.stem for page in RUN}
 
 
@@ -127,7 +149,9 @@ SCRIPTS = {  # how each is run on the demo's photos and encoder
 }
 
 
-@pytest.mark.parametrize("script", sorted((ROOT / "indexes").glob("*.sh")), ids=lambda script: script.name)
+@pytest.mark.parametrize(
+    "script", sorted((ROOT / "indexes").glob("*.sh")), ids=lambda script: script.name
+)
 def test_scripts_build_the_described_indexes(script, demo_photos, demo_clone, warm_path):
     place = demo_clone
     (place / "build").mkdir()
@@ -136,7 +160,9 @@ def test_scripts_build_the_described_indexes(script, demo_photos, demo_clone, wa
     printed = typed_and_printed("retrieval-tip evaluate indexes/things new -v", place, warm_path)
     said = re.search(r"# Expected from .*: (.*)\.\n", script.read_text(encoding="utf-8"))
     for name, value in re.findall(r"(\w+) ([\d.]+)", said[1] if said else ""):
-        assert float(re.search(rf"^{name} +(\S+)$", printed, re.MULTILINE)[1]) == pytest.approx(float(value), abs=0.02)
+        assert float(re.search(rf"^{name} +(\S+)$", printed, re.MULTILINE)[1]) == pytest.approx(
+            float(value), abs=0.02
+        )
 
 
 def test_comparison_of_outputs_can_fail():
@@ -155,11 +181,15 @@ def test_the_readme_is_one_screen_and_a_half():
 def test_links_are_valid():
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
-            assert target.startswith("http") or (page.parent / target).exists(), f"{page.name}: {target}"
+            assert target.startswith("http") or (page.parent / target).exists(), (
+                f"{page.name}: {target}"
+            )
 
 
 def test_make_targets_match_the_documentation():
-    shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    shown = subprocess.run(
+        ["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     targets = set(re.findall(r"make ([a-z]+)", shown))
     assert {"setup", "demo", "check", "test", "bench", "help"} <= targets
     for page in PAGES:

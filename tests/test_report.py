@@ -38,7 +38,13 @@ ALIKE = ["chair", "crayfish", "crocodile", "crocodile_head", "lobster", "windsor
 if IMAGES.is_dir() and not (IMAGES / ALIKE[0]).is_dir():  # use other classes instead
     ALIKE = sorted(folder.name for folder in IMAGES.iterdir())[:6]
 MODEL = f"local-dir:{SHARED}/models/lit-mini"
-HOSTILE = ["<script>alert(1)<", "\"><img src=x onerror='a()'>", "a\nb\x1b[31m", "\u202egnp.exe", "&lt;b&gt; $x^{"]
+HOSTILE = [
+    "<script>alert(1)<",
+    "\"><img src=x onerror='a()'>",
+    "a\nb\x1b[31m",
+    "\u202egnp.exe",
+    "&lt;b&gt; $x^{",
+]
 
 
 def read(path):
@@ -49,7 +55,10 @@ def read(path):
     for node in page.all():
         assert node.name not in ("a", "script", "iframe", "object", "embed", "form", "base")
         assert not [name for name in node.attributes if name.startswith("on")]
-        assert all(node.attributes.get(name, "data:").startswith("data:") for name in ("src", "href", "srcset"))
+        assert all(
+            node.attributes.get(name, "data:").startswith("data:")
+            for name in ("src", "href", "srcset")
+        )
         assert node.attributes["alt"] if node.name == "img" else True
     ids = [node.attributes["id"] for node in page.all() if "id" in node.attributes]
     assert len(ids) == len(set(ids))
@@ -94,7 +103,18 @@ def caltech(shared, tmp_path_factory):
             (place / part / name).mkdir(parents=True)
             for file in some:
                 shutil.copy(file, place / part / name)
-    done("-q", "index", "build", "--fit", "none", place / "shots", "--model", MODEL, "--out", place / "index")
+    done(
+        "-q",
+        "index",
+        "build",
+        "--fit",
+        "none",
+        place / "shots",
+        "--model",
+        MODEL,
+        "--out",
+        place / "index",
+    )
     return place
 
 
@@ -106,7 +126,9 @@ def written(caltech):
     return out, result
 
 
-def made(tmp_path, labels=("cat", "dog", "owl"), text=True, n=24, test_labels=None, noise=0.7, **table):
+def made(
+    tmp_path, labels=("cat", "dog", "owl"), text=True, n=24, test_labels=None, noise=0.7, **table
+):
     """A small index of synthetic features, and a test table in which some answers are wrong."""
     means, random = unit_rows(len(labels), 16), np.random.default_rng(1)
 
@@ -135,9 +157,11 @@ def test_the_figures_equal_those_of_evaluate(written, caltech):
     facts = evaluated(caltech / "index", caltech / "test")
     assert 0.5 < facts["top1"] < 1
     assert tiles(page) == {
-        "correct": facts["top1"], "true class among the top five": facts["top5"],
-        "correct with examples only": facts["cache_top1"], "correct with class names only": facts["zero_shot_top1"],
-    }  # fmt: skip
+        "correct": facts["top1"],
+        "true class among the top five": facts["top5"],
+        "correct with examples only": facts["cache_top1"],
+        "correct with class names only": facts["zero_shot_top1"],
+    }
     low, high = wilson(facts["top1"], 54)
     assert f"{100 * low:.0f} to {100 * high:.0f} %" in page.first("div", class_="verdict").text
     assert f"{percent(facts['top1'])} of 54 photos (95 % interval" in result.stdout.splitlines()[0]
@@ -148,7 +172,9 @@ def test_the_figures_equal_those_of_evaluate(written, caltech):
         assert every[name][1] == percent(accuracy)
         assert every[name][3:5] == ["9", "4"]
     often = [(true, answer, times) for true, answer, times in facts["confusions"] if times > 1]
-    for (true, answer, times), pair in zip(often, section(page, "confusions").all("li", class_="pair"), strict=True):
+    for (true, answer, times), pair in zip(
+        often, section(page, "confusions").all("li", class_="pair"), strict=True
+    ):
         assert pair.first("h3").text == f"{true} classified as {answer}"
         assert f"{times} of 9 photos" in pair.text
 
@@ -157,13 +183,25 @@ def answers_of(truth, predicted, names):
     """Return these answers, which are equally probable."""
     n, truth, predicted = len(truth), np.asarray(truth), np.asarray(predicted)
     even = np.full(n, 0.5)
-    return Answers(truth, predicted[:, None], even, np.arange(n), np.log(even), names, len(names), np.zeros(n, bool))
+    return Answers(
+        truth,
+        predicted[:, None],
+        even,
+        np.arange(n),
+        np.log(even),
+        names,
+        len(names),
+        np.zeros(n, bool),
+    )
 
 
 def test_confusion_counts_every_pair():
     rng = np.random.default_rng(0)
     names = [f"class {i}" for i in range(7)]
-    truth, predicted = rng.integers(0, 6, 300), rng.integers(0, 6, 300)  # the last class does not occur
+    truth, predicted = (
+        rng.integers(0, 6, 300),
+        rng.integers(0, 6, 300),
+    )  # the last class does not occur
     found = report.confusion_matrix(answers_of(truth, predicted, names))
     pairs = Counter(zip(truth.tolist(), predicted.tolist(), strict=True))
     assert (found.names, found.of) == (names[:6], 6)
@@ -178,7 +216,10 @@ def test_unknown_photos_without_a_match_are_no_confusion():
     answers = replace(answers, known=2, no_match=no_match)
     assert answers.right.tolist() == [True, False, True, False, False]
     found = report.confusion_matrix(answers)
-    assert (found.counts.tolist(), found.totals.tolist()) == ([[1, 0, 0], [1, 0, 0], [1, 1, 0]], [1, 1, 3])
+    assert (found.counts.tolist(), found.totals.tolist()) == (
+        [[1, 0, 0], [1, 0, 0], [1, 1, 0]],
+        [1, 1, 3],
+    )
 
 
 def test_only_the_most_confused_of_many_classes_are_shown():
@@ -192,7 +233,9 @@ def test_only_the_most_confused_of_many_classes_are_shown():
     found = report.confusion_matrix(answers_of(truth, predicted, names))
     assert found.of == c
     assert len(found.names) == report.MATRIX
-    errors = Counter(np.concatenate([truth[truth != predicted], predicted[truth != predicted]]).tolist())
+    errors = Counter(
+        np.concatenate([truth[truth != predicted], predicted[truth != predicted]]).tolist()
+    )
     assert min(errors[names.index(n)] for n in found.names) == 2
     assert found.names == sorted(found.names, key=names.index)
     i = found.names.index("class 5")
@@ -208,7 +251,10 @@ def test_the_worst_mistakes_are_explained(tmp_path):
     truth = np.array([cache.class_names.index(label) for label in table["label"].to_pylist()])
     A = affinity(f, cache.keys)
     logits = 100 * affinity(f, cache.text_weights) + 2 * cache_logits(A, own, 3, 3)
-    wrong, whole = np.flatnonzero(logits.argmax(axis=1) != truth), torch.from_numpy(logits).log_softmax(1).numpy()
+    wrong, whole = (
+        np.flatnonzero(logits.argmax(axis=1) != truth),
+        torch.from_numpy(logits).log_softmax(1).numpy(),
+    )
     assert len(wrong) > 20
     names = table["id"].to_pylist()
     expected = [names[i] for i in sorted(wrong, key=lambda i: whole[i, truth[i]])[:12]]
@@ -228,7 +274,9 @@ def test_probabilities_are_compared_with_the_accuracy(tmp_path):
     folder, test = made(tmp_path, n=200, noise=2)
     page = reported(tmp_path, folder, test, "--abstain", 0.7)
     facts = evaluated(folder, test, "--abstain", 0.7)
-    answers = pa.Table.from_pylist(json_rows(command_line("classify", folder, test, "--format", "json")))
+    answers = pa.Table.from_pylist(
+        json_rows(command_line("classify", folder, test, "--format", "json"))
+    )
     p = answers["probability"].to_numpy()
     right = np.array(answers["label"].to_pylist()) == pq.read_table(test)["label"].to_numpy()
     bins, thresholds = (table.rows()[1:] for table in section(page, "probabilities").all("table"))
@@ -254,9 +302,15 @@ def test_pictures_are_thumbnails_of_the_photos_and_their_keys(written, caltech):
         assert query.attributes["title"] == card.attributes["data-item"]
         assert len(list(card.all("img", class_="key"))) == 6  # five for the answer, one against it
         data = base64.b64decode(query.attributes["src"].removeprefix("data:image/jpeg;base64,"))
-        with Image.open(io.BytesIO(data)) as small, Image.open(caltech / "test" / query.attributes["title"]) as large:
+        with (
+            Image.open(io.BytesIO(data)) as small,
+            Image.open(caltech / "test" / query.attributes["title"]) as large,
+        ):
             assert max(small.size) == 180
-            pair = [np.asarray(image.convert("L").resize((16, 16)), dtype=float) for image in (small, large)]
+            pair = [
+                np.asarray(image.convert("L").resize((16, 16)), dtype=float)
+                for image in (small, large)
+            ]
         assert np.abs(pair[0] - pair[1]).mean() < 8
     assert written[0].stat().st_size < 2_000_000
     assert not list(page.all("span", role="img"))
@@ -264,14 +318,28 @@ def test_pictures_are_thumbnails_of_the_photos_and_their_keys(written, caltech):
 
 def test_a_picture_that_moved_or_changed_is_not_shown(caltech, tmp_path):
     shutil.copytree(caltech / "shots", tmp_path / "shots")
-    done("-q", "index", "build", "--fit", "none", tmp_path / "shots", "--model", MODEL, "--out", tmp_path / "i")
+    done(
+        "-q",
+        "index",
+        "build",
+        "--fit",
+        "none",
+        tmp_path / "shots",
+        "--model",
+        MODEL,
+        "--out",
+        tmp_path / "i",
+    )
     for name in ALIKE[:3]:
         shutil.rmtree(tmp_path / "shots" / name)
     for name in ALIKE[3:]:
         for file in (tmp_path / "shots" / name).iterdir():
             Image.new("RGB", (40, 40), "red").save(file)
     page = reported(tmp_path, tmp_path / "i", caltech / "test")
-    assert {node.attributes["class"].split()[-1] for node in page.all("span", role="img")} == {"key", "small"}
+    assert {node.attributes["class"].split()[-1] for node in page.all("span", role="img")} == {
+        "key",
+        "small",
+    }
     assert not list(page.all("img", class_="key"))
     assert list(page.all("img", class_="query"))
 
@@ -279,7 +347,13 @@ def test_a_picture_that_moved_or_changed_is_not_shown(caltech, tmp_path):
 def test_hostile_names_are_shown_as_text(tmp_path, monkeypatch):
     labels = [f"{name}{i}" for i, name in enumerate(HOSTILE)]
     ids = np.random.default_rng(0).integers(0, 5, 60)
-    folder, test = made(tmp_path, labels, test_labels=ids, noise=2.5, ids=[f"{HOSTILE[i % 5]}/{i}" for i in range(60)])
+    folder, test = made(
+        tmp_path,
+        labels,
+        test_labels=ids,
+        noise=2.5,
+        ids=[f"{HOSTILE[i % 5]}/{i}" for i in range(60)],
+    )
     place = tmp_path / HOSTILE[0]
     place.mkdir()
     shutil.move(folder, place / "in'dex\"")
@@ -304,7 +378,9 @@ def test_recommendations_depend_on_how_the_index_was_fitted(caltech, tmp_path, m
     done("-q", *command.split()[1:])
     tuned, own = tmp_path / "tuned", Index.load(caltech / "index", device="cpu")
     monkeypatch.setattr(finetune, "VIEWS", 1)
-    finetune.finetune(own, finetune.shots_of(own), Reader(load_backbone(MODEL)), Recipe(epochs=1)).save(tuned)
+    finetune.finetune(
+        own, finetune.shots_of(own), Reader(load_backbone(MODEL)), Recipe(epochs=1)
+    ).save(tuned)
     for index, photos in ((folder, test), (tuned, caltech / "test")):
         page = reported(tmp_path, index, photos)
         assert not [said for said in advice(page) if said.startswith("Fit")]
@@ -313,14 +389,23 @@ def test_recommendations_depend_on_how_the_index_was_fitted(caltech, tmp_path, m
 
 def test_the_report_names_the_weakest_class_and_the_labels_of_an_audit(tmp_path):
     labels = ["cat", "dog", "owl"]
-    folder, test = made(tmp_path, labels, test_labels=[0] * 6 + [1] * 20 + [2] * 20, noise=0.3, text=False)
+    folder, test = made(
+        tmp_path, labels, test_labels=[0] * 6 + [1] * 20 + [2] * 20, noise=0.3, text=False
+    )
     rows = Index.load(folder, device="cpu").labels.to_pylist()
-    cats, owls = ([row["key_id"] for row in rows if row["label"] == name] for name in ("cat", "owl"))
+    cats, owls = (
+        [row["key_id"] for row in rows if row["label"] == name] for name in ("cat", "owl")
+    )
     moved = [*cats[:3], owls[0]]  # three of the four cats, and one owl
     done("-q", "index", "relabel", folder, "dog", "--key-ids", ",".join(map(str, moved)))
-    twice = write_table(tmp_path / "t.parquet", np.asarray(Index.load(folder, device="cpu").keys)[-1:], ["cat"])
+    twice = write_table(
+        tmp_path / "t.parquet", np.asarray(Index.load(folder, device="cpu").keys)[-1:], ["cat"]
+    )
     done("-q", "index", "add", folder, twice)  # a copy of an example of another class
-    said, right = advice(reported(tmp_path, folder, test)), evaluated(folder, test)["per_class"]["cat"]
+    said, right = (
+        advice(reported(tmp_path, folder, test)),
+        evaluated(folder, test)["per_class"]["cat"],
+    )
     assert said[0].startswith(f"cat: {100 * right:.0f} %, ")
     assert f"add photos to its 2 examples ({round((1 - right) * 6)} times" in said[0]
     listed = done("-q", "index", "audit", folder, "--format", "json").stdout.splitlines()
@@ -376,7 +461,11 @@ def test_a_failure_writes_no_file(tmp_path, monkeypatch):
     before = sorted(tmp_path.iterdir())
     for arguments, status, said in (
         ((unknown, "--report", out), 1, "unicorn"),
-        ((test, "--report", tmp_path / "no" / "r.html"), 1, f"there is no folder {tmp_path / 'no'}"),
+        (
+            (test, "--report", tmp_path / "no" / "r.html"),
+            1,
+            f"there is no folder {tmp_path / 'no'}",
+        ),
         ((test, "--report", folder), 2, "is a directory"),
     ):
         refused = done("evaluate", folder, *arguments, status=status)
@@ -399,7 +488,9 @@ def test_reports_are_written_from_python(tmp_path):
     write_report(index.take(np.arange(index.n)), source, Reader(), out)
     assert "Accuracy of an index on" in read(out).first("h1").text
     for encoder in (("timm:x", f"{tmp_path}/x.pth"), (f"timm:x@{tmp_path}/x.pth+y", None)):
-        write_report(replace(index, backbone=Identity(*encoder, "w", "c", {})), source, Reader(), out)
+        write_report(
+            replace(index, backbone=Identity(*encoder, "w", "c", {})), source, Reader(), out
+        )
         assert str(tmp_path) not in out.read_text()
 
 
@@ -424,7 +515,9 @@ def test_a_browser_shows_the_report_without_a_network(written):
     said, asked = [], []
     with chromium() as browser:
         for width, scheme in ((1200, "light"), (360, "dark")):
-            context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme, offline=True)
+            context = browser.new_context(
+                viewport={"width": width, "height": 800}, color_scheme=scheme, offline=True
+            )
             page = context.new_page()
             page.on("console", lambda message: said.append(message.text))
             page.on("pageerror", lambda error: said.append(str(error)))
@@ -432,11 +525,15 @@ def test_a_browser_shows_the_report_without_a_network(written):
             page.goto(written[0].as_uri())
             for summary in page.query_selector_all("summary"):
                 summary.click()
-            wide = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+            wide = page.evaluate(
+                "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+            )
             assert wide == 0, f"{width} px: sticks out by {wide} px"
             broken = "[...document.images].filter(image => !image.complete || !image.naturalWidth).length"
             assert page.evaluate(broken) == 0
-            light = page.evaluate("getComputedStyle(document.body).backgroundColor").removeprefix("rgb(")
+            light = page.evaluate("getComputedStyle(document.body).backgroundColor").removeprefix(
+                "rgb("
+            )
             assert (int(light.partition(",")[0]) > 200) == (scheme == "light")
             context.close()
     assert said == []

@@ -42,7 +42,14 @@ def small_cache(shots=6, text=True, spread=0.6, values=None, sources=None):
     order = np.argsort(ids, kind="stable")
     weights, own = unit_rows(C, D, 5) if text else None, Settings(logit_scale=10.0)
     return Index.from_features(
-        keys[order], ids[order], NAMES, weights, values=values, sources=sources, settings=own, device="cpu"
+        keys[order],
+        ids[order],
+        NAMES,
+        weights,
+        values=values,
+        sources=sources,
+        settings=own,
+        device="cpu",
     )
 
 
@@ -76,11 +83,19 @@ def test_the_search_finds_the_best_accuracy_over_all_alphas_and_betas(seed, monk
     betas = [0.5, 2.0, 5.5, 12.0]
     monkeypatch.setattr(search_hp, "BETAS", np.array(betas))
     choice = search(cache, queries)
-    best = max(best_over_alphas(*dense(cache, queries.features, beta), queries.ids) for beta in betas)
-    assert round(choice.accuracy * len(queries.ids)) == round(choice.best * len(queries.ids)) == best
+    best = max(
+        best_over_alphas(*dense(cache, queries.features, beta), queries.ids) for beta in betas
+    )
+    assert (
+        round(choice.accuracy * len(queries.ids)) == round(choice.best * len(queries.ids)) == best
+    )
     # the model has this accuracy with the chosen alpha, and at both ends of the interval
     low, high = choice.interval
-    for alpha in (choice.alpha, low + 1e-3 * (choice.alpha - low), *([high * 0.999] if np.isfinite(high) else [])):
+    for alpha in (
+        choice.alpha,
+        low + 1e-3 * (choice.alpha - low),
+        *([high * 0.999] if np.isfinite(high) else []),
+    ):
         cache.settings = cache.settings.override(alpha=alpha, beta=choice.beta)
         right = (cache.logits(queries.features).argmax(1).numpy() == queries.ids).sum()
         assert right == best
@@ -90,7 +105,11 @@ def test_the_search_finds_the_best_accuracy_over_all_alphas_and_betas(seed, monk
 @given(st.integers(0, 10**6), st.integers(2, 6), st.booleans())
 def test_a_query_is_right_inside_its_interval_and_wrong_outside(seed, c, coarse):
     generator = np.random.default_rng(seed)
-    text, alone = generator.integers(0, 4, (2, 20, c)).astype(float) if coarse else generator.normal(size=(2, 20, c))
+    text, alone = (
+        generator.integers(0, 4, (2, 20, c)).astype(float)
+        if coarse
+        else generator.normal(size=(2, 20, c))
+    )
     y = generator.integers(0, c, 20)
     low, high = right_between(torch.from_numpy(text), torch.from_numpy(alone), torch.from_numpy(y))
     for alpha in (0.001, 0.37, 1.013, 2.71, 50.3):
@@ -119,9 +138,13 @@ def all_caches(cache, queries, betas):
 @pytest.mark.parametrize("ask", ASK)
 def test_the_search_with_values_matches_the_definition(ask):
     """Visible keys count more, to make up for hidden keys of their class. Keys of one image are hidden together."""
-    sources = [f"image {i // 2 if i < 10 else i}" for i in range(30)]  # five images have two keys each
+    sources = [
+        f"image {i // 2 if i < 10 else i}" for i in range(30)
+    ]  # five images have two keys each
     noise = np.random.default_rng(0).standard_normal(ONE_HOT.shape).astype(np.float32)
-    cache, one_hot, plain = (small_cache(values=values, sources=sources) for values in (noise, ONE_HOT, None))
+    cache, one_hot, plain = (
+        small_cache(values=values, sources=sources) for values in (noise, ONE_HOT, None)
+    )
     queries = ASK[ask](cache)
     both = [all_caches(one, queries, [0.5, 6.0]) for one in (one_hot, plain)]
     np.testing.assert_allclose(*both, rtol=1e-4, atol=1e-5)
@@ -192,7 +215,10 @@ def test_bad_queries_are_refused():
 def split(tmp_path, shared):
     """A split file of photos of four classes of Caltech101."""
     data = json.loads((shared / "data/caltech101/split_zhou_Caltech101.json").read_text())
-    kept = {part: [e for e in data[part] if e[2] in ("panda", "pizza", "camera", "butterfly")] for part in data}
+    kept = {
+        part: [e for e in data[part] if e[2] in ("panda", "pizza", "camera", "butterfly")]
+        for part in data
+    }
     (tmp_path / "101_ObjectCategories").symlink_to(shared / "data/caltech101/101_ObjectCategories")
     (tmp_path / "split.json").write_text(json.dumps(kept))
     return tmp_path / "split.json"
@@ -200,13 +226,21 @@ def split(tmp_path, shared):
 
 def test_test_labels_cannot_reach_the_search(run, split, tmp_path):
     """Nor the temperature, nor the build. In the other split, test labels are wrong, and a test photo is missing."""
-    data, model = json.loads(split.read_text()), ("--model", f"local-dir:{tiny(tmp_path / 'model')}")
+    data, model = (
+        json.loads(split.read_text()),
+        ("--model", f"local-dir:{tiny(tmp_path / 'model')}"),
+    )
     wrong = [[entry[0], *data["test"][-1 - i][1:]] for i, entry in enumerate(data["test"])]
     poisoned, chosen = tmp_path / "poisoned.json", []
     poisoned.write_text(json.dumps(data | {"test": [*wrong, ["gone.jpg", 77, "poison"]]}))
     for number, part in enumerate((split, poisoned)):
         out = tmp_path / f"i{number}"
-        assert run("index", "build", "--fit", "none", part, *model, "--shots", 4, "--out", out).exit_code == 0
+        assert (
+            run(
+                "index", "build", "--fit", "none", part, *model, "--shots", 4, "--out", out
+            ).exit_code
+            == 0
+        )
         done = run("search-hp", out, "--val", part, "--json")
         assert done.exit_code == 0, done.output
         facts = json.loads(done.stdout)
@@ -214,7 +248,12 @@ def test_test_labels_cannot_reach_the_search(run, split, tmp_path):
         assert run("fit", "--calibrate", out, "--val", part).exit_code == 0
         cache = Index.load(out, device="cpu")
         assert cache.provenance["temperature"] == f"fitted on {part} (val), n={len(data['val'])}"
-        chosen.append([*(facts[name] for name in ("alpha", "beta", "accuracy", "n")), cache.settings.temperature])
+        chosen.append(
+            [
+                *(facts[name] for name in ("alpha", "beta", "accuracy", "n")),
+                cache.settings.temperature,
+            ]
+        )
     assert chosen[0] == chosen[1]
     assert chosen[0][3] == len(data["val"])
     assert run("fit", "--calibrate", out, "--val", split, "--split", "test").exit_code == 2
@@ -223,16 +262,27 @@ def test_test_labels_cannot_reach_the_search(run, split, tmp_path):
 def test_the_choice_becomes_a_version_with_its_provenance(run, shared, tmp_path):
     food, out = shared / "data/clip-food9", tmp_path / "i"
     built = run(
-        "index", "build", "--fit", "none", food / "train.parquet", "--text", food / "text.parquet", "--shots", 16,
-        "--out", out,
-    )  # fmt: skip
+        "index",
+        "build",
+        "--fit",
+        "none",
+        food / "train.parquet",
+        "--text",
+        food / "text.parquet",
+        "--shots",
+        16,
+        "--out",
+        out,
+    )
     assert built.exit_code == 0
     before = json.loads(run("index", "info", out, "--json").stdout)
     dry = json.loads(run("search-hp", out, "--dry-run", "--json").stdout)
     assert json.loads(run("index", "info", out, "--json").stdout) == before
     done = run("search-hp", out, "--json")
     facts = json.loads(done.stdout)
-    assert {name: facts[name] for name in ("alpha", "beta")} == {name: dry[name] for name in ("alpha", "beta")}
+    assert {name: facts[name] for name in ("alpha", "beta")} == {
+        name: dry[name] for name in ("alpha", "beta")
+    }
     after = json.loads(run("index", "info", out, "--json").stdout)
     assert (after["version"], after["alpha"], after["beta"]) == (2, facts["alpha"], facts["beta"])
     assert after["files"] == before["files"]  # no data file was rewritten
@@ -246,7 +296,11 @@ def test_a_cautious_search_changes_the_settings_only_on_significant_evidence(tra
     noise = np.random.default_rng(0).standard_normal(ONE_HOT.shape).astype(np.float32)
     cache = small_cache(values=ONE_HOT + 0.2 * noise if trained else None)
     cache = replace(cache, text_weights=torch.from_numpy(centres_of(400, 7)))
-    alpha, beta = (0.02, 4.321) if trained else untouched_settings(cache.keys, cache.labels["class_id"].to_numpy())
+    alpha, beta = (
+        (0.02, 4.321)
+        if trained
+        else untouched_settings(cache.keys, cache.labels["class_id"].to_numpy())
+    )
     cache.settings = cache.settings.override(alpha=alpha, beta=beta)
     number = 0
     for seed in range(8):
@@ -257,7 +311,11 @@ def test_a_cautious_search_changes_the_settings_only_on_significant_evidence(tra
         if (careful.alpha, careful.beta) == (alpha, beta):
             assert careful.accuracy == right.mean()
             if careful.best > careful.accuracy:
-                kept = [warning for warning in careful.warnings if warning.startswith("kept the settings (")]
+                kept = [
+                    warning
+                    for warning in careful.warnings
+                    if warning.startswith("kept the settings (")
+                ]
                 assert "by chance" in kept[0]
                 number += 1
         else:  # the chosen settings are better on almost every query with different answers

@@ -60,7 +60,9 @@ def random_things(tmp_path_factory):
 @pytest.fixture(scope="module")
 def local(random_things):
     """An application in this process that answers only to local host names, with a short timeout."""
-    with running(app_of(random_things, limits=Limits(hosts=run_module.LOOPBACK, seconds=2))) as place:
+    with running(
+        app_of(random_things, limits=Limits(hosts=run_module.LOOPBACK, seconds=2))
+    ) as place:
         yield place
 
 
@@ -69,7 +71,9 @@ def connection(address, timeout=60):
 
 
 def feature(folder):
-    return {"features": np.asarray(Index.load(folder, device="cpu").keys[:1], dtype=np.float64).tolist()}
+    return {
+        "features": np.asarray(Index.load(folder, device="cpu").keys[:1], dtype=np.float64).tolist()
+    }
 
 
 ROWS = zlib.compress(bytes(10_000_000), 9)
@@ -116,7 +120,9 @@ def test_a_body_of_200_mb_is_refused_before_it_is_read(served, announced):
     client = connection(address)
     client.putrequest("POST", "/v1/classify")
     client.putheader("Content-Type", "multipart/form-data; boundary=x")
-    client.putheader(*(("Content-Length", str(200 * MIB)) if announced else ("Transfer-Encoding", "chunked")))
+    client.putheader(
+        *(("Content-Length", str(200 * MIB)) if announced else ("Transfer-Encoding", "chunked"))
+    )
     client.endheaders()
     head = b'--x\r\nContent-Disposition: form-data; name="images"; filename="a"\r\n\r\n'
     part = head + bytes(MIB - len(head))  # the first part begins a file
@@ -137,13 +143,25 @@ def test_a_local_server_answers_only_to_local_host_names(local):
     """This prevents DNS rebinding: another website cannot point its own name at this machine."""
     address, port = "http://{}:{}".format(*local), local[1]
     own = ("127.0.0.1", "localhost", "LOCALHOST", "[::1]", f"localhost:{port}", f"[::1]:{port}")
-    others = (f"evil.example:{port}", "localhost.evil.example", "evil.example@localhost", "[::1].evil.example", "::1",
-              "[::1]evil.example", "localhost:80:80", "localhost/", "")  # fmt: skip
+    others = (
+        f"evil.example:{port}",
+        "localhost.evil.example",
+        "evil.example@localhost",
+        "[::1].evil.example",
+        "::1",
+        "[::1]evil.example",
+        "localhost:80:80",
+        "localhost/",
+        "",
+    )
     for host in (*own, *others):
         answer = httpx.get(f"{address}/v1/indexes", headers={"Host": host})
         assert (answer.status_code == 200) == (host in own), host
         assert answer.status_code in (200, 400, 421), host
-    assert "--allow-host evil.example" in httpx.get(address, headers={"Host": others[0]}).json()["detail"]
+    assert (
+        "--allow-host evil.example"
+        in httpx.get(address, headers={"Host": others[0]}).json()["detail"]
+    )
 
 
 def test_slow_requests_are_dropped(local, random_things):
@@ -205,10 +223,13 @@ def test_oversized_headers_are_refused(local, data):
         (421, b"GET http://localhost/healthz HTTP/1.1\r\nHost: evil.example\r\n" + CLOSE),
         (400, POST + b"Content-Length: 2, 3\r\n\r\n{}"),
         (400, b"SSH-2.0-OpenSSH\r\n\r\n"),
-        (421, b"GET / HTTP/1.1\r\nHost: evil.example\r\nConnection: upgrade, close\r\nUpgrade: websocket\r\n"
-              b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"),
+        (
+            421,
+            b"GET / HTTP/1.1\r\nHost: evil.example\r\nConnection: upgrade, close\r\nUpgrade: websocket\r\n"
+            b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n",
+        ),
     ],
-)  # fmt: skip
+)
 def test_requests_for_other_hosts_and_ambiguous_requests_are_refused(local, status, data):
     answer = told(local, data)
     assert answer.startswith(b"HTTP/1.1 %d " % status)
@@ -223,14 +244,21 @@ def with_close(request):
 def classify_request(rows, query=""):
     """Return a request to classify features."""
     body = json.dumps({"features": [[0.125] * 64] * rows}).encode()
-    return POST.replace(b"classify", b"classify" + query.encode()) + b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
+    return POST.replace(
+        b"classify", b"classify" + query.encode()
+    ) + b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
 
 
 def test_only_received_bytes_count_towards_the_memory_limit(random_things):
     """An announced size takes no memory. Received bytes do until the timeout."""
     length = b"Connection: close\r\nContent-Length: %d\r\n\r\n"
-    with running(app_of(random_things, limits=Limits(held=200_000, seconds=2))) as place, ExitStack() as ends:
-        waiting = [ends.enter_context(socket.create_connection(place, timeout=30)) for _ in range(12)]
+    with (
+        running(app_of(random_things, limits=Limits(held=200_000, seconds=2))) as place,
+        ExitStack() as ends,
+    ):
+        waiting = [
+            ends.enter_context(socket.create_connection(place, timeout=30)) for _ in range(12)
+        ]
         for one in waiting:
             one.sendall(POST + length % (8 << 20) + b"{")
         assert told(place, with_close(classify_request(1))).startswith(b"HTTP/1.1 200")
@@ -247,7 +275,10 @@ def test_only_received_bytes_count_towards_the_memory_limit(random_things):
 def test_an_unread_response_is_dropped(random_things):
     """Until then, it counts towards the memory limit."""
     large = classify_request(64, "?neighbours=500")  # about 5 MB
-    with running(app_of(random_things, limits=Limits(held=15_000_000, seconds=3))) as place, ExitStack() as ends:
+    with (
+        running(app_of(random_things, limits=Limits(held=15_000_000, seconds=3))) as place,
+        ExitStack() as ends,
+    ):
         waiting = [ends.enter_context(socket.socket()) for _ in range(4)]
         for one in waiting:
             one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -276,17 +307,23 @@ def test_only_trusted_proxies_name_the_client(proxies, client):
     app = FastAPI()
     app.get("/")(name)
     with running(app, proxies=proxies) as (host, port):
-        answer = httpx.get(f"http://{host}:{port}/", headers={"X-Forwarded-For": "198.51.100.1, 192.0.2.7"})
+        answer = httpx.get(
+            f"http://{host}:{port}/", headers={"X-Forwarded-For": "198.51.100.1, 192.0.2.7"}
+        )
     assert answer.json() == client
 
 
 @pytest.mark.parametrize("waits", [False, True], ids=["before", "after"])
-def test_a_client_that_disconnects_before_or_after_an_error_causes_no_server_error(local, caplog, waits):
+def test_a_client_that_disconnects_before_or_after_an_error_causes_no_server_error(
+    local, caplog, waits
+):
     bad = b"GET /healthz HTTP/1.1\r\nHost: %s\r\nTransfer-Encoding: chunked\r\n\r\nnone\r\n\r\n"
     for host in (b"localhost", b"evil.example"):  # the latter is refused
         for _ in range(20):
             with socket.create_connection(local, timeout=30) as client:
-                client.sendall(bad % host if waits else classify_request(200) + (HEAD + b"\r\n") * 2)
+                client.sendall(
+                    bad % host if waits else classify_request(200) + (HEAD + b"\r\n") * 2
+                )
                 if waits:
                     client.recv(1)
     assert told(local, HEAD + CLOSE).startswith(b"HTTP/1.1 200")
@@ -294,7 +331,9 @@ def test_a_client_that_disconnects_before_or_after_an_error_causes_no_server_err
     assert waits or not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
-def test_clients_see_no_error_while_the_index_changes_and_the_server_stops(things, photo, tmp_path, warm_path):
+def test_clients_see_no_error_while_the_index_changes_and_the_server_stops(
+    things, photo, tmp_path, warm_path
+):
     """A short version of ``benchmarks/serve.py --soak``."""
     own, image = Path(shutil.copytree(things, tmp_path / "own")), photo[0].read_bytes()
     sent, stop, failures, versions = feature(things), threading.Event(), [], set()
@@ -308,7 +347,10 @@ def test_clients_see_no_error_while_the_index_changes_and_the_server_stops(thing
                 else:
                     failures.append(answer.text)
 
-    with server(own, path=warm_path) as (address, process), httpx.Client(base_url=address, timeout=60) as client:
+    with (
+        server(own, path=warm_path) as (address, process),
+        httpx.Client(base_url=address, timeout=60) as client,
+    ):
         threads = [threading.Thread(target=ask, args=(address,)) for _ in range(4)]
         for thread in threads:
             thread.start()
@@ -325,7 +367,9 @@ def test_clients_see_no_error_while_the_index_changes_and_the_server_stops(thing
         with ThreadPoolExecutor(1) as pool:
             posted = pool.submit(client.post, "/v1/classify", files=[("images", image)] * 24)
             with httpx.Client(base_url=address) as other:
-                while "retrieval_tip_in_flight 1.0" in other.get("/metrics").text:  # only the request for metrics
+                while (
+                    "retrieval_tip_in_flight 1.0" in other.get("/metrics").text
+                ):  # only the request for metrics
                     assert not posted.done()
             process.send_signal(signal.SIGTERM)
             last = posted.result()
@@ -339,7 +383,12 @@ def test_bad_indexes_ports_and_options_are_refused(things, tmp_path, run):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         result = run("serve", things, "--port", taken.getsockname()[1])
         assert (result.exit_code, "in use" in result.stderr) == (2, True)
-    for options in (["--host", "256.1.1.1"], ["--token", " "], ["--token", "a", "--read-only"], ["--out", tmp_path]):
+    for options in (
+        ["--host", "256.1.1.1"],
+        ["--token", " "],
+        ["--token", "a", "--read-only"],
+        ["--out", tmp_path],
+    ):
         assert run("serve", things, *options, "--port", 0).exit_code == 2
     for proxy in ("proxy.example.org", "10.0.0.7/8", "*"):
         result = run("serve", things, "--trusted-proxy", proxy, "--port", 0)
@@ -356,7 +405,10 @@ def test_a_local_server_creates_and_prints_a_token(random_things, warm_path):
         right, wrong = ({"Authorization": f"Bearer {one}"} for one in (token, token[:-1]))
         index = f"{address}/v1/indexes/{random_things.name}"
         assert httpx.post(f"{index}/keys", json=key).status_code == 401
-        assert "token that serve printed" in httpx.post(f"{index}/keys", json=key, headers=wrong).json()["detail"]
+        assert (
+            "token that serve printed"
+            in httpx.post(f"{index}/keys", json=key, headers=wrong).json()["detail"]
+        )
         assert httpx.post(f"{index}/keys", json=key, headers=right).status_code == 201
         assert httpx.post(f"{index}/rollback", json={"to": 1}, headers=right).json()["version"] == 3
         process.send_signal(signal.SIGINT)  # as Ctrl+C does
@@ -370,7 +422,9 @@ def test_a_local_server_creates_and_prints_a_token(random_things, warm_path):
         file = run_module.LastServer("serve", [random_things]).file
         assert stat.S_IMODE(file.stat().st_mode) == 0o600
         file.chmod(0o640)
-        assert run_module.LastServer("serve", [random_things]).token == ""  # it is no secret any more
+        assert (
+            run_module.LastServer("serve", [random_things]).token == ""
+        )  # it is no secret any more
         assert httpx.get(f"{address}/v1/indexes").status_code == 401
         assert not httpx.get(f"{address}/v1/indexes", headers=right).json()["changes"]
 
@@ -388,13 +442,19 @@ def test_an_old_version_is_freed_when_the_next_one_answers_and_every_index_when_
         gc.disable()
         try:
             for version in (first, first + 1):
-                assert httpx.post(url, json={"features": [[0.125] * 64]}).json()["version"] == version
+                assert (
+                    httpx.post(url, json={"features": [[0.125] * 64]}).json()["version"] == version
+                )
                 other = Index.load(folder, device="cpu")
-                other = other.edited(Edits(add=NewKeys(np.eye(64, dtype=np.float32)[:1], ["class 0"])))
+                other = other.edited(
+                    Edits(add=NewKeys(np.eye(64, dtype=np.float32)[:1], ["class 0"]))
+                )
                 other.save(folder)
                 del other
                 deadline = time.monotonic() + 30
-                while served["index"].now.manifest.version == version and time.monotonic() < deadline:
+                while (
+                    served["index"].now.manifest.version == version and time.monotonic() < deadline
+                ):
                     time.sleep(0.05)
             assert httpx.post(url, json={"features": [[0.125] * 64]}).json()["version"] == first + 2
             assert before() is None

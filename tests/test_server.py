@@ -59,7 +59,16 @@ def food(shared, tmp_path_factory):
 
 def food_index(out, *options):
     data = SHARED / "data" / "clip-food9"
-    arguments = ["index", "build", data / "train.parquet", "--text", data / "text.parquet", "--out", out, *options]
+    arguments = [
+        "index",
+        "build",
+        data / "train.parquet",
+        "--text",
+        data / "text.parquet",
+        "--out",
+        out,
+        *options,
+    ]
     result = CliRunner().invoke(main, [str(argument) for argument in arguments])
     assert result.exit_code == 0, result.output
     return out
@@ -74,7 +83,9 @@ def both(things, food):
 
 def serving(*folders, limits=None, token=None, **more):
     """Return a client of a server that accepts changes if it has a token, which the client sends."""
-    return TestClient(app_of(*folders, limits=limits, token=token, **more), headers=AUTHORISED if token else None)
+    return TestClient(
+        app_of(*folders, limits=limits, token=token, **more), headers=AUTHORISED if token else None
+    )
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +113,9 @@ def named(answer):
 
 def added(client, data, label):
     """Add an image as a shot, and return the body of the answer."""
-    answer = client.post("/v1/indexes/own/keys", files={"images": ("photo", data)}, data={"label": label})
+    answer = client.post(
+        "/v1/indexes/own/keys", files={"images": ("photo", data)}, data={"label": label}
+    )
     assert answer.status_code == 201, answer.text
     return dict(answer.json())
 
@@ -113,11 +126,31 @@ def test_the_server_gives_the_same_answers_as_the_command(both, things, run):
     asked = "index=things&beta=3.5&alpha=20&k=40&top=3&neighbours=4&logits=true"
     answer = both.post(f"/v1/classify?{asked}", files=files)
     assert answer.status_code == 200
-    command = ["classify", things, *(path for path, _ in items), "--beta", 3.5, "--alpha", 20, "-k", 40, "--top", 3]
-    lines = run(*command, "--explain", "--neighbours", 4, "--logits", "--format", "json").stdout.splitlines()
+    command = [
+        "classify",
+        things,
+        *(path for path, _ in items),
+        "--beta",
+        3.5,
+        "--alpha",
+        20,
+        "-k",
+        40,
+        "--top",
+        3,
+    ]
+    lines = run(
+        *command, "--explain", "--neighbours", 4, "--logits", "--format", "json"
+    ).stdout.splitlines()
     found = answer.json()
     assert found["index"] == "things"
-    assert (found["alpha"], found["beta"], found["k"], found["tail"], found["skipped"]) == (20, 3.5, 40, True, [])
+    assert (found["alpha"], found["beta"], found["k"], found["tail"], found["skipped"]) == (
+        20,
+        3.5,
+        40,
+        True,
+        [],
+    )
     for (path, _), own, line in zip(items, found["results"], lines, strict=True):
         expected = json.loads(line)
         assert own["input"] == path.name
@@ -128,8 +161,13 @@ def test_the_server_gives_the_same_answers_as_the_command(both, things, run):
             assert {k: near[k] for k in ("key_id", "source", "label")} == {
                 k: other[k] for k in ("key_id", "source", "label")
             }
-            np.testing.assert_allclose([near["affinity"], near["weight"]], [other["affinity"], other["weight"]], 1e-4)
-    assert sum(own["label"] == name for own, (_, name) in zip(found["results"], items, strict=True)) > 5
+            np.testing.assert_allclose(
+                [near["affinity"], near["weight"]], [other["affinity"], other["weight"]], 1e-4
+            )
+    assert (
+        sum(own["label"] == name for own, (_, name) in zip(found["results"], items, strict=True))
+        > 5
+    )
 
 
 def test_features_come_with_the_most_similar_shots_and_can_be_sent_again(both, food, photo):
@@ -140,15 +178,23 @@ def test_features_come_with_the_most_similar_shots_and_can_be_sent_again(both, f
     [again] = both.post(f"/v1/classify?{asked}", **sent).json()["results"]
     assert (again.pop("input"), first.pop("input")) == ("row 0", "upload")
     assert again == first
-    queries = pq.read_table(SHARED / "data" / "clip-food9" / "test.parquet")["feature"].to_pylist()[:5]
+    queries = pq.read_table(SHARED / "data" / "clip-food9" / "test.parquet")["feature"].to_pylist()[
+        :5
+    ]
     cache = Index.load(food, device="cpu")
-    found = both.post("/v1/classify?index=food&features=true&logits=true", json={"features": queries}).json()["results"]
+    found = both.post(
+        "/v1/classify?index=food&features=true&logits=true", json={"features": queries}
+    ).json()["results"]
     for result, query in zip(found, queries, strict=True):
         np.testing.assert_allclose(result["feature"], query, atol=1e-6)
         affinities = np.asarray(cache.keys, dtype=np.float64) @ query
         near = np.argsort(-affinities)[: served_module.SIMILAR]
-        assert [one["key_id"] for one in result["similar"]] == cache.labels["key_id"].take(near).to_pylist()
-        np.testing.assert_allclose([one["affinity"] for one in result["similar"]], affinities[near], atol=1e-5)
+        assert [one["key_id"] for one in result["similar"]] == cache.labels["key_id"].take(
+            near
+        ).to_pylist()
+        np.testing.assert_allclose(
+            [one["affinity"] for one in result["similar"]], affinities[near], atol=1e-5
+        )
         ids = [cache.class_names.index(label) for label in result["labels"]]
         parts = np.add(result["text_logits"], result["shot_logits"])
         np.testing.assert_allclose(parts, np.array(result["logits"])[ids], rtol=1e-5)
@@ -160,12 +206,18 @@ def test_shots_can_be_left_out(both, things):
     query = np.asarray(cache.keys[:1], dtype=np.float64).tolist()
     out = cache.labels["key_id"].to_pylist()[:3]
     asked = "&".join(f"without={key_id}" for key_id in out)
-    [found] = both.post(f"/v1/classify?index=things&logits=true&{asked}", json={"features": query}).json()["results"]
-    (expected,) = next(iter(cache.answers([FeatureBlock.of(np.array(query))], Ask(without=tuple(out))))).predictions()
+    [found] = both.post(
+        f"/v1/classify?index=things&logits=true&{asked}", json={"features": query}
+    ).json()["results"]
+    (expected,) = next(
+        iter(cache.answers([FeatureBlock.of(np.array(query))], Ask(without=tuple(out))))
+    ).predictions()
     np.testing.assert_allclose(found["logits"], expected.logits, rtol=1e-4, atol=1e-4)
     assert not {shot["key_id"] for shot in found["neighbours"]} & {*out}
     every = "&".join(f"without={key_id}" for key_id in cache.labels["key_id"].to_pylist())
-    assert both.post(f"/v1/classify?index=things&{every}", json={"features": query}).status_code == 422
+    assert (
+        both.post(f"/v1/classify?index=things&{every}", json={"features": query}).status_code == 422
+    )
 
 
 def test_indexes_are_described(both, things, food):
@@ -173,9 +225,18 @@ def test_indexes_are_described(both, things, food):
     assert both.get("/v1/indexes").json() == {"indexes": ["things", "food"], **allowed}
     cache = Index.load(things, device="cpu")
     whole = both.get("/v1/indexes/things").json()
-    assert (whole["name"], whole["version"], whole["n"], whole["d"]) == ("things", 1, cache.n, cache.d)
+    assert (whole["name"], whole["version"], whole["n"], whole["d"]) == (
+        "things",
+        1,
+        cache.n,
+        cache.d,
+    )
     assert (whole["images"], both.get("/v1/indexes/food").json()["images"]) == (True, False)
-    assert (whole["alpha"], whole["beta"], whole["k"]) == (cache.settings.alpha, cache.settings.beta, "all")
+    assert (whole["alpha"], whole["beta"], whole["k"]) == (
+        cache.settings.alpha,
+        cache.settings.beta,
+        "all",
+    )
     assert not whole["changes"]
     assert (whole["class_names"], whole["counts"]) == (cache.class_names, [8] * 10)
     assert whole["provenance"] == cache.provenance
@@ -183,14 +244,20 @@ def test_indexes_are_described(both, things, food):
 
 def test_keys_come_in_pages_and_can_be_filtered(both, things):
     labels = Index.load(things, device="cpu").labels.to_pylist()
-    pages = [both.get(f"/v1/indexes/things/keys?offset={at}&limit=30").json() for at in (0, 30, 60, 90)]
+    pages = [
+        both.get(f"/v1/indexes/things/keys?offset={at}&limit=30").json() for at in (0, 30, 60, 90)
+    ]
     assert [page["total"] for page in pages] == [80] * 4
     seen = [key for page in pages for key in page["keys"]]
     assert [key["key_id"] for key in seen] == [row["key_id"] for row in labels]
     assert all(key["image"] == f"/v1/indexes/things/keys/{key['key_id']}/image" for key in seen)
-    two = both.get("/v1/indexes/things/keys", params={"label": [labels[0]["label"], labels[79]["label"]]}).json()
+    two = both.get(
+        "/v1/indexes/things/keys", params={"label": [labels[0]["label"], labels[79]["label"]]}
+    ).json()
     assert two["total"] == 16
-    one = both.get("/v1/indexes/things/keys", params={"source": Path(labels[5]["source"]).name.upper()}).json()
+    one = both.get(
+        "/v1/indexes/things/keys", params={"source": Path(labels[5]["source"]).name.upper()}
+    ).json()
     assert labels[5]["key_id"] in [key["key_id"] for key in one["keys"]]
     assert all(Path(labels[5]["source"]).name in key["source"] for key in one["keys"])
     some = both.get("/v1/indexes/things/keys", params={"key_id": [3, 4, 999]}).json()
@@ -207,12 +274,19 @@ def test_images_of_shots_are_resized(both, things, tmp_path):
         assert max(image.size) == 48
     for name, key in (("things", 999), ("food", 3), ("nothing", 3)):
         missing = both.get(f"/v1/indexes/{name}/keys/{key}/image")
-        assert (missing.status_code, missing.headers["content-type"]) == (404, "application/problem+json")
+        assert (missing.status_code, missing.headers["content-type"]) == (
+            404,
+            "application/problem+json",
+        )
 
 
 def test_similar_features_are_grouped(food):
     index = Index.load(food)
-    rows = [row for key in np.asarray(index.keys)[::9].tolist() for row in (key, [-value for value in key])]
+    rows = [
+        row
+        for key in np.asarray(index.keys)[::9].tolist()
+        for row in (key, [-value for value in key])
+    ]
     expected = group(np.array(rows, np.float32), threshold_of(index), index.metric)
     with serving(food) as client:
         answer = client.post("/v1/indexes/food/groups", json={"features": rows})
@@ -234,14 +308,18 @@ def test_similar_features_are_grouped(food):
             (np.vstack([sent, sent]).tobytes(), 413, f"at most {len(rows)} rows"),
         ):
             refused = client.post("/v1/indexes/food/groups", content=content, headers=floats)
-            assert (refused.status_code, reason in refused.json()["detail"]) == (status, True), refused.text
+            assert (refused.status_code, reason in refused.json()["detail"]) == (status, True), (
+                refused.text
+            )
 
 
 def test_relative_image_paths_start_at_the_root(own, tmp_path):
     cache = Index.load(own, device="cpu")
     first = Path(cache.labels["source"][0].as_py())
     names = [f"{i}/{first.name}" for i in range(cache.n)]
-    moved = Index.from_features(np.asarray(cache.keys), cache.class_ids.numpy(), cache.class_names, sources=names)
+    moved = Index.from_features(
+        np.asarray(cache.keys), cache.class_ids.numpy(), cache.class_names, sources=names
+    )
     moved.save(tmp_path / "moved")
     (tmp_path / "pictures" / "0").mkdir(parents=True)
     shutil.copy(first, tmp_path / "pictures" / "0" / first.name)
@@ -256,7 +334,10 @@ def test_map_and_audit_equal_those_of_the_library(both, things):
     expected = projected(cache)
     np.testing.assert_allclose(found["places"], expected.places, atol=1e-4)
     assert found["method"] == expected.method
-    assert (found["key_ids"], found["class_ids"]) == (expected.key_ids.tolist(), expected.class_ids.tolist())
+    assert (found["key_ids"], found["class_ids"]) == (
+        expected.key_ids.tolist(),
+        expected.class_ids.tolist(),
+    )
     assert len(both.get("/v1/indexes/things/map?limit=7").json()["places"]) == 7
     assert both.get("/v1/indexes/things/map?method=umap").status_code == 422
     shots, doubted = both.get("/v1/indexes/things/audit").json(), audit(cache)
@@ -277,7 +358,9 @@ def test_maps_and_audits_are_limited_in_size_and_number(own, monkeypatch):
     with serving(own, limits=Limits(patience=0.05)) as client:
         for limit in range(1, 30):
             answer = client.get(f"/v1/indexes/own/map?limit={limit}")
-            status = 202 if limit <= service_module.SLOW_AT_ONCE else 503  # being computed, or refused
+            status = (
+                202 if limit <= service_module.SLOW_AT_ONCE else 503
+            )  # being computed, or refused
             assert (answer.status_code, answer.headers["retry-after"]) == (status, "5")
         assert client.get("/v1/indexes/own/audit").status_code == 503
         go.set()
@@ -292,7 +375,16 @@ def test_maps_and_audits_are_limited_in_size_and_number(own, monkeypatch):
 def test_changes_need_the_token(own, both):
     with TestClient(app_of(own, token=TOKEN)) as client:
         bearer = f"Bearer {TOKEN}"
-        said = ("", "Bearer wrong", TOKEN[:-1], TOKEN, f"Basic {TOKEN}", f"Bearer{TOKEN}", f"{bearer} x", "Bearer é")
+        said = (
+            "",
+            "Bearer wrong",
+            TOKEN[:-1],
+            TOKEN,
+            f"Basic {TOKEN}",
+            f"Bearer{TOKEN}",
+            f"{bearer} x",
+            "Bearer é",
+        )
         two = [("Authorization", bearer), ("Authorization", bearer)]
         for headers in ({}, *({"Authorization": one.encode("latin-1")} for one in said), two):
             answer = client.delete("/v1/indexes/own/keys?key_id=1", headers=headers)
@@ -302,12 +394,18 @@ def test_changes_need_the_token(own, both):
             )
             assert TOKEN not in answer.text
         for path, methods in client.get("/openapi.json").json()["paths"].items():
-            for method in methods.keys() - {"get"} if path.rpartition("/")[2] not in ("classify", "groups") else ():
+            for method in (
+                methods.keys() - {"get"}
+                if path.rpartition("/")[2] not in ("classify", "groups")
+                else ()
+            ):
                 refused = client.request(method, path.replace("{name}", "own"))
                 assert (path, method, refused.status_code) == (path, method, 401)
         assert client.get("/v1/indexes/own").json()["version"] == 1
         for right in (bearer, bearer.lower().replace(TOKEN.lower(), TOKEN), f"Bearer  {TOKEN}"):
-            missing = client.delete("/v1/indexes/own/keys?key_id=999", headers={"Authorization": right})
+            missing = client.delete(
+                "/v1/indexes/own/keys?key_id=999", headers={"Authorization": right}
+            )
             assert missing.status_code == 422
     refused = both.delete("/v1/indexes/things/keys?key_id=1", headers=AUTHORISED)
     assert refused.status_code == 403
@@ -323,8 +421,16 @@ def test_adding_a_shot_changes_the_answer_and_removing_it_undoes_that(own, photo
         before = asked()
         assert before["results"][0]["label"] == truth
         body = added(client, photo, "squeeze box")
-        assert (asked(photo)["results"][0]["shot"], asked(photo)["results"][0]["label"]) == (True, truth)
-        assert (body["version"], body["classes"], body["known"], body["key_ids"]) == (2, ["squeeze box"], 0, [80])
+        assert (asked(photo)["results"][0]["shot"], asked(photo)["results"][0]["label"]) == (
+            True,
+            truth,
+        )
+        assert (body["version"], body["classes"], body["known"], body["key_ids"]) == (
+            2,
+            ["squeeze box"],
+            0,
+            [80],
+        )
         after = asked()
         assert (after["version"], after["results"][0]["label"]) == (2, "squeeze box")
         assert after["results"][0]["neighbours"][0]["key_id"] == 80
@@ -387,7 +493,9 @@ def test_indexes_are_renamed_duplicated_and_deleted(own, photo):
         assert client.get("/v1/indexes").json()["indexes"] == ["tiere 2", "copy"]
         assert {path.name for path in own.parent.iterdir()} == {"tiere 2", "copy", "own-shots"}
         for name in ("tiere 2", "copy"):
-            asked = client.post(f"/v1/classify?index={name}", files={"images": photo + b"\0"}).json()
+            asked = client.post(
+                f"/v1/classify?index={name}", files={"images": photo + b"\0"}
+            ).json()
             assert asked["results"][0]["neighbours"][0]["source"] == str(picture)
             assert client.get(f"/v1/indexes/{name}/keys/{key}/image").status_code == 200
         assert 'retrieval_tip_index_keys{index="own"}' not in client.get("/metrics").text
@@ -415,14 +523,26 @@ def test_names_and_numbers_of_indexes_are_checked(own, food, tmp_path, photo):
     (tmp_path / "taken").mkdir()
 
     def status(method, path, name=None):
-        return client.request(method, f"/v1/indexes/{path}", json=name and {"name": name}).status_code
+        return client.request(
+            method, f"/v1/indexes/{path}", json=name and {"name": name}
+        ).status_code
 
     with TestClient(app, headers=AUTHORISED) as client:
-        names = {"taken": 409, "food": 409, "../x": 422, ".x": 422, "a" * 65: 422, "own-shots": 422, "Food-SHOTS": 422}
+        names = {
+            "taken": 409,
+            "food": 409,
+            "../x": 422,
+            ".x": 422,
+            "a" * 65: 422,
+            "own-shots": 422,
+            "Food-SHOTS": 422,
+        }
         for name, expected in names.items():
             assert (name, status("PATCH", "own", name)) == (name, expected)
             assert (name, status("POST", "own/duplicate", name)) == (name, expected)
-        made = client.post("/v1/indexes", files={"images": photo}, data={"name": "new", "label": "a"})
+        made = client.post(
+            "/v1/indexes", files={"images": photo}, data={"name": "new", "label": "a"}
+        )
         assert (made.status_code, "limit" in made.json()["detail"]) == (409, True)
         assert status("POST", "own/duplicate", "new") == 409
         for method in ("PATCH", "DELETE"):
@@ -440,7 +560,10 @@ def test_an_index_that_holds_photos_of_another_is_neither_renamed_nor_deleted(ow
         key = added(client, photo, "new")["key_ids"][0]
         for method in ("PATCH", "DELETE"):
             refused = client.request(method, "/v1/indexes/own-shots", json={"name": "new"})
-            assert (refused.status_code, "photos of another index" in refused.json()["detail"]) == (422, True)
+            assert (refused.status_code, "photos of another index" in refused.json()["detail"]) == (
+                422,
+                True,
+            )
         copied = client.post("/v1/indexes/own-shots/duplicate", json={"name": "copy"})
         assert copied.status_code == 201
         assert client.get(f"/v1/indexes/own/keys/{key}/image").status_code == 200
@@ -450,14 +573,18 @@ def test_an_index_that_holds_photos_of_another_is_neither_renamed_nor_deleted(ow
     assert {path.name for path in own.parent.iterdir()} == {"own", "copy"}
 
 
-def test_two_versions_are_compared_in_words_and_with_photos_that_are_gone(own, photo, truth, monkeypatch):
+def test_two_versions_are_compared_in_words_and_with_photos_that_are_gone(
+    own, photo, truth, monkeypatch
+):
     with serving(own, token=TOKEN) as client:
 
         def compared(version, since):
             answer = client.get(f"/v1/indexes/own/history/{version}?since={since}")
             assert answer.status_code == 200, answer.text
-            return [" ".join([one["what"], one["change"], *(row["image"] for row in one["photos"])])
-                    for one in answer.json()]  # fmt: skip
+            return [
+                " ".join([one["what"], one["change"], *(row["image"] for row in one["photos"])])
+                for one in answer.json()
+            ]
 
         image = f"/v1/indexes/own/keys/{(key := added(client, photo, 'new')['key_ids'][0])}/image"
         changed(client, "relabel", labels={key: truth})
@@ -471,7 +598,10 @@ def test_two_versions_are_compared_in_words_and_with_photos_that_are_gone(own, p
         assert compared(1, 4) == []
         [first] = client.get("/v1/indexes/own/history/1").json()
         assert (first["what"], len(first["photos"])) == ("added", routes_module.LISTED)
-        there = [client.get(f"{image}?version={version}&size=32").status_code for version in (1, 2, 3, 4, 9)]
+        there = [
+            client.get(f"{image}?version={version}&size=32").status_code
+            for version in (1, 2, 3, 4, 9)
+        ]
         assert there == [404, 200, 200, 404, 404]
         assert client.get(f"{image}?size=32").status_code == 404
         assert client.get("/v1/indexes/own/history/9").status_code == 404
@@ -484,7 +614,10 @@ def test_shots_are_relabelled_classes_renamed_and_versions_rolled_back(own):
         change = functools.partial(changed, client)
 
         def keys(label):
-            return [row["key_id"] for row in client.get(f"/v1/indexes/own/keys?label={label}").json()["keys"]]
+            return [
+                row["key_id"]
+                for row in client.get(f"/v1/indexes/own/keys?label={label}").json()["keys"]
+            ]
 
         def relabelled(key_ids, label):
             status, answer = change("relabel", labels=dict.fromkeys(key_ids, label))
@@ -526,7 +659,9 @@ def test_shots_are_relabelled_classes_renamed_and_versions_rolled_back(own):
             ("rename", {"of": other, "label": ""}, 422),
             ("rollback", {"to": 99}, 404),
         ]
-        assert [change(what, **body)[0] for what, body, _ in wrong] == [status for *_, status in wrong]
+        assert [change(what, **body)[0] for what, body, _ in wrong] == [
+            status for *_, status in wrong
+        ]
         assert client.get("/v1/indexes/own").json()["version"] == 6
 
 
@@ -557,7 +692,9 @@ def test_exemplars_are_the_shots_nearest_to_their_class_mean(both, things):
     found = both.get("/v1/indexes/things/exemplars").json()
     assert {one["class_id"] for one in found} == set(ids.tolist())
     for one in found:
-        nearness = np.where(ids == one["class_id"], keys @ keys[ids == one["class_id"]].mean(0), -np.inf)
+        nearness = np.where(
+            ids == one["class_id"], keys @ keys[ids == one["class_id"]].mean(0), -np.inf
+        )
         assert one["key_id"] == cache.labels["key_id"].to_pylist()[nearness.argmax()]
     assert both.get(f"{found[0]['image']}?size=32").status_code == 200
 
@@ -567,8 +704,13 @@ def test_uploaded_photos_become_a_new_index(own, tmp_path, lit_mini):
     other = caltech_photos(SHARED, "test", 3, 1)
 
     def sent(name, *more):
-        files = [("images", (path.name, path.read_bytes())) for path, _ in some] + [("images", one) for one in more]
-        return {"files": files, "data": {"name": name, "label": [label for _, label in some] + ["x"] * len(more)}}
+        files = [("images", (path.name, path.read_bytes())) for path, _ in some] + [
+            ("images", one) for one in more
+        ]
+        return {
+            "files": files,
+            "data": {"name": name, "label": [label for _, label in some] + ["x"] * len(more)},
+        }
 
     with serving(own, token=TOKEN) as client:
         assert client.get("/v1/indexes").json()["makes"]
@@ -579,10 +721,14 @@ def test_uploaded_photos_become_a_new_index(own, tmp_path, lit_mini):
         assert [one["source"] for one in body["skipped"]] == ["a.txt"]
         assert body["fit"]["both"] > 0.4
         alone = Index.load(tmp_path / "my things")
-        assert sorted(set(alone.labels["label"].to_pylist())) == sorted({label for _, label in some})
+        assert sorted(set(alone.labels["label"].to_pylist())) == sorted(
+            {label for _, label in some}
+        )
         assert body["fit"]["both"] == alone.provenance["fit"]["both"]
         for path, label in some[::5]:
-            asked = client.post("/v1/classify?index=my things", files={"images": path.read_bytes()}).json()
+            asked = client.post(
+                "/v1/classify?index=my things", files={"images": path.read_bytes()}
+            ).json()
             assert asked["results"][0]["label"] == label
         more = {"files": {"images": other[0][0].read_bytes()}, "data": {"label": other[0][1]}}
         added = client.post("/v1/indexes/my things/keys", **more)
@@ -604,17 +750,24 @@ def test_uploaded_photos_become_a_new_index(own, tmp_path, lit_mini):
         return lit_mini
 
     maker = Maker(tmp_path / "shelf", load, Backbones("cpu", "float32", "full", lit_mini))
-    with TestClient(create_app(Service({}, maker=maker), token=TOKEN), headers=AUTHORISED) as client:
+    with TestClient(
+        create_app(Service({}, maker=maker), token=TOKEN), headers=AUTHORISED
+    ) as client:
         assert client.get("/v1/indexes").json() == {
-            "indexes": [], "changes": True, "makes": True, "labels": False,
-        }  # fmt: skip
+            "indexes": [],
+            "changes": True,
+            "makes": True,
+            "labels": False,
+        }
         assert client.post("/v1/classify", files={"images": b"x"}).status_code == 404
         assert not loads  # an encoder may have to be downloaded
         assert client.post("/v1/indexes", **sent("first")).status_code == 201
         assert Index.load(tmp_path / "shelf" / "first").n == 15
 
 
-def test_a_photo_that_becomes_a_shot_is_decoded_once(own, tmp_path, lit_mini, photo, truth, monkeypatch):
+def test_a_photo_that_becomes_a_shot_is_decoded_once(
+    own, tmp_path, lit_mini, photo, truth, monkeypatch
+):
     """Its key is the feature that the encoder makes, and its file and digest are those of the photo."""
     decoded, decode = [], images.decode
 
@@ -625,7 +778,11 @@ def test_a_photo_that_becomes_a_shot_is_decoded_once(own, tmp_path, lit_mini, ph
     monkeypatch.setattr(images, "decode", counted)
     some = [photo, *(path.read_bytes() for path, _ in caltech_photos(SHARED, "test", 3, 1)[1:])]
     digests = [hashlib.sha256(data).hexdigest() for data in some]
-    [expected] = Reader(lit_mini).encode(of_images([str(caltech_photos(SHARED, "test", 1, 1)[0][0])])).features
+    [expected] = (
+        Reader(lit_mini)
+        .encode(of_images([str(caltech_photos(SHARED, "test", 1, 1)[0][0])]))
+        .features
+    )
     decoded.clear()
     with serving(own, token=TOKEN) as client:
         assert added(client, photo, truth)["known"] == 0
@@ -633,7 +790,12 @@ def test_a_photo_that_becomes_a_shot_is_decoded_once(own, tmp_path, lit_mini, ph
         assert added(client, photo, truth)["known"] == 1
         decoded.clear()
         data = {"name": "new", "label": ["b", "a", "b"]}
-        assert client.post("/v1/indexes", files=[("images", one) for one in some], data=data).status_code == 201
+        assert (
+            client.post(
+                "/v1/indexes", files=[("images", one) for one in some], data=data
+            ).status_code
+            == 201
+        )
         assert sorted(decoded) == sorted(digests)
     for folder, label, asked in ((own, truth, digests[:1]), (tmp_path / "new", "b", digests)):
         index = Index.load(folder)
@@ -655,20 +817,28 @@ def test_another_spelling_makes_a_new_class_and_a_warning(own):
     with serving(own, token=TOKEN) as client:
         body = client.post("/v1/indexes/own/keys", json=sent).json()
         assert body["classes"] == [other]
-        assert body["warnings"] == [f"{other!r} is spelled almost like {label!r}; rename one to merge them"]
+        assert body["warnings"] == [
+            f"{other!r} is spelled almost like {label!r}; rename one to merge them"
+        ]
         merged = changed(client, "rename", of=other, label=label)
         assert (merged[0], merged[1]["key_ids"]) == (200, body["key_ids"])
         assert client.get("/v1/indexes/own").json()["class_names"] == cache.class_names
 
 
 def test_added_features_get_sources_that_are_not_files(own, truth):
-    features = Index.load(own, device="cpu").keys[[-1, 0]].tolist()  # of another class, and of the first
+    features = (
+        Index.load(own, device="cpu").keys[[-1, 0]].tolist()
+    )  # of another class, and of the first
     with serving(own, token=TOKEN) as client:
         sent = {"features": features, "labels": [truth, "other thing"], "inputs": ["a.jpg", "b"]}
         refused = client.post("/v1/indexes/own/keys", json={**sent, "labels": [truth]})
         assert refused.status_code == 422
         body = client.post("/v1/indexes/own/keys", json=sent).json()
-        assert (len(body["key_ids"]), body["classes"], len(body["duplicates"])) == (2, ["other thing"], 2)
+        assert (len(body["key_ids"]), body["classes"], len(body["duplicates"])) == (
+            2,
+            ["other thing"],
+            2,
+        )
         rows = client.get("/v1/indexes/own/keys", params={"key_id": body["key_ids"]}).json()["keys"]
         assert sorted(row["source"] for row in rows) == ["api:a.jpg", "api:b"]
         assert [row["image"] for row in rows] == [None, None]
@@ -713,9 +883,15 @@ def test_other_formats_are_refused_and_not_kept(own):
             sent = io.BytesIO()
             Image.new("RGB", (64, 64)).save(sent, style)
             files = {"images": ("icon", sent.getvalue())}
-            for path, more in (("/v1/classify", {}), ("/v1/indexes/own/keys", {"data": {"label": "new"}})):
+            for path, more in (
+                ("/v1/classify", {}),
+                ("/v1/indexes/own/keys", {"data": {"label": "new"}}),
+            ):
                 answer = client.post(path, files=files, **more)
-                assert (answer.status_code, "icon: not a readable image" in answer.json()["detail"]) == (422, True)
+                assert (
+                    answer.status_code,
+                    "icon: not a readable image" in answer.json()["detail"],
+                ) == (422, True)
     assert not (own.parent / "own-shots").exists()
 
 
@@ -728,7 +904,9 @@ def test_no_image_or_folder_is_kept_after_an_error(own, monkeypatch, photo, erro
     def broken(*_, **__):
         raise error
 
-    monkeypatch.setattr(*((shots_module, "build_index") if what == "index" else (changes, "add")), broken)
+    monkeypatch.setattr(
+        *((shots_module, "build_index") if what == "index" else (changes, "add")), broken
+    )
     app = app_of(own, token=TOKEN)
     with TestClient(app, headers=AUTHORISED, raise_server_exceptions=False) as client:
         path = "/v1/indexes" if what == "index" else "/v1/indexes/own/keys"
@@ -768,7 +946,9 @@ def test_the_server_loads_new_versions_but_not_damaged_ones(own):
         assert one.now.index.n == 79
         assert client.get("/v1/indexes/own").json()["n"] == 79
         changes.remove(own, key_ids=[1])
-        file = next(file for file in one.now.manifest.data_files if file.name.startswith("data/text"))
+        file = next(
+            file for file in one.now.manifest.data_files if file.name.startswith("data/text")
+        )
         shutil.copy(own / file.name, (own / file.name).parent / "whole")
         (own / file.name).unlink()  # not overwritten: the open version maps this file
         (own / file.name).write_bytes(b"damaged")
@@ -864,7 +1044,10 @@ UNUSABLE = {
     "millions of fields": (413, b"{%s}" % b",".join(b'"%x":0' % i for i in range(700_000))),
     "millions of numbers": (413, b'{"features": [%s]}' % b",".join([b"0"] * 4_000_000)),
     "one string": (422, b'{"features": [[%s, "1"]]}' % b",".join([b"0.0441941738"] * 511)),
-    "one row of the wrong length": (422, b'{"features": [[%s], [1]]}' % b",".join([b"0.0441941738"] * 512)),
+    "one row of the wrong length": (
+        422,
+        b'{"features": [[%s], [1]]}' % b",".join([b"0.0441941738"] * 512),
+    ),
     "unknown field": (422, b'{"features": [], "feature": 1}'),
     "wrong number of inputs": (422, b'{"features": [], "inputs": ["a"]}'),
     "too many rows": (413, b'{"features": [%s]}' % b",".join([b"[]"] * 1025)),
@@ -875,7 +1058,9 @@ UNUSABLE = {
 @pytest.mark.parametrize("what", UNUSABLE)
 def test_bad_features_are_refused(both, what):
     status, body = UNUSABLE[what]
-    answer = both.post("/v1/classify?index=food", content=body, headers={"Content-Type": "application/json"})
+    answer = both.post(
+        "/v1/classify?index=food", content=body, headers={"Content-Type": "application/json"}
+    )
     assert answer.status_code == status, answer.text
     assert answer.headers["content-type"] == "application/problem+json"
     problem = answer.json()
@@ -908,7 +1093,12 @@ def test_the_size_of_each_kind_of_body_is_limited(own, path, kind, limit, announ
 
 
 def test_features_may_contain_integers_and_tiny_numbers(both):
-    rows = [[1] + [0] * 511, [0.6, 0.8] + [0] * 510, [1.0, -0.0] + [0] * 510, [0, 1] + [1e-300] * 510]
+    rows = [
+        [1] + [0] * 511,
+        [0.6, 0.8] + [0] * 510,
+        [1.0, -0.0] + [0] * 510,
+        [0, 1] + [1e-300] * 510,
+    ]
     answer = both.post("/v1/classify?index=food", json={"features": rows})
     assert (answer.status_code, len(answer.json()["results"])) == (200, 4)
 
@@ -929,7 +1119,9 @@ def random_things(tmp_path_factory):
         ("neighbours=0&k=all", 20),
     ],
 )
-def test_the_size_of_an_answer_is_checked_before_it_is_computed(random_things, query, cells, monkeypatch):
+def test_the_size_of_an_answer_is_checked_before_it_is_computed(
+    random_things, query, cells, monkeypatch
+):
     row = [0.25] * 16
     with serving(random_things, limits=Limits(cells=7 * cells)) as client:
         assert client.post(f"/v1/classify?{query}", json={"features": [row] * 7}).status_code == 200
@@ -939,7 +1131,9 @@ def test_the_size_of_an_answer_is_checked_before_it_is_computed(random_things, q
         assert f"{7 * cells:,}" in answer.json()["detail"]
         assert "at most 7 at once" in answer.json()["detail"]
     monkeypatch.undo()
-    with serving(random_things, limits=Limits(cells=1)) as client:  # a single query is always answered
+    with serving(
+        random_things, limits=Limits(cells=1)
+    ) as client:  # a single query is always answered
         assert client.post(f"/v1/classify?{query}", json={"features": [row]}).status_code == 200
 
 
@@ -955,25 +1149,38 @@ def test_answers_do_not_depend_on_the_batch_size(random_things, monkeypatch):
     assert version.at_once(Ask(k=1500, neighbours=0)) == 32
     for one, other in zip(found, expected, strict=True):
         assert one["label"] == other["label"]
-        assert [shot["key_id"] for shot in one["similar"][:3]] == [shot["key_id"] for shot in other["similar"][:3]]
+        assert [shot["key_id"] for shot in one["similar"][:3]] == [
+            shot["key_id"] for shot in other["similar"][:3]
+        ]
         np.testing.assert_allclose(one["logits"], other["logits"], rtol=1e-4, atol=1e-5)
 
 
 def test_a_fitted_index_gives_the_same_answers_on_the_server(shared, tmp_path):
     out = food_index(tmp_path / "food", "--shots", 4)
-    queries = pq.read_table(shared / "data" / "clip-food9" / "test.parquet")["feature"].to_pylist()[::40]
+    queries = pq.read_table(shared / "data" / "clip-food9" / "test.parquet")["feature"].to_pylist()[
+        ::40
+    ]
     cache = Index.load(out, device="cpu")
     with serving(out) as client:
         described = client.get("/v1/indexes/food").json()
-        found = client.post("/v1/classify?logits=true&neighbours=2", json={"features": queries}).json()
+        found = client.post(
+            "/v1/classify?logits=true&neighbours=2", json={"features": queries}
+        ).json()
     assert cache.fitted is not None
-    assert (described["fitted"]["metric"], described["values"]) == (cache.fitted.metric, cache.fitted.values)
+    assert (described["fitted"]["metric"], described["values"]) == (
+        cache.fitted.metric,
+        cache.fitted.values,
+    )
     assert described["least_cache"] == pytest.approx(cache.settings.least_cache)
-    for own, expected in zip(found["results"], cache.classify(np.array(queries), neighbours=2), strict=True):
+    for own, expected in zip(
+        found["results"], cache.classify(np.array(queries), neighbours=2), strict=True
+    ):
         assert (own["label"], own["no_match"]) == (expected.label, expected.no_match)
         np.testing.assert_allclose(own["logits"], expected.logits, rtol=1e-4)
         for shot, wanted in zip(
-            [*own["neighbours"], own["opposing"]], [*expected.neighbours, expected.opposing], strict=True
+            [*own["neighbours"], own["opposing"]],
+            [*expected.neighbours, expected.opposing],
+            strict=True,
         ):
             assert (shot["key_id"], shot["label"]) == (wanted.key_id, wanted.label)
             np.testing.assert_allclose(shot["gives"][0], wanted.contribution, rtol=1e-4)
@@ -989,29 +1196,56 @@ def test_invalid_requests_are_refused(both, things, photo):
 
     assert status("/v1/classify", json=feature) == 422  # which index?
     assert status("/v1/classify?index=none", json=feature) == 404
-    assert status("/v1/classify?index=food", files={"images": photo}) == 422  # this index only accepts features
-    assert status("/v1/classify?index=things", content=photo, headers={"Content-Type": "image/jpeg"}) == 415
+    assert (
+        status("/v1/classify?index=food", files={"images": photo}) == 422
+    )  # this index only accepts features
+    assert (
+        status("/v1/classify?index=things", content=photo, headers={"Content-Type": "image/jpeg"})
+        == 415
+    )
     assert status("/v1/classify?index=things", content=b"") == 415
     assert status("/v1/classify?index=things", files={"image": photo}) == 422
     assert status("/v1/classify?index=things", data={"images": "x"}, files={"images": photo}) == 422
     form = {"Content-Type": "multipart/form-data; boundary=x"}
     assert status("/v1/classify?index=things", content=b"--y\r\n", headers=form) in (400, 422)
-    assert status("/v1/classify?index=things", content=b"x", headers={"Content-Type": "multipart/form-data"}) == 400
+    assert (
+        status(
+            "/v1/classify?index=things",
+            content=b"x",
+            headers={"Content-Type": "multipart/form-data"},
+        )
+        == 400
+    )
     assert status("/v1/classify?index=things", files=[("images", photo)] * 65) == 400
     for charset in ("undefined", "punycode", "utf-16"):
         form = {"Content-Type": f"multipart/form-data; boundary=x; charset={charset}"}
         body = b'--x\r\nContent-Disposition: form-data; name="images"\r\n\r\nx\r\n--x--\r\n'
         assert status("/v1/classify?index=things", content=body, headers=form) == 415
-    for query in ("alpha=-1", "beta=nan", "beta=inf", "k=0", "k=some", "top=0", "neighbours=-1", "tail=perhaps"):
+    for query in (
+        "alpha=-1",
+        "beta=nan",
+        "beta=inf",
+        "k=0",
+        "k=some",
+        "top=0",
+        "neighbours=-1",
+        "tail=perhaps",
+    ):
         assert status(f"/v1/classify?index=food&{query}", json=feature) == 422
-    assert status("/v1/classify?index=food&alpha=1e308&beta=0", json=feature) == 422  # the logits overflow
+    assert (
+        status("/v1/classify?index=food&alpha=1e308&beta=0", json=feature) == 422
+    )  # the logits overflow
     assert both.put("/v1/classify").status_code == 405
     assert both.get("/v1/nothing").json()["title"] == "Not Found"
     assert both.get("/v1/indexes/things/keys?limit=0").status_code == 422
 
 
 def test_readable_images_are_classified_and_the_others_are_reported(both, photo, truth):
-    files = [("images", ("a.txt", b"text")), ("images", ("b.jpg", photo)), ("images", ("c.jpg", b""))]
+    files = [
+        ("images", ("a.txt", b"text")),
+        ("images", ("b.jpg", photo)),
+        ("images", ("c.jpg", b"")),
+    ]
     answer = both.post("/v1/classify?index=things", files=files)
     body = answer.json()
     assert answer.status_code == 200
@@ -1034,8 +1268,12 @@ def busy(own, monkeypatch):
         Image.new("RGB", size).save(picture, "PNG")
         app = ProxyHeadersMiddleware(app_of(own, limits=Limits(queue=40)), "*")
         with TestClient(app) as client, ThreadPoolExecutor(1) as pool:
-            asked = pool.submit(client.post, "/v1/classify", files=[("images", picture.getvalue())] * number)
-            while not re.search(r'waiting{lane="(large )?images"} [1-9]', client.get("/metrics").text):
+            asked = pool.submit(
+                client.post, "/v1/classify", files=[("images", picture.getvalue())] * number
+            )
+            while not re.search(
+                r'waiting{lane="(large )?images"} [1-9]', client.get("/metrics").text
+            ):
                 assert not asked.done()
             yield client
             assert not asked.done()
@@ -1051,11 +1289,15 @@ LARGE = (2200, 2300)
 
 def test_a_small_photo_does_not_wait_for_large_photos_of_other_clients(busy, photo):
     with busy(10, LARGE) as client:
-        answer = client.post("/v1/classify", files={"images": photo}, headers={"X-Forwarded-For": "10.0.0.1"})
+        answer = client.post(
+            "/v1/classify", files={"images": photo}, headers={"X-Forwarded-For": "10.0.0.1"}
+        )
         assert answer.status_code == 200
 
 
-@pytest.mark.parametrize(("number", "size"), [(20, (1000, 1000)), (10, LARGE)], ids=["number", "pixels"])
+@pytest.mark.parametrize(
+    ("number", "size"), [(20, (1000, 1000)), (10, LARGE)], ids=["number", "pixels"]
+)
 def test_a_client_is_refused_while_many_or_large_photos_of_it_wait(busy, photo, number, size):
     with busy(number, size) as client:
         refused = client.post("/v1/classify", files={"images": photo})
@@ -1086,7 +1328,9 @@ def test_requests_from_other_sites_need_the_token(own, photo):
         for site in ("none", "same-origin", "same-site"):
             assert statuses(site) == (200, 200)
         assert statuses("cross-site", **AUTHORISED) == (200, 200)
-        assert client.get("/", headers={"Sec-Fetch-Site": "cross-site"}).status_code == 200  # a link to the page
+        assert (
+            client.get("/", headers={"Sec-Fetch-Site": "cross-site"}).status_code == 200
+        )  # a link to the page
 
 
 def test_a_private_server_answers_only_with_the_token(own, photo, truth):
@@ -1115,7 +1359,10 @@ def test_a_private_server_answers_only_with_the_token(own, photo, truth):
         assert asked.json()["results"][0]["label"] == truth
         assert client.delete("/v1/indexes/own/keys?key_id=1", headers=AUTHORISED).status_code == 200
         client.cookies.clear()
-        assert client.get(picture, headers={"Cookie": f"{cookie.partition(';')[0]}0"}).status_code == 401
+        assert (
+            client.get(picture, headers={"Cookie": f"{cookie.partition(';')[0]}0"}).status_code
+            == 401
+        )
     with TestClient(app, base_url="https://testserver") as client:
         assert "; Secure" in client.get("/v1/indexes", headers=AUTHORISED).headers["set-cookie"]
 
@@ -1161,7 +1408,9 @@ def test_two_indexes_with_the_same_name_are_refused(own, tmp_path):
 
 
 @pytest.mark.parametrize("code", [False, True], ids=["missing", "needs code"])
-def test_an_index_without_its_backbone_only_accepts_features(own, tmp_path, caplog, monkeypatch, code):
+def test_an_index_without_its_backbone_only_accepts_features(
+    own, tmp_path, caplog, monkeypatch, code
+):
     answers = io.StringIO("y\n" * 9)
     monkeypatch.setattr("sys.stdin", answers)
     cache = Index.load(own, device="cpu")
@@ -1171,7 +1420,10 @@ def test_an_index_without_its_backbone_only_accepts_features(own, tmp_path, capl
     with serving(own) as client:
         assert not client.get("/v1/indexes/own").json()["images"]
         answer = client.post("/v1/classify", files={"images": b"x"})
-        assert (answer.status_code, "only accepts features" in answer.json()["detail"]) == (422, True)
+        assert (answer.status_code, "only accepts features" in answer.json()["detail"]) == (
+            422,
+            True,
+        )
     assert "only features are accepted" in caplog.text
     assert answers.tell() == 0
     assert not (tmp_path / "model" / "ran").exists()
@@ -1192,7 +1444,9 @@ def test_the_server_and_the_encoder_compute_the_same_features(both, lit_mini, tm
     np.testing.assert_allclose([one["feature"] for one in found], expected, atol=2e-6)
 
 
-def test_a_command_names_the_common_folder_of_the_photos_unless_it_contains_the_index(tmp_path, monkeypatch):
+def test_a_command_names_the_common_folder_of_the_photos_unless_it_contains_the_index(
+    tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     paths = ["my photos/a/1.png", "my photos/b/2.png", "ix-shots/a/3.png", "gone/4.png"]
     for path in paths[:3]:
@@ -1200,6 +1454,12 @@ def test_a_command_names_the_common_folder_of_the_photos_unless_it_contains_the_
     command = functools.partial(photos_module.command, "sort")
     assert command("ix", paths[:2]) == f"retrieval-tip sort {tmp_path}/ix '{tmp_path}/my photos'"
     every = f"{tmp_path}/ix-shots/a '{tmp_path}/my photos/a' '{tmp_path}/my photos/b'"
-    assert command("ix", paths, "--into", "fixed") == f"retrieval-tip sort {tmp_path}/ix {every} --into fixed"
-    assert command("s3://bucket/ix", paths[:1]) == f"retrieval-tip sort s3://bucket/ix '{tmp_path}/my photos/a'"
+    assert (
+        command("ix", paths, "--into", "fixed")
+        == f"retrieval-tip sort {tmp_path}/ix {every} --into fixed"
+    )
+    assert (
+        command("s3://bucket/ix", paths[:1])
+        == f"retrieval-tip sort s3://bucket/ix '{tmp_path}/my photos/a'"
+    )
     assert command("ix", ["gone/4.png", "https://example.org/5.png"]) is None

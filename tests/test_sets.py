@@ -57,11 +57,14 @@ def queries(tmp_path):
 
 
 @given(
-    st.lists(st.floats(0.001, 0.999), min_size=1, max_size=60, unique=True), st.sampled_from([0.5, 0.8, 0.9, 0.95, 1.0])
+    st.lists(st.floats(0.001, 0.999), min_size=1, max_size=60, unique=True),
+    st.sampled_from([0.5, 0.8, 0.9, 0.95, 1.0]),
 )
 def test_the_threshold_is_the_conformal_quantile(own, coverage):
     m = len(own)
-    sets = Scores(np.array([[p, 1 / m, 0] for p in own]), Settings()).sets(coverage, np.array([False]))
+    sets = Scores(np.array([[p, 1 / m, 0] for p in own]), Settings()).sets(
+        coverage, np.array([False])
+    )
     if m * (1 - coverage) < 1 - 1e-9:
         assert sets.least == 0
     else:
@@ -77,15 +80,21 @@ def test_a_fit_keeps_the_held_out_probability_of_each_photo(text):
     expected = []
     for fold, held in enumerate(folds.held):
         if held.of == "shots":
-            metric, values = folds.fitted(Form.of(index.fitted, index.settings.beta), held.rows, fold)
+            metric, values = folds.fitted(
+                Form.of(index.fitted, index.settings.beta), held.rows, fold
+            )
             other = index.take(held.rows.numpy())
             other = other.with_fit(metric, values, index.fitted)
             chances = tip.probabilities(other.logits(held.features), index.settings.temperature)
-            expected += zip(chances[range(len(held.ids)), held.ids].tolist(), held.ids.tolist(), strict=True)
+            expected += zip(
+                chances[range(len(held.ids)), held.ids].tolist(), held.ids.tolist(), strict=True
+            )
     own, weights, ids = index.scores.rows.T
     np.testing.assert_allclose(sorted(zip(own, ids, strict=True)), sorted(expected), atol=1e-4)
     assert len(own) == len(labels)
-    assert weights.sum() == pytest.approx(1) if text else 0.8 < weights.sum() < 1  # text does not grow with the shots
+    assert (
+        weights.sum() == pytest.approx(1) if text else 0.8 < weights.sum() < 1
+    )  # text does not grow with the shots
 
 
 @pytest.mark.parametrize("coverage", [0.8, 0.95])
@@ -103,11 +112,17 @@ def test_every_door_gives_the_sets_of_the_definition(run, index, queries, covera
     assert "    set: " in run("classify", index, queries, "--coverage", coverage).stdout
     assert [one.set for one in opened.classify(features, coverage=coverage)] == expected
     with TestClient(app_of(index)) as client:
-        answer = client.post(f"/v1/classify?coverage={coverage}", json={"features": features.tolist()}).json()
+        answer = client.post(
+            f"/v1/classify?coverage={coverage}", json={"features": features.tolist()}
+        ).json()
     assert [row["set"] for row in answer["results"]] == expected
     report = json.loads(run("evaluate", index, queries, "--coverage", coverage, "--json").stdout)
-    assert report["set_size"] == pytest.approx(np.mean([len(one) for one in expected if one is not None]))
-    covered = np.mean([label in one for label, one in zip(labels, expected, strict=True) if one is not None])
+    assert report["set_size"] == pytest.approx(
+        np.mean([len(one) for one in expected if one is not None])
+    )
+    covered = np.mean(
+        [label in one for label, one in zip(labels, expected, strict=True) if one is not None]
+    )
     assert report["set_coverage"] == pytest.approx(covered)
     assert covered == pytest.approx(coverage, abs=0.08)
 
@@ -126,7 +141,10 @@ def test_csv_separates_the_classes_of_a_set_by_a_bar_that_names_may_contain(run,
 
     expected = [json.loads(line) for line in rows("json").splitlines()]
     found = [row["set"] for row in csv.DictReader(io.StringIO(rows("csv")))]
-    sets = [[re.sub(r"\\(.)", r"\1", name) for name in re.findall(r"(?:\\.|[^|\\])+", text)] for text in found]
+    sets = [
+        [re.sub(r"\\(.)", r"\1", name) for name in re.findall(r"(?:\\.|[^|\\])+", text)]
+        for text in found
+    ]
     assert sets == [row["set"] or [] for row in expected]
     assert max(map(len, sets)) > 2
     assert {name for one in sets for name in one} == set(names)
@@ -134,7 +152,13 @@ def test_csv_separates_the_classes_of_a_set_by_a_bar_that_names_may_contain(run,
 
 
 def test_options_that_change_the_answers_exclude_sets(run, index, queries):
-    for options in (["--abstain", 0.5], ["--at-least", 0.9], ["--alpha", 2], ["--where", "key_id > 2"], ["-k", 3]):
+    for options in (
+        ["--abstain", 0.5],
+        ["--at-least", 0.9],
+        ["--alpha", 2],
+        ["--where", "key_id > 2"],
+        ["-k", 3],
+    ):
         for command in ("classify", "evaluate"):
             refused = run(command, index, queries, "--coverage", 0.9, *options)
             assert (refused.exit_code, refused.stdout) == (2, ""), options
@@ -144,20 +168,36 @@ def test_options_that_change_the_answers_exclude_sets(run, index, queries):
         Index.load(index).classify(photos(1, 1)[0], coverage=0.9, without=[3])
     with TestClient(app_of(index)) as client:
         for asked in ("coverage=0.9&alpha=3", "coverage=0.9&at_least=0.9", "coverage=2"):
-            assert client.post(f"/v1/classify?{asked}", json={"features": [[1.0] + [0.0] * 11]}).status_code == 422
+            assert (
+                client.post(
+                    f"/v1/classify?{asked}", json={"features": [[1.0] + [0.0] * 11]}
+                ).status_code
+                == 422
+            )
 
 
 def test_with_few_photos_every_set_has_all_classes(run, tmp_path, queries):
     for each, coverage, held in ((3, 0.95, 15), (1, 0.5, 0)):
         few = write_table(tmp_path / "few.parquet", *photos(0, each))
         assert run("index", "build", few, "--out", tmp_path / "few").exit_code == 0
-        done = run("classify", tmp_path / "few", queries, "--coverage", coverage, "--format", "json")
-        assert {len(one) for line in done.stdout.splitlines() if (one := json.loads(line)["set"]) is not None} == {5}
+        done = run(
+            "classify", tmp_path / "few", queries, "--coverage", coverage, "--format", "json"
+        )
+        assert {
+            len(one)
+            for line in done.stdout.splitlines()
+            if (one := json.loads(line)["set"]) is not None
+        } == {5}
         assert f"{held} held-out photos do not suffice" in done.stderr
         if each > 1:
             done = run("classify", tmp_path / "few", queries, "--coverage", 0.9, "--format", "json")
             assert (
-                min(len(one) for line in done.stdout.splitlines() if (one := json.loads(line)["set"]) is not None) < 5
+                min(
+                    len(one)
+                    for line in done.stdout.splitlines()
+                    if (one := json.loads(line)["set"]) is not None
+                )
+                < 5
             )
 
 
@@ -170,9 +210,9 @@ def test_an_untested_class_is_in_every_set_unless_its_name_ranks_it(text):
     matched = [one for one in index.classify(photos(1, 20)[0], coverage=0.8) if not one.no_match]
     assert all("eel" in one.set for one in matched) != text
     cautions = list(index.sets(Ask(coverage=0.8)).cautions(names))
-    assert ["1 class has no photo that could be held out" in line and "eel" in line for line in cautions] == [True][
-        text:
-    ]
+    assert [
+        "1 class has no photo that could be held out" in line and "eel" in line for line in cautions
+    ] == [True][text:]
 
 
 def test_only_photos_that_were_drawn_at_random_count_in_label(tmp_path):
@@ -198,12 +238,24 @@ def change(place, how, tmp_path):
         changes.configure(place, **how)
 
 
-STALE = ["add", "class", "remove", "relabel", "merge", {"temperature": 3.0}, {"alpha": 0.5}, {"k": 5}]
+STALE = [
+    "add",
+    "class",
+    "remove",
+    "relabel",
+    "merge",
+    {"temperature": 3.0},
+    {"alpha": 0.5},
+    {"k": 5},
+]
 
 
 @pytest.mark.parametrize("kind", ["folder", "lance"])
 def test_sets_need_another_fit_after_a_change(tmp_path, kind):
-    place, copy = made(tmp_path, kind), made(tmp_path, "lance" if kind == "folder" else "folder", "copy")
+    place, copy = (
+        made(tmp_path, kind),
+        made(tmp_path, "lance" if kind == "folder" else "folder", "copy"),
+    )
     build_index(source(tmp_path / "t.parquet", *photos(0, 12)), place, Reader(), device="cpu")
     features = photos(1, 10)[0]
 
@@ -220,14 +272,20 @@ def test_sets_need_another_fit_after_a_change(tmp_path, kind):
         changes.rollback(place, 1)
         assert sets() == first
     changes.rename(place, "ant", "formica")
-    assert [own and ["ant" if name == "formica" else name for name in own] for own in sets()] == first
+    assert [
+        own and ["ant" if name == "formica" else name for name in own] for own in sets()
+    ] == first
     changes.clone(place, copy)
     opened = pickle.loads(pickle.dumps(at(place).load(device="cpu")))
     assert sets() == sets(copy) == [one.set for one in opened.classify(features, coverage=0.9)]
     change(place, "relabel", tmp_path)
     fit_index(place)
     assert len(sets()) == len(first)
-    changes.add(place, source(tmp_path / "more.parquet", *photos(5, 4), [f"new {i}" for i in range(20)]), Reader())
+    changes.add(
+        place,
+        source(tmp_path / "more.parquet", *photos(5, 4), [f"new {i}" for i in range(20)]),
+        Reader(),
+    )
     assert at(place).manifest().files["scores"].rows == 80  # so many new photos fit the index again
     changes.configure(place, beta=2.0)  # also fits again
     assert len(sets()) == len(first)

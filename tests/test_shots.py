@@ -26,19 +26,29 @@ DATASETS = {
 
 @cache
 def split_labels(path):
-    return {part: [label for _, label, _ in items] for part, items in json.loads(path.read_bytes()).items()}
+    return {
+        part: [label for _, label, _ in items]
+        for part, items in json.loads(path.read_bytes()).items()
+    }
 
 
 @needs_real
 @pytest.mark.parametrize("shots", [1, 16])
 def test_published_draws_are_reproduced(shared, shots):
     splits = shared / "data" / "splits"
-    assert len([*(splits / "indices").glob("*.json")]) == 2 * len(DATASETS)  # every published draw is compared
+    assert len([*(splits / "indices").glob("*.json")]) == 2 * len(
+        DATASETS
+    )  # every published draw is compared
     for dataset, name in DATASETS.items():
         labels = split_labels(splits / f"split_zhou_{name}.json")
-        published = json.loads((splits / "indices" / f"{dataset}_shots{shots}_seed1.json").read_bytes())
+        published = json.loads(
+            (splits / "indices" / f"{dataset}_shots{shots}_seed1.json").read_bytes()
+        )
         generator = random.Random(1)  # the draw of validation images continues with it
-        train, val = few_shot(labels["train"], shots, generator), few_shot(labels["val"], min(shots, 4), generator)
+        train, val = (
+            few_shot(labels["train"], shots, generator),
+            few_shot(labels["val"], min(shots, 4), generator),
+        )
         assert (train, val) == (published["train"], published["val"]), dataset
         assert few_shot(labels["train"], shots, seed=1) == published["train"]
         classes = len(set(labels["train"]))
@@ -47,8 +57,13 @@ def test_published_draws_are_reproduced(shared, shots):
 
 def by_rule(labels, shots, generator):
     """Draw from each class in order of first appearance, with replacement if the class has too few items."""
-    groups = [[i for i, own in enumerate(labels) if own == label] for label in dict.fromkeys(labels)]
-    draws = (generator.sample(g, shots) if len(g) >= shots else generator.choices(g, k=shots) for g in groups)
+    groups = [
+        [i for i, own in enumerate(labels) if own == label] for label in dict.fromkeys(labels)
+    ]
+    draws = (
+        generator.sample(g, shots) if len(g) >= shots else generator.choices(g, k=shots)
+        for g in groups
+    )
     return list(chain.from_iterable(draws))
 
 

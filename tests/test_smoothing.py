@@ -24,7 +24,9 @@ NAMES = ["ant", "bee", "cat", "dog", "eel"]
 def photos(number, seed, noise=0.5):
     """Return features of classes that overlap, and their labels."""
     ids = np.arange(number) % 5
-    return unit(np.eye(12)[ids] + noise * np.random.default_rng(seed).normal(size=(number, 12))), ids
+    return unit(
+        np.eye(12)[ids] + noise * np.random.default_rng(seed).normal(size=(number, 12))
+    ), ids
 
 
 def fitted(features, ids):
@@ -43,13 +45,18 @@ def chances(index, features):
 
 
 def smoothed(index, features):
-    return torch.cat([block.mixed for block in smooth(index, [FeatureBlock.of(features)]).blocks]).numpy()
+    return torch.cat(
+        [block.mixed for block in smooth(index, [FeatureBlock.of(features)]).blocks]
+    ).numpy()
 
 
 def alone_and_given(index, features, folder):
     """Return the probabilities of photos alone, and those that similar photos of a folder give, photo by photo."""
     answers = chances(index, folder)
-    points, others = (index.retrieval.keys.phi(torch.from_numpy(one)).double().numpy() for one in (features, folder))
+    points, others = (
+        index.retrieval.keys.phi(torch.from_numpy(one)).double().numpy()
+        for one in (features, folder)
+    )
     given = []
     for point in points:
         cosines = others @ point
@@ -67,13 +74,20 @@ def test_answers_follow_the_formula_and_held_out_photos_choose_the_weight(index)
         held[:, part] = alone_and_given(others, index.keys[part], folder)
     weights, ids = np.arange(15) / 20, index.class_ids.numpy()
     own, given = held[:, np.arange(20), ids, None]
-    scores = np.log((1 - weights) * own + weights * given + 1e-3).sum(0) - (weights - 0.6 / np.sqrt(4)) ** 2 / 0.02
+    scores = (
+        np.log((1 - weights) * own + weights * given + 1e-3).sum(0)
+        - (weights - 0.6 / np.sqrt(4)) ** 2 / 0.02
+    )
     weight = weights[scores.argmax()]
     assert weight > 0
     alone, others = alone_and_given(index, folder, folder)
     expected = (1 - weight) * alone + weight * others
-    np.testing.assert_allclose(torch.cat([block.mixed for block in found.blocks]), expected, atol=1e-5)
-    np.testing.assert_allclose(found.held.pred_probs, (1 - weight) * held[0] + weight * held[1], atol=1e-5)
+    np.testing.assert_allclose(
+        torch.cat([block.mixed for block in found.blocks]), expected, atol=1e-5
+    )
+    np.testing.assert_allclose(
+        found.held.pred_probs, (1 - weight) * held[0] + weight * held[1], atol=1e-5
+    )
     changed = (alone.argmax(1) != expected.argmax(1)).sum()
     assert found.words == (
         f"Similar photos count {100 * weight:.0f} %, chosen on 20 held-out photos; they changed {changed} of 60 answers"
@@ -93,11 +107,14 @@ def test_misleading_photos_get_no_weight_and_copies_change_nothing(index):
 def test_similar_photos_of_food_help(shared):
     features, labels = read_features(shared / "data/clip-food9/test.parquet")
     one = food_index(shared, 1)
-    index = Index.from_features(np.array(one.keys), one.labels["label"].to_pylist(), one.class_names, device="cpu")
+    index = Index.from_features(
+        np.array(one.keys), one.labels["label"].to_pylist(), one.class_names, device="cpu"
+    )
     index, _ = closed_form.fit(index)
     names = np.array(index.class_names)
     alone, mixed = (
-        (names[p.argmax(1)] == labels).mean() for p in (chances(index, features), smoothed(index, features))
+        (names[p.argmax(1)] == labels).mean()
+        for p in (chances(index, features), smoothed(index, features))
     )
     assert mixed > alone + 0.02
 
@@ -116,33 +133,52 @@ def asked(index, tmp_path):
 def test_commands_explain_smoothed_answers(index, asked, tmp_path, run):
     folder, _ = photos(60, 1)
     plain, done = json_rows(run(*asked)), run(*asked, "--top", 5, "--smooth", "--explain")
-    found, rows, alone = smooth(index, [FeatureBlock.of(folder)]), json_rows(done), {row["input"]: row for row in plain}
+    found, rows, alone = (
+        smooth(index, [FeatureBlock.of(folder)]),
+        json_rows(done),
+        {row["input"]: row for row in plain},
+    )
     assert f"{found.words}\n" in done.stderr
     for row, mixed in zip(rows, smoothed(index, folder), strict=True):
         assert row["similar"][0]["input"] == row["input"]
-        assert [one["label"] for one in row["similar"]] == [alone[one["input"]]["label"] for one in row["similar"]]
-        assert sum(one["gives"] for one in row["similar"]) == pytest.approx(row["probability"], abs=1e-5)
-        assert [mixed[NAMES.index(label)] for label in row["labels"]] == pytest.approx(row["probabilities"], abs=1e-5)
-        assert (row["label"], row["no_match"]) == (NAMES[mixed.argmax()], alone[row["input"]]["no_match"])
+        assert [one["label"] for one in row["similar"]] == [
+            alone[one["input"]]["label"] for one in row["similar"]
+        ]
+        assert sum(one["gives"] for one in row["similar"]) == pytest.approx(
+            row["probability"], abs=1e-5
+        )
+        assert [mixed[NAMES.index(label)] for label in row["labels"]] == pytest.approx(
+            row["probabilities"], abs=1e-5
+        )
+        assert (row["label"], row["no_match"]) == (
+            NAMES[mixed.argmax()],
+            alone[row["input"]]["no_match"],
+        )
     assert [row["label"] for row in rows] != [row["label"] for row in plain]
     held_back = json_rows(run(*asked, "--smooth", "--abstain", 0.6))
     assert [row["label"] is None for row in held_back] == [row["probability"] < 0.6 for row in rows]
     out = ("--into", tmp_path / "out", "--dry-run", "--smooth", "--at-most-wrong", "40%")
     planned = run("sort", *asked[1:3], *out)
     assert f"{threshold_of(found.held, 0.4)}\n" in planned.stderr
-    assert [row["label"] for row in csv.DictReader(planned.stdout.splitlines())] == [row["label"] for row in rows]
+    assert [row["label"] for row in csv.DictReader(planned.stdout.splitlines())] == [
+        row["label"] for row in rows
+    ]
     for more in (["--logits"], ["--coverage", "0.9"], ["--group-no-match"], ["--burst", 10]):
         assert run(*asked, "--smooth", *more).exit_code == 2
 
 
 def test_the_narrowest_group_has_its_smoothed_probability(index, asked, tmp_path, run):
-    (tmp_path / "groups.csv").write_text("species,family\nant,insect\nbee,insect\ncat,mammal\ndog,mammal\neel,fish\n")
+    (tmp_path / "groups.csv").write_text(
+        "species,family\nant,insect\nbee,insect\ncat,mammal\ndog,mammal\neel,fish\n"
+    )
     assert run("index", "set", asked[1], "--groups", tmp_path / "groups.csv").exit_code == 0
     rows = json_rows(run(*asked, "--smooth", "--at-least", 0.8))
     for row, p in zip(rows, smoothed(index, photos(60, 1)[0]), strict=True):
         families = {"insect": p[0] + p[1], "mammal": p[2] + p[3], "fish": p[4]}
         best = max(families, key=families.get)
-        expected = (best, "family", families[best]) if families[best] >= 0.8 else (None, None, p.max())
+        expected = (
+            (best, "family", families[best]) if families[best] >= 0.8 else (None, None, p.max())
+        )
         expected = (NAMES[p.argmax()], "species", p.max()) if p.max() >= 0.8 else expected
         assert (row["label"], row["level"], pytest.approx(row["probability"], abs=1e-5)) == expected
     assert {row["level"] for row in rows} == {"species", "family", None}

@@ -32,7 +32,13 @@ from retrieval_tip.evaluation.held_out import held_out_probabilities, threshold_
 from retrieval_tip.files import locked_folder
 from retrieval_tip.fit import closed_form
 from retrieval_tip.fit.forms import FORMS
-from retrieval_tip.labelling.placing import MANIFEST, Placed, read_manifest, safe_name, write_manifest
+from retrieval_tip.labelling.placing import (
+    MANIFEST,
+    Placed,
+    read_manifest,
+    safe_name,
+    write_manifest,
+)
 from retrieval_tip.labelling.sort import class_folder, sort_photos, undo_sort
 
 CLASSES = ["../up", "no match", "c"]
@@ -57,12 +63,16 @@ class Decoder(Reader):
                     self._skip(source.sources[position], str(error))
             if found:
                 positions, features, digests = zip(*found, strict=True)
-                yield FeatureBlock(np.array(positions), np.stack(features).astype(np.float32), list(digests))
+                yield FeatureBlock(
+                    np.array(positions), np.stack(features).astype(np.float32), list(digests)
+                )
 
 
 def make_index():
     ids = np.arange(60) % 3
-    cache = Index.from_features(unit(4 * np.eye(16)[ids] + unit_rows(60, 16)), ids, CLASSES, device="cpu")
+    cache = Index.from_features(
+        unit(4 * np.eye(16)[ids] + unit_rows(60, 16)), ids, CLASSES, device="cpu"
+    )
     cache, _ = closed_form.fit(cache, forms=FORMS[:1])
     cache.settings = replace(cache.settings, least_cache=0.3)
     return cache
@@ -97,7 +107,9 @@ def index():
 
 def test_at_most_wrong_chooses_the_lowest_probability_that_holds_on_held_out_photos(tmp_path, run):
     ids = np.arange(90) % 3
-    noisy = Index.from_features(unit(1.5 * np.eye(16)[ids] + unit_rows(90, 16)), ids, CLASSES, device="cpu")
+    noisy = Index.from_features(
+        unit(1.5 * np.eye(16)[ids] + unit_rows(90, 16)), ids, CLASSES, device="cpu"
+    )
     noisy, _ = closed_form.fit(noisy)
     held = held_out_probabilities(noisy)
     sure = held.pred_probs.max(1)
@@ -107,7 +119,9 @@ def test_at_most_wrong_chooses_the_lowest_probability_that_holds_on_held_out_pho
         assert found.probability == min(p for p, share in shares.items() if share <= most)
         assert (found.kept, found.n) == ((sure >= found.probability).sum(), 90)
         assert found.wrong == shares[found.probability] <= found.highest
-    worst = replace(noisy, settings=noisy.settings.override(alpha=0.0))  # all answers are the first class
+    worst = replace(
+        noisy, settings=noisy.settings.override(alpha=0.0)
+    )  # all answers are the first class
     with pytest.raises(InputError, match="label more"):
         threshold_of(held_out_probabilities(worst), 0.1)
     write_table(tmp_path / "new.parquet", unit_rows(20, 16, 5), ids=[f"{i}.jpg" for i in range(20)])
@@ -118,16 +132,22 @@ def test_at_most_wrong_chooses_the_lowest_probability_that_holds_on_held_out_pho
     assert f"{least}\n" in chosen.stderr
     of = f"Of 90 examples, each classified by the others, {least.kept} reach the limit of "
     assert (
-        f"{of}{100 * least.probability:.0f} %, {round(least.wrong * least.kept)} of these wrong. If " in chosen.stderr
+        f"{of}{100 * least.probability:.0f} %, {round(least.wrong * least.kept)} of these wrong. If "
+        in chosen.stderr
     )
     with pytest.raises(UsageError, match="no min_probability"):
         sort_photos(noisy, [], Reader(), tmp_path, min_probability=0.5, at_most_wrong=0.1)
 
 
 PHOTOS = {
-    "a/x.jpg": "0 first", "b/x.jpg": "0 second", "c/x.jpg": "0 first", "a/y.jpg": "1", "a/z.jpg": "2",
-    "b/odd\udcff\n.jpg": "9 odd", "b/unsure.jpg": "?",
-}  # fmt: skip
+    "a/x.jpg": "0 first",
+    "b/x.jpg": "0 second",
+    "c/x.jpg": "0 first",
+    "a/y.jpg": "1",
+    "a/z.jpg": "2",
+    "b/odd\udcff\n.jpg": "9 odd",
+    "b/unsure.jpg": "?",
+}
 
 
 @pytest.fixture
@@ -148,14 +168,20 @@ def files(folder, hidden=False):
     return {
         str(path.relative_to(folder)): path.read_text(errors="surrogateescape")
         for path in every
-        if not path.is_symlink() and path.name != MANIFEST and (hidden or not path.name.startswith("."))
+        if not path.is_symlink()
+        and path.name != MANIFEST
+        and (hidden or not path.name.startswith("."))
     }
 
 
 SORTED = {
-    f"{FOLDERS[0]}/x.jpg": "0 first", f"{FOLDERS[0]}/x-2.jpg": "0 second", f"{FOLDERS[1]}/y.jpg": "1", "c/z.jpg": "2",
-    "no match/odd\udcff%0A.jpg": "9 odd", "not sure/unsure.jpg": "?",
-}  # fmt: skip
+    f"{FOLDERS[0]}/x.jpg": "0 first",
+    f"{FOLDERS[0]}/x-2.jpg": "0 second",
+    f"{FOLDERS[1]}/y.jpg": "1",
+    "c/z.jpg": "2",
+    "no match/odd\udcff%0A.jpg": "9 odd",
+    "not sure/unsure.jpg": "?",
+}
 
 
 @pytest.mark.parametrize("action", ["copy", "move", "link"])
@@ -193,7 +219,10 @@ def test_undo_restores_and_counts_only_unchanged_photos(index, inbox, tmp_path):
     (out / "not sure" / "unsure.jpg").unlink()
     result = undo_sort(out)
     assert (result.done, str(result)) == (2, "undid the sorting of 2 photos (1 no match)")
-    for left in ([one.source for one in result.skipped], [row.output for row in read_manifest(out)]):
+    for left in (
+        [one.source for one in result.skipped],
+        [row.output for row in read_manifest(out)],
+    ):
         assert {path.rpartition("/")[2] for path in left} == {"y.jpg", "x-2.jpg", "unsure.jpg"}
     assert files(out) == {f"{FOLDERS[1]}/y.jpg": "edited", f"{FOLDERS[0]}/x-2.jpg": "0 second"}
     assert files(inbox)["b/x.jpg"] == "another photo"
@@ -207,7 +236,9 @@ def test_paths_with_any_characters_can_be_sorted_again_and_undone(index, tmp_pat
     for name, text in photos.items():
         (inbox / name).write_text(text)
     sort(index, inbox, out, action="move")
-    assert {row.input for row in read_manifest(out)} == {str(inbox / name) for name in names if name.endswith("jpg")}
+    assert {row.input for row in read_manifest(out)} == {
+        str(inbox / name) for name in names if name.endswith("jpg")
+    }
     assert sort(index, inbox / "g\r,\n", out).done == 1
     assert (undo_sort(out).skipped, files(inbox)) == ([], photos)
 
@@ -220,7 +251,9 @@ def test_sorting_links_or_into_the_same_folder_loses_nothing(index, inbox, tmp_p
     assert not (inbox / "link.jpg").is_symlink()
     assert files(inbox) == PHOTOS
     for _ in range(2):
-        sort(index, inbox, tmp_path / "same", action="move")  # the output folder is the input folder
+        sort(
+            index, inbox, tmp_path / "same", action="move"
+        )  # the output folder is the input folder
         assert Counter(files(inbox).values()) == Counter(PHOTOS.values())
     for name in SORTED:
         assert files(inbox)[name] == SORTED[name]
@@ -251,7 +284,9 @@ def test_a_class_folder_that_is_a_link_is_refused(index, inbox, tmp_path):
     (out / "c").unlink()
     home.rename(out / "c")
     assert undo_sort(out).skipped == []
-    assert files(tmp_path) == {f"inbox/{name}": text for name, text in PHOTOS.items()} | {"out/c/empty.jpg": ""}
+    assert files(tmp_path) == {f"inbox/{name}": text for name, text in PHOTOS.items()} | {
+        "out/c/empty.jpg": ""
+    }
 
 
 OPERATIONS = st.lists(
@@ -307,7 +342,9 @@ def process(tmp_path_factory, warm_path):
 
 @killing.needs_fork
 @pytest.mark.parametrize("action", ["copy", "move", "link", "undo"])
-def test_a_run_killed_at_any_step_loses_nothing_and_the_next_one_completes_it(process, index, tmp_path, action):
+def test_a_run_killed_at_any_step_loses_nothing_and_the_next_one_completes_it(
+    process, index, tmp_path, action
+):
     def start(name):
         inbox, out = make_inbox(tmp_path / name / "inbox"), tmp_path / name / "out"
         if action == "undo":
@@ -341,8 +378,12 @@ def test_a_run_killed_at_any_step_loses_nothing_and_the_next_one_completes_it(pr
 
 @killing.needs_fork
 @pytest.mark.parametrize("action", ["copy", "undo"])
-def test_the_next_run_removes_the_hidden_copy_of_a_killed_one(process, index, inbox, tmp_path, request, action):
-    out = tmp_path / "out" if action == "copy" else request.getfixturevalue("small_disk")(256) / "out"
+def test_the_next_run_removes_the_hidden_copy_of_a_killed_one(
+    process, index, inbox, tmp_path, request, action
+):
+    out = (
+        tmp_path / "out" if action == "copy" else request.getfixturevalue("small_disk")(256) / "out"
+    )
 
     def start(step):
         if action == "undo":  # restoring photos from another disk copies them
@@ -358,7 +399,9 @@ def test_the_next_run_removes_the_hidden_copy_of_a_killed_one(process, index, in
     assert [*tmp_path.rglob(".*.tmp")] == []
 
 
-def test_a_full_disk_leaves_only_complete_photos_and_the_next_run_continues(index, inbox, tmp_path, monkeypatch):
+def test_a_full_disk_leaves_only_complete_photos_and_the_next_run_continues(
+    index, inbox, tmp_path, monkeypatch
+):
     disk = killing.FullDisk(monkeypatch)
     sort(index, inbox, tmp_path / "whole")
     for stop in few(range(1, disk.calls + 1), 8):
@@ -402,9 +445,18 @@ def test_folder_names_are_safe_and_distinct(one, other):
 
 @pytest.mark.parametrize(
     ("name", "safe"),
-    [("..", "%2E%2E"), ("a/b", "a%2Fb"), ("a%2Fb", "a%252Fb"), ("100%", "100%"), ("con", "%63on"), ("NUL.x", "%4EUL.x"),
-     ("", "%00"), ("Äpfel 1.5", "Äpfel 1.5"), ("x. ", "x.%20")],
-)  # fmt: skip
+    [
+        ("..", "%2E%2E"),
+        ("a/b", "a%2Fb"),
+        ("a%2Fb", "a%252Fb"),
+        ("100%", "100%"),
+        ("con", "%63on"),
+        ("NUL.x", "%4EUL.x"),
+        ("", "%00"),
+        ("Äpfel 1.5", "Äpfel 1.5"),
+        ("x. ", "x.%20"),
+    ],
+)
 def test_unsafe_names_are_escaped(name, safe):
     assert safe_name(name) == safe
 
@@ -430,7 +482,10 @@ def test_a_damaged_manifest_is_refused(index, inbox, tmp_path):
 
 def test_a_locked_folder_a_file_and_an_unknown_action_are_refused(index, inbox, tmp_path):
     (tmp_path / "out").mkdir()
-    with locked_folder(tmp_path / "out", alone=True, wait=0), pytest.raises(InputError, match="another process"):
+    with (
+        locked_folder(tmp_path / "out", alone=True, wait=0),
+        pytest.raises(InputError, match="another process"),
+    ):
         sort(index, inbox, tmp_path / "out")
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="file"):
@@ -449,15 +504,23 @@ def test_the_command_sorts_real_photos(shared, things, run, tmp_path):
     shown = run("sort", things, inbox, "--into", out, "--dry-run")
     assert (shown.exit_code, out.exists()) == (3, False)
     done = run("sort", things, inbox, "--into", out, "--move")
-    assert (done.exit_code, "moved 6 photos" in done.stdout, "broken.jpg" in done.stderr) == (3, True, True)
+    assert (done.exit_code, "moved 6 photos" in done.stdout, "broken.jpg" in done.stderr) == (
+        3,
+        True,
+        True,
+    )
     rows = list(csv.DictReader((out / MANIFEST).read_text().splitlines()))
-    assert [{**row, "action": "copy"} for row in rows] == list(csv.DictReader(shown.stdout.splitlines()))
+    assert [{**row, "action": "copy"} for row in rows] == list(
+        csv.DictReader(shown.stdout.splitlines())
+    )
     assert [path.name for path in inbox.iterdir()] == ["broken.jpg"]
     found = json_rows(run("classify", things, out, "--format", "json"))
     answers = {Path(row["input"]).name: row["label"] for row in found}
     for row in rows:
         assert row["label"] == answers[Path(row["output"]).name]
-        assert row["output"].split("/")[0] == (row["label"] if float(row["probability"]) >= 0.5 else "not sure")
+        assert row["output"].split("/")[0] == (
+            row["label"] if float(row["probability"]) >= 0.5 else "not sure"
+        )
     done = run("sort", "--undo", "--into", out)
     assert (done.exit_code, "undid the sorting of 6 photos" in done.stdout) == (0, True)
     assert {path.name: path.read_bytes() for path in inbox.iterdir()} == before
@@ -498,7 +561,10 @@ def test_photos_that_cannot_be_moved_or_restored_are_skipped(shared, things, run
         assert (done.exit_code, "of 1 photo" in done.stdout) == (3, True), done.output
         assert f"cannot be restored: {inbox / '1' / 'x.jpg'}: " in done.stderr
     assert run("sort", "--undo", "--into", out).exit_code == 0
-    assert ({path: path.read_bytes() for path in inbox.glob("*/*")}, [*out.iterdir()]) == (photos, [])
+    assert ({path: path.read_bytes() for path in inbox.glob("*/*")}, [*out.iterdir()]) == (
+        photos,
+        [],
+    )
 
 
 def test_photos_on_a_read_only_disk_are_skipped_and_not_copied(index, tmp_path, small_disk):
@@ -506,7 +572,12 @@ def test_photos_on_a_read_only_disk_are_skipped_and_not_copied(index, tmp_path, 
     make_inbox(disk)
     subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
     result = sort(index, disk, out, action="move")
-    assert (result.done, len(result.skipped), files(disk), files(out, hidden=True)) == (0, 7, PHOTOS, {})
+    assert (result.done, len(result.skipped), files(disk), files(out, hidden=True)) == (
+        0,
+        7,
+        PHOTOS,
+        {},
+    )
 
 
 def test_undo_of_a_manifest_by_somebody_else_creates_nothing_but_photos(run, tmp_path):
@@ -515,18 +586,29 @@ def test_undo_of_a_manifest_by_somebody_else_creates_nothing_but_photos(run, tmp
     (home / "photos").mkdir(parents=True)
     (home / "photos" / "mine.jpg").write_text("my photo")
     rows = []
-    for place, name in enumerate(("photos/x.jpg", "run/evil.desktop", ".bashrc", "photos/mine.jpg")):
+    for place, name in enumerate(
+        ("photos/x.jpg", "run/evil.desktop", ".bashrc", "photos/mine.jpg")
+    ):
         (out / "bird" / f"{place}.jpg").write_text(name)
         rows.append(
             Placed(
-                str(home / name), "bird", 1.0, f"bird/{place}.jpg", "move", hashlib.sha256(name.encode()).hexdigest()
+                str(home / name),
+                "bird",
+                1.0,
+                f"bird/{place}.jpg",
+                "move",
+                hashlib.sha256(name.encode()).hexdigest(),
             )
         )
     write_manifest(out, rows)
     done = run("sort", "--undo", "--into", out)
     assert (done.exit_code, done.stderr.count("is not called like an image")) == (3, 2)
     assert files(home) == {"photos/x.jpg": "photos/x.jpg", "photos/mine.jpg": "my photo"}
-    assert files(out) == {"bird/1.jpg": "run/evil.desktop", "bird/2.jpg": ".bashrc", "bird/3.jpg": "photos/mine.jpg"}
+    assert files(out) == {
+        "bird/1.jpg": "run/evil.desktop",
+        "bird/2.jpg": ".bashrc",
+        "bird/3.jpg": "photos/mine.jpg",
+    }
     write_manifest(out, [replace(rows[0], action="burn")])
     done = run("sort", "--undo", "--into", out)
     assert (done.exit_code, MANIFEST in done.stderr) == (1, True)
@@ -535,16 +617,23 @@ def test_undo_of_a_manifest_by_somebody_else_creates_nothing_but_photos(run, tmp
 @pytest.mark.parametrize(
     "item", ["http://127.0.0.1:9/x.jpg", "home/x.jpg", "/a/b/../../x.jpg", "/a//x.jpg", "/a\0.jpg"]
 )
-def test_undo_only_moves_photos_to_paths_that_sort_could_have_listed(run, tmp_path, monkeypatch, item):
+def test_undo_only_moves_photos_to_paths_that_sort_could_have_listed(
+    run, tmp_path, monkeypatch, item
+):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "out" / "bird").mkdir(parents=True)
     (tmp_path / "out" / "bird" / "1.jpg").write_text("photo")
     write_manifest(
-        tmp_path / "out", [Placed(item, "bird", 1.0, "bird/1.jpg", "move", hashlib.sha256(b"photo").hexdigest())]
+        tmp_path / "out",
+        [Placed(item, "bird", 1.0, "bird/1.jpg", "move", hashlib.sha256(b"photo").hexdigest())],
     )
     before = files(tmp_path)
     done = run("sort", "--undo", "--into", "out")
-    assert (done.exit_code, "was not written by sort" in done.stderr, files(tmp_path)) == (1, True, before)
+    assert (done.exit_code, "was not written by sort" in done.stderr, files(tmp_path)) == (
+        1,
+        True,
+        before,
+    )
 
 
 @pytest.mark.parametrize("original", [None, "", "another photo"])
@@ -572,18 +661,26 @@ def test_a_failed_sort_leaves_nothing(things, run, tmp_path, wrong):
     assert (done.exit_code, sorted(tmp_path.rglob("*"))) == (1, before)
 
 
-def test_photos_from_buckets_and_tables_can_only_be_copied(shared, things, run, tmp_path, monkeypatch):
+def test_photos_from_buckets_and_tables_can_only_be_copied(
+    shared, things, run, tmp_path, monkeypatch
+):
     path = caltech_photos(shared, "test", 1, 1)[0][0]
     buckets.use(monkeypatch, buckets.endpoint())
     photos = f"s3://{buckets.fresh_bucket()}/a.jpg"
     remote.system_of(photos).pipe_file(photos, path.read_bytes())
     cache = Index.load(things, device="cpu")
-    table = write_table(tmp_path / "t.parquet", unit(np.asarray(cache.keys[:2])), ids=[str(path), "gone"])
+    table = write_table(
+        tmp_path / "t.parquet", unit(np.asarray(cache.keys[:2])), ids=[str(path), "gone"]
+    )
     for place, (source, status) in enumerate(((photos, 0), (table, 3))):
         out = tmp_path / str(place)
         for action in ("--move", "--link"):
             done = run("sort", things, source, "--into", out, action)
-            assert (done.exit_code, f"{action[2:]}: " in done.stderr, out.exists()) == (2, True, False)
+            assert (done.exit_code, f"{action[2:]}: " in done.stderr, out.exists()) == (
+                2,
+                True,
+                False,
+            )
         assert run("sort", things, source, "--into", out).exit_code == status
         assert [found.read_bytes() for found in out.glob("*/*.jpg")] == [path.read_bytes()]
         assert run("sort", "--undo", "--into", out).exit_code == 0

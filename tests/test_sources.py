@@ -39,7 +39,9 @@ def parquet(path, columns):
 
 
 def features(rows):
-    return pa.array(np.eye(4, dtype=np.float32)[np.arange(rows) % 4].tolist(), pa.list_(pa.float32(), 4))
+    return pa.array(
+        np.eye(4, dtype=np.float32)[np.arange(rows) % 4].tolist(), pa.list_(pa.float32(), 4)
+    )
 
 
 def relative(source, folder):
@@ -56,8 +58,25 @@ def refused(path, *words, **options):
 
 
 def test_class_folders_are_read_in_name_order(tmp_path):
-    cats = ["cat/B.PNG", "cat/a/10.jpg", "cat/a/2.jpg", "cat/a/z/1.webp", "cat/a.jpeg", "cat/b.png", "cat/c/1.gif"]
-    touch(tmp_path, "dog/2.png", "dog/1.png", *cats[::-1], "Bird/b.webp", "cat/notes.txt", "cat/a/x.eps", "cat/png")
+    cats = [
+        "cat/B.PNG",
+        "cat/a/10.jpg",
+        "cat/a/2.jpg",
+        "cat/a/z/1.webp",
+        "cat/a.jpeg",
+        "cat/b.png",
+        "cat/c/1.gif",
+    ]
+    touch(
+        tmp_path,
+        "dog/2.png",
+        "dog/1.png",
+        *cats[::-1],
+        "Bird/b.webp",
+        "cat/notes.txt",
+        "cat/a/x.eps",
+        "cat/png",
+    )
     touch(tmp_path, ".git/x.png", "cat/.thumbs/x.png", "cat/.hidden.png")
     source = open_source(tmp_path)
     assert source.class_names == ("Bird", "cat", "dog")
@@ -68,7 +87,15 @@ def test_class_folders_are_read_in_name_order(tmp_path):
 
 
 def test_skipped_files_of_a_folder_are_reported(tmp_path, caplog):
-    touch(tmp_path, "cat/a.png", "cat/b.cr2", "cat/deep/c.CR2", "cat/d.mp4", "empty/readme.txt", "stray.png")
+    touch(
+        tmp_path,
+        "cat/a.png",
+        "cat/b.cr2",
+        "cat/deep/c.CR2",
+        "cat/d.mp4",
+        "empty/readme.txt",
+        "stray.png",
+    )
     source = open_source(tmp_path)
     assert source.class_names == ("cat",)
     assert "without images: empty" in caplog.text
@@ -91,7 +118,9 @@ def test_train_val_and_test_folders_are_splits_not_classes(tmp_path, caplog):
 @pytest.mark.parametrize("folders", [("train/a.png", "bus/b.png"), ("train/a.png", "test/b.png")])
 def test_a_class_may_be_called_train(tmp_path, folders):
     touch(tmp_path, *folders)
-    assert set(open_source(tmp_path).class_names) == {folder.partition("/")[0] for folder in folders}
+    assert set(open_source(tmp_path).class_names) == {
+        folder.partition("/")[0] for folder in folders
+    }
 
 
 def test_labels_of_a_hugging_face_folder_are_read_from_its_table(tmp_path):
@@ -123,7 +152,9 @@ def test_heic_photos_are_read_with_an_extra_that_errors_mention(tmp_path):
     assert abs(picture.getpixel((30, 20))[0] - 200) < 6
 
 
-@pytest.mark.parametrize("read", [open_source, open_items, lambda where: list(open_inputs([where]))])
+@pytest.mark.parametrize(
+    "read", [open_source, open_items, lambda where: list(open_inputs([where]))]
+)
 def test_web_addresses_are_not_read(read):
     with pytest.raises(InputError, match=r"https://x\.org/a\.jpg"):
         read("https://x.org/a.jpg")
@@ -151,7 +182,9 @@ def test_broken_and_circular_links_in_a_folder_are_skipped(tmp_path):
     (tmp_path / "linked").symlink_to("cat")
     source = open_source(tmp_path)
     names = ("a.png", "b.png", "loop.png")
-    assert relative(source, tmp_path) == [f"{folder}/{name}" for folder in ("cat", "linked") for name in names]
+    assert relative(source, tmp_path) == [
+        f"{folder}/{name}" for folder in ("cat", "linked") for name in names
+    ]
     assert source.class_names == ("cat", "linked")
 
 
@@ -182,13 +215,19 @@ def test_two_folders_with_the_same_printed_name_are_refused(tmp_path):
 
 
 def test_paths_in_a_table_are_relative_to_its_folder(tmp_path):
-    table = write(tmp_path / "caf\udce9.csv", "path,label\nb/2.png,dog\n/abs/1.png,cat\nc.png,dog\n")
+    table = write(
+        tmp_path / "caf\udce9.csv", "path,label\nb/2.png,dog\n/abs/1.png,cat\nc.png,dog\n"
+    )
     source = open_source(table)
     assert source.name == f"{tmp_path}/caf\\xe9.csv"  # a name that is not UTF-8
     assert source.paths == (str(tmp_path / "b/2.png"), "/abs/1.png", str(tmp_path / "c.png"))
     assert source.labels == ["dog", "cat", "dog"]
     assert source.class_names == ("cat", "dog")
-    assert open_source(table, root="/images").paths == ("/images/b/2.png", "/abs/1.png", "/images/c.png")
+    assert open_source(table, root="/images").paths == (
+        "/images/b/2.png",
+        "/abs/1.png",
+        "/images/c.png",
+    )
 
 
 @pytest.mark.parametrize(
@@ -220,20 +259,27 @@ def test_delimiters_column_names_and_line_endings_are_detected(tmp_path, name, t
 def test_tables_in_the_encodings_of_spreadsheets_are_read(tmp_path, encoding, caplog):
     mark = "\ufeff" if encoding.endswith("be") else ""
     many = 30_000  # more than a block, so that non-ASCII characters come late
-    text = f"{mark}path;label;note\r\n" + "x.png;cat;the same again and again\r\n" * many + "ä/y.png;Löwe;5 €\r\n"
+    text = (
+        f"{mark}path;label;note\r\n"
+        + "x.png;cat;the same again and again\r\n" * many
+        + "ä/y.png;Löwe;5 €\r\n"
+    )
     source = open_source(write(tmp_path / "t.csv", text.encode(encoding)))
     assert source.labels[many - 1 :] == ["cat", "Löwe"]
     assert source.paths[-1] == str(tmp_path / "ä/y.png")
     assert source.items["note"][-1].as_py() == "5 €"
     assert [record.message for record in caplog.records] == (
-        [f"{tmp_path}/t.csv: not UTF-8; reading it as Windows-1252 (if that is wrong, save it as UTF-8)"]
+        [
+            f"{tmp_path}/t.csv: not UTF-8; reading it as Windows-1252 (if that is wrong, save it as UTF-8)"
+        ]
         * (encoding == "cp1252")
     )
 
 
 def test_quoted_fields_may_contain_anything(tmp_path):
     table = write(
-        tmp_path / "t.csv", 'path,label,note\n"a, b.png","the ""best"" cat","two\nlines"\n"new\nline.png",é,\n'
+        tmp_path / "t.csv",
+        'path,label,note\n"a, b.png","the ""best"" cat","two\nlines"\n"new\nline.png",é,\n',
     )
     source = open_source(table)
     assert relative(source, tmp_path) == ["a, b.png", "new\nline.png"]
@@ -244,7 +290,10 @@ def test_quoted_fields_may_contain_anything(tmp_path):
 def test_labels_that_look_like_numbers_or_dates_stay_text(tmp_path):
     """A reader that guesses types would turn these labels into numbers, dates and nulls."""
     labels = ["007", "1e3", "NA", "null", "nan", "True", "2020-01-01", "-", "0x10", "inf", " cat "]
-    table = write(tmp_path / "t.csv", "path,label\n" + "".join(f"{i}.png,{label}\n" for i, label in enumerate(labels)))
+    table = write(
+        tmp_path / "t.csv",
+        "path,label\n" + "".join(f"{i}.png,{label}\n" for i, label in enumerate(labels)),
+    )
     assert open_source(table).labels == labels
 
 
@@ -293,14 +342,24 @@ def test_labels_and_ids_may_have_any_text_or_integer_type(tmp_path, column):
     ],
 )
 def test_labels_and_ids_of_other_types_are_refused(tmp_path, column):
-    refused(parquet(tmp_path / "t.parquet", {"path": ["a", "b"], "label": column}), "'label'", "expected text")
     refused(
-        parquet(tmp_path / "u.parquet", {"id": column, "label": ["a", "b"], "feature": features(2)}), "'id'", "expected"
+        parquet(tmp_path / "t.parquet", {"path": ["a", "b"], "label": column}),
+        "'label'",
+        "expected text",
+    )
+    refused(
+        parquet(
+            tmp_path / "u.parquet", {"id": column, "label": ["a", "b"], "feature": features(2)}
+        ),
+        "'id'",
+        "expected",
     )
 
 
 def test_a_null_label_column_counts_as_no_labels(tmp_path):
-    table = parquet(tmp_path / "t.parquet", {"id": ["a", "b"], "label": pa.nulls(2), "feature": features(2)})
+    table = parquet(
+        tmp_path / "t.parquet", {"id": ["a", "b"], "label": pa.nulls(2), "feature": features(2)}
+    )
     source = open_items(table)
     assert len(source) == 2
     assert source.class_names == ()
@@ -309,7 +368,9 @@ def test_a_null_label_column_counts_as_no_labels(tmp_path):
 
 @pytest.mark.parametrize("column", ["embedding", "vector"])
 def test_feature_columns_of_other_programs_are_recognised(tmp_path, column):
-    table = parquet(tmp_path / "t.parquet", {"id": ["a", "b"], "class": ["x", "y"], column: features(2)})
+    table = parquet(
+        tmp_path / "t.parquet", {"id": ["a", "b"], "class": ["x", "y"], column: features(2)}
+    )
     source = open_source(table)
     assert source.labels == ["x", "y"]
     assert source.items.column_names == ["source", "label"]
@@ -319,7 +380,13 @@ def test_feature_columns_of_other_programs_are_recognised(tmp_path, column):
 def test_a_feature_column_makes_a_feature_table(tmp_path):
     table = parquet(
         tmp_path / "t.parquet",
-        {"feature": features(3), "who": [1, 2, 3], "label": ["b", "a", "b"], "id": ["x", "y", "x"], "path": ["p"] * 3}
+        {
+            "feature": features(3),
+            "who": [1, 2, 3],
+            "label": ["b", "a", "b"],
+            "id": ["x", "y", "x"],
+            "path": ["p"] * 3,
+        }
         | {"feature.note": ["n"] * 3},
     )
     source = open_source(table)
@@ -335,7 +402,10 @@ def test_bad_parquet_is_refused(tmp_path):
         pa.string(), 1, [None, pa.py_buffer(np.array([0, 2], np.int32)), pa.py_buffer(b"\xff\xfe")]
     )
     tables = [
-        (pa.table({"path": pa.array([], pa.string()), "label": pa.array([], pa.string())}), ["no rows"]),
+        (
+            pa.table({"path": pa.array([], pa.string()), "label": pa.array([], pa.string())}),
+            ["no rows"],
+        ),
         (pa.table({"id": ["a"], "label": ["a"]}), ["no column 'path'"]),
         (pa.table({"path": ["a"]}), ["no column 'label'"]),
         (pa.table({"id": ["a"], "feature": features(1)}), ["no column 'label'", "feature table"]),
@@ -343,7 +413,10 @@ def test_bad_parquet_is_refused(tmp_path):
         (pa.table({"path": ["x"], "label": bad_text}), ["UTF8"]),
         (pa.table([["a"], ["b"], ["c"]], names=["path", "path", "label"]), ["duplicate"]),
         (
-            pa.table([["a"], ["b"], features(1), features(1)], names=["id", "label", "feature", "feature"]),
+            pa.table(
+                [["a"], ["b"], features(1), features(1)],
+                names=["id", "label", "feature", "feature"],
+            ),
             ["duplicate"],
         ),
     ]
@@ -359,7 +432,9 @@ def split(path, entries, part="train"):
 
 def test_classes_of_a_split_are_ordered_by_label_number(tmp_path):
     touch(tmp_path, "z.png")
-    file = split(tmp_path / "s.json", [["z.png", 5, "ant"], ["y.png", 0, "zebra"], ["x.png", 5, "ant"]])
+    file = split(
+        tmp_path / "s.json", [["z.png", 5, "ant"], ["y.png", 0, "zebra"], ["x.png", 5, "ant"]]
+    )
     source = open_source(file)
     assert source.class_names == ("zebra", "ant")
     assert source.labels == ["ant", "zebra", "ant"]
@@ -374,7 +449,9 @@ def test_published_split_files_are_read(shared):
             source = open_source(file, split=part, root="/images")
             assert source.paths == tuple(f"/images/{path}" for path, _, _ in entries)
             assert source.labels == [name for _, _, name in entries]
-            assert list(source.class_names) == [name for _, name in sorted({(n, name) for _, n, name in entries})]
+            assert list(source.class_names) == [
+                name for _, name in sorted({(n, name) for _, n, name in entries})
+            ]
     photos = open_source(shared / "data/caltech101/split_zhou_Caltech101.json", split="test")
     assert (len(photos), all(map(os.path.isfile, photos.paths))) == (999, True)
 
@@ -397,7 +474,11 @@ def test_the_image_folder_beside_a_split_is_found(tmp_path):
 
 def test_a_given_image_folder_is_used_without_a_search(tmp_path):
     file = split(tmp_path / "s.json", [["cat/1.png", 0, "cat"]])
-    assert open_source(file, root="/images").paths == open_items(file, root="/images").paths == ("/images/cat/1.png",)
+    assert (
+        open_source(file, root="/images").paths
+        == open_items(file, root="/images").paths
+        == ("/images/cat/1.png",)
+    )
     refused(file, "cat/1.png", "--root")
 
 
@@ -424,8 +505,10 @@ BAD = {
         (b'path,label\n"x.png,cat\n', []),
         ("path,label\n" + "x.png,\n" * 9, ["rows 0, 1, 2, 3, 4 and 4 more without a label"]),
         ("path,label\nx.png,cat\n,cat\n", ["row 1 without a path"]),
-        *((f"path,label\ny.png,cat\nx.png,{blank}\n", ["row 1 without a label"])
-          for blank in ("", '""', '" "', '"\t"', '"\u00a0"')),
+        *(
+            (f"path,label\ny.png,cat\nx.png,{blank}\n", ["row 1 without a label"])
+            for blank in ("", '""', '" "', '"\t"', '"\u00a0"')
+        ),
     ],
     "s.json": [
         ("", ["not JSON"]),
@@ -437,18 +520,39 @@ BAD = {
         ('{"train": []}', ["empty"]),
         ('{"train": [["a.png", 0, "x"], ["a.png", 0, "y"]]}', ["entry 1", "'x'", "'y'"]),
         ('{"train": [["a.png", 0, "x"], ["a.png", 1, "x"]]}', ["'x'", "several"]),
-        *((json.dumps({"train": [["a.png", 0, "cat"], entry]}), ["entry 1", "[path, label, class name]"])
-          for entry in (None, [], ["a.png", 0], ["a.png", 0, "cat", 1], ["a.png", "0", "cat"], ["a.png", 0.0, "cat"],
-                        ["a.png", True, "cat"], [1, 0, "cat"], ["a.png", 0, None], ["a.png", 0, ""], "a.png", {})),
-        *((json.dumps({"train": [[path, 0, "cat"]]}), [])
-          for path in ("a\0b.png", "\ud800.png", "x" * 300, "d/" * 3000, "")),
+        *(
+            (
+                json.dumps({"train": [["a.png", 0, "cat"], entry]}),
+                ["entry 1", "[path, label, class name]"],
+            )
+            for entry in (
+                None,
+                [],
+                ["a.png", 0],
+                ["a.png", 0, "cat", 1],
+                ["a.png", "0", "cat"],
+                ["a.png", 0.0, "cat"],
+                ["a.png", True, "cat"],
+                [1, 0, "cat"],
+                ["a.png", 0, None],
+                ["a.png", 0, ""],
+                "a.png",
+                {},
+            )
+        ),
+        *(
+            (json.dumps({"train": [[path, 0, "cat"]]}), [])
+            for path in ("a\0b.png", "\ud800.png", "x" * 300, "d/" * 3000, "")
+        ),
         ('{"train": [["a.png", 0, "%s"]]}' % ("x" * 5000), ["row 0", "longer"]),
         ('{"train": [["a.png", %s, "x"]]}' % ("9" * 5000), ["not JSON"]),
     ],
-}  # fmt: skip
+}
 
 
-@pytest.mark.parametrize(("name", "text", "words"), [(name, *case) for name, cases in BAD.items() for case in cases])
+@pytest.mark.parametrize(
+    ("name", "text", "words"), [(name, *case) for name, cases in BAD.items() for case in cases]
+)
 def test_a_bad_file_is_refused(tmp_path, name, text, words):
     touch(tmp_path, "a.png")
     refused(write(tmp_path / name, text), *words)
@@ -457,11 +561,19 @@ def test_a_bad_file_is_refused(tmp_path, name, text, words):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("x.png", "a single image"), ("a.zip", "unpack"), ("x.txt", "unknown file type"), ("x", "unknown file type"),
-        ("gone.csv", "no such file"), ("gone", "no such file"), ("a\0b", "no such file"), ("x" * 5000, "no such file"),
-        ("p.csv", "not a file"), ("p.parquet", "not a file"), ("p.json", "not a file"),  # pipes
+        ("x.png", "a single image"),
+        ("a.zip", "unpack"),
+        ("x.txt", "unknown file type"),
+        ("x", "unknown file type"),
+        ("gone.csv", "no such file"),
+        ("gone", "no such file"),
+        ("a\0b", "no such file"),
+        ("x" * 5000, "no such file"),
+        ("p.csv", "not a file"),
+        ("p.parquet", "not a file"),
+        ("p.json", "not a file"),  # pipes
     ],
-)  # fmt: skip
+)
 def test_a_path_that_is_not_a_source_is_refused_with_the_reason(tmp_path, name, words):
     touch(tmp_path, "x.png", "a.zip", "x.txt", "x")
     if name.startswith("p."):
@@ -478,7 +590,10 @@ def test_take_selects_items_in_any_order_with_repeats(tmp_path):
     assert source.labels == ["z", "x", "z"]
     assert source.items["n"].to_pylist() == ["2", "0", "2"]
     assert source.class_names == ("x", "y", "z")
-    table = parquet(tmp_path / "t.parquet", {"id": ["a", "b", "c"], "label": ["x", "y", "z"], "feature": features(3)})
+    table = parquet(
+        tmp_path / "t.parquet",
+        {"id": ["a", "b", "c"], "label": ["x", "y", "z"], "feature": features(3)},
+    )
     taken = open_source(table).take(np.array([2, 0, 2])).take([1, 2])
     assert taken.rows.tolist() == [0, 2]
     assert taken.sources == ["a", "c"]
@@ -495,9 +610,17 @@ def test_items_need_no_labels(tmp_path):
         _ = source.labels
     touch(tmp_path, "classes/cat/b.png")
     assert open_items(tmp_path / "classes").labels == ["cat"]
-    assert open_items(write(tmp_path / "t.csv", "path\na.png\n")).paths == (str(tmp_path / "a.png"),)
-    assert open_items(parquet(tmp_path / "t.parquet", {"id": ["a"], "feature": features(1)})).sources == ["a"]
-    assert open_items(parquet(tmp_path / "u.parquet", {"feature": features(3)})).sources == ["0", "1", "2"]
+    assert open_items(write(tmp_path / "t.csv", "path\na.png\n")).paths == (
+        str(tmp_path / "a.png"),
+    )
+    assert open_items(
+        parquet(tmp_path / "t.parquet", {"id": ["a"], "feature": features(1)})
+    ).sources == ["a"]
+    assert open_items(parquet(tmp_path / "u.parquet", {"feature": features(3)})).sources == [
+        "0",
+        "1",
+        "2",
+    ]
 
 
 def open_all(arguments, stdin=()):
@@ -507,7 +630,9 @@ def open_all(arguments, stdin=()):
 def test_inputs_are_read_in_the_given_order(tmp_path):
     touch(tmp_path, "f/2.png", "f/1.png", "f/sub/3.png", "z.png", "a.png")
     table = write(tmp_path / "t.csv", "path\nfrom-table.png\n")
-    first, second, third = open_all([tmp_path / "z.png", tmp_path / "f", table, "-", tmp_path / "a.png"], ["in.png\n"])
+    first, second, third = open_all(
+        [tmp_path / "z.png", tmp_path / "f", table, "-", tmp_path / "a.png"], ["in.png\n"]
+    )
     assert relative(first, tmp_path) == ["z.png", "f/1.png", "f/2.png", "f/sub/3.png"]
     assert relative(second, tmp_path) == ["from-table.png"]
     assert third.paths == ("in.png", str(tmp_path / "a.png"))
@@ -524,9 +649,15 @@ def test_a_glob_matches_files_in_name_order(tmp_path):
     """Like a shell, except that folders are skipped: ``**`` matches their images anyway."""
     touch(tmp_path, "b.png", "a.png", "c.txt", "deep/er/d.png")
     assert relative(open_all([f"{tmp_path}/*.png"])[0], tmp_path) == ["a.png", "b.png"]
-    assert relative(open_all([f"{tmp_path}/**/*.png"])[0], tmp_path) == ["a.png", "b.png", "deep/er/d.png"]
+    assert relative(open_all([f"{tmp_path}/**/*.png"])[0], tmp_path) == [
+        "a.png",
+        "b.png",
+        "deep/er/d.png",
+    ]
     touch(tmp_path, "a[1].png")
-    assert relative(open_all([tmp_path / "a[1].png"])[0], tmp_path) == ["a[1].png"]  # an existing file, not a pattern
+    assert relative(open_all([tmp_path / "a[1].png"])[0], tmp_path) == [
+        "a[1].png"
+    ]  # an existing file, not a pattern
     write(tmp_path / "t.csv", "path\nx.png\n")
     images, table = open_all([f"{tmp_path}/deep/**", f"{tmp_path}/*.csv"])
     assert relative(images, tmp_path) == ["deep/er/d.png"]
@@ -541,7 +672,9 @@ def test_a_glob_or_folder_without_images_is_refused(tmp_path):
             given()
 
 
-@pytest.mark.parametrize("name", ["gone.png", "gone.csv", "x" * 5000, "a\0b.png", "\udcff.png", "\ud800"])
+@pytest.mark.parametrize(
+    "name", ["gone.png", "gone.csv", "x" * 5000, "a\0b.png", "\udcff.png", "\ud800"]
+)
 def test_a_missing_image_is_reported_only_when_it_is_read(name):
     (source,) = open_all([name])
     assert source.paths == (name,)
@@ -554,17 +687,22 @@ def test_photos_in_a_bucket_are_read_as_those_in_a_folder(run, shared, tmp_path,
     for path, label in photos:
         (tmp_path / "photos" / label).mkdir(parents=True, exist_ok=True)
         (tmp_path / "photos" / label / path.name).write_bytes(path.read_bytes())
-        remote.system_of(bucket).pipe_file(f"{bucket}/photos/{label}/{path.name}", path.read_bytes())
+        remote.system_of(bucket).pipe_file(
+            f"{bucket}/photos/{label}/{path.name}", path.read_bytes()
+        )
     model = ("--model", f"local-dir:{tiny(tmp_path / 'model')}")
     for name, place in (("here", tmp_path), ("there", bucket)):
-        done = run("index", "build", f"{place}/photos", "--out", tmp_path / name, *model, "--fit", "none")
+        done = run(
+            "index", "build", f"{place}/photos", "--out", tmp_path / name, *model, "--fit", "none"
+        )
         assert done.exit_code == 0, done.output
     here, there = (Index.load(tmp_path / name, device="cpu") for name in ("here", "there"))
     assert there.class_names == here.class_names
     np.testing.assert_allclose(there.keys, here.keys, atol=1e-6)
     one = f"photos/{photos[0][1]}/{photos[0][0].name}"
     answers = [
-        run("classify", tmp_path / "there", f"{place}/{one}", "--format", "json") for place in (tmp_path, bucket)
+        run("classify", tmp_path / "there", f"{place}/{one}", "--format", "json")
+        for place in (tmp_path, bucket)
     ]
     same, found = (json.loads(done.stdout) for done in answers)
     assert found | {"input": None} == same | {"input": None}

@@ -28,8 +28,19 @@ from retrieval_tip.index import changes
 from retrieval_tip.store.files import LocalFiles
 from retrieval_tip.store.versions import Versions
 
-HEAVY = ("numpy", "PIL", "pyarrow", "duckdb", "torch", "faiss", "torchvision", "open_clip", "transformers", "timm",
-         "jinja2")  # fmt: skip
+HEAVY = (
+    "numpy",
+    "PIL",
+    "pyarrow",
+    "duckdb",
+    "torch",
+    "faiss",
+    "torchvision",
+    "open_clip",
+    "transformers",
+    "timm",
+    "jinja2",
+)
 
 ASK = """
 import json, sys
@@ -46,8 +57,15 @@ print(json.dumps(sorted(sys.modules)), file=sys.stderr)
 
 def imported(*calls, **environment):
     """Run commands in a fresh process, and return the heavy packages that it imported and its output."""
-    script = [sys.executable, "-c", ASK, json.dumps([[str(argument) for argument in call] for call in calls])]
-    done = subprocess.run(script, capture_output=True, text=True, env=os.environ | environment, check=False)
+    script = [
+        sys.executable,
+        "-c",
+        ASK,
+        json.dumps([[str(argument) for argument in call] for call in calls]),
+    ]
+    done = subprocess.run(
+        script, capture_output=True, text=True, env=os.environ | environment, check=False
+    )
     assert done.returncode == 0, done.stderr
     return set(json.loads(done.stderr.splitlines()[-1])) & set(HEAVY), done.stdout
 
@@ -77,14 +95,24 @@ def photos(tmp_path):
 def photo_index(run, photos, tmp_path):
     """An index of images, built with the model folder ``model`` beside it."""
     tiny(tmp_path / "model")
-    built = run("index", "build", photos, "--model", f"local-dir:{tmp_path / 'model'}", "--out", tmp_path / "of-photos")
+    built = run(
+        "index",
+        "build",
+        photos,
+        "--model",
+        f"local-dir:{tmp_path / 'model'}",
+        "--out",
+        tmp_path / "of-photos",
+    )
     assert built.exit_code == 0, built.output
     return tmp_path / "of-photos"
 
 
 def test_help_of_each_command_imports_nothing_heavy():
     groups = {command[:depth] for command in COMMANDS for depth in range(len(command))}
-    found, shown = imported(*[[*command, "--help"] for command in (*sorted(groups), *COMMANDS)], ["--version"])
+    found, shown = imported(
+        *[[*command, "--help"] for command in (*sorted(groups), *COMMANDS)], ["--version"]
+    )
     assert found == set()
     assert shown.count("Usage:") == len(groups) + len(COMMANDS)
 
@@ -106,8 +134,12 @@ def test_classifying_a_cached_image_imports_no_model(photo_index, photos, tmp_pa
     assert found == {"numpy", "pyarrow", "torch", "PIL"}
     shown, encoded = (json.loads(line)["logits"] for line in printed.splitlines())
     command = [sys.executable, "-m", "retrieval_tip", "-q", *question]
-    empty = os.environ | {"RETRIEVAL_TIP_CACHE": str(tmp_path / "empty")}  # torch encodes a single image
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=True, env=empty)
+    empty = os.environ | {
+        "RETRIEVAL_TIP_CACHE": str(tmp_path / "empty")
+    }  # torch encodes a single image
+    done = subprocess.run(
+        [*map(str, command)], capture_output=True, text=True, check=True, env=empty
+    )
     assert done.stderr == ""  # Triton, which torchvision installs, may print warnings at exit
     for other in (encoded, json.loads(done.stdout)["logits"]):
         assert shown == pytest.approx(other, rel=1e-3)
@@ -186,7 +218,9 @@ def edit_config(folder, part, **change):
 
 
 CHANGES = {
-    "weights": lambda folder: shutil.copy(tiny(folder.parent / "b", seed=1) / "open_clip_model.safetensors", folder),
+    "weights": lambda folder: shutil.copy(
+        tiny(folder.parent / "b", seed=1) / "open_clip_model.safetensors", folder
+    ),
     "activation": lambda folder: edit_config(folder, "model_cfg", quick_gelu=True),
     "preprocessing": lambda folder: edit_config(folder, "preprocess_cfg", mean=[0.5, 0.5, 0.5]),
 }
@@ -206,7 +240,10 @@ def test_a_model_folder_that_changed_before_loading_is_refused(known_model, chan
 def loaded(request, tmp_path, monkeypatch):
     """The arguments that load a model, one of its files, and the model."""
     monkeypatch.setenv("RETRIEVAL_TIP_CACHE", str(tmp_path / "cache"))
-    names, file = (f"local-dir:{tiny(tmp_path / 'model')}", None), tmp_path / "model" / "open_clip_config.json"
+    names, file = (
+        (f"local-dir:{tiny(tmp_path / 'model')}", None),
+        tmp_path / "model" / "open_clip_config.json",
+    )
     if request.param == "file":
         file = tmp_path / "weights.pth"
         torch.save(timm.create_model("resnet10t", num_classes=0).state_dict(), file)
@@ -224,7 +261,15 @@ def loaded(request, tmp_path, monkeypatch):
 def test_a_model_is_remembered_until_one_of_its_files_changes(loaded, tmp_path):
     names, file, model = loaded
     lazy = load_backbone(spelled(*names), device="cpu", lazy=True)
-    for name in ("identity", "dim", "has_text", "logit_scale", "precision", "batch_size", "text_key"):
+    for name in (
+        "identity",
+        "dim",
+        "has_text",
+        "logit_scale",
+        "precision",
+        "batch_size",
+        "text_key",
+    ):
         assert getattr(lazy, name) == getattr(model, name)
     assert lazy._opened is None
     pixels = torch.zeros(1, 3, *lazy.size)
@@ -241,7 +286,12 @@ def test_a_model_is_remembered_until_one_of_its_files_changes(loaded, tmp_path):
         assert known.recall(*names) is None
         (file.parent / "added").unlink()
     record = known._record(*names)
-    for damage in (b"", b"{}", b"[1]", record.read_bytes().replace(b'"dim": ', b'"dim": "a", "": ')):
+    for damage in (
+        b"",
+        b"{}",
+        b"[1]",
+        record.read_bytes().replace(b'"dim": ', b'"dim": "a", "": '),
+    ):
         record.write_bytes(damage)
         assert known.recall(*names) is None
 
@@ -266,14 +316,20 @@ def test_a_command_sets_the_openmp_wait_policy_unless_it_is_set():
     script += "CliRunner().invoke(main, ['index', 'list', '/nowhere']); print(os.environ['OMP_WAIT_POLICY'])"
     plain = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
     for own, expected in (({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")):
-        assert subprocess.check_output([sys.executable, "-c", script], text=True, env=plain | own).split() == [expected]
+        assert subprocess.check_output(
+            [sys.executable, "-c", script], text=True, env=plain | own
+        ).split() == [expected]
 
 
 def test_an_interrupt_during_imports_prints_one_line(tmp_path):
-    (tmp_path / "click.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n")
+    (tmp_path / "click.py").write_text(
+        "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n"
+    )
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "retrieval_tip", "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}, check=False
+    )
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
 
 

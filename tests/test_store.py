@@ -36,8 +36,12 @@ def model(seed=0, n=N, d=D, index="Flat"):
     rng = np.random.default_rng(seed)
     keys = rng.standard_normal((n, d), dtype=np.float32)
     keys /= np.linalg.norm(keys, axis=1, keepdims=True)
-    text = np.eye(len(CLASSES), d, dtype=np.float32)  # the same for every seed: versions share its file
-    return Index.from_features(keys, np.arange(n) % len(CLASSES), CLASSES, text, device="cpu", index=index)
+    text = np.eye(
+        len(CLASSES), d, dtype=np.float32
+    )  # the same for every seed: versions share its file
+    return Index.from_features(
+        keys, np.arange(n) % len(CLASSES), CLASSES, text, device="cpu", index=index
+    )
 
 
 def answer(cache):
@@ -67,7 +71,9 @@ def index(tmp_path):
 def test_a_manifest_preserves_unicode_names_and_exact_settings(tmp_path):
     cache = model()
     cache.class_names = ["Käse", "猫", "a\nb", '"\\\u2028\x00']
-    cache.rows = replace(cache.rows, labels=label_table(cache.class_names, cache.labels["class_id"].to_numpy()))
+    cache.rows = replace(
+        cache.rows, labels=label_table(cache.class_names, cache.labels["class_id"].to_numpy())
+    )
     cache.settings = cache.settings.override(alpha=0.1 + 0.2, beta=1e-300, k=7, tail=False)
     cache.templates = ["a photo of {}."]
     cache.backbone = Identity.from_dict(BACKBONE)
@@ -76,37 +82,114 @@ def test_a_manifest_preserves_unicode_names_and_exact_settings(tmp_path):
     found = Index.load(tmp_path / "x", device="cpu")
     for name in ("class_names", "backbone", "settings", "templates", "provenance"):
         assert getattr(found, name) == getattr(cache, name)
-    assert repr(found) == "Index(40 keys of 8, 4 classes, index='Flat', alpha=0.3, beta=1e-300, k=7, device='cpu')"
+    assert (
+        repr(found)
+        == "Index(40 keys of 8, 4 classes, index='Flat', alpha=0.3, beta=1e-300, k=7, device='cpu')"
+    )
 
 
-BACKBONE = {"model": "RN50", "pretrained": None, "weights": "ab", "config": "cd", "preprocess": {"mean": [0.5]}}
-JSON = [None, True, -1, 0, 1, 2, 0.5, 10**30, 10**400, float("nan"), float("inf"), "", "x", [], ["x"], {}, {"x": 1}]
+BACKBONE = {
+    "model": "RN50",
+    "pretrained": None,
+    "weights": "ab",
+    "config": "cd",
+    "preprocess": {"mean": [0.5]},
+}
+JSON = [
+    None,
+    True,
+    -1,
+    0,
+    1,
+    2,
+    0.5,
+    10**30,
+    10**400,
+    float("nan"),
+    float("inf"),
+    "",
+    "x",
+    [],
+    ["x"],
+    {},
+    {"x": 1},
+]
 POSITIVE, TEXT, NUMBER = [1, 2, 0.5, 10**30], ["", "x"], [0, 1, 2, 0.5, 10**30]
 VALID = {
-    "version": [1, 2], "parent": [None], "created_by": TEXT, "change": TEXT,
-    "templates": [[], ["x"]], "backbone": [None], "provenance": [{}, {"x": 1}], "parts": [[], {}, ""], "table": [None],
-    "fitted": [None], "built": [{}], "digests": [{}], "groups": [None], "alpha": NUMBER, "beta": NUMBER,
-    "gamma": NUMBER, "logit_scale": POSITIVE, "temperature": POSITIVE, "k": [None, 1, 2], "tail": [True],
-    "log_offset": [None, *POSITIVE], "least_cache": [None, -1, *NUMBER],
-}  # fmt: skip
+    "version": [1, 2],
+    "parent": [None],
+    "created_by": TEXT,
+    "change": TEXT,
+    "templates": [[], ["x"]],
+    "backbone": [None],
+    "provenance": [{}, {"x": 1}],
+    "parts": [[], {}, ""],
+    "table": [None],
+    "fitted": [None],
+    "built": [{}],
+    "digests": [{}],
+    "groups": [None],
+    "alpha": NUMBER,
+    "beta": NUMBER,
+    "gamma": NUMBER,
+    "logit_scale": POSITIVE,
+    "temperature": POSITIVE,
+    "k": [None, 1, 2],
+    "tail": [True],
+    "log_offset": [None, *POSITIVE],
+    "least_cache": [None, -1, *NUMBER],
+}
 """The values of ``JSON`` that the manifest below may have, by entry."""
-PART, NAMED = {"width": 3, "column": "a", "identity": {}}, {"levels": ["class", "genus"], "paths": {}}
+PART, NAMED = (
+    {"width": 3, "column": "a", "identity": {}},
+    {"levels": ["class", "genus"], "paths": {}},
+)
 WRONG = {
-    "parent": [1], "n": [N + 1, N - 1], "d": [D + 1], "next_key_id": [N - 1, 2**63 - 1],  # would repeat a key id
+    "parent": [1],
+    "n": [N + 1, N - 1],
+    "d": [D + 1],
+    "next_key_id": [N - 1, 2**63 - 1],  # would repeat a key id
     "created_at": ["yesterday", "2026-01-02T03:04:05", "0001-01-01T00:00:00+23:00", "2026-01-02"],
-    "dtype": ["float16", "float64", "int8", "object"], "format": ["retrieval-tip"], "templates": [[["x"]], [1]],
-    "class_names": ["abcd", [1, 2, 3, 4], ["a", "a", "b", "c"], CLASSES[:3], [*CLASSES, "fly"], [None] * 4],
-    "backbone": [{"model": "RN50"}, BACKBONE | {"model": 5}, BACKBONE | {"preprocess": []}], "k": ["all"],
+    "dtype": ["float16", "float64", "int8", "object"],
+    "format": ["retrieval-tip"],
+    "templates": [[["x"]], [1]],
+    "class_names": [
+        "abcd",
+        [1, 2, 3, 4],
+        ["a", "a", "b", "c"],
+        CLASSES[:3],
+        [*CLASSES, "fly"],
+        [None] * 4,
+    ],
+    "backbone": [{"model": "RN50"}, BACKBONE | {"model": 5}, BACKBONE | {"preprocess": []}],
+    "k": ["all"],
     "built": [{name: -1} for name in ("source", "shots", "seed", "views", "auto_index")],
-    "parts": [[{}], [PART], [PART | {"width": 1, "identity": None}]], "files": [{"keys": None}],
-    "groups": [{"levels": ["class", "genus"]}, {"levels": ["class"], "paths": {}}, NAMED | {"paths": {"cat": None}},
-               {"levels": "ab", "paths": {"cat": ["x", "y"]}}, NAMED | {"paths": {"cat": [5]}}],
-}  # fmt: skip
+    "parts": [[{}], [PART], [PART | {"width": 1, "identity": None}]],
+    "files": [{"keys": None}],
+    "groups": [
+        {"levels": ["class", "genus"]},
+        {"levels": ["class"], "paths": {}},
+        NAMED | {"paths": {"cat": None}},
+        {"levels": "ab", "paths": {"cat": ["x", "y"]}},
+        NAMED | {"paths": {"cat": [5]}},
+    ],
+}
 NAMES = [
-    "../../etc/passwd", "/etc/passwd", "data/../manifest.json", "manifest.json", "data/keys-{}/../../x.npy",
-    "data/./keys-{}.npy", "data//keys-{}.npy", "data\\keys-{}.npy", "data/keys-{}.npy\n", "data/keys-{}.npy\x00",
-    "data/keys-{}.npz", "data/text-{}.npy", "data/index-{}.faiss", "data/keys-0123456789abcdef.npy",
-]  # fmt: skip
+    "../../etc/passwd",
+    "/etc/passwd",
+    "data/../manifest.json",
+    "manifest.json",
+    "data/keys-{}/../../x.npy",
+    "data/./keys-{}.npy",
+    "data//keys-{}.npy",
+    "data\\keys-{}.npy",
+    "data/keys-{}.npy\n",
+    "data/keys-{}.npy\x00",
+    "data/keys-{}.npz",
+    "data/text-{}.npy",
+    "data/index-{}.faiss",
+    "data/keys-0123456789abcdef.npy",
+]
 WRONG_FILE = {"rows": [N + 1], "bytes": [], "sha256": ["0" * 64, "0" * 63, "Z" * 64], "name": NAMES}
 
 
@@ -116,7 +199,11 @@ def wrong_manifests(body):
     entries = {key: value for key, value in body.items() if key != "sha256"}
     for field in entries:
         valid = [*map(repr, VALID.get(field, [])), repr(body[field])]
-        yield from (body | {field: value} for value in [*JSON, *WRONG.get(field, [])] if repr(value) not in valid)
+        yield from (
+            body | {field: value}
+            for value in [*JSON, *WRONG.get(field, [])]
+            if repr(value) not in valid
+        )
     for field, values in WRONG_FILE.items():
         for value in [*JSON, *values]:
             wrong = value.format(keys["sha256"][:16]) if isinstance(value, str) else value
@@ -124,7 +211,10 @@ def wrong_manifests(body):
                 yield body | {"files": files | {"keys": keys | {field: wrong}}}
     yield from without_one(entries)
     yield from (body | {"files": part} for part in [*without_one(files), files | {"extra": keys}])
-    yield from (body | {"files": files | {"keys": part}} for part in [*without_one(keys), keys | {"extra": 1}])
+    yield from (
+        body | {"files": files | {"keys": part}}
+        for part in [*without_one(keys), keys | {"extra": 1}]
+    )
 
 
 def without_one(entries):
@@ -149,14 +239,23 @@ def rejected(manifest, *parts):
 
 def test_malformed_table_digests_are_refused(index):
     table = Path(__file__).parent / "indexes/v11/lance-vectors/manifests"
-    body = {key: value for key, value in json.loads(max(table.iterdir()).read_text()).items() if key != "sha256"}
+    body = {
+        key: value
+        for key, value in json.loads(max(table.iterdir()).read_text()).items()
+        if key != "sha256"
+    }
     name, digest = "keys.lance/_versions/1.manifest", "0" * 64
     right = {name: digest}
     assert Manifest.from_bytes(sealed(body | {"digests": right}), "m.json").digests == right
     wrong = [[], "x", None, 5, {name: 5}, {name: "x"}, {name: "Z" * 64}]
-    wrong += [{path: digest} for path in ("x", "../x/y", "/etc/passwd", "a/.b", "a//b", "a/b\n", "")]
+    wrong += [
+        {path: digest} for path in ("x", "../x/y", "/etc/passwd", "a/.b", "a//b", "a/b\n", "")
+    ]
     folder = {key: value for key, value in body_of(index).items() if key != "sha256"}
-    for manifest in [*(body | {"digests": digests} for digests in wrong), folder | {"digests": right}]:
+    for manifest in [
+        *(body | {"digests": digests} for digests in wrong),
+        folder | {"digests": right},
+    ]:
         rejected(manifest)
 
 
@@ -171,9 +270,13 @@ NEWER = {"format_version": FORMAT_VERSION + 1, "alpha": {"new": "meaning"}}
         ({"metric": "whitened"}, ["metric"]),
     ],
 )
-def test_a_newer_format_or_an_unknown_entry_is_refused_with_the_required_version(index, entries, words):
+def test_a_newer_format_or_an_unknown_entry_is_refused_with_the_required_version(
+    index, entries, words
+):
     body = body_of(index) | {"created_by": "retrieval-tip 9.9"} | entries
-    manifest_of(index).write_bytes(json.dumps(body).encode() if "sha256" in entries else sealed(body))
+    manifest_of(index).write_bytes(
+        json.dumps(body).encode() if "sha256" in entries else sealed(body)
+    )
     before = snapshot(index)
     for opened in (Index.load, verify, describe, history, model(1).save):
         refused(partial(opened, index), "retrieval-tip 9.9", *words)
@@ -190,22 +293,35 @@ def nested(depth):
 @pytest.mark.parametrize(
     "raw",
     [
-        b"", b"null", b"[]", b"5", b"\x00", b"{", b"\xff\xfe{}", '{"format": "retrieval-tip index"}'.encode("utf-16"),
-        b'{"format": "retrieval-tip index", "x": "\xe9"}', b'{"format": "retrieval-tip index", "x": "\xed\xa0\x80"}',
+        b"",
+        b"null",
+        b"[]",
+        b"5",
+        b"\x00",
+        b"{",
+        b"\xff\xfe{}",
+        '{"format": "retrieval-tip index"}'.encode("utf-16"),
+        b'{"format": "retrieval-tip index", "x": "\xe9"}',
+        b'{"format": "retrieval-tip index", "x": "\xed\xa0\x80"}',
         b'{"format": "retrieval-tip index", "x": "\\ud800"}',
         b'{"format": "retrieval-tip index", "x": ' + b"9" * 5000 + b"}",
-        *(b'{"format": "retrieval-tip index", "x": ' + nested(depth) + b"}" for depth in (100, 300, 900, 990, 10**5)),
+        *(
+            b'{"format": "retrieval-tip index", "x": ' + nested(depth) + b"}"
+            for depth in (100, 300, 900, 990, 10**5)
+        ),
         nested(10**5),
     ],
     ids=lambda raw: f"{raw[:44]!r}",
-)  # fmt: skip
+)
 def test_a_bad_manifest_is_refused(index, raw):
     manifest_of(index).write_bytes(raw)
     for opened in (Index.load, verify, describe):
         refused(partial(opened, index), manifest_of(index))
 
 
-@pytest.mark.parametrize(("setting", "value"), [("templates", ["\ud800"]), ("provenance", {"x": {1, 2}})], ids=str)
+@pytest.mark.parametrize(
+    ("setting", "value"), [("templates", ["\ud800"]), ("provenance", {"x": {1, 2}})], ids=str
+)
 def test_settings_that_cannot_be_serialised_are_not_written(index, setting, value):
     before, cache = snapshot(index), model(1)
     setattr(cache, setting, value)
@@ -217,11 +333,18 @@ LEFTOVERS = [
     *("data/.keys.npy.01234567.tmp", "data/.labels-0123456789abcdef.parquet.01234567.tmp"),
     *("manifests/.000001.json.01234567.tmp", ".x.csv.01234567.tmp"),
     *(f"data/{kind}-0123456789abcdef{suffix}" for kind, suffix in SUFFIXES.items()),
-]  # fmt: skip
+]
 
 
 def test_the_next_writer_removes_only_leftovers_of_an_interrupted_writer(index):
-    foreign = ["data/notes.txt", ".notes.tmp", "data/.notes.tmp", "notes.tmp", "data/keys.npy", ".cache/.gitignore"]
+    foreign = [
+        "data/notes.txt",
+        ".notes.tmp",
+        "data/.notes.tmp",
+        "notes.tmp",
+        "data/keys.npy",
+        ".cache/.gitignore",
+    ]
     (index / ".cache").mkdir()  # as ``hf download --local-dir`` does
     for name in [*LEFTOVERS, *foreign]:
         (index / name).write_bytes(b"x")
@@ -303,7 +426,9 @@ def test_file_permissions_follow_the_umask(tmp_path):
             os.umask(previous)
         for path in folder.rglob("*"):
             if path.name != "lock":
-                assert stat.S_IMODE(path.stat().st_mode) == (0o777 if path.is_dir() else 0o666) & ~mask, path
+                assert (
+                    stat.S_IMODE(path.stat().st_mode) == (0o777 if path.is_dir() else 0o666) & ~mask
+                ), path
 
 
 def test_a_place_that_cannot_contain_an_index_is_left_unchanged(tmp_path):
@@ -315,7 +440,10 @@ def test_a_place_that_cannot_contain_an_index_is_left_unchanged(tmp_path):
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     before = snapshot(tmp_path)
     for name in ("file", "file/below", "other", "blocked", "dangling", "x" * 300, "\udcff"):
-        refused(partial(model().save, tmp_path / name), name.encode("utf-8", "backslashreplace").decode())
+        refused(
+            partial(model().save, tmp_path / name),
+            name.encode("utf-8", "backslashreplace").decode(),
+        )
         assert snapshot(tmp_path) == before
 
 
@@ -324,9 +452,18 @@ def test_a_folder_without_an_index_is_refused(tmp_path):
     (tmp_path / "file").write_text("x")
     (tmp_path / "strange" / "manifests" / "000001.json").mkdir(parents=True)
     for name in ("nowhere", "empty", "file", "strange", "\udcff"):
-        for opened in (Index.load, verify, describe, lambda folder: Versions(folder).query("SELECT 1")):
-            refused(partial(opened, tmp_path / name), name.encode("utf-8", "backslashreplace").decode())
-    with pytest.raises(StoreError, match=r"no such folder; .*retrieval-tip index build SOURCE --out INDEX"):
+        for opened in (
+            Index.load,
+            verify,
+            describe,
+            lambda folder: Versions(folder).query("SELECT 1"),
+        ):
+            refused(
+                partial(opened, tmp_path / name), name.encode("utf-8", "backslashreplace").decode()
+            )
+    with pytest.raises(
+        StoreError, match=r"no such folder; .*retrieval-tip index build SOURCE --out INDEX"
+    ):
         Index.load(tmp_path / "nowhere")
 
 
@@ -334,9 +471,14 @@ def test_an_array_allocated_without_fallocate_is_identical(tmp_path, monkeypatch
     """Some systems have no ``posix_fallocate``."""
     model().save(tmp_path / "a")
     monkeypatch.delattr(os, "posix_fallocate", raising=False)
-    monkeypatch.setattr("retrieval_tip.store.versions._ZEROS", bytes(100))  # several blocks and a partial one
+    monkeypatch.setattr(
+        "retrieval_tip.store.versions._ZEROS", bytes(100)
+    )  # several blocks and a partial one
     model().save(tmp_path / "b")
-    assert Versions(tmp_path / "a").manifest().files["keys"] == Versions(tmp_path / "b").manifest().files["keys"]
+    assert (
+        Versions(tmp_path / "a").manifest().files["keys"]
+        == Versions(tmp_path / "b").manifest().files["keys"]
+    )
     verify(tmp_path / "b")
 
 
@@ -357,7 +499,9 @@ def relabelled(index, change):
 
 
 def with_column(name, values, kind=None):
-    return lambda t: t.set_column(t.column_names.index(name), name, pa.array(values, kind or t.schema.field(name).type))
+    return lambda t: t.set_column(
+        t.column_names.index(name), name, pa.array(values, kind or t.schema.field(name).type)
+    )
 
 
 @pytest.mark.parametrize(
@@ -386,7 +530,22 @@ def test_a_label_store_that_does_not_match_the_keys_is_refused(index, change):
 
 
 @pytest.mark.parametrize(
-    "name", ["it's", "a b", 'q"q', "a[1]", "[ab]", "a*", "**", "wh?", "x=1", "ünï", "{a,b}", "a;b", "file:x"]
+    "name",
+    [
+        "it's",
+        "a b",
+        'q"q',
+        "a[1]",
+        "[ab]",
+        "a*",
+        "**",
+        "wh?",
+        "x=1",
+        "ünï",
+        "{a,b}",
+        "a;b",
+        "file:x",
+    ],
 )
 def test_query_and_load_work_with_any_folder_name(tmp_path, monkeypatch, name):
     # Another index, which the name would match as a pattern.
@@ -451,12 +610,16 @@ class Evil:
         return os.mkdir, (self.mark,)
 
 
-@pytest.mark.parametrize("wrap", [
-    lambda file, evil: file.write(pickle.dumps(evil)),
-    lambda file, evil: np.save(file, np.array([evil], dtype=object), allow_pickle=True),
-    lambda file, evil: np.savez(file, np.array([evil], dtype=object)),
-    lambda file, evil: torch.save(evil, file),
-], ids=["pickle", "npy", "npz", "torch"])  # fmt: skip
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda file, evil: file.write(pickle.dumps(evil)),
+        lambda file, evil: np.save(file, np.array([evil], dtype=object), allow_pickle=True),
+        lambda file, evil: np.savez(file, np.array([evil], dtype=object)),
+        lambda file, evil: torch.save(evil, file),
+    ],
+    ids=["pickle", "npy", "npz", "torch"],
+)
 @pytest.mark.parametrize("kind", ["keys", "text", "labels", "index"])
 def test_a_pickle_is_never_loaded(index, tmp_path, kind, wrap):
     file = io.BytesIO()

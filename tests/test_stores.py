@@ -99,10 +99,14 @@ def check(place, truth, forms=((None, True), (8, True))):
     rows = labels_of(place)
     assert {i: row["label"] for i, row in rows.items()} == truth.labels
     assert all(row["class_id"] == truth.names.index(row["label"]) for row in rows.values())
-    assert model.counts == [sum(label == name for label in truth.labels.values()) for name in truth.names]
+    assert model.counts == [
+        sum(label == name for label in truth.labels.values()) for name in truth.names
+    ]
     for k, tail in forms:
         np.testing.assert_allclose(
-            model.logits(QUERIES, k or "all", tail).numpy(), truth.logits(QUERIES, k, tail), atol=EXACT
+            model.logits(QUERIES, k or "all", tail).numpy(),
+            truth.logits(QUERIES, k, tail),
+            atol=EXACT,
         )
     return model
 
@@ -112,14 +116,27 @@ def base(tmp_path_factory):
     """An index of sixty keys of three classes, and a class without keys, in each kind of store."""
     place = tmp_path_factory.mktemp("base")
     features, labels = unit_rows(N, D), [NAMES[i % 7 % 3] for i in range(N)]
-    table = source(place / "train.parquet", features, labels, [f"it's {i}" for i in range(N)], camera=list("abc") * 20)
+    table = source(
+        place / "train.parquet",
+        features,
+        labels,
+        [f"it's {i}" for i in range(N)],
+        camera=list("abc") * 20,
+    )
     names, text = [*NAMES, BARE], unit_rows(4, D, 1)
     write_table(place / "text.parquet", text, names)
     found = {}
     for kind in KINDS:
         found[kind] = made(place, kind, kind)
         build_index(
-            table, found[kind], Reader(), text=place / "text.parquet", alpha=ALPHA, beta=BETA, k=None, device="cpu"
+            table,
+            found[kind],
+            Reader(),
+            text=place / "text.parquet",
+            alpha=ALPHA,
+            beta=BETA,
+            k=None,
+            device="cpu",
         )
     truth = Truth(names, text, dict(enumerate(features)), dict(enumerate(labels)))
     return found, truth, place
@@ -192,18 +209,32 @@ def test_a_build_contains_the_keys_labels_and_columns_of_its_source(pets):
     pets.check(forms=FORMS)
     store, rows = pets.store, labels_of(pets.place)
     manifest = store.manifest()
-    assert (manifest.version, manifest.parent, manifest.n, manifest.d, manifest.next_key_id) == (1, None, N, D, N)
+    assert (manifest.version, manifest.parent, manifest.n, manifest.d, manifest.next_key_id) == (
+        1,
+        None,
+        N,
+        D,
+        N,
+    )
     assert (manifest.dtype, manifest.index, manifest.change) == ("float32", "Flat", "build")
-    assert (manifest.settings.alpha, manifest.settings.beta, manifest.settings.k) == (ALPHA, BETA, None)
+    assert (manifest.settings.alpha, manifest.settings.beta, manifest.settings.k) == (
+        ALPHA,
+        BETA,
+        None,
+    )
     assert store.exists()
     assert store.has_text(manifest)
     assert rows_of(store.query("SELECT * FROM labels")) == rows
-    assert [(rows[i]["source"], rows[i]["camera"]) for i in range(N)] == [(f"it's {i}", "abc"[i % 3]) for i in range(N)]
+    assert [(rows[i]["source"], rows[i]["camera"]) for i in range(N)] == [
+        (f"it's {i}", "abc"[i % 3]) for i in range(N)
+    ]
     for name in NAMES:  # shots are numbered in the order of the source
         shots = [row["shot"] for _, row in sorted(rows.items()) if row["label"] == name]
         assert shots == list(range(len(ids_of(pets, name))))
     counted = store.query("SELECT label, keys FROM class_counts ORDER BY class_id").to_pylist()
-    assert {row["label"]: row["keys"] for row in counted if row["keys"]} == Counter(pets.truth.labels.values())
+    assert {row["label"]: row["keys"] for row in counted if row["keys"]} == Counter(
+        pets.truth.labels.values()
+    )
     versions = store.query("SELECT version, change, keys FROM versions").to_pylist()
     assert versions == [{"version": 1, "change": "build", "keys": N}]
     assert len(store.query("SELECT * FROM versions WHERE created_at > '2026-01-01'")) == 1
@@ -218,10 +249,19 @@ def test_an_index_of_one_key_answers(kind, tmp_path):
     place, features = made(tmp_path, kind), unit_rows(1, 4, 3)
     table = source(tmp_path / "one.parquet", features, ["only"])
     built = build_index(table, place, Reader(), fit="none", device="cpu")
-    truth = Truth(["only"], np.zeros((1, 4)), {0: features[0]}, {0: "only"}, built.settings.alpha, built.settings.beta)
+    truth = Truth(
+        ["only"],
+        np.zeros((1, 4)),
+        {0: features[0]},
+        {0: "only"},
+        built.settings.alpha,
+        built.settings.beta,
+    )
     asked = unit_rows(3, 4, 5)
     for k in (None, 1, 64):
-        np.testing.assert_allclose(built.logits(asked, k).numpy(), truth.logits(asked, k), rtol=1e-4, atol=EXACT)
+        np.testing.assert_allclose(
+            built.logits(asked, k).numpy(), truth.logits(asked, k), rtol=1e-4, atol=EXACT
+        )
     assert len(built.classify(asked, k=64)[0].neighbours) == 1
     stores.at(place).verify()
     refused(lambda: changes.remove(place, key_ids=[0]), "at least one key", error=InputError)
@@ -233,14 +273,22 @@ def test_columns_and_class_names_of_added_keys_may_be_new(pets, tmp_path):
     names, new = [*pets.truth.names, "a' OR '1'='1", "日"], unit_rows(2, D, 21)
     text = write_table(tmp_path / "new.parquet", new, names[-2:])
     pets.truth.names, pets.truth.text = names, np.concatenate([pets.truth.text, new])
-    added = pets.add(unit_rows(4, D, 22), [*names[-2:], names[-2], BARE], text=text, weather=["fog"] * 4)
+    added = pets.add(
+        unit_rows(4, D, 22), [*names[-2:], names[-2], BARE], text=text, weather=["fog"] * 4
+    )
     assert added.classes == names[-2:]
     pets.check()
     rows = labels_of(pets.place)
     found = [(rows[i]["camera"], rows[i]["weather"]) for i in (0, 60, 61, 62)]
     assert found == [("a", None), ("z", "sun"), (None, "rain"), (None, "fog")]
-    pets.refused(lambda: pets.add(unit_rows(1, D, 3), ["without text"]), "without text", error=InputError)
-    pets.refused(lambda: pets.add(unit_rows(2, D, 21), ["cat", "cat"], camera=[1, 2]), "camera", error=InputError)
+    pets.refused(
+        lambda: pets.add(unit_rows(1, D, 3), ["without text"]), "without text", error=InputError
+    )
+    pets.refused(
+        lambda: pets.add(unit_rows(2, D, 21), ["cat", "cat"], camera=[1, 2]),
+        "camera",
+        error=InputError,
+    )
 
 
 def ids_of(pets, label):
@@ -256,7 +304,11 @@ def test_keys_are_found_removed_and_relabelled_by_id_and_by_condition(pets):
     assert changes.remove(place, key_ids=[5, 3, 5]).key_ids == [5, 3]
     quoted = HOSTILE.replace("'", "''")
     gone = changes.remove(place, where=f"label = '{quoted}' AND source LIKE 'it''s 1%'").key_ids
-    assert sorted(gone) == [i for i in ids_of(pets, HOSTILE) if str(i)[0] == "1" and i not in (3, 5)] != []
+    assert (
+        sorted(gone)
+        == [i for i in ids_of(pets, HOSTILE) if str(i)[0] == "1" and i not in (3, 5)]
+        != []
+    )
     pets.truth.remove(3, 5, *gone)
     moved, (stays, other, *_) = ids_of(pets, "cat")[:3], ids_of(pets, HOSTILE)
     last = max(before[i]["shot"] for i in ids_of(pets, HOSTILE))
@@ -271,18 +323,29 @@ def test_keys_are_found_removed_and_relabelled_by_id_and_by_condition(pets):
     pets.check()
     for call in (changes.remove, partial(changes.relabel, label="cat")):
         for wrong in ([3], [10**6], [-1], [2**63], [10**30], [0, 2**64]):
-            pets.refused(lambda call=call, wrong=wrong: call(place, key_ids=wrong), str(wrong[-1]), error=InputError)
-        pets.refused(lambda call=call: call(place, where="label = 'nobody'"), "nobody", error=InputError)
+            pets.refused(
+                lambda call=call, wrong=wrong: call(place, key_ids=wrong),
+                str(wrong[-1]),
+                error=InputError,
+            )
+        pets.refused(
+            lambda call=call: call(place, where="label = 'nobody'"), "nobody", error=InputError
+        )
         pets.refused(lambda call=call: call(place, where="1; DROP"), "where", error=UsageError)
     for each, word in (({other: "nobody"}, "nobody"), ({other: BARE, 10**30: BARE}, str(10**30))):
         pets.refused(lambda each=each: changes.relabel(place, each), word, error=InputError)
-    pets.refused(lambda: changes.relabel(place, {other: BARE}, key_ids=[other]), "key_ids", error=UsageError)
+    pets.refused(
+        lambda: changes.relabel(place, {other: BARE}, key_ids=[other]), "key_ids", error=UsageError
+    )
 
 
 def test_a_second_build_is_a_new_version_and_missing_versions_are_refused(pets):
     """The machine in ``test_living.py`` changes, restores and deletes versions in any order."""
     table = pets.table(QUERIES, ["cat", "dog"] * 6)
-    assert build_index(table, pets.place, Reader(), alpha=1.0, device="cpu").class_names == ["cat", "dog"]
+    assert build_index(table, pets.place, Reader(), alpha=1.0, device="cpu").class_names == [
+        "cat",
+        "dog",
+    ]
     assert pets.open(version=1).n == N
     pets.refused(lambda: changes.rollback(pets.place, 77), "77")
     changes.rollback(pets.place, 1)
@@ -305,13 +368,17 @@ def test_the_versions_that_are_kept_have_marks_and_no_others(local_pets):
     table.prune([table.version - 2, table.version - 1])
     table.table.tags.create(f"kept-{table.version}", table.version)
     table.prune([table.version - 1])
-    left = {f"kept-{version}": version for version in (table.version - 1, table.version)} | {"mine": first}
+    left = {f"kept-{version}": version for version in (table.version - 1, table.version)} | {
+        "mine": first
+    }
     assert {mark: entry["version"] for mark, entry in table.table.tags.list().items()} == left
 
 
 def test_a_mark_that_another_process_removes_meanwhile_is_a_conflict(local_pets, monkeypatch):
     def fails(*_, **__):
-        raise RuntimeError("lance error: Not found: pets/keys.lance/_refs/tags/kept-17-d2.json, refs.rs:956:21")
+        raise RuntimeError(
+            "lance error: Not found: pets/keys.lance/_refs/tags/kept-17-d2.json, refs.rs:956:21"
+        )
 
     table = key_table.KeyTable.at(local_pets.store.address, "keys")
     monkeypatch.setattr(lancedb.table.LanceTable, "optimize", fails)
@@ -330,19 +397,31 @@ def test_settings_can_be_changed(pets):
     assert model.settings.k is None
     same = stores.at(folder).load(device="cpu").rows.statistics()
     np.testing.assert_allclose(model.rows.statistics().mean, same.mean, atol=1e-5)
-    pets.refused(lambda: changes.configure(pets.place, templates=["a {}"]), "backbone", error=UsageError)
+    pets.refused(
+        lambda: changes.configure(pets.place, templates=["a {}"]), "backbone", error=UsageError
+    )
     pets.refused(lambda: changes.configure(pets.place), "nothing to set", error=UsageError)
-    pets.refused(lambda: changes.configure(pets.place, temperature=0.0), "temperature", error=UsageError)
-    pets.refused(lambda: changes.configure(pets.place, alpha=1e145), "alpha 1e+145", error=InputError)
+    pets.refused(
+        lambda: changes.configure(pets.place, temperature=0.0), "temperature", error=UsageError
+    )
+    pets.refused(
+        lambda: changes.configure(pets.place, alpha=1e145), "alpha 1e+145", error=InputError
+    )
     out, table = made(pets.tables, pets.kind, "out"), pets.table(QUERIES, ["cat", "dog"] * 6)
-    refused(lambda: build_index(table, out, Reader(), alpha=1e145, device="cpu"), "alpha 1e+145", error=InputError)
+    refused(
+        lambda: build_index(table, out, Reader(), alpha=1e145, device="cpu"),
+        "alpha 1e+145",
+        error=InputError,
+    )
     assert not stores.at(out).exists()
 
 
 def test_default_settings_in_lancedb_equal_those_of_a_folder(tmp_path, monkeypatch):
     monkeypatch.setattr("retrieval_tip.retrieval.defaults.SAMPLE", 20)
     labels = ["cat" if i % 3 else "dog" for i in range(100)]
-    table = source(tmp_path / "table.parquet", unit_rows(100, D, 40), labels, [str(i) for i in range(100)])
+    table = source(
+        tmp_path / "table.parquet", unit_rows(100, D, 40), labels, [str(i) for i in range(100)]
+    )
     places = (str(tmp_path / "folder"), f"lance://{tmp_path / 'table'}")
     one, other = (build_index(table, place, Reader(), fit="none", device="cpu") for place in places)
     assert one.settings.alpha == pytest.approx(other.settings.alpha, rel=1e-6)
@@ -351,15 +430,22 @@ def test_default_settings_in_lancedb_equal_those_of_a_folder(tmp_path, monkeypat
 
 def test_a_class_whose_keys_contradict_the_manifest_is_refused(local_pets):
     changes.rebuild(local_pets.place, index="Classes")
-    tampered(local_pets, lambda table: table.update(where="key_id = 4", values={"class_id": 3, "label": BARE}))
+    tampered(
+        local_pets,
+        lambda table: table.update(where="key_id = 4", values={"class_id": 3, "label": BARE}),
+    )
     refused(lambda: local_pets.open().logits(QUERIES, 45), local_pets.place, "index verify")
 
 
 @pytest.mark.parametrize("sizes", [[], [1], [0, 3], [40, 40, 40, 40, 7]])
 def test_rows_are_grouped_by_class_in_blocks(sizes, monkeypatch):
     ids = np.random.default_rng(0).integers(0, 9, sum(sizes)).astype(np.int32)
-    rows = pa.record_batch({"key_id": np.arange(len(ids)), "class_id": ids, "label": ids.astype(str)})
-    parts = [rows.slice(end - size, size) for size, end in zip(sizes, np.cumsum(sizes), strict=True)]
+    rows = pa.record_batch(
+        {"key_id": np.arange(len(ids)), "class_id": ids, "label": ids.astype(str)}
+    )
+    parts = [
+        rows.slice(end - size, size) for size, end in zip(sizes, np.cumsum(sizes), strict=True)
+    ]
     monkeypatch.setattr(key_table, "GROUPED", 80 * rows.nbytes // max(1, len(ids)))
     found = pa.Table.from_batches(key_table.grouped(iter(parts)), rows.schema)
     assert found.sort_by("key_id") == pa.table(rows)
@@ -370,12 +456,20 @@ def test_rows_are_grouped_by_class_in_blocks(sizes, monkeypatch):
         assert set(part["key_id"].to_pylist()) == set(range(start, start + len(part)))
 
 
-def test_a_labelling_session_keeps_one_version_per_minute_and_its_readers_can_finish(pets, monkeypatch):
+def test_a_labelling_session_keeps_one_version_per_minute_and_its_readers_can_finish(
+    pets, monkeypatch
+):
     noon = datetime.datetime(2026, 11, 30, 12, tzinfo=datetime.UTC)
 
     def label(second, name, label, last=None):
-        clock = type("Clock", (datetime.datetime,), {"now": lambda *_: noon + datetime.timedelta(seconds=second)})
-        monkeypatch.setattr(store_versions, "datetime", SimpleNamespace(**vars(datetime) | {"datetime": clock}))
+        clock = type(
+            "Clock",
+            (datetime.datetime,),
+            {"now": lambda *_: noon + datetime.timedelta(seconds=second)},
+        )
+        monkeypatch.setattr(
+            store_versions, "datetime", SimpleNamespace(**vars(datetime) | {"datetime": clock})
+        )
         feature = unit_rows(1, D, ord(name))[0]
         photo = changes.PhotoLabel(f"{name}.jpg", name * 64, label, "suggested", feature)
         done = changes.label(pets.place, [photo], Reader(), last=last)
@@ -409,22 +503,32 @@ def test_a_labelling_session_keeps_one_version_per_minute_and_its_readers_can_fi
     np.testing.assert_array_equal(reader.logits(QUERIES, 8).numpy(), answers)
     assert reader.find(key_ids=[60])["label"].to_pylist() == ["cat"]
     if pets.kind != "s3":  # where another writer may still need unnamed objects
-        named = {file.name for version in (1, 3, 5, 6, 7, 8) for file in pets.store.manifest(version).data_files}
+        named = {
+            file.name
+            for version in (1, 3, 5, 6, 7, 8)
+            for file in pets.store.manifest(version).data_files
+        }
         assert {name for name in everything(pets.place) if name.startswith("data/")} == named
     changes.rollback(pets.place)
     changes.rollback(pets.place, 5)
     changes.rollback(pets.place)
-    assert pets.store.history()["change"].to_pylist()[-3:] == [f"restored version {number}" for number in (7, 5, 9)]
+    assert pets.store.history()["change"].to_pylist()[-3:] == [
+        f"restored version {number}" for number in (7, 5, 9)
+    ]
 
 
 def test_gc_deletes_photos_that_only_deleted_versions_use(pets):
     """Photos are in the folder ``DIR-shots``, named by their digest. A bucket has no such folder."""
     photos = []
     for name in (b"removed", b"kept"):
-        photos.append(pets.tables / "own-shots" / "cat" / f"{hashlib.sha256(name).hexdigest()[:16]}.jpg")
+        photos.append(
+            pets.tables / "own-shots" / "cat" / f"{hashlib.sha256(name).hexdigest()[:16]}.jpg"
+        )
         photos[-1].parent.mkdir(parents=True, exist_ok=True)
         photos[-1].write_bytes(name)
-    rows = source(pets.tables / "photos.parquet", unit_rows(2, D, 20), ["cat", "cat"], list(map(str, photos)))
+    rows = source(
+        pets.tables / "photos.parquet", unit_rows(2, D, 20), ["cat", "cat"], list(map(str, photos))
+    )
     changes.add(pets.place, rows, Reader())
     changes.remove(pets.place, key_ids=[60])
     assert changes.gc(pets.place, 2).photos == 0
@@ -441,7 +545,15 @@ def test_deleting_versions_leaves_no_copies_of_the_table(local_pets, monkeypatch
         local_pets.add(unit_rows(1, D, seed), ["cat"])
         manifest = local_pets.store.manifest()
         assert raw_table(local_pets).version == manifest.table.version
-        pieces.append(len([name for name in everything(local_pets.place) if name.startswith("keys.lance/data/")]))
+        pieces.append(
+            len(
+                [
+                    name
+                    for name in everything(local_pets.place)
+                    if name.startswith("keys.lance/data/")
+                ]
+            )
+        )
     assert max(pieces) < len(pieces)
     assert len(raw_table(local_pets).list_versions()) <= 6
     local_pets.check()
@@ -500,7 +612,9 @@ def beaten(monkeypatch, meanwhile, times=1, *, early=False):
 
 def _add(pets, number):
     ids = [f"by {number}: {i}" for i in range(2)]
-    more = source(pets.tables / f"{number}.parquet", unit_rows(2, D, 20 + number), ["cat", BARE], ids)
+    more = source(
+        pets.tables / f"{number}.parquet", unit_rows(2, D, 20 + number), ["cat", BARE], ids
+    )
     return changes.add(pets.place, more, Reader())
 
 
@@ -514,7 +628,10 @@ def _merge(pets, number):
 
 def _label(pets, number):
     photo = partial(changes.PhotoLabel, picked="suggested", feature=unit_rows(1, D, 40 + number)[0])
-    photos = [photo("both.jpg", "b" * 64, [BARE, "cat"][number]), photo(f"{number}.jpg", str(number) * 64, "cat")]
+    photos = [
+        photo("both.jpg", "b" * 64, [BARE, "cat"][number]),
+        photo(f"{number}.jpg", str(number) * 64, "cat"),
+    ]
     return changes.label(pets.place, photos, Reader())
 
 
@@ -534,7 +651,9 @@ OTHERS = EDITS | {
 }
 
 
-@pytest.mark.parametrize(("edit", "other", "early"), few(itertools.product(EDITS, OTHERS, [False, True]), 6))
+@pytest.mark.parametrize(
+    ("edit", "other", "early"), few(itertools.product(EDITS, OTHERS, [False, True]), 6)
+)
 def test_the_second_of_two_writers_in_a_bucket_edits_the_newer_version(
     bucket_pets, base, monkeypatch, edit, other, early
 ):
@@ -555,7 +674,9 @@ def test_the_second_of_two_writers_in_a_bucket_edits_the_newer_version(
 @pytest.mark.parametrize("times", [2, 3])
 def test_an_edit_in_a_bucket_is_tried_three_times(bucket_pets, monkeypatch, times):
     numbers = itertools.count(2)
-    beaten(monkeypatch, lambda: changes.configure(bucket_pets.place, temperature=next(numbers)), times)
+    beaten(
+        monkeypatch, lambda: changes.configure(bucket_pets.place, temperature=next(numbers)), times
+    )
     if times == 3:
         text = refused(lambda: changes.remove(bucket_pets.place, key_ids=[7]), "changed meanwhile")
         assert text == f"{bucket_pets.place}: changed meanwhile; run again"
@@ -580,10 +701,14 @@ NOT_AGAIN = {
 
 @pytest.mark.parametrize("early", [False, True])
 @pytest.mark.parametrize("change", NOT_AGAIN)
-def test_a_fit_or_a_bare_rollback_in_a_bucket_is_not_tried_again(bucket_pets, monkeypatch, change, early):
+def test_a_fit_or_a_bare_rollback_in_a_bucket_is_not_tried_again(
+    bucket_pets, monkeypatch, change, early
+):
     bucket_pets.add(unit_rows(1, D, 21), ["cat"])
     beaten(monkeypatch, lambda: changes.relabel(bucket_pets.place, BARE, key_ids=[7]), early=early)
-    refused(lambda: NOT_AGAIN[change](bucket_pets), f"{bucket_pets.place}: changed meanwhile; run again")
+    refused(
+        lambda: NOT_AGAIN[change](bucket_pets), f"{bucket_pets.place}: changed meanwhile; run again"
+    )
     bucket_pets.truth.labels[7] = BARE
     bucket_pets.check()
     assert bucket_pets.store.manifest().version == 3
@@ -662,13 +787,20 @@ def test_all_files_of_a_manifest_are_flushed_before_the_manifest(local_pets, mon
         before = files()
         flushed.clear()
         call()
-        (last,) = (i for i, path in enumerate(flushed) if path.parent.name == "manifests" and path.suffix == ".tmp")
+        (last,) = (
+            i
+            for i, path in enumerate(flushed)
+            if path.parent.name == "manifests" and path.suffix == ".tmp"
+        )
         assert min(i for i, path in enumerate(flushed) if path.parent.name == "newest") > last
         new = {path for path in files() - before if path.parent.name not in ("manifests", "newest")}
         table = {path for path in new if "keys.lance" in path.parts}
         assert table <= set(flushed[:last])
         assert {path.parent for path in table} | {path_of(local_pets.place)} <= set(flushed[:last])
-        assert all(path in flushed or any(f".{path.name}." in one.name for one in flushed[:last]) for path in new)
+        assert all(
+            path in flushed or any(f".{path.name}." in one.name for one in flushed[:last])
+            for path in new
+        )
 
 
 def test_a_deletion_file_that_a_full_disk_left_empty_is_not_committed(local_pets, monkeypatch):
@@ -681,7 +813,9 @@ def test_a_deletion_file_that_a_full_disk_left_empty_is_not_committed(local_pets
         return real(writer, table)
 
     monkeypatch.setattr(lance_store.TableWriter, "digests", digests)
-    local_pets.refused(lambda: changes.remove(local_pets.place, key_ids=[0]), "reading what it wrote failed")
+    local_pets.refused(
+        lambda: changes.remove(local_pets.place, key_ids=[0]), "reading what it wrote failed"
+    )
     monkeypatch.undo()
     local_pets.check()
     changes.remove(local_pets.place, key_ids=[0])
@@ -712,7 +846,9 @@ def test_a_folder_cannot_be_opened_as_lancedb_and_vice_versa(tmp_path, base):
         before = everything(place)
         wrong = place.removeprefix("lance://") if other == "folder" else f"lance://{place}"
         refused(lambda wrong=wrong: stores.at(wrong).load(device="cpu"), kind)
-        refused(lambda wrong=wrong: build_index(train, wrong, Reader(), fit="none", device="cpu"), kind)
+        refused(
+            lambda wrong=wrong: build_index(train, wrong, Reader(), fit="none", device="cpu"), kind
+        )
         refused(lambda wrong=wrong: changes.configure(wrong, k=4), kind)
         assert everything(place) == before
         assert stores.at(place).verify().settings.k == 3
@@ -722,13 +858,18 @@ def test_a_folder_cannot_be_opened_as_lancedb_and_vice_versa(tmp_path, base):
 def test_reading_a_missing_store_creates_nothing(kind, tmp_path, base):
     place = made(tmp_path, kind, "nowhere")
     calls = (
-        lambda: stores.at(place).load(device="cpu"), lambda: stores.at(place).verify(),
-        lambda: stores.at(place).history(), lambda: stores.at(place).describe(), lambda: stores.at(place).collect(1),
-        lambda: stores.at(place).query("SELECT 1"), lambda: changes.remove(place, key_ids=[1]),
-        lambda: changes.configure(place, k=2), lambda: changes.rollback(place),
+        lambda: stores.at(place).load(device="cpu"),
+        lambda: stores.at(place).verify(),
+        lambda: stores.at(place).history(),
+        lambda: stores.at(place).describe(),
+        lambda: stores.at(place).collect(1),
+        lambda: stores.at(place).query("SELECT 1"),
+        lambda: changes.remove(place, key_ids=[1]),
+        lambda: changes.configure(place, k=2),
+        lambda: changes.rollback(place),
         lambda: changes.add(place, open_source(base[2] / "train.parquet"), Reader()),
         lambda: changes.clone(place, made(tmp_path, "folder", "copy")),
-    )  # fmt: skip
+    )
     for call in calls:
         refused(call, "nowhere", "index build")
     assert not stores.at(place).exists()
@@ -757,7 +898,9 @@ def fitted(request, base, tmp_path):
 
 def damaged(whole):
     """Yield the bytes of a file with a flipped bit, cut, or longer, and ``None`` for a missing file."""
-    for bit in np.random.default_rng(0).choice(8 * len(whole), min(100 if SOAK else 2, 8 * len(whole)), replace=False):
+    for bit in np.random.default_rng(0).choice(
+        8 * len(whole), min(100 if SOAK else 2, 8 * len(whole)), replace=False
+    ):
         yield whole[: bit // 8] + bytes([whole[bit // 8] ^ 1 << bit % 8]) + whole[bit // 8 + 1 :]
     yield from (whole[:-1], whole[: len(whole) // 2], b"", whole + b"\0", b" " + whole, None)
 
@@ -768,13 +911,20 @@ def refusing(pets, reader, name):
     The files of a table are only read by ``verify`` and ``rollback``.
     """
     at, in_table = pets.store, name.startswith("keys.lance")
-    named = {m.version: {*m.digests, *(file.name for file in m.data_files)} for m in map(at.manifest, range(1, 5))}
+    named = {
+        m.version: {*m.digests, *(file.name for file in m.data_files)}
+        for m in map(at.manifest, range(1, 5))
+    }
     named[4].add("manifests/000004.json")
     owners = [version for version, names in named.items() if name in names]
     calls = [at.verify] if owners or name.startswith("manifests/") else []
     if 4 in owners and not in_table:
         copy = made(pets.tables, "folder", "copy")
-        calls += [pets.open, lambda: changes.remove(pets.place, key_ids=[2]), lambda: changes.clone(pets.place, copy)]
+        calls += [
+            pets.open,
+            lambda: changes.remove(pets.place, key_ids=[2]),
+            lambda: changes.clone(pets.place, copy),
+        ]
         calls += [reader.reload] if 2 not in owners else []
     if owners and 4 not in owners:
         calls += [lambda: changes.rollback(pets.place, owners[0])]
@@ -786,7 +936,11 @@ def test_damage_of_any_file_of_any_version_is_refused_by_name(fitted, capfd):
     """Nothing is changed on top of damage. In a bucket, ``verify`` reads the rows of a table instead of its files."""
     pets, reader = fitted
     whole = everything(pets.place)
-    names = [name for name in whole if name != "lock" and not (pets.kind == "s3" and "keys.lance" in name)]
+    names = [
+        name
+        for name in whole
+        if name != "lock" and not (pets.kind == "s3" and "keys.lance" in name)
+    ]
     for name in names:
         calls = refusing(pets, reader, name)
         for data in damaged(whole[name]):
@@ -801,7 +955,9 @@ def test_damage_of_any_file_of_any_version_is_refused_by_name(fitted, capfd):
     assert "panicked" not in capfd.readouterr().err
     assert pets.store.verify().version == 4
     if pets.kind != "folder":
-        moved = copied(pets.tables, pets.kind, pets.place, "moved")  # LanceDB has not cached the copy
+        moved = copied(
+            pets.tables, pets.kind, pets.place, "moved"
+        )  # LanceDB has not cached the copy
         for name in whole:
             if name.startswith("keys.lance/data/"):
                 put(moved, name, None)
@@ -815,7 +971,11 @@ def test_damage_of_any_file_of_any_version_is_refused_by_name(fitted, capfd):
 @pytest.mark.parametrize("version", [1, 2])
 def test_verify_ignores_a_version_deleted_during_the_check(local_pets, monkeypatch, version):
     changes.rename(local_pets.place, BARE, "second")
-    wanted, real, raced = local_pets.store.manifest(version).files["classes"].name, LocalFiles.problem, []
+    wanted, real, raced = (
+        local_pets.store.manifest(version).files["classes"].name,
+        LocalFiles.problem,
+        [],
+    )
 
     def raced_with(self, file, whole):
         if file.name == wanted and not raced:
@@ -848,12 +1008,20 @@ def changed_vector(table):
 
 TAMPERED = {
     "a changed vector": (changed_vector, "do not match"),
-    "no vector": (lambda t: t.update(where="key_id = 4", values_sql={"vector": "NULL"}), "missing values"),
-    "a missing class": (lambda t: t.update(where="key_id = 4", values={"class_id": 44}), "class ids"),
+    "no vector": (
+        lambda t: t.update(where="key_id = 4", values_sql={"vector": "NULL"}),
+        "missing values",
+    ),
+    "a missing class": (
+        lambda t: t.update(where="key_id = 4", values={"class_id": 44}),
+        "class ids",
+    ),
     "a key of another class": (
-        lambda t: t.update(where="key_id = 4", values={"class_id": 3, "label": BARE}), "do not match"),
+        lambda t: t.update(where="key_id = 4", values={"class_id": 3, "label": BARE}),
+        "do not match",
+    ),
     "a missing row": (lambda t: t.delete("key_id = 4"), "do not match"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what", TAMPERED)
@@ -884,10 +1052,16 @@ def test_columns_that_lancedb_cannot_store_are_refused(lance_pets, column, tmp_p
     def table():
         return lance_pets.table(unit_rows(2, D, 60), ["cat", "cat"], **{column: ["x", "y"]})
 
-    text = lance_pets.refused(lambda: changes.add(lance_pets.place, table(), Reader()), repr(column), error=InputError)
+    text = lance_pets.refused(
+        lambda: changes.add(lance_pets.place, table(), Reader()), repr(column), error=InputError
+    )
     assert "rename" in text
     new = made(tmp_path, lance_pets.kind, "new")
-    refused(lambda: build_index(table(), new, Reader(), fit="none", device="cpu"), repr(column), error=InputError)
+    refused(
+        lambda: build_index(table(), new, Reader(), fit="none", device="cpu"),
+        repr(column),
+        error=InputError,
+    )
     assert not stores.at(new).exists()
     folder = made(tmp_path, "folder", "with column")
     build_index(table(), folder, Reader(), fit="none", device="cpu")
@@ -896,12 +1070,19 @@ def test_columns_that_lancedb_cannot_store_are_refused(lance_pets, column, tmp_p
 
 def test_columns_of_any_type_and_name_are_preserved(tmp_path):
     columns = {
-        "my col": pa.array(["a", None]), "x'y\"z": pa.array([1, 2], pa.uint64()), "Ünï-1": pa.array([True, None]),
-        "select": pa.array([[1], []], pa.list_(pa.int64())), "when": pa.array([1, 2], pa.timestamp("ns", "UTC")),
-        "raw": pa.array([b"a", b""]), "dictionary": pa.array(["a", "b"]).dictionary_encode(), "none": pa.nulls(2),
-        "large": pa.array(["a", "b"], pa.large_string()), "struct": pa.array([{"x": 1}, {"x": 2}]),
-        "half": pa.array([None, 1.5], pa.float16()), "view": pa.array(["a", None], pa.string_view()),
-    }  # fmt: skip
+        "my col": pa.array(["a", None]),
+        "x'y\"z": pa.array([1, 2], pa.uint64()),
+        "Ünï-1": pa.array([True, None]),
+        "select": pa.array([[1], []], pa.list_(pa.int64())),
+        "when": pa.array([1, 2], pa.timestamp("ns", "UTC")),
+        "raw": pa.array([b"a", b""]),
+        "dictionary": pa.array(["a", "b"]).dictionary_encode(),
+        "none": pa.nulls(2),
+        "large": pa.array(["a", "b"], pa.large_string()),
+        "struct": pa.array([{"x": 1}, {"x": 2}]),
+        "half": pa.array([None, 1.5], pa.float16()),
+        "view": pa.array(["a", None], pa.string_view()),
+    }
     features = unit_rows(2, D, 61)
     places = [made(tmp_path, kind, kind) for kind in ("folder", "lance")]
     table = source(tmp_path / "t.parquet", features, ["a", "b"], **columns)
@@ -979,7 +1160,9 @@ def clustered(n, seed, classes=20, d=32):
     """Return keys around one centre per class, like those of a backbone, and their labels."""
     labels = np.arange(n) % classes
     rows = unit_rows(classes, d, 70)[labels] + unit_rows(n, d, seed) * 0.7
-    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32), [f"c{i:02}" for i in labels]
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32), [
+        f"c{i:02}" for i in labels
+    ]
 
 
 @pytest.mark.parametrize("classes", [12, 20])
@@ -989,7 +1172,9 @@ def test_many_keys_get_an_index_that_later_changes_update(tmp_path, monkeypatch,
     monkeypatch.setattr(lance_rows, "UNINDEXED", 500)
     place, last = made(tmp_path, "lance"), f"c{classes - 1}"
     rows, labels = drawn(2900, 1)
-    build_index(source(tmp_path / "t.parquet", rows, labels), place, Reader(), fit="none", device="cpu")
+    build_index(
+        source(tmp_path / "t.parquet", rows, labels), place, Reader(), fit="none", device="cpu"
+    )
     at = stores.at(place)
     assert at.load(device="cpu").index_type == "Flat"
     more, more_labels = drawn(200, 2)
@@ -997,13 +1182,18 @@ def test_many_keys_get_an_index_that_later_changes_update(tmp_path, monkeypatch,
     model = at.verify()
     assert (model.index_type, model.n) == ("Classes", 3100)
     assert at.manifest().built.auto_index
-    assert model.settings.k == lance_rows.index_kind("auto", 3100, classes)[1]  # as in a fresh build
+    assert (
+        model.settings.k == lance_rows.index_kind("auto", 3100, classes)[1]
+    )  # as in a fresh build
     rows, labels = np.concatenate([rows, more]), labels + more_labels
     queries, truths = drawn(200, 3)
     by_all, by_index = model.logits(queries, "all"), model.logits(queries, 64)
     winners = by_index.argmax(dim=1)
     assert (winners == by_all.argmax(dim=1)).float().mean() >= 0.99
-    assert np.mean([model.class_names[i] == truth for i, truth in zip(winners, truths, strict=True)]) > 0.9
+    assert (
+        np.mean([model.class_names[i] == truth for i, truth in zip(winners, truths, strict=True)])
+        > 0.9
+    )
     found = model.retrieval.keys.nearest(torch.from_numpy(queries), 10)
     exact = np.sort(queries @ rows.T, axis=1)[:, ::-1][:, :10]
     near = found.affinity.numpy()
@@ -1043,7 +1233,11 @@ def test_many_keys_get_an_index_that_later_changes_update(tmp_path, monkeypatch,
 
 @pytest.mark.parametrize(
     ("dtype", "fit"),
-    [("float32", PLAIN), ("float16", PLAIN), ("float32", {"metric": "within", "values": "one-hot"})],
+    [
+        ("float32", PLAIN),
+        ("float16", PLAIN),
+        ("float32", {"metric": "within", "values": "one-hot"}),
+    ],
 )
 def test_affinities_are_inner_products_with_the_stored_keys_or_points(tmp_path, dtype, fit):
     place, n = made(tmp_path, "lance"), 1000
@@ -1061,12 +1255,16 @@ def test_affinities_are_inner_products_with_the_stored_keys_or_points(tmp_path, 
     assert (
         len([name for name in everything(place) if name.startswith("keys.lance/data/")]) == 1
     )  # none of an earlier version
-    points = (lambda x: x) if fit == PLAIN else (lambda x: model.metric(torch.from_numpy(x)).numpy())
+    points = (
+        (lambda x: x) if fit == PLAIN else (lambda x: model.metric(torch.from_numpy(x)).numpy())
+    )
     queries, stored = clustered(60, 3)[0], points(stored.astype(np.float32))
     exact = points(queries) @ stored.T
     for q, one in enumerate(model.classify(queries, k=20, neighbours=10)):
         ids = [near.key_id for near in one.neighbours]
-        np.testing.assert_allclose([near.affinity for near in one.neighbours], exact[q, ids], atol=1e-6)
+        np.testing.assert_allclose(
+            [near.affinity for near in one.neighbours], exact[q, ids], atol=1e-6
+        )
         assert len(set(ids)) == 10
     keys = model.retrieval.keys
     found = keys.nearest(keys.phi(torch.from_numpy(queries)), 10).affinity.numpy()
@@ -1090,7 +1288,9 @@ def test_commands_take_the_address_of_a_bucket(run, bucket_pets):
     ):
         assert said in done(run("index", *words))
     asked = write_table(bucket_pets.tables / "asked.parquet", QUERIES)
-    found = done(run("classify", own, asked, "-k", 8, "--logits", "--format", "json", "--verify", "full"))
+    found = done(
+        run("classify", own, asked, "-k", 8, "--logits", "--format", "json", "--verify", "full")
+    )
     logits = [json.loads(line)["logits"] for line in found.splitlines()]
     np.testing.assert_allclose(logits, bucket_pets.truth.logits(QUERIES, 8), atol=1e-3)
 
@@ -1102,16 +1302,22 @@ def test_the_server_answers_from_a_store_and_reloads_changes(local_pets, monkeyp
 
         def ask():
             sent = {"features": QUERIES.tolist()}
-            answer = client.post("/v1/classify", json=sent, params={"top": 3, "neighbours": 3, "features": True})
+            answer = client.post(
+                "/v1/classify", json=sent, params={"top": 3, "neighbours": 3, "features": True}
+            )
             assert answer.status_code == 200, answer.text
             return answer.json()
 
         for row, one in zip(ask()["results"], expected, strict=True):
             assert (row["label"], row["labels"]) == (one.label, one.labels)
-            assert [key["key_id"] for key in row["neighbours"]] == [key.key_id for key in one.neighbours]
+            assert [key["key_id"] for key in row["neighbours"]] == [
+                key.key_id for key in one.neighbours
+            ]
         for route in ("map", "keys?label=cat&limit=3", "audit", "accuracy"):
             assert client.get(f"/v1/indexes/own/{route}").status_code == 200
-        gone = client.delete("/v1/indexes/own/keys?key_id=5", headers={"authorization": "Bearer open sesame"})
+        gone = client.delete(
+            "/v1/indexes/own/keys?key_id=5", headers={"authorization": "Bearer open sesame"}
+        )
         assert (gone.status_code, gone.json()["version"]) == (200, 2), gone.text
         changes.relabel(local_pets.place, BARE, key_ids=[1])
         limit = time.monotonic() + 60

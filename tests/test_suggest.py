@@ -26,10 +26,19 @@ def kernel(a, b):
     return np.maximum(a @ b.T, 0) ** 2
 
 
-@given(st.integers(1, 40), st.integers(1, 45), st.integers(0, 5), st.booleans(), st.integers(0, 2**32 - 1))
+@given(
+    st.integers(1, 40),
+    st.integers(1, 45),
+    st.integers(0, 5),
+    st.booleans(),
+    st.integers(0, 2**32 - 1),
+)
 def test_suggestions_match_the_greedy_definition(m, n, k, with_metric, seed):
     draw = np.random.default_rng(seed)
-    features, known = draw.normal(size=(m, 6)).astype(np.float32), draw.normal(size=(k, 6)).astype(np.float32)
+    features, known = (
+        draw.normal(size=(m, 6)).astype(np.float32),
+        draw.normal(size=(k, 6)).astype(np.float32),
+    )
     features[m // 2 :: 3] = features[0]  # copies
     weights = draw.random(m) * (draw.random(m) < 0.8)
     mean, transform = features.mean(axis=0), np.eye(6, dtype=np.float32)
@@ -39,9 +48,14 @@ def test_suggestions_match_the_greedy_definition(m, n, k, with_metric, seed):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(choice, "STALE", 3)
         patch.setattr(choice, "BLOCK", 7)
-        picks = suggest(features, n, uncertainty=weights, labelled=known if k else None, metric=metric)
+        picks = suggest(
+            features, n, uncertainty=weights, labelled=known if k else None, metric=metric
+        )
     points, keys = ((rows - mean).astype(float) @ transform for rows in (features, known))
-    points, keys = (rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12) for rows in (points, keys))
+    points, keys = (
+        rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+        for rows in (points, keys)
+    )
     similarity, covered = kernel(points, points), kernel(points, keys).max(axis=1, initial=0)
     left = np.ones(m, dtype=bool)
     assert len(set(picks.rows.tolist())) == len(picks.rows) == min(n, m)
@@ -52,7 +66,9 @@ def test_suggestions_match_the_greedy_definition(m, n, k, with_metric, seed):
     cosines = points @ points[picks.rows].T
     near = np.maximum(np.max(points @ keys.T, axis=1, initial=0), 0)
     clear = left & (np.abs(cosines.max(axis=1) - near) > 1e-5)
-    counts = np.bincount(cosines[clear & (cosines.max(axis=1) > near)].argmax(axis=1), minlength=len(picks.rows))
+    counts = np.bincount(
+        cosines[clear & (cosines.max(axis=1) > near)].argmax(axis=1), minlength=len(picks.rows)
+    )
     assert abs(picks.covers - counts).sum() <= 2 * (left & ~clear).sum() + 2 * ties(cosines[left])
 
 
@@ -63,7 +79,9 @@ def ties(cosines):
 
 def test_a_large_pool_needs_limited_memory_and_uncertain_photos_come_first(monkeypatch):
     sizes, similarity = [], choice.similarity
-    monkeypatch.setattr(choice, "similarity", lambda a, b: sizes.append(len(a) * len(b)) or similarity(a, b))
+    monkeypatch.setattr(
+        choice, "similarity", lambda a, b: sizes.append(len(a) * len(b)) or similarity(a, b)
+    )
     monkeypatch.setattr(choice, "CROWD", 64)
     features, weights = unit_rows(5000, 16), np.zeros(5000)
     features[40:60] = unit(unit_rows(20, 16, 1) + 3 * unit_rows(1, 16, 2))
@@ -98,7 +116,9 @@ def index(tmp_path):
     centres = 2 * unit_rows(3, 8, 5)
     ids = np.repeat([0, 1, 2], [8, 4, 2])
     rows = unit(centres[ids] + unit_rows(14, 8))
-    cache = Index.from_features(rows, ids, ["a", "b", "c"], sources=[f"shot-{i}" for i in range(14)], device="cpu")
+    cache = Index.from_features(
+        rows, ids, ["a", "b", "c"], sources=[f"shot-{i}" for i in range(14)], device="cpu"
+    )
     cache, _ = closed_form.fit(cache)
     cache.save(tmp_path / "index")
     pool = unit(centres[np.arange(30) % 3] + unit_rows(30, 8, 1))
@@ -121,7 +141,9 @@ def test_an_index_provides_metric_uncertainty_and_labelled_keys(index, run, tmp_
     assert [row["input"] for row in rows] == [f"item-{row}" for row in picks.rows]
     assert [row["covers"] for row in rows] == picks.covers.tolist()
     assert [row["label"] for row in rows] == [answers[row].label for row in picks.rows]
-    assert Classifier.load(folder, device="cpu").suggest(pool, 6).inputs == [str(row) for row in picks.rows]
+    assert Classifier.load(folder, device="cpu").suggest(pool, 6).inputs == [
+        str(row) for row in picks.rows
+    ]
 
 
 def test_known_features_are_skipped_and_sampling_is_reported(index, run, monkeypatch, tmp_path):
@@ -129,9 +151,14 @@ def test_known_features_are_skipped_and_sampling_is_reported(index, run, monkeyp
     opened = Index.load(folder)
     shots = dict(zip(opened.labels["source"].to_pylist(), opened.keys, strict=True))
     rows = [shots["shot-3"], pool[1], pool[2], shots["shot-0"]]
-    mixed = write_table(tmp_path / "mixed.parquet", rows, ids=["shot-3", "new-1", "shot-2", "shot-0"])
+    mixed = write_table(
+        tmp_path / "mixed.parquet", rows, ids=["shot-3", "new-1", "shot-2", "shot-0"]
+    )
     done = run("suggest", mixed, "--index", folder, "--format", "json")
-    assert {json.loads(line)["input"] for line in done.stdout.splitlines()} == {"new-1", "shot-2"}  # another photo
+    assert {json.loads(line)["input"] for line in done.stdout.splitlines()} == {
+        "new-1",
+        "shot-2",
+    }  # another photo
     assert "skipped 2" in done.stderr
     old = write_table(tmp_path / "old.parquet", rows[:1], ids=["shot-3"])
     assert run("suggest", old, "--index", folder).exit_code == 1
@@ -143,19 +170,30 @@ def test_known_features_are_skipped_and_sampling_is_reported(index, run, monkeyp
 
 def test_without_an_index_no_label_is_guessed(index, run, tmp_path):
     _, table, pool = index
-    cold = list(csv.DictReader(io.StringIO(run("suggest", table, "-n", 5, "--format", "csv").stdout)))
+    cold = list(
+        csv.DictReader(io.StringIO(run("suggest", table, "-n", 5, "--format", "csv").stdout))
+    )
     picks = suggest(pool, 5).rows
-    assert [(row["input"], row["label"], row["probability"]) for row in cold] == [(f"item-{i}", "", "") for i in picks]
+    assert [(row["input"], row["label"], row["probability"]) for row in cold] == [
+        (f"item-{i}", "", "") for i in picks
+    ]
     shorter = write_table(tmp_path / "short.parquet", unit_rows(2, 7), ["cat", "dog"])
     for wrong in ((table, shorter), (write_table(tmp_path / "nan.parquet", [[np.nan]]),)):
         done = run("suggest", *wrong)
         assert (done.exit_code, done.stdout, done.stderr.count("\n")) == (1, "", 1)
     assert run("suggest", write_table(tmp_path / "long.parquet", 3 * pool)).exit_code == 1
-    assert run("suggest", write_table(tmp_path / "long.parquet", 3 * pool), "--norms", "unit").exit_code == 0
+    assert (
+        run(
+            "suggest", write_table(tmp_path / "long.parquet", 3 * pool), "--norms", "unit"
+        ).exit_code
+        == 0
+    )
 
 
 def test_label_and_suggest_share_their_options():
-    ours, theirs = ({one.name: one for one in main.commands[name].params} for name in ("suggest", "label"))
+    ours, theirs = (
+        {one.name: one for one in main.commands[name].params} for name in ("suggest", "label")
+    )
     shared = ours.keys() & theirs.keys()
     assert {"photos", "model", "no_cache"} <= shared
     assert all(ours[name].to_info_dict() == theirs[name].to_info_dict() for name in shared)
@@ -178,7 +216,9 @@ def test_photos_are_suggested_from_a_folder_or_a_list(shared, things, tmp_path, 
     assert {row["input"] for row in rows} == new
     assert "skipped 2" in done.stderr
     assert all(row["label"] and row["why"] for row in rows)
-    listed = run("suggest", "-", "--index", things, "--format", "json", stdin="\n".join(sorted(new)))
+    listed = run(
+        "suggest", "-", "--index", things, "--format", "json", stdin="\n".join(sorted(new))
+    )
     assert {json.loads(line)["input"] for line in listed.stdout.splitlines()} == new
     first = run("suggest", inbox, "-n", 3, "--model", model, "--format", "json")
     kinds = {json.loads(line)["input"].rpartition("-")[2] for line in first.stdout.splitlines()}

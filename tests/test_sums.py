@@ -126,7 +126,9 @@ def shots(n, seed):
     rng = np.random.default_rng(seed)
     ids = np.arange(n) % C
     means = np.random.default_rng(0).standard_normal((C, D))
-    return unit(means[ids] + 0.7 * rng.standard_normal((n, D))).astype(np.float32), [NAMES[i] for i in ids]
+    return unit(means[ids] + 0.7 * rng.standard_normal((n, D))).astype(np.float32), [
+        NAMES[i] for i in ids
+    ]
 
 
 def fitted(folder, n=600, dtype="float32"):
@@ -188,7 +190,9 @@ def test_sums_of_other_keys_are_detected(tmp_path, what):
     cache = fitted(folder)
     name = Versions(folder).manifest().files["sums"].name
     other = np.array(np.load(folder / name))
-    other[(0, 0) if what in ("counts", "fraction") else (C + 1, 3)] += 0.5 if what == "fraction" else 1
+    other[(0, 0) if what in ("counts", "fraction") else (C + 1, 3)] += (
+        0.5 if what == "fraction" else 1
+    )
     if what == "damage":
         np.save(folder / name, other)
     else:  # as if a program that does not know the sums had written the manifest

@@ -45,10 +45,17 @@ def test_cache_logits_equal_the_dense_sum(case, beta, k, slots, tail, valued, dt
         empty = (len(f), slots)
         near = torch.cat([near, torch.full(empty, 0.9, dtype=dtype)], dim=1)[:, order]
         ids = torch.cat([ids, torch.full(empty, case.c)], dim=1)[:, order]
-        rows = torch.cat([rows, torch.from_numpy(case.rng.integers(len(y), size=empty))], dim=1)[:, order]
-    V, sums = torch.from_numpy(case.V).to(dtype), torch.from_numpy(np.eye(case.c)[case.y].T @ case.V).to(dtype)
+        rows = torch.cat([rows, torch.from_numpy(case.rng.integers(len(y), size=empty))], dim=1)[
+            :, order
+        ]
+    V, sums = (
+        torch.from_numpy(case.V).to(dtype),
+        torch.from_numpy(np.eye(case.c)[case.y].T @ case.V).to(dtype),
+    )
     totals = case.totals(dtype) if tail else None
-    found = tip.cache_logits(near, ids, case.c, beta, totals, tip.Values(V, rows, sums) if valued else None)
+    found = tip.cache_logits(
+        near, ids, case.c, beta, totals, tip.Values(V, rows, sums) if valued else None
+    )
     scale = case.logits(beta, abs(case.V) if valued else None).max()
     expected = case.logits(beta, case.V if valued else None, met, tail=tail)
     np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance * scale)
@@ -61,7 +68,10 @@ def test_cache_logits_equal_the_dense_sum(case, beta, k, slots, tail, valued, dt
 def test_logits_with_a_tail_lie_between_those_of_top_k_and_all_keys(case, beta, k):
     """The exponential is convex (Jensen)."""
     near, ids, _ = case.retrieved(k)
-    plain, tail = (tip.cache_logits(near, ids, case.c, beta, totals).numpy() for totals in (None, case.totals()))
+    plain, tail = (
+        tip.cache_logits(near, ids, case.c, beta, totals).numpy()
+        for totals in (None, case.totals())
+    )
     assert (plain <= tail).all()
     assert (tail <= case.logits(beta) * (1 + 1e-10)).all()
 
@@ -92,7 +102,9 @@ def test_a_tail_without_value_sums_is_refused():
     case = Case(1, [3, 2], q=1)
     near, ids, rows = case.retrieved(2)
     with pytest.raises(ValueError, match=r"^values: "):
-        tip.cache_logits(near, ids, 2, 1.0, case.totals(), tip.Values(torch.from_numpy(case.V), rows))
+        tip.cache_logits(
+            near, ids, 2, 1.0, case.totals(), tip.Values(torch.from_numpy(case.V), rows)
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
@@ -111,20 +123,34 @@ def test_the_discriminant_matches_its_definition(case, empty):
     f, K, y = (part.numpy() for part in case.tensors())
     c = case.c + empty
     one_hot = np.eye(c)[y]
-    found = tip.Discriminant.of(torch.from_numpy(one_hot.T @ K), torch.from_numpy(one_hot.sum(0)))(torch.from_numpy(f))
+    found = tip.Discriminant.of(torch.from_numpy(one_hot.T @ K), torch.from_numpy(one_hot.sum(0)))(
+        torch.from_numpy(f)
+    )
     np.testing.assert_allclose(found, discriminant(f, K, y, c), rtol=1e-9, atol=1e-9)
 
 
 @settings(max_examples=examples(50), deadline=None)
-@given(some_cases, st.floats(0, 20), st.floats(0, 20), st.floats(0.5, 200), betas, st.none() | st.floats(1e-3, 10))
+@given(
+    some_cases,
+    st.floats(0, 20),
+    st.floats(0, 20),
+    st.floats(0.5, 200),
+    betas,
+    st.none() | st.floats(1e-3, 10),
+)
 def test_answer_equals_the_combination_of_its_terms(case, alpha, gamma, scale, beta, offset):
     f, K, y = case.tensors()
     d = K.shape[1]
-    W, phi = torch.from_numpy(case.W).double(), tip.Metric(K.mean(0) / 2, torch.eye(d, dtype=K.dtype) + 0.1)
+    W, phi = (
+        torch.from_numpy(case.W).double(),
+        tip.Metric(K.mean(0) / 2, torch.eye(d, dtype=K.dtype) + 0.1),
+    )
     V = torch.eye(case.c, dtype=K.dtype)[y]
     scales = {"alpha": alpha, "beta": beta, "gamma": gamma, "logit_scale": scale}
     averages = tip.Discriminant.of(V.T @ phi(K), V.sum(0))
-    whole = tip.answer(f, K, V, W, **scales, phi=phi, offset=offset, M=averages.means, b=averages.offsets)
+    whole = tip.answer(
+        f, K, V, W, **scales, phi=phi, offset=offset, M=averages.means, b=averages.offsets
+    )
     cache = tip.cache_logits(tip.affinity(phi(f), phi(K)), y, case.c, beta)
     terms = tip.Terms(tip.text_logits(f, W, scale), tip.log_cache(cache, offset), averages(phi(f)))
     parts = terms.logits(Settings(alpha=alpha, gamma=gamma))
@@ -154,16 +180,33 @@ def test_the_formula_in_the_docs_gives_the_logits_of_an_exported_index(tmp_path,
     """The test only reads files: the tables that ``index export`` writes, and the fitted arrays of the index."""
     rng, names, index = np.random.default_rng(10), list("abcde"), tmp_path / "index"
     means = unit(rng.standard_normal((5, 32)))
-    shots, test = (unit(means[np.arange(m) % 5] + 0.7 * rng.standard_normal((m, 32))) for m in (80, 40))
-    words = write_table(tmp_path / "words.parquet", unit(means + 0.09 * rng.standard_normal((5, 32))), names)
+    shots, test = (
+        unit(means[np.arange(m) % 5] + 0.7 * rng.standard_normal((m, 32))) for m in (80, 40)
+    )
+    words = write_table(
+        tmp_path / "words.parquet", unit(means + 0.09 * rng.standard_normal((5, 32))), names
+    )
     source = write_table(tmp_path / "shots.parquet", shots, [names[i % 5] for i in range(80)])
     run("index", "build", source, "--text", words, *options, "--out", index)
-    run("index", "export", index, "--out", tmp_path / "keys.parquet", "--text", tmp_path / "text.parquet")
+    run(
+        "index",
+        "export",
+        index,
+        "--out",
+        tmp_path / "keys.parquet",
+        "--text",
+        tmp_path / "text.parquet",
+    )
     run("index", "clone", index, f"lance://{tmp_path}/store")
     run("index", "export", f"lance://{tmp_path}/store", "--out", tmp_path / "stored.parquet")
-    assert pq.read_table(tmp_path / "stored.parquet").equals(pq.read_table(tmp_path / "keys.parquet"))
+    assert pq.read_table(tmp_path / "stored.parquet").equals(
+        pq.read_table(tmp_path / "keys.parquet")
+    )
     manifest = body_of(index)
-    K, W = (np.stack(pq.read_table(tmp_path / name)["feature"].to_numpy()) for name in ("keys.parquet", "text.parquet"))
+    K, W = (
+        np.stack(pq.read_table(tmp_path / name)["feature"].to_numpy())
+        for name in ("keys.parquet", "text.parquet")
+    )
     labels = pq.read_table(tmp_path / "keys.parquet")["label"].to_pylist()
 
     def array(kind):
@@ -171,7 +214,9 @@ def test_the_formula_in_the_docs_gives_the_logits_of_an_exported_index(tmp_path,
 
     letters = {name: manifest[name] for name in ("alpha", "beta", "logit_scale", "temperature")}
     letters |= {"f": test.astype(np.float32), "K": K, "W": W}
-    lines = re.search(r"```\n(metric .*?)\n```", (ROOT / "docs/method.md").read_text(), re.DOTALL)[1]
+    lines = re.search(r"```\n(metric .*?)\n```", (ROOT / "docs/method.md").read_text(), re.DOTALL)[
+        1
+    ]
     if options:  # as the page describes: no metric, no link, one-hot values
         fitted = ("metric", "link", "discriminant")
         kept = [line for line in lines.splitlines() if not line.startswith(fitted)]
@@ -179,7 +224,12 @@ def test_the_formula_in_the_docs_gives_the_logits_of_an_exported_index(tmp_path,
         letters |= {"phi": lambda x: x, "V": np.eye(5)[[names.index(label) for label in labels]]}
     else:
         metric = array("metric")
-        letters |= {"m": metric[:1], "T": metric[1:], "V": array("values"), "o": manifest["log_offset"]}
+        letters |= {
+            "m": metric[:1],
+            "T": metric[1:],
+            "V": array("values"),
+            "o": manifest["log_offset"],
+        }
         letters |= {"gamma": manifest["gamma"]}
         points = unit((K.astype(np.float64) - metric[:1]) @ metric[1:])
         letters["M"] = np.stack([points[np.array(labels) == name].mean(0) for name in names])

@@ -44,10 +44,14 @@ def test_features_match_torch_for_any_number_of_images(compiled):
     model, plain = load_backbone(identity.model, device="cpu"), by_torch(identity.model)
     for number in (1, 2, 5):
         pixels = some_pixels(plain, number)
-        np.testing.assert_allclose(unit(model.encode_images(pixels)), unit(plain.encode_images(pixels)), atol=1e-5)
+        np.testing.assert_allclose(
+            unit(model.encode_images(pixels)), unit(plain.encode_images(pixels)), atol=1e-5
+        )
     assert len(list((place / "cache" / "towers").iterdir())) == 1
     assert model.identity == plain.identity
-    np.testing.assert_array_equal(deepcopy(model).encode_images(pixels), model.encode_images(pixels))
+    np.testing.assert_array_equal(
+        deepcopy(model).encode_images(pixels), model.encode_images(pixels)
+    )
 
 
 def test_threads_that_encode_at_the_same_time_get_their_own_features(compiled):
@@ -69,11 +73,15 @@ def test_a_real_encoder_matches_torch(lit_mini, shared):
     half = load_backbone(lit_mini.identity.model, device="cpu", precision="bfloat16")
     worst = cosines(half.encode_images(pixels), expected).min()
     assert worst > 0.995
-    if "BF16" in tower.runtime().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):  # others compute in float32
+    if "BF16" in tower.runtime().Core().get_property(
+        "CPU", "OPTIMIZATION_CAPABILITIES"
+    ):  # others compute in float32
         assert worst < 0.9999999
 
 
-@pytest.mark.parametrize("name", few(["ViT-B-32-quickgelu", "RN50", "timm:tf_efficientnet_lite0"], 1))
+@pytest.mark.parametrize(
+    "name", few(["ViT-B-32-quickgelu", "RN50", "timm:tf_efficientnet_lite0"], 1)
+)
 def test_common_architectures_can_be_converted(name, place):
     """Random weights of a ResNet with attention, a transformer, and a model of timm."""
     torch.manual_seed(0)
@@ -81,9 +89,16 @@ def test_common_architectures_can_be_converted(name, place):
         visual = timm.create_model(name.removeprefix("timm:"), num_classes=0)
     else:
         config = open_clip.get_model_config(name)
-        small = {"layers": [1, 1, 1, 1], "width": 16} if name == "RN50" else {"layers": 2, "width": 128}
+        small = (
+            {"layers": [1, 1, 1, 1], "width": 16} if name == "RN50" else {"layers": 2, "width": 128}
+        )
         config["vision_cfg"] |= small
-        config["text_cfg"] |= {"vocab_size": 64, "width": 64, "heads": 1, "layers": 1}  # which is not converted
+        config["text_cfg"] |= {
+            "vocab_size": 64,
+            "width": 64,
+            "heads": 1,
+            "layers": 1,
+        }  # which is not converted
         visual = open_clip.CLIP(**config).visual
     model = torch.nn.Module()
     model.visual, model.encode_image = visual.eval(), visual.forward
@@ -98,7 +113,13 @@ def test_common_architectures_can_be_converted(name, place):
 
 
 def identity_of(name):
-    return Identity(model=name, pretrained=None, weights=f"sha256:{name}", config="sha256:0", preprocess={"size": 224})
+    return Identity(
+        model=name,
+        pretrained=None,
+        weights=f"sha256:{name}",
+        config="sha256:0",
+        preprocess={"size": 224},
+    )
 
 
 def test_a_stored_tower_needs_no_model(compiled):
@@ -131,9 +152,14 @@ def test_a_tower_that_differs_from_torch_is_not_used(folder, place, caplog, monk
 def test_without_a_cache_the_tower_is_compiled_each_time(folder, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("RETRIEVAL_TIP_CACHE", str(tmp_path / "file"))
-    compiled, plain = load_backbone(f"local-dir:{folder}", device="cpu"), by_torch(f"local-dir:{folder}")
+    compiled, plain = (
+        load_backbone(f"local-dir:{folder}", device="cpu"),
+        by_torch(f"local-dir:{folder}"),
+    )
     pixels = some_pixels(plain, 3)
-    np.testing.assert_allclose(unit(compiled.encode_images(pixels)), unit(plain.encode_images(pixels)), atol=1e-5)
+    np.testing.assert_allclose(
+        unit(compiled.encode_images(pixels)), unit(plain.encode_images(pixels)), atol=1e-5
+    )
 
 
 def test_other_weights_have_their_own_tower(compiled):
@@ -158,20 +184,33 @@ def test_the_conversion_opens_no_connection(folder, tmp_path, warm_path):
     )
     (tmp_path / "home").mkdir()
     done = subprocess.run(
-        [warm.python(warm_path), "-c", script, f"local-dir:{folder}"], capture_output=True, text=True, check=False,
-        env=os.environ | {"HOME": str(tmp_path / "home"), "RETRIEVAL_TIP_CACHE": str(tmp_path / "cache")},
-    )  # fmt: skip
+        [warm.python(warm_path), "-c", script, f"local-dir:{folder}"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ
+        | {"HOME": str(tmp_path / "home"), "RETRIEVAL_TIP_CACHE": str(tmp_path / "cache")},
+    )
     assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / "cache" / "towers").iterdir())) == 1
     assert not list((tmp_path / "home").iterdir())
 
 
 SIZES = st.tuples(st.integers(1, 700), st.integers(1, 700))
-TIMM = {"input_size": (3, 96, 96), "mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.25), "crop_mode": "center"}
+TIMM = {
+    "input_size": (3, 96, 96),
+    "mean": (0.4, 0.5, 0.6),
+    "std": (0.2, 0.3, 0.25),
+    "crop_mode": "center",
+}
 
 
 @settings(max_examples=examples(60), deadline=None)
-@given(size=SIZES, interpolation=st.sampled_from(["bicubic", "bilinear"]), mode=st.sampled_from(["shortest", "squash"]))
+@given(
+    size=SIZES,
+    interpolation=st.sampled_from(["bicubic", "bilinear"]),
+    mode=st.sampled_from(["shortest", "squash"]),
+)
 def test_views_match_open_clip(size, interpolation, mode):
     config = {"size": 64, "mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.25)}
     config |= {"interpolation": interpolation, "resize_mode": mode}
@@ -188,9 +227,13 @@ def test_views_match_timm(size, crop_pct):
 
     config = TIMM | {"interpolation": "bicubic", "crop_pct": crop_pct}
     image = noise(size)
-    plain = {key: value for key, value in config.items() if key != "input_size"} | {"size": [96, 96]}
+    plain = {key: value for key, value in config.items() if key != "input_size"} | {
+        "size": [96, 96]
+    }
     assert tower.shorter_side(plain)
-    assert torch.equal(tower.view(image, plain), create_transform(**config, is_training=False)(image))
+    assert torch.equal(
+        tower.view(image, plain), create_transform(**config, is_training=False)(image)
+    )
 
 
 def noise(size):
@@ -200,10 +243,22 @@ def noise(size):
 
 @pytest.mark.parametrize(
     "change",
-    [{"interpolation": "lanczos"}, {"size": [64, 32]}, {"resize_mode": "longest"}, {"mean": 0.5}, {"size": "a"}],
+    [
+        {"interpolation": "lanczos"},
+        {"size": [64, 32]},
+        {"resize_mode": "longest"},
+        {"mean": 0.5},
+        {"size": "a"},
+    ],
 )
 def test_the_model_makes_unsupported_views(change):
-    config = {"size": 64, "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "shortest"}
+    config = {
+        "size": 64,
+        "mean": [0.5] * 3,
+        "std": [0.5] * 3,
+        "interpolation": "bicubic",
+        "resize_mode": "shortest",
+    }
     assert tower.shorter_side(config)
     assert not tower.shorter_side(config | change)
     assert not tower.shorter_side({})

@@ -17,8 +17,18 @@ transformers = pytest.importorskip("transformers")
 
 VOCABULARY = ["<pad>", "<end>", "<unknown>", "a", "photo", "of", "cat", "dog", "."]
 SIDE, LENGTH = 32, 8
-TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-TEXT = TOWER | {"vocab_size": len(VOCABULARY), "max_position_embeddings": LENGTH, "eos_token_id": 1, "pad_token_id": 0}
+TOWER = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+TEXT = TOWER | {
+    "vocab_size": len(VOCABULARY),
+    "max_position_embeddings": LENGTH,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
 VISION = TOWER | {"image_size": SIDE, "patch_size": 16}
 
 
@@ -33,11 +43,17 @@ def saved(kind, folder):
         size = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}}
         processor = transformers.CLIPImageProcessor(**size)
     else:
-        model = transformers.SiglipModel(transformers.SiglipConfig(text_config=TEXT, vision_config=VISION))
+        model = transformers.SiglipModel(
+            transformers.SiglipConfig(text_config=TEXT, vision_config=VISION)
+        )
         processor = transformers.SiglipImageProcessor(size={"height": SIDE, "width": SIDE})
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="<unknown>"))
+    words = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="<unknown>")
+    )
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    words.post_processor = processors.TemplateProcessing(single="$A <end>", special_tokens=[("<end>", 1)])
+    words.post_processor = processors.TemplateProcessing(
+        single="$A <end>", special_tokens=[("<end>", 1)]
+    )
     special = {"pad_token": "<pad>", "eos_token": "<end>", "unk_token": "<unknown>"}
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, **special)
     for part in (model, processor, tokenizer):
@@ -51,7 +67,9 @@ def folder(request, tmp_path_factory):
 
 
 def photo(seed, size=(60, 44)):
-    noise = np.random.default_rng(seed).integers(0, 255, (size[1] // 4, size[0] // 4, 3), dtype=np.uint8)
+    noise = np.random.default_rng(seed).integers(
+        0, 255, (size[1] // 4, size[0] // 4, 3), dtype=np.uint8
+    )
     return Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
 
 
@@ -68,11 +86,15 @@ def test_features_match_transformers(folder):
     photos = [photo(seed, size) for seed, size in enumerate([(64, 44), (33, 91), (32, 32)])]
     pixels = processor(images=photos, return_tensors="pt")["pixel_values"]
     views = torch.stack([backbone.preprocess(image) for image in photos])
-    np.testing.assert_allclose(views.numpy(), pixels.numpy(), atol=0.05)  # the crop removes an even number of pixels
+    np.testing.assert_allclose(
+        views.numpy(), pixels.numpy(), atol=0.05
+    )  # the crop removes an even number of pixels
     expected = features(model.get_image_features(pixel_values=views))
     np.testing.assert_allclose(backbone.encode_images(views), expected, rtol=1e-4, atol=1e-5)
     sentences = ["a photo of a cat.", "dog"]
-    tokens = tokenizer(sentences, padding="max_length", max_length=LENGTH, return_tensors="pt")["input_ids"]
+    tokens = tokenizer(sentences, padding="max_length", max_length=LENGTH, return_tensors="pt")[
+        "input_ids"
+    ]
     expected = features(model.get_text_features(input_ids=tokens))
     np.testing.assert_allclose(backbone.encode_texts(sentences), expected, rtol=1e-4, atol=1e-5)
     assert len(backbone.encode_texts(["cat " * 20])) == 1  # truncated to the tower's length
@@ -86,15 +108,22 @@ def test_an_index_loads_its_model_again_and_the_towers_can_be_trained(folder, tm
         for seed in range(3):
             photo(seed + 10 * (label == "dog")).save(tmp_path / "photos" / label / f"{seed}.png")
     with caplog.at_level(logging.WARNING):
-        Classifier.from_folder(tmp_path / "photos", f"hf:{folder}", out=tmp_path / "i", device="cpu", fit="none")
+        Classifier.from_folder(
+            tmp_path / "photos", f"hf:{folder}", out=tmp_path / "i", device="cpu", fit="none"
+        )
     assert "encoded by torch" not in caplog.text  # OpenVINO runs its image tower
     clf = Classifier.load(tmp_path / "i", device="cpu")
     assert clf.predict(photo(11)).neighbours[0].affinity == pytest.approx(1, abs=1e-4)
     backbone, lazy = (load_backbone(f"hf:{folder}", device="cpu", lazy=True) for _ in range(2))
-    assert (lazy._opened, lazy.identity, lazy.text_key) == (None, backbone.identity, backbone.text_key)
+    assert (lazy._opened, lazy.identity, lazy.text_key) == (
+        None,
+        backbone.identity,
+        backbone.text_key,
+    )
     for one in (backbone, lazy):
         np.testing.assert_array_equal(
-            pickle.loads(pickle.dumps(one)).encode_texts(["a cat"]), backbone.encode_texts(["a cat"])
+            pickle.loads(pickle.dumps(one)).encode_texts(["a cat"]),
+            backbone.encode_texts(["a cat"]),
         )
 
 

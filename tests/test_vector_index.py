@@ -71,7 +71,12 @@ def test_search_returns_near_keys_with_their_affinities(factory, tmp_path):
     assert all(len(set(row)) == 10 for row in rows.tolist())
     if exact_search:
         assert (rows == NEAREST[:, :10]).all()
-    recall = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(rows.tolist(), NEAREST[:, :10].tolist(), strict=True)])
+    recall = np.mean(
+        [
+            len(set(a) & set(b)) / 10
+            for a, b in zip(rows.tolist(), NEAREST[:, :10].tolist(), strict=True)
+        ]
+    )
     assert recall > (0.3 if factory in ("PQ8", "PCA32,Flat") else 0.85)
     np.testing.assert_allclose(affinity, np.take_along_axis(EXACT, rows, axis=1), atol=tolerance)
     affinity, rows = index.search(QUERIES, 10_000)
@@ -91,26 +96,85 @@ def test_search_returns_near_keys_with_their_affinities(factory, tmp_path):
 
 
 BAD = [
-    "nonsense", "", "flat", "IVF16", "IVF16,nonsense", "IMI2x4,Flat", "LSH", "IDMap,Flat", "Flat\n", "HNSW３２",
-    "L2norm,Flat", "L2Norm,IVF16,Flat", "PCA32,L2norm,Flat",  # would normalise
-    "PQ7", "PCA128,Flat", "IVF1000,Flat", "IVF641,Flat", "HNSW1025", "OPQ8_65,PQ8", "PQ65x4",
-    "IVF0,Flat", "HNSW0", "HNSW1", "IVF16_HNSW1,Flat", "PQ8x0", "PCA0,Flat",
-    "Classes,Nope", "ClassesX", "Classes,Classes", "Classes,HNSW8", "Classes,,",
-]  # fmt: skip
+    "nonsense",
+    "",
+    "flat",
+    "IVF16",
+    "IVF16,nonsense",
+    "IMI2x4,Flat",
+    "LSH",
+    "IDMap,Flat",
+    "Flat\n",
+    "HNSW３２",
+    "L2norm,Flat",
+    "L2Norm,IVF16,Flat",
+    "PCA32,L2norm,Flat",  # would normalise
+    "PQ7",
+    "PCA128,Flat",
+    "IVF1000,Flat",
+    "IVF641,Flat",
+    "HNSW1025",
+    "OPQ8_65,PQ8",
+    "PQ65x4",
+    "IVF0,Flat",
+    "HNSW0",
+    "HNSW1",
+    "IVF16_HNSW1,Flat",
+    "PQ8x0",
+    "PCA0,Flat",
+    "Classes,Nope",
+    "ClassesX",
+    "Classes,Classes",
+    "Classes,HNSW8",
+    "Classes,,",
+]
 DANGEROUS = [
-    "Flat,Refine(IVF4,Flat)", "Flat,Refine(NSG16)", "Flat,Refine(PQ4x4fs)", "PQ4x4,Refine(PQ4x4,RFlat)",  # an abort
-    "PCA7,OPQ60_300,Flat", "IVF2(" * 2000 + "Flat" + "),Flat" * 2000, "Flat" * 10_000, "9" * 100_000,  # memory, stack
-    "NSG2", "NSG16", "NSG128", "PRQ2x100000x4", "LSQ64x6", "RR10000,Flat", "Pad1024,OPQ1024,PQ8",  # hours or forever
-    "RQ2x24", "RQ100000000x4", "IVF1000000000,Flat", "HNSW100000000", "PQ1x24", "PQ4000x99",  # gigabytes
-    "PQ8x1", "PQ8x2", "Flat" + ",RFlat" * 2000,  # fail at the first search
-    "SQ8_direct", "IVF4,SQ8_direct", "IVF4,ITQ,SH",  # return random keys
-    "x" * 100_000, "{}" * 20_000, "\udcff", "Flat\xa0", "HNSW99999999", "NSG99999999", "IVF99999999,Flat", "LSH5000",
-    "IMI2x16,Flat", "IVF" + "9" * 250, "Pad99999999,Flat", "PQ8x99999",  # crash or use up the memory
-]  # fmt: skip
+    "Flat,Refine(IVF4,Flat)",
+    "Flat,Refine(NSG16)",
+    "Flat,Refine(PQ4x4fs)",
+    "PQ4x4,Refine(PQ4x4,RFlat)",  # an abort
+    "PCA7,OPQ60_300,Flat",
+    "IVF2(" * 2000 + "Flat" + "),Flat" * 2000,
+    "Flat" * 10_000,
+    "9" * 100_000,  # memory, stack
+    "NSG2",
+    "NSG16",
+    "NSG128",
+    "PRQ2x100000x4",
+    "LSQ64x6",
+    "RR10000,Flat",
+    "Pad1024,OPQ1024,PQ8",  # hours or forever
+    "RQ2x24",
+    "RQ100000000x4",
+    "IVF1000000000,Flat",
+    "HNSW100000000",
+    "PQ1x24",
+    "PQ4000x99",  # gigabytes
+    "PQ8x1",
+    "PQ8x2",
+    "Flat" + ",RFlat" * 2000,  # fail at the first search
+    "SQ8_direct",
+    "IVF4,SQ8_direct",
+    "IVF4,ITQ,SH",  # return random keys
+    "x" * 100_000,
+    "{}" * 20_000,
+    "\udcff",
+    "Flat\xa0",
+    "HNSW99999999",
+    "NSG99999999",
+    "IVF99999999,Flat",
+    "LSH5000",
+    "IMI2x16,Flat",
+    "IVF" + "9" * 250,
+    "Pad99999999,Flat",
+    "PQ8x99999",  # crash or use up the memory
+]
 """Index types that FAISS accepts, with the consequence."""
 
 
-@pytest.mark.parametrize("factory", [*BAD, *(pytest.param(factory, id=factory[:30]) for factory in DANGEROUS)])
+@pytest.mark.parametrize(
+    "factory", [*BAD, *(pytest.param(factory, id=factory[:30]) for factory in DANGEROUS)]
+)
 def test_a_bad_index_type_is_refused_in_one_line(factory, monkeypatch):
     if factory in DANGEROUS:
         monkeypatch.setattr(faiss, "index_factory", lambda *_: pytest.fail("passed to FAISS"))
@@ -123,10 +187,31 @@ def test_a_bad_index_type_is_refused_in_one_line(factory, monkeypatch):
     assert "/faiss/" not in message  # no path in FAISS's source
 
 
-GRAMMAR = ["", "PCA32,", "PCAR16,", "PCAW8,", "RR64,", "OPQ8,", "OPQ8_32,"], [
-    "Flat", "SQ4", "SQ6", "SQ8", "SQfp16", "SQbf16", "HNSW", "HNSW8", "HNSW32,Flat", "HNSW32_SQ8", "IVF16,Flat",
-    "IVF16_HNSW,SQ8", "IVF16_HNSW32,PQ8x4", "PQ8", "PQ8x4fs", "IVF16,PQ8x4fsr", "RaBitQ", "IVF8,RaBitQ4", "RaBitQfs",
-], ["", ",RFlat", ",Refine(SQ8)", ",Refine(Flat)"]  # fmt: skip
+GRAMMAR = (
+    ["", "PCA32,", "PCAR16,", "PCAW8,", "RR64,", "OPQ8,", "OPQ8_32,"],
+    [
+        "Flat",
+        "SQ4",
+        "SQ6",
+        "SQ8",
+        "SQfp16",
+        "SQbf16",
+        "HNSW",
+        "HNSW8",
+        "HNSW32,Flat",
+        "HNSW32_SQ8",
+        "IVF16,Flat",
+        "IVF16_HNSW,SQ8",
+        "IVF16_HNSW32,PQ8x4",
+        "PQ8",
+        "PQ8x4fs",
+        "IVF16,PQ8x4fsr",
+        "RaBitQ",
+        "IVF8,RaBitQ4",
+        "RaBitQfs",
+    ],
+    ["", ",RFlat", ",Refine(SQ8)", ",Refine(Flat)"],
+)
 
 
 def test_composed_index_types_find_near_keys_and_can_be_saved(tmp_path):
@@ -138,8 +223,11 @@ def test_composed_index_types_find_near_keys_and_can_be_saved(tmp_path):
         assert exact.mean() > EXACT.mean() + 2 * EXACT.std() / 3, factory
         assert all(len(set(row)) == 10 for row in rows.tolist()), factory
         index.save(tmp_path / "index.faiss")
-        for one, other in zip(index.search(QUERIES, 640), VectorIndex.load(
-            tmp_path / "index.faiss", factory, "cpu").search(QUERIES, 640), strict=True):  # fmt: skip
+        for one, other in zip(
+            index.search(QUERIES, 640),
+            VectorIndex.load(tmp_path / "index.faiss", factory, "cpu").search(QUERIES, 640),
+            strict=True,
+        ):
             np.testing.assert_array_equal(one, other, factory)
 
 
@@ -187,7 +275,9 @@ def test_a_gpu_index_answers_a_large_k_on_the_cpu():
     assert index.device == "cuda"
     for k in (GPU_MAX_K, GPU_MAX_K + 1, len(keys)):
         affinity, rows = index.search(keys[:3], k)
-        expected = -np.sort(-(keys[:3].astype(np.float64) @ keys.T.astype(np.float64)), axis=1)[:, :k]
+        expected = -np.sort(-(keys[:3].astype(np.float64) @ keys.T.astype(np.float64)), axis=1)[
+            :, :k
+        ]
         assert rows.shape == (3, k)
         np.testing.assert_allclose(affinity, expected, atol=1e-3)
 

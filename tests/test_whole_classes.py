@@ -32,7 +32,10 @@ def at_the_means(draw):
     Few distinct values make ties and reached bounds common. A class may have no keys.
     """
     q, c = draw(st.integers(1, 4)), draw(st.integers(1, 6))
-    alpha, slack = draw(st.sampled_from([0.0, 0.5, 1.0, 4.0])), draw(st.sampled_from([0.0, 0.125, 1.0, 10.0]))
+    alpha, slack = (
+        draw(st.sampled_from([0.0, 0.5, 1.0, 4.0])),
+        draw(st.sampled_from([0.0, 0.125, 1.0, 10.0])),
+    )
     beta = draw(st.sampled_from([0.0, 1.0, 5.5]))
     numbers = draw(st.lists(st.sampled_from([0.0, 1.0, 2.0, 16.0]), min_size=c, max_size=c))
 
@@ -42,7 +45,9 @@ def at_the_means(draw):
 
     text = matrix(st.sampled_from([-1.0, 0.0, 0.25, 1.0, 2.0]) | st.floats(-20, 20))
     mean = matrix(st.sampled_from([0.0, 0.5, 1.0]) | st.floats(-1, 1))
-    used = matrix(st.sampled_from([0.0, 1.0]) | st.floats(0, 1))  # share of the slack that each class uses
+    used = matrix(
+        st.sampled_from([0.0, 1.0]) | st.floats(0, 1)
+    )  # share of the slack that each class uses
     cache = tip.at_mean(torch.tensor(numbers, dtype=torch.float64), mean, beta)
     return text, cache, cache * (1 + slack * used), alpha, slack
 
@@ -76,12 +81,21 @@ def test_every_class_that_could_win_is_promising(given_, most):
         ([2, 1, 0], [1, 1, 1], 1.0, 0.99, [0]),
         ([2, 1, 0], [1, 1, 1], 1.0, 1.0, [0, 1]),  # a tie
         ([2, 1, 0], [1, 1, 1], 1.0, 2.01, [0, 1, 2]),
-        ([0, 3, 3, 1], [1e6, 1, 2, 0], 0.0, 10.0, [1, 2]),  # without alpha, the text alone selects classes
+        (
+            [0, 3, 3, 1],
+            [1e6, 1, 2, 0],
+            0.0,
+            10.0,
+            [1, 2],
+        ),  # without alpha, the text alone selects classes
         ([1, 2, 0], [0, 3, 1e-3], 1e300, 1e9, [1]),  # alpha overflows
     ],
 )
 def test_only_classes_that_could_win_are_promising(text, cache, alpha, slack, met):
-    terms, own = tip.Terms(torch.tensor([text]).float(), torch.tensor([cache]).float()), Settings(alpha=alpha)
+    terms, own = (
+        tip.Terms(torch.tensor([text]).float(), torch.tensor([cache]).float()),
+        Settings(alpha=alpha),
+    )
     classes, found = promising(terms, own, slack, len(text))
     assert sorted(classes[found].tolist()) == met or alpha > 1e38
     assert found[0, 0]
@@ -99,7 +113,9 @@ def model(array, ids, c, text=None, **changes):
 
 
 def of_case(case, text=True, **changes):
-    return model(case.K, case.y, case.c, case.W if text else None, **({"logit_scale": 10.0} | changes))
+    return model(
+        case.K, case.y, case.c, case.W if text else None, **({"logit_scale": 10.0} | changes)
+    )
 
 
 def exact_parts(cache, features):
@@ -129,22 +145,33 @@ def test_whole_classes_give_nearly_all_answers_of_all_keys(material):
     assert (exact_text.argmax(1) != winners).mean() > 0.02  # the cache changes some answers
     k = round(8 * cache.n / C)  # auto's k for larger indexes
     assert auto_factory(16 * 1000, 1000) == ("Classes", 8 * 16)
-    agree = [(cache.logits(queries, number).argmax(1).numpy() == winners).mean() for number in (SHOTS, k)]
+    agree = [
+        (cache.logits(queries, number).argmax(1).numpy() == winners).mean() for number in (SHOTS, k)
+    ]
     assert agree[1] >= max(agree[0], 0.99)
 
 
-block_sizes = st.tuples(st.sampled_from([1, 3, 512]), st.sampled_from([1, 5, 16384]), st.sampled_from([17, 1 << 23]))
+block_sizes = st.tuples(
+    st.sampled_from([1, 3, 512]), st.sampled_from([1, 5, 16384]), st.sampled_from([17, 1 << 23])
+)
 
 
 @settings(max_examples=examples(60), deadline=None)
-@given(cases(), alphas, st.floats(0, 30), st.integers(1, 90), st.booleans(), st.booleans(), block_sizes)
+@given(
+    cases(), alphas, st.floats(0, 30), st.integers(1, 90), st.booleans(), st.booleans(), block_sizes
+)
 def test_each_class_counts_whole_or_at_its_mean(case, alpha, beta, k, text, valued, sizes):
     """With one-hot values, or without values."""
     values = np.eye(case.c, dtype=np.float32)[case.y] if valued else None
     cache = of_case(case, text, alpha=alpha, beta=beta, values=values)
-    exact, lower = case.logits(beta), case.logits(beta, met=np.zeros(case.A.shape, dtype=bool), tail=True)
+    exact, lower = (
+        case.logits(beta),
+        case.logits(beta, met=np.zeros(case.A.shape, dtype=bool), tail=True),
+    )
     queries, keys, gathered = sizes
-    blocks = mock.patch.multiple("retrieval_tip.retrieval.keys", QUERY_BLOCK=queries, KEY_BLOCK=keys, GATHERED=gathered)
+    blocks = mock.patch.multiple(
+        "retrieval_tip.retrieval.keys", QUERY_BLOCK=queries, KEY_BLOCK=keys, GATHERED=gathered
+    )
     with mock.patch.object(retrieval, "QUERY_BLOCK", queries), blocks:
         with_tail, without = (cache.terms(case.f, k, tail).cache.numpy() for tail in (True, False))
     close = {"rtol": 1e-4, "atol": 1e-4}
@@ -155,13 +182,17 @@ def test_each_class_counts_whole_or_at_its_mean(case, alpha, beta, k, text, valu
     assert (np.isclose(with_tail, exact, **close) | np.isclose(with_tail, lower, **close)).all()
     assert (np.isclose(without, exact, **close) | np.isclose(without, 0, **close)).all()
     if valued:  # classes searched without values are searched with them
-        without = of_case(case, text, alpha=alpha, beta=beta).terms(case.f, k, tail=False).cache.numpy()
+        without = (
+            of_case(case, text, alpha=alpha, beta=beta).terms(case.f, k, tail=False).cache.numpy()
+        )
     met = without > 0
     np.testing.assert_allclose(with_tail[met], exact[met], **close)
     if valued:
         return
     np.testing.assert_allclose(with_tail[~met], lower[~met], **close)
-    most = max(retrieval.LEAST_CLASSES, round(k / (cache.n / np.count_nonzero(np.bincount(case.y)))))
+    most = max(
+        retrieval.LEAST_CLASSES, round(k / (cache.n / np.count_nonzero(np.bincount(case.y))))
+    )
     assert (met.sum(1) <= most).all()
     # the most promising class is searched, unless its keys are missing or their weight is negligible
     logits = exact_parts(cache, case.f)[0] + alpha * lower
@@ -223,7 +254,10 @@ def test_classes_with_few_or_no_keys_near_a_query_leave_no_slot_empty():
     f = unit(rng.standard_normal((5, 6)) - 9 * np.eye(6)[0])
     assert (cache.nearest(torch.from_numpy(f), 4)[1] >= 0).all()
     assert all(len(p.neighbours) == 4 for p in cache.classify(f, k=30, neighbours=4))
-    near, far = rng.standard_normal((10, 8)) * 0.1 + np.eye(8)[0], rng.standard_normal((200, 8)) + np.eye(8)[1]
+    near, far = (
+        rng.standard_normal((10, 8)) * 0.1 + np.eye(8)[0],
+        rng.standard_normal((200, 8)) + np.eye(8)[1],
+    )
     ids = np.r_[np.arange(10), np.repeat([10, 11], 100)]
     cache = model(unit(np.concatenate([near, far])), ids, 12)
     assert (cache.nearest(torch.from_numpy(np.eye(8, dtype=np.float32)[:1]), 20)[1] >= 0).all()
@@ -231,7 +265,9 @@ def test_classes_with_few_or_no_keys_near_a_query_leave_no_slot_empty():
 
 def check_same(one, other, queries, k=64):
     for number in ("all", k):
-        torch.testing.assert_close(one.logits(queries, number), other.logits(queries, number), rtol=1e-5, atol=1e-3)
+        torch.testing.assert_close(
+            one.logits(queries, number), other.logits(queries, number), rtol=1e-5, atol=1e-3
+        )
     f = torch.from_numpy(queries)
     np.testing.assert_allclose(one.nearest(f, 5)[0], other.nearest(f, 5)[0], atol=1e-5)
 

@@ -37,7 +37,9 @@ IDS = np.sort(RANDOM.permutation(np.repeat(np.arange(C), [1, 30, 3, 20, 0, 36]))
 KEYS = unit(MEANS[IDS] + 0.3 * RANDOM.normal(size=(N, D)))
 VALUES = RANDOM.normal(size=(N, C)).astype(np.float32)
 TEXT = unit(MEANS + 0.2 * RANDOM.normal(size=(C, D)))
-QUERIES = np.concatenate([KEYS[:3], unit(MEANS[RANDOM.integers(C, size=Q - 3)] + 0.3 * RANDOM.normal(size=(Q - 3, D)))])
+QUERIES = np.concatenate(
+    [KEYS[:3], unit(MEANS[RANDOM.integers(C, size=Q - 3)] + 0.3 * RANDOM.normal(size=(Q - 3, D)))]
+)
 NAMES = [f"class {i}" for i in range(C)]
 METRIC = tip.Metric(torch.full((D,), 0.05), torch.from_numpy(np.eye(D, dtype=np.float32) + 0.1))
 HIDDEN = (0, 1, 5, 31, 32, 33, 60, 89)
@@ -46,19 +48,35 @@ HIDDEN = (0, 1, 5, 31, 32, 33, 60, 89)
 
 def index_of(kind="Flat", *, solved=False, metric=False, gamma=0.0):
     made = cache_of(
-        KEYS, IDS, NAMES, TEXT, alpha=ALPHA, beta=BETA, gamma=gamma, log_offset=OFFSET if solved else None, index="Flat"
+        KEYS,
+        IDS,
+        NAMES,
+        TEXT,
+        alpha=ALPHA,
+        beta=BETA,
+        gamma=gamma,
+        log_offset=OFFSET if solved else None,
+        index="Flat",
     )
     fitted = Fitted("none", "solved", None, 0.1, N) if solved else None
-    return made.with_fit(METRIC if metric else None, torch.from_numpy(VALUES) if solved else None, fitted, kind)
+    return made.with_fit(
+        METRIC if metric else None, torch.from_numpy(VALUES) if solved else None, fitted, kind
+    )
 
 
 def dense(index, without, k, tail):
     """Return the logits by the definition."""
     own, seen = index.settings, ~np.isin(np.arange(N), without)
-    phi = (lambda x: x) if index.metric is None else lambda x: index.metric(torch.from_numpy(x)).numpy()
+    phi = (
+        (lambda x: x)
+        if index.metric is None
+        else lambda x: index.metric(torch.from_numpy(x)).numpy()
+    )
     K, f, y = phi(KEYS)[seen], phi(QUERIES.astype(np.float32)), IDS[seen]
     A = affinity(f, K)
-    cache = cache_logits(A, y, C, own.beta, None if index.values is None else VALUES[seen], nearest(A, k), tail=tail)
+    cache = cache_logits(
+        A, y, C, own.beta, None if index.values is None else VALUES[seen], nearest(A, k), tail=tail
+    )
     if own.log_offset:
         cache = np.log1p(np.maximum(cache, 0) / own.log_offset)
     if own.gamma:
@@ -67,7 +85,11 @@ def dense(index, without, k, tail):
 
 
 def answered(index, ask):
-    return [one for block in index.answers([FeatureBlock.of(QUERIES)], ask) for one in block.predictions()]
+    return [
+        one
+        for block in index.answers([FeatureBlock.of(QUERIES)], ask)
+        for one in block.predictions()
+    ]
 
 
 @pytest.mark.parametrize("kind", ["Flat", "HNSW32", "Classes"])
@@ -84,13 +106,18 @@ def test_hidden_keys_count_nowhere(kind, solved, gamma, k, metric):
         )
         for one in found:
             assert one.neighbours
-            assert not {*(shot.key_id for shot in one.neighbours), one.opposing and one.opposing.key_id} & {*HIDDEN}
+            assert not {
+                *(shot.key_id for shot in one.neighbours),
+                one.opposing and one.opposing.key_id,
+            } & {*HIDDEN}
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.sets(st.integers(0, N - 1), max_size=N - 1), st.floats(0, 60), st.booleans())
 def test_any_keys_may_be_hidden_at_any_beta(hidden, beta, solved):
-    index = index_of(solved=solved, gamma=2.0).with_settings(replace(index_of().settings, beta=beta, gamma=2.0))
+    index = index_of(solved=solved, gamma=2.0).with_settings(
+        replace(index_of().settings, beta=beta, gamma=2.0)
+    )
     expected = dense(index, tuple(hidden), None, tail=True)
     found = answered(index, Ask(without=tuple(hidden)))
     np.testing.assert_allclose([one.logits for one in found], expected, rtol=1e-4, atol=2e-3)
@@ -140,7 +167,10 @@ def shots(shared, tmp_path_factory):
 
 def test_every_door_classifies_a_shot_without_itself_and_says_so(shots, run, lit_mini, tmp_path):
     place, photos = shots
-    index, features = Index.load(place), Reader(lit_mini).encode(of_images([*map(str, photos)])).features
+    index, features = (
+        Index.load(place),
+        Reader(lit_mini).encode(of_images([*map(str, photos)])).features,
+    )
     known = [3, 4, 7, 8, 9]
     expected = list(index.classify(features))
     assert min(expected[i].probability for i in known) > 0.99
@@ -150,10 +180,22 @@ def test_every_door_classifies_a_shot_without_itself_and_says_so(shots, run, lit
         [(_, others)] = without_parts(index, np.array([row]))
         assert others.n == index.n - 1
         expected[i] = others.classify(features[[i]])[0]
-    labels, chances = [one.label for one in expected], [pytest.approx(one.probability, abs=1e-4) for one in expected]
+    labels, chances = (
+        [one.label for one in expected],
+        [pytest.approx(one.probability, abs=1e-4) for one in expected],
+    )
     assert min(expected[i].probability for i in known) < 0.99
 
-    shown = run("classify", place, photos[0].parent, "--format", "json", "--explain", "--out", tmp_path / "a.json")
+    shown = run(
+        "classify",
+        place,
+        photos[0].parent,
+        "--format",
+        "json",
+        "--explain",
+        "--out",
+        tmp_path / "a.json",
+    )
     rows = [json.loads(line) for line in (tmp_path / "a.json").read_text().splitlines()]
     assert [row["input"] for row in rows] == [*map(str, photos)]
     told = "5 of 11 photos are shots of this index; each was classified without itself"
@@ -164,8 +206,15 @@ def test_every_door_classifies_a_shot_without_itself_and_says_so(shots, run, lit
         sent = [("images", (photo.name, photo.read_bytes())) for photo in photos]
         served = client.post("/v1/classify?neighbours=5", files=sent).json()["results"]
     own = Classifier.load(place).predict(photos)
-    for found in (rows, [json.loads(line) for line in grouped.stdout.splitlines()], served, [*own.rows()]):
-        assert [(row["label"], row["probability"]) for row in found] == [*zip(labels, chances, strict=True)]
+    for found in (
+        rows,
+        [json.loads(line) for line in grouped.stdout.splitlines()],
+        served,
+        [*own.rows()],
+    ):
+        assert [(row["label"], row["probability"]) for row in found] == [
+            *zip(labels, chances, strict=True)
+        ]
     for found in (rows, served, [*own.rows()]):
         assert [i for i, row in enumerate(found) if row["shot"]] == known
         for i in known:
@@ -174,7 +223,10 @@ def test_every_door_classifies_a_shot_without_itself_and_says_so(shots, run, lit
 
 
 def test_classify_answers_shots_as_evaluate_does(run, tmp_path):
-    features, labels = unit(np.repeat(MEANS, 9, 0) + 0.5 * RANDOM.normal(size=(9 * C, D))), np.repeat(NAMES, 9).tolist()
+    features, labels = (
+        unit(np.repeat(MEANS, 9, 0) + 0.5 * RANDOM.normal(size=(9 * C, D))),
+        np.repeat(NAMES, 9).tolist(),
+    )
     table = write_table(tmp_path / "shots.parquet", features, labels)
     assert run("index", "build", table, "--out", tmp_path / "index").exit_code == 0
     assert run("classify", tmp_path / "index", table, "--out", tmp_path / "a.csv").exit_code == 0
@@ -185,7 +237,9 @@ def test_classify_answers_shots_as_evaluate_does(run, tmp_path):
     facts = json.loads(run("evaluate", tmp_path / "index", table, "--json").stdout)
     assert right == pytest.approx(facts["top1"])
     assert right < 1
-    numbered = write_table(tmp_path / "numbered.parquet", -features)  # the same ids, but other features
+    numbered = write_table(
+        tmp_path / "numbered.parquet", -features
+    )  # the same ids, but other features
     done = run("classify", tmp_path / "index", numbered)
     assert (done.exit_code, "shots" in done.stderr) == (0, False)
 
@@ -194,14 +248,22 @@ def test_shots_among_many_rows_keep_their_order_and_their_sets(run, tmp_path, mo
     monkeypatch.setattr(held_out, "WINDOW", 16)
     monkeypatch.setattr(tables, "TABLE_ROWS", 7)
     draw = np.random.default_rng(3)
-    features, labels = unit(np.repeat(MEANS, 20, 0) + 0.4 * draw.normal(size=(20 * C, D))), np.repeat(NAMES, 20)
+    features, labels = (
+        unit(np.repeat(MEANS, 20, 0) + 0.4 * draw.normal(size=(20 * C, D))),
+        np.repeat(NAMES, 20),
+    )
     train = write_table(
-        tmp_path / "train.parquet", features[::2], labels[::2].tolist(), ids=[f"k{i}" for i in range(10 * C)]
+        tmp_path / "train.parquet",
+        features[::2],
+        labels[::2].tolist(),
+        ids=[f"k{i}" for i in range(10 * C)],
     )
     assert run("index", "build", train, "--out", tmp_path / "index").exit_code == 0
     ids = [f"k{i // 2}" if i % 2 == 0 and 30 < i < 70 else f"new{i}" for i in range(20 * C)]
     mixed = write_table(tmp_path / "mixed.parquet", features, ids=ids)
-    done = run("classify", tmp_path / "index", mixed, "--coverage", 0.9, "--explain", "--format", "json")
+    done = run(
+        "classify", tmp_path / "index", mixed, "--coverage", 0.9, "--explain", "--format", "json"
+    )
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert [row["input"] for row in rows] == ids
     assert [row["shot"] for row in rows] == [one.startswith("k") for one in ids]
@@ -234,7 +296,12 @@ def test_an_index_of_one_class_says_so_with_its_answers(run, tmp_path):
     assert done.stdout.splitlines()[0] == "input,label,probability,no_match"
     assert {row["no_match"] for row in csv.DictReader(io.StringIO(done.stdout))} == {""}
     for style in ("json", "parquet"):
-        assert run("classify", tmp_path / "ants", queries, "--out", tmp_path / "a", "--format", style).exit_code == 0
+        assert (
+            run(
+                "classify", tmp_path / "ants", queries, "--out", tmp_path / "a", "--format", style
+            ).exit_code
+            == 0
+        )
         rows = pq.read_table(tmp_path / "a").to_pylist() if style == "parquet" else None
         rows = rows or [json.loads(line) for line in (tmp_path / "a").read_text().splitlines()]
         assert {row["no_match"] for row in rows} == {None}

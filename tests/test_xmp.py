@@ -26,7 +26,10 @@ from retrieval_tip.errors import InputError
 from retrieval_tip.labelling.sidecars import undo_sidecars, write_sidecars
 
 RDF, DC = "{http://www.w3.org/1999/02/22-rdf-syntax-ns#}", "{http://purl.org/dc/elements/1.1/}"
-TIP, TREE = "{urn:retrieval-tip:xmp/1.0/}", "{http://ns.adobe.com/lightroom/1.0/}hierarchicalSubject"
+TIP, TREE = (
+    "{urn:retrieval-tip:xmp/1.0/}",
+    "{http://ns.adobe.com/lightroom/1.0/}hierarchicalSubject",
+)
 FULL = """\ufeff<?xml version='1.0' encoding='utf-8'?>
 <?xpacket begin="\ufeff" id='W5M0MpCehiHzreSzNTczkc9d'?><!-- outside -->
 <x:xmpmeta xmlns:x="adobe:ns:meta/" x:xmptk = 'Söme > tool'>
@@ -57,13 +60,17 @@ def values(data, name=f"{DC}subject"):
 
 def rest(data):
     """Return what a document says without its keywords and our own lists."""
-    root = ET.fromstring(data, ET.XMLParser(target=ET.TreeBuilder(insert_comments=True, insert_pis=True)))
+    root = ET.fromstring(
+        data, ET.XMLParser(target=ET.TreeBuilder(insert_comments=True, insert_pis=True))
+    )
     for node in root.iter(f"{RDF}Description"):
         node.attrib.pop(f"{DC}subject", None)
         for one in [*node]:
             if one.tag == f"{DC}subject" or str(one.tag).startswith(TIP):
                 node.remove(one)
-    return {(node.tag, *sorted(node.attrib.items()), (node.text or "").strip()) for node in root.iter()}
+    return {
+        (node.tag, *sorted(node.attrib.items()), (node.text or "").strip()) for node in root.iter()
+    }
 
 
 def test_only_keywords_are_added_and_every_other_byte_stays():
@@ -71,7 +78,10 @@ def test_only_keywords_are_added_and_every_other_byte_stays():
     changes = SequenceMatcher(None, FULL, new, autojunk=False).get_opcodes()
     assert {change[0] for change in changes} == {"equal", "insert"}
     assert values(new) == ["bird", "B&W", "Löwe <1>"]
-    assert (values(new, f"{TIP}keywords"), values(new, f"{TIP}keywordsBefore")) == (["bird", "Löwe <1>"], ["bird"])
+    assert (values(new, f"{TIP}keywords"), values(new, f"{TIP}keywordsBefore")) == (
+        ["bird", "Löwe <1>"],
+        ["bird"],
+    )
     assert b'rdf:about="uuid:1"' in new
     assert merged(new, Keywords(["bird", "Löwe <1>"])) == new
     other = merged(new, Keywords(["fish"], ["animal|fish"]))
@@ -94,12 +104,24 @@ FORMS = {
     "none": "",
 }
 """How other programs may write keywords, besides as an attribute."""
-PLACES = ('<rdf:Description rdf:about=""{attribute}>{own}</rdf:Description>', "<rdf:Description{attribute}/>", "")
+PLACES = (
+    '<rdf:Description rdf:about=""{attribute}>{own}</rdf:Description>',
+    "<rdf:Description{attribute}/>",
+    "",
+)
 
 
-@given(st.sampled_from([*FORMS]), st.sampled_from(PLACES), st.booleans(), WORDS, st.lists(WORDS, max_size=4))
+@given(
+    st.sampled_from([*FORMS]),
+    st.sampled_from(PLACES),
+    st.booleans(),
+    WORDS,
+    st.lists(WORDS, max_size=4),
+)
 @settings(max_examples=examples(300))
-def test_each_run_replaces_our_keywords_and_keeps_those_of_others(form, place, attribute, words, runs):
+def test_each_run_replaces_our_keywords_and_keeps_those_of_others(
+    form, place, attribute, words, runs
+):
     items = "".join(f"<rdf:li>{escape(one)}</rdf:li>" for one in words)
     nodes = place.format(
         attribute=f" dc:subject={quoteattr(words[0])}" if attribute and words else "",
@@ -126,13 +148,26 @@ BOMB = b'<!DOCTYPE r [<!ENTITY a "aaaa"><!ENTITY b "&a;&a;">]><r>&b;</r>'
 LATIN = b'<?xml version="1.0" encoding="latin1"?>' + FULL.partition(b"?>")[2]
 UTF_16 = FULL.decode().replace("utf-8", "utf-16").encode("utf-16")
 REFUSED = {
-    "is not XML": [b"", b"<a", b"photo", b"<a/><b/>", b"\xff\xd8\xff", b"<a>&b;</a>", FULL[:-200], UTF_16],
+    "is not XML": [
+        b"",
+        b"<a",
+        b"photo",
+        b"<a/><b/>",
+        b"\xff\xd8\xff",
+        b"<a>&b;</a>",
+        FULL[:-200],
+        UTF_16,
+    ],
     "DOCTYPE": [BOMB, FULL.replace(b"<x:xmpmeta", b"<!DOCTYPE x><x:xmpmeta", 1)],
     "convert it to UTF-8": [LATIN],
     "rdf:RDF": [b"<svg/>", FULL.replace(b"r:RDF", b"r:Other")],
-    "form": [FULL.replace(b"r:Bag", b"r:Seq"), FULL.replace(b"r:Bag", b"odd:Bag"), FULL.replace(b"r:li", b"r:_1")],
+    "form": [
+        FULL.replace(b"r:Bag", b"r:Seq"),
+        FULL.replace(b"r:Bag", b"odd:Bag"),
+        FULL.replace(b"r:li", b"r:_1"),
+    ],
     "elements": [FULL.replace(b"<?odd pi?>", b"<odd:d/>" * xmp.MOST_ELEMENTS)],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("reason", REFUSED)
@@ -171,9 +206,14 @@ def test_undo_keeps_what_others_changed(tmp_path):
     edited = (tmp_path / "c.jpg.xmp").read_bytes().replace(b"fox", b"fuchs")
     (tmp_path / "c.jpg.xmp").write_bytes(edited)
     (tmp_path / "d.jpg.xmp").unlink()
-    write_sidecars(given_(tmp_path, a=["cat"], b=[]))  # undo restores the state before the first run
+    write_sidecars(
+        given_(tmp_path, a=["cat"], b=[])
+    )  # undo restores the state before the first run
     result = undo_sidecars(photos)
-    assert (result.done, [one.source for one in result.skipped]) == (2, [str(tmp_path / f"{n}.jpg.xmp") for n in "c"])
+    assert (result.done, [one.source for one in result.skipped]) == (
+        2,
+        [str(tmp_path / f"{n}.jpg.xmp") for n in "c"],
+    )
     assert state(tmp_path) == {"b.jpg.xmp": FULL, "c.jpg.xmp": edited}
     write_sidecars(given_(tmp_path, c=["cat"]))
     assert undo_sidecars(photos).done == 1
@@ -189,7 +229,9 @@ def test_a_sidecar_that_cannot_be_changed_is_skipped_with_one_line(tmp_path, cap
     before = state(tmp_path)
     result = write_sidecars(given_(tmp_path, **{name: ["fox"] for name in "abcdef"}))
     assert (result.done, [one.source[-9] for one in result.skipped]) == (1, [*"abcde"])
-    for one, reason in zip(result.skipped, ("at most", "link", "a pipe", "DOCTYPE", "a folder"), strict=True):
+    for one, reason in zip(
+        result.skipped, ("at most", "link", "a pipe", "DOCTYPE", "a folder"), strict=True
+    ):
         assert reason in one.reason
         assert f"{one}".count(one.source) == 1
         assert "\n" not in f"{one}"
@@ -236,7 +278,9 @@ def test_a_run_killed_at_any_step_can_be_repeated_or_undone(server, encodings, t
         folder, _ = start(str(step))
         allowed = [{*before.values(), *state(folder).values()}, {*expected.values()}]
         assert server.run({"folder": str(folder), "undo": undo}, step=step) == -signal.SIGKILL
-        assert {data for name, data in state(folder).items() if not name.endswith(".tmp")} <= set.union(*allowed)
+        assert {
+            data for name, data in state(folder).items() if not name.endswith(".tmp")
+        } <= set.union(*allowed)
         if step % 2 or undo:
             assert server.run({"folder": str(folder), "undo": undo}) == 0
             assert state(folder) == expected
@@ -254,7 +298,10 @@ def test_a_full_disk_changes_whole_sidecars_and_the_next_run_continues(tmp_path,
         photos = given_(folder, a=["fox"], b=["fox"], c=["fox"])
         with pytest.raises(InputError, match=r"No space left[^\n]*$"):
             write_sidecars(photos)
-        assert {*state(folder)} == {"b.jpg.xmp", *[f"{name}.jpg.xmp" for name in "abc"[: (stop - 1) // 2]]}
+        assert {*state(folder)} == {
+            "b.jpg.xmp",
+            *[f"{name}.jpg.xmp" for name in "abc"[: (stop - 1) // 2]],
+        }
         disk.stop = 0
         assert write_sidecars(photos).skipped == []
         assert undo_sidecars(photos).done == 3
@@ -262,7 +309,9 @@ def test_a_full_disk_changes_whole_sidecars_and_the_next_run_continues(tmp_path,
 
 
 @needs_real
-def test_the_command_writes_keywords_corrects_them_and_restores_the_bytes(shared, things, run, tmp_path):
+def test_the_command_writes_keywords_corrects_them_and_restores_the_bytes(
+    shared, things, run, tmp_path
+):
     index, inbox = shutil.copytree(things, tmp_path / "index"), tmp_path / "new" / "odd\udcff"
     inbox.mkdir(parents=True)
     labels = ["accordion", "airplane", "anchor"]
@@ -281,8 +330,14 @@ def test_the_command_writes_keywords_corrects_them_and_restores_the_bytes(shared
         return {path.name: values(path.read_bytes()) for path in inbox.glob("*.xmp")}, done
 
     found, done = keywords()
-    right = {f"{label}.jpg.xmp": [label] for label in labels[:2]} | {"anchor.xmp": ["bird", "B&W", "anchor"]}
-    right["broken.jpg.xmp"] = ["bird", "B&W", "anchor"]  # a photo that cannot be read keeps its keywords
+    right = {f"{label}.jpg.xmp": [label] for label in labels[:2]} | {
+        "anchor.xmp": ["bird", "B&W", "anchor"]
+    }
+    right["broken.jpg.xmp"] = [
+        "bird",
+        "B&W",
+        "anchor",
+    ]  # a photo that cannot be read keeps its keywords
     assert found == right
     assert "Changed the keywords of 3 photos" in done.stdout
     assert keywords("--uncertain", "check")[0] == right | {"black.png.xmp": ["check"]}
@@ -296,11 +351,19 @@ def test_the_command_writes_keywords_corrects_them_and_restores_the_bytes(shared
     _, done = keywords("--undo", status=0)
     assert done.stdout == "Restored the keywords of 4 photos\n"
     assert state(inbox) == before
-    boxes = [{"category": "1", "conf": 0.9, "bbox": bbox} for bbox in ([0, 0, 1, 1], [0.4, 0.4, 0.01, 0.01])]
-    entries = [{"file": "anchor.jpg", "detections": boxes}, {"file": "airplane.jpg", "detections": []}]
+    boxes = [
+        {"category": "1", "conf": 0.9, "bbox": bbox}
+        for bbox in ([0, 0, 1, 1], [0.4, 0.4, 0.01, 0.01])
+    ]
+    entries = [
+        {"file": "anchor.jpg", "detections": boxes},
+        {"file": "airplane.jpg", "detections": []},
+    ]
     entries.append({"file": "accordion.jpg", "detections": [boxes[0] | {"category": "2"}]})
     kinds = {"1": "animal", "2": "person"}
-    (tmp_path / "boxes.json").write_text(json.dumps({"images": entries, "detection_categories": kinds}))
+    (tmp_path / "boxes.json").write_text(
+        json.dumps({"images": entries, "detection_categories": kinds})
+    )
     boxes = ("--boxes", tmp_path / "boxes.json", "--categories", "animal")
     found, _ = keywords("--uncertain", "check", *boxes)
     rows = json_rows(run("classify", index, tmp_path / "new", *boxes, "--format", "json"))
@@ -344,9 +407,16 @@ def exiv2():
     python = referee(("pyexiv2==2.16.0",))
 
     def ask(path, **change):
-        line = json.dumps([str(path), {f"Xmp.{name.replace('_', '.')}": value for name, value in change.items()}])
-        done = subprocess.run([python, "-c", WITH_EXIV2], input=line, capture_output=True, text=True, check=True)
-        return {name.removeprefix("Xmp.").lower(): value for name, value in json.loads(done.stdout).items()}
+        line = json.dumps(
+            [str(path), {f"Xmp.{name.replace('_', '.')}": value for name, value in change.items()}]
+        )
+        done = subprocess.run(
+            [python, "-c", WITH_EXIV2], input=line, capture_output=True, text=True, check=True
+        )
+        return {
+            name.removeprefix("Xmp.").lower(): value
+            for name, value in json.loads(done.stdout).items()
+        }
 
     return ask
 
@@ -358,7 +428,12 @@ def exiftool():
     with filelock.FileLock(place / "lock"):
         try:
             if not (place / "usr/bin/exiftool").exists():
-                subprocess.run(["apt-get", "download", "=".join(EXIFTOOL)], cwd=place, check=True, capture_output=True)
+                subprocess.run(
+                    ["apt-get", "download", "=".join(EXIFTOOL)],
+                    cwd=place,
+                    check=True,
+                    capture_output=True,
+                )
                 package = next(place.glob("*.deb"))
                 subprocess.run(["dpkg", "-x", package, place], check=True, capture_output=True)
         except (OSError, subprocess.CalledProcessError) as error:
@@ -367,12 +442,22 @@ def exiftool():
 
     def ask(path, **change):
         if change:
-            values = {name: value if isinstance(value, str) else ";".join(value) for name, value in change.items()}
+            values = {
+                name: value if isinstance(value, str) else ";".join(value)
+                for name, value in change.items()
+            }
             tags = [f"-XMP-{name.replace('_', ':')}={value}" for name, value in values.items()]
-            subprocess.run([*program, "-q", "-overwrite_original", "-sep", ";", *tags, path], check=True)
-        done = subprocess.run([*program, "-j", "-G1", "-struct", "-XMP:all", path], capture_output=True, check=True)
+            subprocess.run(
+                [*program, "-q", "-overwrite_original", "-sep", ";", *tags, path], check=True
+            )
+        done = subprocess.run(
+            [*program, "-j", "-G1", "-struct", "-XMP:all", path], capture_output=True, check=True
+        )
         found = json.loads(done.stdout)[0]
-        return {name.removeprefix("XMP-").replace(":", ".").lower(): value for name, value in found.items()}
+        return {
+            name.removeprefix("XMP-").replace(":", ".").lower(): value
+            for name, value in found.items()
+        }
 
     return ask
 
@@ -388,12 +473,19 @@ def test_other_programs_read_what_we_write_and_keep_what_they_wrote(program, tmp
 
     flat, tree = "dc.subject", "lr.hierarchicalsubject"
     new = write(["Löwe & <x>", "bird"], ["animal|bird"])
-    assert (new[flat], new[tree], new["tip.keywords"]) == (["Löwe & <x>", "bird"], ["animal|bird"], new[flat])
+    assert (new[flat], new[tree], new["tip.keywords"]) == (
+        ["Löwe & <x>", "bird"],
+        ["animal|bird"],
+        new[flat],
+    )
     theirs = {"xmp_Rating": "4", "dc_creator": ["Ä b"], "photoshop_Instructions": "1 < 2\n3"}
     before = ask(path, **theirs, dc_subject=["bird", "own", "fox"])
     after = write(["fox"])
     ours = {name for name in {*before, *after} if name in (flat, tree) or name.startswith("tip")}
-    kept = [{name: value for name, value in found.items() if name not in ours} for found in (before, after)]
+    kept = [
+        {name: value for name, value in found.items() if name not in ours}
+        for found in (before, after)
+    ]
     assert kept[0] == kept[1]
     assert str(after["xmp.rating"]) == "4"
     assert {*after[flat]} == {"own", "fox"}

@@ -22,19 +22,33 @@ import types
 from pathlib import Path
 
 FOR_FEATURES = (
-    "torch", "faiss", "duckdb", "pandas", "pyarrow.dataset", "pyarrow.parquet", "safetensors.torch",
+    "torch",
+    "faiss",
+    "duckdb",
+    "pandas",
+    "pyarrow.dataset",
+    "pyarrow.parquet",
+    "safetensors.torch",
     *(f"retrieval_tip.{name}" for name in ("cli", "cli.output", "doctor")),
     *(f"retrieval_tip.fit.{name}" for name in ("finetune", "search_hp")),
     *(f"retrieval_tip.evaluation.{name}" for name in ("audit", "evaluate")),
     *(f"retrieval_tip.index.{name}" for name in ("build", "changes")),
     "retrieval_tip.report.report",
-)  # fmt: skip
-FOR_IMAGES = ("torchvision", "open_clip", "transformers.modeling_utils", "sklearn.metrics", "retrieval_tip.server.app")
+)
+FOR_IMAGES = (
+    "torchvision",
+    "open_clip",
+    "transformers.modeling_utils",
+    "sklearn.metrics",
+    "retrieval_tip.server.app",
+)
 
 ALONE = {
-    "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
     "JE_ARROW_MALLOC_CONF": "background_thread:false",
-}  # fmt: skip
+}
 """Keep the libraries from starting threads on import."""
 
 READY = b"!"
@@ -84,7 +98,9 @@ def _serve(place, starter):
         server.listen(16)
         keeper.send(READY)
         while True:
-            links = [link for _, link in running.values()]  # readable only when the program was killed, too
+            links = [
+                link for _, link in running.values()
+            ]  # readable only when the program was killed, too
             ready, _, _ = select.select([server, keeper, *running, *links], [], [])
             for ended, (child, link) in [*running.items()]:
                 if link in ready:
@@ -124,7 +140,9 @@ def _serve(place, starter):
     for number, file in enumerate(files):
         os.dup2(file, number)
         os.close(file)
-    name, arguments, folder, environment = ast.literal_eval(request.decode("utf-8", "surrogateescape"))
+    name, arguments, folder, environment = ast.literal_eval(
+        request.decode("utf-8", "surrogateescape")
+    )
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)

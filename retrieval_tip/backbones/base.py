@@ -51,22 +51,38 @@ class Identity:
         """Return the identity of several backbones whose features are side by side (see :mod:`joined`)."""
         name = "+".join(spelled(part.model, part.pretrained) for part in parts)
         sizes = [view_size(part.preprocess) for part in parts]
-        return cls(name, None, "", "", {"size": [max(sides) for sides in zip(*sizes, strict=True)]}, tuple(parts))
+        return cls(
+            name,
+            None,
+            "",
+            "",
+            {"size": [max(sides) for sides in zip(*sizes, strict=True)]},
+            tuple(parts),
+        )
 
     @property
     def fingerprint(self) -> str:
         """A hash of sixteen hex digits, equal for two backbones if and only if their features are comparable."""
         what: dict[str, object] = {"parts": [part.fingerprint for part in self.parts]}
         if not self.parts:
-            what = {"weights": self.weights, "config": self.config, "preprocess": dict(self.preprocess)}
+            what = {
+                "weights": self.weights,
+                "config": self.config,
+                "preprocess": dict(self.preprocess),
+            }
         return digest_of(what, sort_keys=True)[:16]
 
     def __str__(self) -> str:
-        return f"{self.model}{f'/{self.pretrained}' if self.pretrained else ''} ({self.fingerprint})"
+        return (
+            f"{self.model}{f'/{self.pretrained}' if self.pretrained else ''} ({self.fingerprint})"
+        )
 
     def to_dict(self) -> dict[str, object]:
         """Return the identity as it is stored in manifests and feature tables."""
-        whole = asdict(self) | {"preprocess": dict(self.preprocess), "fingerprint": self.fingerprint}
+        whole = asdict(self) | {
+            "preprocess": dict(self.preprocess),
+            "fingerprint": self.fingerprint,
+        }
         return {name: value for name, value in whole.items() if name != "parts" or value}
 
     @classmethod
@@ -74,11 +90,20 @@ class Identity:
         """Read an identity written by :meth:`to_dict`. Raises BackboneError if a key is missing or has a wrong type."""
         if not isinstance(data, Mapping):
             raise BackboneError("backbone: not an object")
-        kinds = {"model": str, "pretrained": (str, type(None)), "weights": str, "config": str, "preprocess": Mapping}
+        kinds = {
+            "model": str,
+            "pretrained": (str, type(None)),
+            "weights": str,
+            "config": str,
+            "preprocess": Mapping,
+        }
         for key, kind in kinds.items():
             if not isinstance(data.get(key), kind):  # type: ignore[arg-type]  # a type or a tuple of types
                 raise BackboneError(f"backbone: {key} is missing or has the wrong type")
-        return cls(**{key: data[key] for key in kinds}, parts=tuple(map(cls.from_dict, data.get("parts") or ())))
+        return cls(
+            **{key: data[key] for key in kinds},
+            parts=tuple(map(cls.from_dict, data.get("parts") or ())),
+        )
 
 
 @dataclass(frozen=True)
@@ -175,7 +200,9 @@ def identity_of(parts: Sequence[Part]) -> Identity | None:
 
 def encoders_of(backbone: Any) -> list[tuple[Backbone, bool]]:
     """Return the encoders of a backbone, which may be :class:`joined.Joined`, and whether each is in use."""
-    return list(zip(getattr(backbone, "parts", [backbone]), getattr(backbone, "used", [True]), strict=True))
+    return list(
+        zip(getattr(backbone, "parts", [backbone]), getattr(backbone, "used", [True]), strict=True)
+    )
 
 
 def without_unused(backbone: Loaded, shares: Sequence[float]) -> Loaded:
@@ -187,7 +214,9 @@ def without_unused(backbone: Loaded, shares: Sequence[float]) -> Loaded:
 def parts_of(backbone: Backbone) -> tuple[Part, ...]:
     """Return the parts of a feature, with names for their columns in a feature table."""
     own = enumerate(encoders_of(backbone), 1)
-    return tuple(Part(one.dim, f"feature_{i}" if i > 1 else "feature", one.identity) for i, (one, _) in own)
+    return tuple(
+        Part(one.dim, f"feature_{i}" if i > 1 else "feature", one.identity) for i, (one, _) in own
+    )
 
 
 def side_by_side(parts: Sequence[FloatArray]) -> FloatArray:
@@ -202,7 +231,9 @@ def text_side_by_side(parts: Sequence[FloatArray]) -> FloatArray:
     ``f W^T`` is then the mean of the cosines of the encoders with text.
     """
     with_text = max(1, sum(bool(part.any()) for part in parts))
-    joined: FloatArray = (np.concatenate(parts, axis=1) * (len(parts) ** 0.5 / with_text)).astype(np.float32)
+    joined: FloatArray = (np.concatenate(parts, axis=1) * (len(parts) ** 0.5 / with_text)).astype(
+        np.float32
+    )
     return joined
 
 
@@ -215,7 +246,12 @@ def unit_of(backbone: Backbone, raw: FloatArray, what: str = "feature") -> Float
     if len(encoders) == 1:
         return unit(raw, what)
     parts = np.split(raw, np.cumsum([one.dim for one, _ in encoders])[:-1], axis=1)
-    return side_by_side([unit(part, what) if used else part for part, (_, used) in zip(parts, encoders, strict=True)])
+    return side_by_side(
+        [
+            unit(part, what) if used else part
+            for part, (_, used) in zip(parts, encoders, strict=True)
+        ]
+    )
 
 
 def resolve_device(device: str = "auto") -> str:
@@ -237,9 +273,13 @@ def resolve_device(device: str = "auto") -> str:
     if kind != "cuda":
         raise UsageError(f"device {device!r}: expected auto, cpu or cuda")
     if not torch.cuda.is_available():
-        raise UsageError(f"device {device!r}: torch finds no CUDA GPU; use --device auto or cpu (see doctor)")
+        raise UsageError(
+            f"device {device!r}: torch finds no CUDA GPU; use --device auto or cpu (see doctor)"
+        )
     if colon and not (number.isdecimal() and int(number) < torch.cuda.device_count()):
-        raise UsageError(f"device {device!r}: torch finds {counted(torch.cuda.device_count(), 'GPU')}")
+        raise UsageError(
+            f"device {device!r}: torch finds {counted(torch.cuda.device_count(), 'GPU')}"
+        )
     return device
 
 
@@ -271,8 +311,13 @@ def runs_on(capability: tuple[int, int], arches: Sequence[str]) -> bool:
     """Return whether a torch build for ``arches`` (such as ``sm_86``) runs on a GPU with this compute capability."""
     major, minor = capability
     matches = [re.fullmatch(r"(sm|compute)_([0-9]+)([0-9])[a-z]?", arch) for arch in arches]
-    known = [(kind, int(m), int(n)) for kind, m, n in (match.groups() for match in matches if match)]
-    runs = any((major == m and minor >= n) if kind == "sm" else (major, minor) >= (m, n) for kind, m, n in known)
+    known = [
+        (kind, int(m), int(n)) for kind, m, n in (match.groups() for match in matches if match)
+    ]
+    runs = any(
+        (major == m and minor >= n) if kind == "sm" else (major, minor) >= (m, n)
+        for kind, m, n in known
+    )
     return runs or not known
 
 

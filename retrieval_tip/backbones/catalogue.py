@@ -21,7 +21,9 @@ from retrieval_tip.errors import BackboneError, UsageError, amount, first_line, 
 
 log = logging.getLogger(__name__)
 
-DEFAULT = "ViT-B-32"  # its recommended weights (0.6 GB) reach a zero-shot accuracy of 69 % on ImageNet
+DEFAULT = (
+    "ViT-B-32"  # its recommended weights (0.6 GB) reach a zero-shot accuracy of 69 % on ImageNet
+)
 
 _RECOMMENDED = {
     "clip": ("ViT-B-32", "MIT"),
@@ -41,17 +43,30 @@ SHORT = {short: name for short, (name, _) in _RECOMMENDED.items()}
 _HOSTED = {"hf-hub:imageomics/bioclip-2": "ViT-L-14"}
 """Architectures of recommended repositories."""
 
-_FIRST = ("datacomp_xl", "datacomp_s34b", "laion2b_s34b", "laion2b_s32b", "laion2b", "webli", "openai")
+_FIRST = (
+    "datacomp_xl",
+    "datacomp_s34b",
+    "laion2b_s34b",
+    "laion2b_s32b",
+    "laion2b",
+    "webli",
+    "openai",
+)
 """Prefixes of tags in order of preference. Long training and openly licensed training data come first."""
 
-NEAR, ALIKE = 8, 0.6  # largest number of similar names in a message, and their smallest similarity (see difflib)
+NEAR, ALIKE = (
+    8,
+    0.6,
+)  # largest number of similar names in a message, and their smallest similarity (see difflib)
 
 ANSWER = 2.5  # number of seconds to wait for a response from the hub
 _DEMO = "build/demo/efficientnet-lite0.pth"
 DEMO = (Path(_DEMO), Path(_DEMO).relative_to("build/demo"), Path(__file__).parents[2] / _DEMO)
 """Possible paths of the encoder from ``benchmarks/demo.py``, below the current folder or the repository."""
 
-LARGEST_LIST = 40  # longest list that includes sizes, because computing each size takes a quarter of a second
+LARGEST_LIST = (
+    40  # longest list that includes sizes, because computing each size takes a quarter of a second
+)
 
 _QUIET = threading.RLock()
 
@@ -101,15 +116,21 @@ def unknown(model: str) -> UsageError:
     elif not near and re.fullmatch(r"[\w.-]+/[\w.-]+", model):
         near = f"; for a CLIP or SigLIP model in transformers, give hf:{model}"
     expected = "; expected an open_clip architecture, timm:NAME, local-dir:PATH, hf-hub:ORG/REPO or hf:ORG/REPO"
-    return UsageError(f"model {model!r}: unknown{near or expected}; search with retrieval-tip models WORD")
+    return UsageError(
+        f"model {model!r}: unknown{near or expected}; search with retrieval-tip models WORD"
+    )
 
 
 def similar(model: str, names: Sequence[str], prefix: str = "") -> str:
     """Return a phrase that lists the names that contain every part of ``model`` or are spelled like it."""
     plain = {_plain(name): name for name in names}
     asked = _plain(model)
-    whole = sorted((name for name in plain if all(part in name for part in asked.split("-"))), key=len)
-    near = [*dict.fromkeys([*whole, *difflib.get_close_matches(asked, list(plain), NEAR, ALIKE)])][:NEAR]
+    whole = sorted(
+        (name for name in plain if all(part in name for part in asked.split("-"))), key=len
+    )
+    near = [*dict.fromkeys([*whole, *difflib.get_close_matches(asked, list(plain), NEAR, ALIKE)])][
+        :NEAR
+    ]
     return f"; similar names: {', '.join(prefix + plain[name] for name in near)}" if near else ""
 
 
@@ -144,10 +165,16 @@ def search(word: str = "") -> list[Named]:
     asked = _plain(word.removeprefix("timm:"))
     short = [name for key, name in SHORT.items() if key == asked]
     known = () if word.startswith("timm:") else _architectures()
-    ours = [name for name in known if (tags := _tags(name)) and any(asked in _plain(tag) for tag in (name, *tags))]
+    ours = [
+        name
+        for name in known
+        if (tags := _tags(name)) and any(asked in _plain(tag) for tag in (name, *tags))
+    ]
     theirs = [f"timm:{name}" for name in timm.list_pretrained() if asked in _plain(name)]
     if not (found := list(dict.fromkeys([*short, *ours, *theirs]))):
-        raise UsageError(f"models {word!r}: no encoder has this in its name" + similar(word, _architectures()))
+        raise UsageError(
+            f"models {word!r}: no encoder has this in its name" + similar(word, _architectures())
+        )
     return [_described(name, sized=len(found) <= LARGEST_LIST) for name in found]
 
 
@@ -162,7 +189,11 @@ def _described(name: str, *, sized: bool = True) -> Named:
     words = not name.startswith("timm:")
     file = name.partition("@")[2]
     tags = [file] if file else _tags(name) if words else [name.partition(".")[2]]
-    licence = dict(_RECOMMENDED.values()).get(name) if words else getattr(_timm_config(name), "license", None)
+    licence = (
+        dict(_RECOMMENDED.values()).get(name)
+        if words
+        else getattr(_timm_config(name), "license", None)
+    )
     size = _bytes(architecture(name)) if sized else None
     here = Path(file).is_file() if file else has_weights(repository_of(name, None))
     return Named(name, tags, size, licence, words, here)
@@ -191,7 +222,12 @@ def _bytes(name: str) -> int | None:
     return int(4 * sum(parameter.numel() for parameter in model.parameters()))
 
 
-WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors", "pytorch_model.bin")
+WEIGHTS = (
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.bin",
+    "model.safetensors",
+    "pytorch_model.bin",
+)
 """Names of weight files, in the order of open_clip and timm."""
 
 
@@ -210,7 +246,11 @@ def _hub_folder(repository: str) -> Path:
 def _reason_of(error: Exception) -> str:
     """Return the reason for a hub error on one line, without the hub's advice."""
     text = first_line(error).rpartition("Last error: ")[2]
-    silent = ("locate the file on the Hub", "connect to 'https://huggingface.co'", "reach https://huggingface.co")
+    silent = (
+        "locate the file on the Hub",
+        "connect to 'https://huggingface.co'",
+        "reach https://huggingface.co",
+    )
     return "huggingface.co did not answer" if any(phrase in text for phrase in silent) else text
 
 
@@ -220,7 +260,9 @@ def quiet() -> Iterator[None]:
     ours = logging.getLogger("retrieval_tip")
     with _QUIET, warnings.catch_warnings(), ExitStack() as restored:
         warnings.simplefilter("ignore")
-        levels = dict.fromkeys(map(logging.getLogger, (None, "huggingface_hub", "transformers")), logging.CRITICAL)
+        levels = dict.fromkeys(
+            map(logging.getLogger, (None, "huggingface_hub", "transformers")), logging.CRITICAL
+        )
         for logger, level in {ours: ours.getEffectiveLevel(), **levels}.items():
             restored.callback(logger.setLevel, logger.level)
             logger.setLevel(level)
@@ -228,7 +270,9 @@ def quiet() -> Iterator[None]:
             from transformers import dynamic_module_utils as asking
 
             restored.callback(setattr, asking, "TIME_OUT_REMOTE_CODE", asking.TIME_OUT_REMOTE_CODE)
-            asking.TIME_OUT_REMOTE_CODE = 0  # seconds to wait for an answer; there is no prompt if it is 0
+            asking.TIME_OUT_REMOTE_CODE = (
+                0  # seconds to wait for an answer; there is no prompt if it is 0
+            )
         yield
 
 
@@ -255,17 +299,26 @@ def ask_hub(repository: str) -> None:
         raise ConnectionError(f"{urlsplit(constants.ENDPOINT).netloc} did not answer") from error
     sizes = {file.rfilename: file.size for file in found}
     if size := next((sizes[file] for file in WEIGHTS if sizes.get(file)), None):
-        log.info("huggingface.co/%s has %s of weights, which are downloaded only once", repository, amount(size))
+        log.info(
+            "huggingface.co/%s has %s of weights, which are downloaded only once",
+            repository,
+            amount(size),
+        )
 
 
 def downloaded(repository: str) -> list[Path]:
     """Return the paths that hold the revision of a repository on this machine, which may be missing."""
     ref = _hub_folder(repository) / "refs" / "main"
-    return [ref, _hub_folder(repository) / "snapshots" / (ref.read_text() if ref.is_file() else "missing")]
+    return [
+        ref,
+        _hub_folder(repository) / "snapshots" / (ref.read_text() if ref.is_file() else "missing"),
+    ]
 
 
 @contextmanager
-def opening(model: str, repository: str | None, way_out: str, file: str | None = None) -> Iterator[None]:
+def opening(
+    model: str, repository: str | None, way_out: str, file: str | None = None
+) -> Iterator[None]:
     """Open a model from a repository, or from a ``file`` or folder, without messages of libraries.
 
     Raises BackboneError if it cannot be downloaded or loaded. ``way_out`` names the options for a copy of its weights.
@@ -275,7 +328,9 @@ def opening(model: str, repository: str | None, way_out: str, file: str | None =
             ask_hub(repository)
         with quiet():
             yield
-    except Exception as error:  # the libraries, the hub, torch and safetensors raise different errors
+    except (
+        Exception
+    ) as error:  # the libraries, the hub, torch and safetensors raise different errors
         raise _load_error(model, error, way_out, file) from error
 
 

@@ -36,7 +36,9 @@ class Joined:
             raise UsageError(f"model {self.identity.model}: names an encoder twice")
         self.dim = sum(part.dim for part in parts)
         self.has_text = any(part.has_text for part in parts)
-        self.logit_scale = float(np.mean([part.logit_scale for part in parts if part.has_text] or [100.0]))
+        self.logit_scale = float(
+            np.mean([part.logit_scale for part in parts if part.has_text] or [100.0])
+        )
         self.precision = ", ".join(dict.fromkeys(part.precision for part in parts))
         self.batch_size = min(part.batch_size for part in parts)
 
@@ -63,17 +65,23 @@ class Joined:
 
     def encode_images(self, pixels: torch.Tensor) -> FloatArray:
         raw = [
-            np.zeros((len(pixels), part.dim), dtype=np.float32) if view is None else part.encode_images(view)
+            np.zeros((len(pixels), part.dim), dtype=np.float32)
+            if view is None
+            else part.encode_images(view)
             for part, view in zip(self.parts, self.views(pixels), strict=True)
         ]
         return np.concatenate(raw, axis=1)
 
     def encode_texts(self, texts: Sequence[str]) -> FloatArray:
         if not self.has_text:
-            raise UsageError(f"{self.identity.model}: has no text encoder; omit prompts and templates")
+            raise UsageError(
+                f"{self.identity.model}: has no text encoder; omit prompts and templates"
+            )
         empty = [np.zeros((len(texts), part.dim), dtype=np.float32) for part in self.parts]
         pairs = zip(self.parts, empty, strict=True)
-        return text_side_by_side([unit(part.encode_texts(texts)) if part.has_text else zero for part, zero in pairs])
+        return text_side_by_side(
+            [unit(part.encode_texts(texts)) if part.has_text else zero for part, zero in pairs]
+        )
 
     def _in_use(self) -> list[Backbone]:
         return [part for part, used in zip(self.parts, self.used, strict=True) if used]

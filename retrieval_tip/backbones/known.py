@@ -15,7 +15,12 @@ from retrieval_tip.files import cache_folder, make_folders, read_regular, replac
 log = logging.getLogger(__name__)
 
 FORM = 2  # version of the stored records
-PACKAGES = ("open_clip_torch", "timm", "transformers", "tokenizers")  # they determine what is read from the same files
+PACKAGES = (
+    "open_clip_torch",
+    "timm",
+    "transformers",
+    "tokenizers",
+)  # they determine what is read from the same files
 RECORD_BYTES = 1 << 20  # largest record that is read
 
 Names = tuple[str, str | None]
@@ -41,7 +46,11 @@ class Files:
         stamps: list[object] = [(name, version_of(name)) for name in PACKAGES]
         try:
             for place in map(Path, paths):
-                for path in sorted(file for file in place.iterdir() if file.is_file()) if place.is_dir() else [place]:
+                for path in (
+                    sorted(file for file in place.iterdir() if file.is_file())
+                    if place.is_dir()
+                    else [place]
+                ):
                     facts = path.stat()
                     changed = facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns
                     stamps.append((str(path), os.path.realpath(path), *changed))
@@ -73,7 +82,12 @@ def recall(model: str, pretrained: str | None) -> tuple[Names, Known] | None:
         record = json.loads(read_regular(path, RECORD_BYTES))
         (name, tag) = record["names"]
         files = Files(tuple(record["places"]), record["digest"])
-        known = Known(Identity.from_dict(record["identity"]), int(record["dim"]), float(record["logit_scale"]), files)
+        known = Known(
+            Identity.from_dict(record["identity"]),
+            int(record["dim"]),
+            float(record["logit_scale"]),
+            files,
+        )
         return ((name, tag), known) if files.are_unchanged() else None
     except FileNotFoundError:
         return None
@@ -87,7 +101,12 @@ def remember(model: str, pretrained: str | None, names: Names, known: Known) -> 
     path = _record(model, pretrained)
     if path is None or known.files is None or not known.files.are_unchanged():
         return
-    record = {"names": names, "identity": known.identity.to_dict(), "dim": known.dim, "logit_scale": known.logit_scale}
+    record = {
+        "names": names,
+        "identity": known.identity.to_dict(),
+        "dim": known.dim,
+        "logit_scale": known.logit_scale,
+    }
     try:
         make_folders(path.parent)
         with replacing(path) as new:

@@ -26,7 +26,11 @@ A list, or names joined by ``+``, stands for several encoders (see :mod:`joined`
 
 
 def load_backbone(
-    model: str | None = None, *, device: str = "auto", precision: Precision = "auto", lazy: bool = False
+    model: str | None = None,
+    *,
+    device: str = "auto",
+    precision: Precision = "auto",
+    lazy: bool = False,
 ) -> TorchBackbone | Joined:
     """Load a backbone by its name, in evaluation mode.
 
@@ -56,7 +60,9 @@ def load_backbone(
     return Joined(parts) if len(parts) > 1 else parts[0]
 
 
-def _load(model: str, weights: str | None, device: str, precision: Precision, *, lazy: bool) -> TorchBackbone:
+def _load(
+    model: str, weights: str | None, device: str, precision: Precision, *, lazy: bool
+) -> TorchBackbone:
     given = expanded(model, weights)
     how = resolve_execution(device, precision)
     if lazy and (recalled := known.recall(*given)) is not None:
@@ -64,7 +70,10 @@ def _load(model: str, weights: str | None, device: str, precision: Precision, *,
     names = _from_anywhere(*named(*given))
     backbone = _of(*names, *how)
     if lazy:
-        for own in {given, (backbone.identity.model, backbone.identity.pretrained)}:  # an index has these names
+        for own in {
+            given,
+            (backbone.identity.model, backbone.identity.pretrained),
+        }:  # an index has these names
             known.remember(*own, names, backbone.known)
     return backbone
 
@@ -100,7 +109,9 @@ def _is_there(model: str) -> bool:
     return Path(re.sub(r"^[\w-]+:", "", model)).exists()
 
 
-def load_again(identity: Identity, *, device: str = "auto", precision: Precision = "auto") -> TorchBackbone | Joined:
+def load_again(
+    identity: Identity, *, device: str = "auto", precision: Precision = "auto"
+) -> TorchBackbone | Joined:
     """Load the backbone with the names of an ``identity``, as by :func:`load_backbone` with ``lazy``.
 
     If its weights were replaced, its identity differs.
@@ -121,15 +132,21 @@ def given_backbone(model: Model, device: str = "auto", precision: Precision = "a
         return Joined(parts) if len(parts) > 1 else parts[0]
     if isinstance(model, tuple):
         if len(model) != 3:
-            raise UsageError(f"model: got {len(model)} objects; give (model, preprocess, tokenizer), as open_clip does")
+            raise UsageError(
+                f"model: got {len(model)} objects; give (model, preprocess, tokenizer), as open_clip does"
+            )
         return open_clip.wrapped(*model)
     if not hasattr(model, "encode_images"):
         kind = type(model).__name__
-        raise UsageError(f"model: got an object of type {kind}; give a name, a backbone, or a tuple from open_clip")
+        raise UsageError(
+            f"model: got an object of type {kind}; give a name, a backbone, or a tuple from open_clip"
+        )
     return model
 
 
-def _of(name: str, tag: str | None, device: str, precision: Precision, found: Known | None = None) -> TorchBackbone:
+def _of(
+    name: str, tag: str | None, device: str, precision: Precision, found: Known | None = None
+) -> TorchBackbone:
     if name.startswith("hf:") and tag is not None:
         raise UsageError(f"model {name}@{tag}: has its own weights; omit @{tag}")
     with ExitStack() as restored:

@@ -28,7 +28,11 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Config = dict[str, Any]  # an open_clip configuration, as JSON
-DRAWS = {"normal_", "uniform_", "kaiming_uniform_"}  # names of functions, since transformers replaces the functions
+DRAWS = {
+    "normal_",
+    "uniform_",
+    "kaiming_uniform_",
+}  # names of functions, since transformers replaces the functions
 
 
 @dataclass(frozen=True)
@@ -53,15 +57,22 @@ def _plan(model: str, pretrained: str | None) -> _Plan:
         except (OSError, ValueError, TypeError, AttributeError) as error:
             reason = getattr(error, "strerror", None) or error
             remedy = "give a folder with this file and weights"
-            raise BackboneError(f"{model}: open_clip_config.json cannot be read ({reason}); {remedy}") from None
+            raise BackboneError(
+                f"{model}: open_clip_config.json cannot be read ({reason}); {remedy}"
+            ) from None
         if not any(file.suffix in (".safetensors", ".bin", ".pth") for file in folder.iterdir()):
-            raise BackboneError(f"{folder}: no weights in this folder; add *.safetensors, *.bin or *.pth")
+            raise BackboneError(
+                f"{folder}: no weights in this folder; add *.safetensors, *.bin or *.pth"
+            )
         arguments = {}
         text: Config = config["text_cfg"] if isinstance(config.get("text_cfg"), dict) else {}
         tower = text.get("hf_model_name")
         if tower and not Path(tower).is_dir() and (folder / "config.json").is_file():
             # the text tower is also in this folder, and not relative to the current folder
-            arguments["text_cfg"] = text | {"hf_model_name": str(folder), "hf_model_pretrained": False}
+            arguments["text_cfg"] = text | {
+                "hf_model_name": str(folder),
+                "hf_model_pretrained": False,
+            }
         return _Plan(f"local-dir:{folder.resolve()}", None, None, arguments, str(folder))
     if model.startswith("hf-hub:"):
         return _Plan(model, None, None, {}, f"huggingface.co/{model[7:]}", model[7:])
@@ -70,7 +81,9 @@ def _plan(model: str, pretrained: str | None) -> _Plan:
     tags = open_clip.list_pretrained_tags_by_model(model)
     pretrained = pretrained or catalogue.recommended(model)
     if pretrained is None:
-        raise UsageError(f"model {model!r}: there are no published weights; give --model {model}@FILE")
+        raise UsageError(
+            f"model {model!r}: there are no published weights; give --model {model}@FILE"
+        )
     tag, _, checkpoint = pretrained.rpartition("=")
     facts = open_clip.get_pretrained_cfg(model, tag or pretrained)
     if tag and facts:
@@ -86,8 +99,10 @@ def _plan(model: str, pretrained: str | None) -> _Plan:
         tagged = f"--model {model}@TAG={pretrained} (tags: {', '.join(tags) or 'none'})"
         log.warning(
             "%s: no tag given, so using open_clip's default preprocessing and activation; "
-            "if these weights belong to a tag, give %s", pretrained, tagged,
-        )  # fmt: skip
+            "if these weights belong to a tag, give %s",
+            pretrained,
+            tagged,
+        )
         return _Plan(model, str(Path(pretrained).resolve()), pretrained, {}, pretrained)
     raise UsageError(
         f"model {model}@{pretrained}: neither a checkpoint file nor a tag of {model}; its tags: {', '.join(tags)}"
@@ -112,10 +127,14 @@ def open_model(model: str, pretrained: str | None, device: torch.device) -> Open
     weights = plan.checkpoint or plan.pretrained
     with _opening(plan, plan.repository), _undrawn():
         files = _files(plan)
-        made, _, preprocess = open_clip.create_model_and_transforms(name, weights, device=device, **plan.arguments)
+        made, _, preprocess = open_clip.create_model_and_transforms(
+            name, weights, device=device, **plan.arguments
+        )
         config = _config_digest(plan)
         dim = open_clip.get_model_config(name)["embed_dim"]
-    identity = Identity(plan.model, plan.pretrained, "", config, cast("Any", made.visual.preprocess_cfg))
+    identity = Identity(
+        plan.model, plan.pretrained, "", config, cast("Any", made.visual.preprocess_cfg)
+    )
     return Opened(made, preprocess, identity, dim, partial(_tokenizer, plan), files)
 
 
@@ -130,12 +149,22 @@ def _files(plan: _Plan) -> Files | None:
     """Return the files of a model, its text tower and its tokenizer, or ``None`` if they are unknown."""
     import open_clip
 
-    text = (open_clip.get_model_config(plan.model) or {}).get("text_cfg", {}) | plan.arguments.get("text_cfg", {})
+    text = (open_clip.get_model_config(plan.model) or {}).get("text_cfg", {}) | plan.arguments.get(
+        "text_cfg", {}
+    )
     folder = plan.model.removeprefix("local-dir:") if plan.model.startswith("local-dir:") else None
     place = plan.checkpoint or folder
-    own = catalogue.downloaded(plan.repository) if plan.repository else [Path(place)] if place else []
-    names = [name for name in (text.get("hf_model_name"), folder or text.get("hf_tokenizer_name")) if name]
-    others = itertools.chain(*([name] if Path(name).is_dir() else catalogue.downloaded(name) for name in names))
+    own = (
+        catalogue.downloaded(plan.repository) if plan.repository else [Path(place)] if place else []
+    )
+    names = [
+        name
+        for name in (text.get("hf_model_name"), folder or text.get("hf_tokenizer_name"))
+        if name
+    ]
+    others = itertools.chain(
+        *([name] if Path(name).is_dir() else catalogue.downloaded(name) for name in names)
+    )
     return Files.of(*own, *others) if own else None
 
 
@@ -150,7 +179,9 @@ def _tokenizer(plan: _Plan) -> Tokenizer:
     return tokenizer
 
 
-def wrapped(model: Model, preprocess: Callable[[Image.Image], torch.Tensor], tokenizer: Tokenizer) -> TorchBackbone:
+def wrapped(
+    model: Model, preprocess: Callable[[Image.Image], torch.Tensor], tokenizer: Tokenizer
+) -> TorchBackbone:
     """Wrap an open_clip model that is already loaded, with its validation transform and its tokenizer.
 
     These are the results of ``open_clip.create_model_and_transforms`` and ``get_tokenizer``. The model stays on its
@@ -172,9 +203,13 @@ def _undrawn() -> AbstractContextManager[object]:
     from torch.overrides import TorchFunctionMode
 
     class Undrawn(TorchFunctionMode):
-        def __torch_function__(self, func: Any, types: object, args: Any = (), kwargs: Config | None = None) -> object:
+        def __torch_function__(
+            self, func: Any, types: object, args: Any = (), kwargs: Config | None = None
+        ) -> object:
             tensor = args[0] if args else (kwargs or {}).get("tensor")
-            drawn = getattr(func, "__name__", None) in DRAWS and isinstance(tensor, torch.nn.Parameter)
+            drawn = getattr(func, "__name__", None) in DRAWS and isinstance(
+                tensor, torch.nn.Parameter
+            )
             return tensor if drawn else func(*args, **(kwargs or {}))
 
     return Undrawn()
@@ -185,9 +220,16 @@ def _config_digest(plan: _Plan) -> str:
     import open_clip
 
     def plain(part: Config) -> Config:
-        names = ("hf_model_name", "hf_tokenizer_name", "hf_model_pretrained", "timm_model_pretrained")
+        names = (
+            "hf_model_name",
+            "hf_tokenizer_name",
+            "hf_model_pretrained",
+            "timm_model_pretrained",
+        )
         kept = {key: value for key, value in part.items() if key not in names}
-        return {key: plain(value) if isinstance(value, dict) else value for key, value in kept.items()}
+        return {
+            key: plain(value) if isinstance(value, dict) else value for key, value in kept.items()
+        }
 
     config = open_clip.get_model_config(plan.model)
     quick_gelu = bool(plan.arguments.get("force_quick_gelu") or config.get("quick_gelu"))

@@ -34,7 +34,11 @@ def check_templates(templates: Sequence[str]) -> tuple[str, ...]:
 def prompts_of(class_names: Sequence[str], templates: Sequence[str]) -> list[str]:
     """Return the prompts of all classes, class by class. Raises the same errors as :func:`check_templates`."""
     templates = check_templates(templates)
-    return [template.replace("{}", clean_class_name(name)) for name in class_names for template in templates]
+    return [
+        template.replace("{}", clean_class_name(name))
+        for name in class_names
+        for template in templates
+    ]
 
 
 def text_weights(
@@ -54,11 +58,16 @@ def text_weights(
     return mean_by_class(features.reshape(len(class_names), -1, backbone.dim), class_names)
 
 
-def each_text(backbone: Backbone, c: int, weights_of: Callable[[Backbone], FloatArray]) -> FloatArray:
+def each_text(
+    backbone: Backbone, c: int, weights_of: Callable[[Backbone], FloatArray]
+) -> FloatArray:
     """Join the text weights of each encoder that has text (see :func:`base.text_side_by_side`)."""
     encoders = [one for one, _ in encoders_of(backbone)]
     some = backbone.has_text
-    weights = [weights_of(one) if one.has_text or not some else np.zeros((c, one.dim), np.float32) for one in encoders]
+    weights = [
+        weights_of(one) if one.has_text or not some else np.zeros((c, one.dim), np.float32)
+        for one in encoders
+    ]
     return text_side_by_side(weights)
 
 

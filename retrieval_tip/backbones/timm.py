@@ -27,7 +27,9 @@ def open_model(name: str, pretrained: str | None, device: torch.device) -> Opene
     config = timm.get_pretrained_cfg(name)
     repository = "" if file is not None or config is None else config.hf_hub_id
     with opening(f"timm:{name}", repository, f"--model timm:{name}@FILE (a copy of its weights)"):
-        files = Files.of(file) if file else Files.of(*downloaded(repository)) if repository else None
+        files = (
+            Files.of(file) if file else Files.of(*downloaded(repository)) if repository else None
+        )
         tower = timm.create_model(name, pretrained=file is None, num_classes=0)
     if file is not None:
         _fill(tower, file, name)
@@ -35,7 +37,9 @@ def open_model(name: str, pretrained: str | None, device: torch.device) -> Opene
     plain = {key: value for key, value in settings.items() if key != "input_size"}
     plain["size"] = settings["input_size"][1:]  # as open_clip names it
     weights = None if file is None else str(file.resolve())
-    identity = Identity(f"timm:{name}", weights, "", f"sha256:{digest_of({'timm': architecture})}", plain)
+    identity = Identity(
+        f"timm:{name}", weights, "", f"sha256:{digest_of({'timm': architecture})}", plain
+    )
     model: Any = torch.nn.Module()
     model.visual = tower
     model.encode_image = tower.forward
@@ -62,10 +66,14 @@ def _plan(name: str, pretrained: str | None) -> tuple[str, str | None, Path | No
         if not file.is_file():
             raise BackboneError(f"{path}: no such checkpoint for timm:{architecture}")
     if tag and tag not in tags:
-        raise UsageError(f"model 'timm:{name}': unknown tag {tag!r}; its tags: {', '.join(tags) or 'none'}")
+        raise UsageError(
+            f"model 'timm:{name}': unknown tag {tag!r}; its tags: {', '.join(tags) or 'none'}"
+        )
     if not tag and file is None:
         if not tags:
-            raise UsageError(f"model 'timm:{name}': there are no published weights; give --model timm:{name}@FILE")
+            raise UsageError(
+                f"model 'timm:{name}': there are no published weights; give --model timm:{name}@FILE"
+            )
         config = timm.get_pretrained_cfg(architecture)
         tag = config.tag if config is not None and config.tag in tags else tags[0]
     return architecture, tag or None, file
@@ -76,9 +84,13 @@ def _fill(tower: torch.nn.Module, file: Path, name: str) -> None:
     from timm.models import load_state_dict
 
     try:
-        state: dict[str, torch.Tensor] = load_state_dict(str(file), use_ema=False, weights_only=True)
+        state: dict[str, torch.Tensor] = load_state_dict(
+            str(file), use_ema=False, weights_only=True
+        )
     except Exception as error:  # torch, safetensors and pickle raise different errors
-        raise BackboneError(f"{file}: cannot be read as weights of timm:{name}: {first_line(error)}") from None
+        raise BackboneError(
+            f"{file}: cannot be read as weights of timm:{name}: {first_line(error)}"
+        ) from None
     own = tower.state_dict()
     if not own.keys() <= state.keys():
         state = dict(zip(own, state.values(), strict=False))  # in order; the classifier comes last

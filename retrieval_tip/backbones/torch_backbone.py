@@ -66,7 +66,9 @@ class TorchBackbone:
     # the last backbone that was unpickled, since joblib unpickles one per task
     _last: ClassVar[TorchBackbone | None] = None
 
-    def __init__(self, open_model: Open, device: str, precision: Precision, known: Known | None = None) -> None:
+    def __init__(
+        self, open_model: Open, device: str, precision: Precision, known: Known | None = None
+    ) -> None:
         """Open the model on its device, or on first use if it is already ``known``."""
         import torch
 
@@ -93,8 +95,12 @@ class TorchBackbone:
 
             # the pixels have the same format; on a CPU, weights are packed anyway
             opened.model.visual.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        preprocess = json.loads(json.dumps(dict(opened.identity.preprocess)))  # as in a manifest, without tuples
-        identity = replace(opened.identity, weights=weights_digest(opened.model), preprocess=preprocess)
+        preprocess = json.loads(
+            json.dumps(dict(opened.identity.preprocess))
+        )  # as in a manifest, without tuples
+        identity = replace(
+            opened.identity, weights=weights_digest(opened.model), preprocess=preprocess
+        )
         return replace(opened, identity=identity)
 
     def _described(self) -> Known:
@@ -118,12 +124,18 @@ class TorchBackbone:
         return self._again, (self._open, str(self._device), self.precision, self.known)
 
     @classmethod
-    def _again(cls, open_model: Open, was: str, precision: Precision, known: Known) -> TorchBackbone:
+    def _again(
+        cls, open_model: Open, was: str, precision: Precision, known: Known
+    ) -> TorchBackbone:
         """Return the backbone of a pickle, on a device that this machine has."""
         device = present(was)
         precision = precision if device.partition(":")[0] == was.partition(":")[0] else "float32"
         last = TorchBackbone._last
-        if last is None or (str(last._device), last.precision, last.known) != (device, precision, known):
+        if last is None or (str(last._device), last.precision, last.known) != (
+            device,
+            precision,
+            known,
+        ):
             last = TorchBackbone._last = cls(open_model, device, precision, known)
         return last
 
@@ -135,7 +147,9 @@ class TorchBackbone:
     def _tokenizer(self) -> Tokenizer:
         make = self._open_model().tokenizer
         if make is None:
-            raise UsageError(f"{self.identity.model}: it has no text encoder; omit prompts and templates")
+            raise UsageError(
+                f"{self.identity.model}: it has no text encoder; omit prompts and templates"
+            )
         return make()
 
     @property
@@ -148,7 +162,9 @@ class TorchBackbone:
         """Store the image tower in int8, calibrated on views of shape ``[3, h, w]``. See :func:`tower.store_int8`."""
         exact = self._compiled(2) if self.precision == "float32" else None
         if exact is None:
-            raise UsageError(f"int8: requires {self.identity.model} in float32 with OpenVINO on a CPU")
+            raise UsageError(
+                f"int8: requires {self.identity.model} in float32 with OpenVINO on a CPU"
+            )
         return tower.store_int8(self._model, self.identity, photos, exact)
 
     @property
@@ -169,7 +185,9 @@ class TorchBackbone:
 
     def preprocess(self, image: Image.Image) -> torch.Tensor:
         given = isinstance(self._open, Opened)  # with a transform of its own
-        if not given and tower.shorter_side(self.identity.preprocess):  # the same view in 0.7 times the time
+        if not given and tower.shorter_side(
+            self.identity.preprocess
+        ):  # the same view in 0.7 times the time
             return tower.view(image, self.identity.preprocess)
         # torch, not numpy: the OpenMP threads of decoding threads keep the model's from spinning on shared cores
         return self._open_model().preprocess(image)
@@ -181,11 +199,15 @@ class TorchBackbone:
 
         generator = random.Random(seed)  # noqa: S311
         top, left, height, width = _crop(image.width, image.height, generator)
-        crop = vision.resized_crop(image, top, left, height, width, list(self.size), InterpolationMode.BICUBIC)
+        crop = vision.resized_crop(
+            image, top, left, height, width, list(self.size), InterpolationMode.BICUBIC
+        )
         if generator.random() < 0.5:
             crop = vision.hflip(crop)
         config = self.identity.preprocess
-        tensor: torch.Tensor = vision.normalize(vision.to_tensor(crop), config["mean"], config["std"])
+        tensor: torch.Tensor = vision.normalize(
+            vision.to_tensor(crop), config["mean"], config["std"]
+        )
         return tensor
 
     def encode_images(self, pixels: torch.Tensor) -> FloatArray:
@@ -208,7 +230,9 @@ class TorchBackbone:
                 given = spelled(self.identity.model, self.identity.pretrained)
                 run = command_line("models", "--int8", "PHOTOS", "--model", given)
                 raise BackboneError(f"precision int8: not stored for this encoder; run {run}")
-            if self._tower is None and number > 1:  # for one image, conversion takes longer than it saves
+            if (
+                self._tower is None and number > 1
+            ):  # for one image, conversion takes longer than it saves
                 self._tower = tower.converted(self._model, self.identity, self.size, self.precision)
                 self._compiles = self._tower is not None
         return self._tower
@@ -217,11 +241,17 @@ class TorchBackbone:
         tokens = self._tokenizer(list(texts)).to(self._device)
         return self._forward(self._model.encode_text, tokens)
 
-    def _forward(self, tower: Callable[[torch.Tensor], torch.Tensor], given: torch.Tensor) -> FloatArray:
+    def _forward(
+        self, tower: Callable[[torch.Tensor], torch.Tensor], given: torch.Tensor
+    ) -> FloatArray:
         import torch
 
         half = None if self.precision in ("float32", "int8") else getattr(torch, self.precision)
-        exactly = _whole_convolutions(self._device) if half is None else torch.autocast(self._device.type, half)
+        exactly = (
+            _whole_convolutions(self._device)
+            if half is None
+            else torch.autocast(self._device.type, half)
+        )
         with torch.no_grad(), exactly:
             features = tower(given)
         return features.float().cpu().numpy()
@@ -236,8 +266,12 @@ def _whole_convolutions(device: torch.device) -> Iterator[None]:
         yield
         return
     cudnn: Any = torch.backends.cudnn
-    new = hasattr(cudnn, "conv")  # since torch 2.9; once it is used, the older setting cannot be read
-    place, name, exact = (cudnn.conv, "fp32_precision", "ieee") if new else (cudnn, "allow_tf32", False)
+    new = hasattr(
+        cudnn, "conv"
+    )  # since torch 2.9; once it is used, the older setting cannot be read
+    place, name, exact = (
+        (cudnn.conv, "fp32_precision", "ieee") if new else (cudnn, "allow_tf32", False)
+    )
     with _CONVOLUTIONS, ExitStack() as restored:
         restored.callback(setattr, place, name, getattr(place, name))
         setattr(place, name, exact)

@@ -57,7 +57,10 @@ a cosine of 0.997 in both torch and OpenVINO, and its int8 features one of 0.96.
 
 COMPARED = 16  # photos whose int8 features are compared with the float32 features
 
-CONVOLUTIONS, PRODUCTS = ("Convolution", "Conv"), ("MatMul", "Gemm")  # types of layers, in OpenVINO and ONNX
+CONVOLUTIONS, PRODUCTS = (
+    ("Convolution", "Conv"),
+    ("MatMul", "Gemm"),
+)  # types of layers, in OpenVINO and ONNX
 FORM = 3  # version of the stored files
 OPSET = 18  # version of the ONNX operators in graphs
 PIXELS, FEATURES = "pixels", "features"  # names of the input and the output of a tower in ONNX
@@ -75,9 +78,14 @@ class Tower:
         core = runtime().Core()
         types = {node.get_friendly_name(): node.get_type_name() for node in model.get_ordered_ops()}
         in_bfloat16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-        half = precision == "bfloat16" or (precision == "int8" and _layers(types)[1] and in_bfloat16)
+        half = precision == "bfloat16" or (
+            precision == "int8" and _layers(types)[1] and in_bfloat16
+        )
         hint = "bf16" if half else "f32"  # in int8, the first convolution is slow in float32
-        config = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+        config = {
+            "INFERENCE_PRECISION_HINT": hint,
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        }
         self._compiled = core.compile_model(model, "CPU", config)
         self._requests = threading.local()  # the model's own request would be shared by all threads
 
@@ -85,9 +93,13 @@ class Tower:
         """Return the raw features. Raises RuntimeError if their number is wrong."""
         if not hasattr(self._requests, "own"):
             self._requests.own = self._compiled.create_infer_request()
-        features: FloatArray = np.array(self._requests.own.infer(pixels.float().contiguous().numpy())[0])
+        features: FloatArray = np.array(
+            self._requests.own.infer(pixels.float().contiguous().numpy())[0]
+        )
         if len(features) != len(pixels):  # this happens in bfloat16 if oneDNN does not allow it
-            raise RuntimeError(f"OpenVINO returned {len(features)} features for {len(pixels)} images")
+            raise RuntimeError(
+                f"OpenVINO returned {len(features)} features for {len(pixels)} images"
+            )
         return features
 
 
@@ -103,15 +115,21 @@ def kept(identity: Identity, precision: str) -> Tower | None:
         if json.loads((folder / _FACTS).read_bytes()) != facts:
             raise ValueError("its files have changed")
         tower = Tower(runtime().Core().read_model(folder / _GRAPH), precision, facts[_WEIGHTS])
-        if precision != "float32":  # a tower that was stored in float32 is untested in another precision
+        if (
+            precision != "float32"
+        ):  # a tower that was stored in float32 is untested in another precision
             tower(torch.zeros(1, 3, *view_size(identity.preprocess)))
         return tower
-    except Exception as error:  # OpenVINO raises RuntimeError; reading raises OSError and ValueError
+    except (
+        Exception
+    ) as error:  # OpenVINO raises RuntimeError; reading raises OSError and ValueError
         log.info("%s: its stored tower cannot be used (%s)", identity, first_line(error))
         return None
 
 
-def store_int8(model: Model, identity: Identity, photos: Collection[torch.Tensor], exact: Tower) -> float:
+def store_int8(
+    model: Model, identity: Identity, photos: Collection[torch.Tensor], exact: Tower
+) -> float:
     """Quantise the image tower of a model to int8, and store it in place of an earlier one, also as ONNX.
 
     The ranges of the activations are measured on ``photos``, which are views of shape ``[3, h, w]``. Return the lowest
@@ -123,7 +141,9 @@ def store_int8(model: Model, identity: Identity, photos: Collection[torch.Tensor
     if any(find_spec(name) is None for name in ("nncf", "onnx", "onnxruntime")):
         raise UsageError(f"int8: NNCF is not installed; run {install('int8')}")
     try:
-        quantised = _quantised(to_onnx(image_encoder(model), {PIXELS: (3, *view_size(identity.preprocess))}), photos)
+        quantised = _quantised(
+            to_onnx(image_encoder(model), {PIXELS: (3, *view_size(identity.preprocess))}), photos
+        )
         graph = runtime().Core().read_model(quantised)
         views = torch.stack(list(islice(photos, COMPARED)))
         cosine = _check_cosine(Tower(graph, "int8")(views), exact(views), "int8")
@@ -139,7 +159,9 @@ def stored_onnx(identity: Identity) -> bytes:
 
 
 def to_onnx(
-    module: torch.nn.Module, given: Mapping[str, Sequence[int]], outputs: Sequence[str] = (FEATURES,)
+    module: torch.nn.Module,
+    given: Mapping[str, Sequence[int]],
+    outputs: Sequence[str] = (FEATURES,),
 ) -> onnx.ModelProto:
     """Convert a module to ONNX, for batches of any size. ``given`` has the shape of an element of each input."""
     import onnx
@@ -148,10 +170,15 @@ def to_onnx(
     file = BytesIO()
     with torch.no_grad(), traceable(), quiet():
         torch.onnx.export(
-            module, tuple(torch.zeros(2, *shape) for shape in given.values()), file,  # type: ignore[arg-type]  # accepted with dynamo=False
-            input_names=list(given), output_names=list(outputs),
-            dynamic_axes={name: {0: "batch"} for name in (*given, *outputs)}, opset_version=OPSET, dynamo=False,
-        )  # fmt: skip
+            module,
+            tuple(torch.zeros(2, *shape) for shape in given.values()),
+            file,  # type: ignore[arg-type]  # accepted with dynamo=False
+            input_names=list(given),
+            output_names=list(outputs),
+            dynamic_axes={name: {0: "batch"} for name in (*given, *outputs)},
+            opset_version=OPSET,
+            dynamo=False,
+        )
     return onnx.load_model_from_string(file.getvalue())
 
 
@@ -163,30 +190,44 @@ def _quantised(graph: onnx.ModelProto, photos: Collection[torch.Tensor]) -> byte
     with quiet(), redirect_stdout(StringIO()):  # which gets its progress bars
         import nncf
 
-        logging.getLogger("nncf").setLevel(logging.ERROR)  # set_log_level would change handlers of others
+        logging.getLogger("nncf").setLevel(
+            logging.ERROR
+        )  # set_log_level would change handlers of others
         found = nncf.quantize(
-            graph, nncf.Dataset(photos, lambda view: {PIXELS: view[None].float().numpy()}), subset_size=len(photos),
+            graph,
+            nncf.Dataset(photos, lambda view: {PIXELS: view[None].float().numpy()}),
+            subset_size=len(photos),
             model_type=None if convolves else nncf.ModelType.TRANSFORMER,
             fast_bias_correction=not convolves,  # the full correction helps convolutions only
-            ignored_scope=nncf.IgnoredScope(names=layers[:1]),  # without VNNI, its 7-bit weights cost most accuracy
-        )  # fmt: skip
+            ignored_scope=nncf.IgnoredScope(
+                names=layers[:1]
+            ),  # without VNNI, its 7-bit weights cost most accuracy
+        )
     return bytes(found.SerializeToString())
 
 
 def _layers(types: dict[str, str]) -> tuple[list[str], bool]:
     """Return the names of the layers among nodes, and whether most layers are convolutions."""
-    layers = {name: kind in CONVOLUTIONS for name, kind in types.items() if kind in CONVOLUTIONS + PRODUCTS}
+    layers = {
+        name: kind in CONVOLUTIONS
+        for name, kind in types.items()
+        if kind in CONVOLUTIONS + PRODUCTS
+    }
     return list(layers), sum(layers.values()) > len(layers) / 2
 
 
-def converted(model: Model, identity: Identity, size: tuple[int, int], precision: str) -> Tower | None:
+def converted(
+    model: Model, identity: Identity, size: tuple[int, int], precision: str
+) -> Tower | None:
     """Convert and store the image tower of a model. Return ``None``, with a warning, if its features differ."""
     import torch
 
     try:
         openvino = runtime()
         with torch.no_grad(), traceable(), quiet():
-            traced = torch.jit.trace(image_encoder(model), torch.zeros(2, 3, *size), check_trace=False)
+            traced = torch.jit.trace(
+                image_encoder(model), torch.zeros(2, 3, *size), check_trace=False
+            )
             graph = openvino.convert_model(traced)
         graph.reshape(openvino.PartialShape([-1, 3, *size]))  # for any number of views
         tower = Tower(graph, precision)
@@ -194,7 +235,11 @@ def converted(model: Model, identity: Identity, size: tuple[int, int], precision
         with torch.no_grad():
             _check_cosine(tower(pixels), model.encode_image(pixels).float().numpy(), precision)
     except Exception as error:  # OpenVINO and torch raise different errors
-        log.warning("%s: images encoded by torch, which is slower: OpenVINO failed (%s)", identity, first_line(error))
+        log.warning(
+            "%s: images encoded by torch, which is slower: OpenVINO failed (%s)",
+            identity,
+            first_line(error),
+        )
         return None
     try:
         _keep(graph, identity, "float32")
@@ -207,7 +252,9 @@ def _check_cosine(features: FloatArray, exact: FloatArray, precision: str) -> fl
     """Return the lowest cosine to the float32 features. Raises ValueError if it is below :data:`LEAST_COSINE`."""
     cosine = float((unit(features) * unit(exact)).sum(axis=1).min())
     if not cosine >= LEAST_COSINE[precision]:
-        raise ValueError(f"the cosine to the float32 features is {cosine:.6f}, below {LEAST_COSINE[precision]}")
+        raise ValueError(
+            f"the cosine to the float32 features is {cosine:.6f}, below {LEAST_COSINE[precision]}"
+        )
     return cosine
 
 
@@ -257,7 +304,9 @@ def _key(identity: Identity, precision: str) -> str:
     return f"{FORM} {identity.fingerprint} {identity.weights} {version('openvino')}{own}"
 
 
-def _keep(graph: openvino.Model, identity: Identity, precision: str, as_onnx: bytes | None = None) -> None:
+def _keep(
+    graph: openvino.Model, identity: Identity, precision: str, as_onnx: bytes | None = None
+) -> None:
     """Store a tower in place of an earlier one. Raises OSError or RuntimeError if this fails."""
     folder = folder_of(identity, precision)
     make_folders(folder.parent)
@@ -293,7 +342,10 @@ def view(image: Image.Image, preprocess: Preprocess) -> torch.Tensor:
     left = round((image.width - width) / 2.0)
     top = round((image.height - height) / 2.0)
     image = image.crop((left, top, left + width, top + height)).convert("RGB")
-    mean, std = (torch.tensor(preprocess[name], dtype=torch.float32)[:, None, None] for name in ("mean", "std"))
+    mean, std = (
+        torch.tensor(preprocess[name], dtype=torch.float32)[:, None, None]
+        for name in ("mean", "std")
+    )
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float().div_(255)
     return pixels.sub_(mean).div_(std)
 
@@ -303,13 +355,20 @@ def shorter_side(preprocess: Preprocess) -> int | None:
     with suppress(KeyError, TypeError, ValueError):
         height, width = view_size(preprocess)
         normalised = len(preprocess["mean"]) == len(preprocess["std"]) == 3
-        if not normalised or height != width or preprocess["interpolation"] not in ("bilinear", "bicubic"):
+        if (
+            not normalised
+            or height != width
+            or preprocess["interpolation"] not in ("bilinear", "bicubic")
+        ):
             return None
         if preprocess.get("resize_mode") == "squash":
             return height
         if "crop_pct" in preprocess:  # settings of timm
             centre = preprocess.get("crop_mode", "center") == "center"
             return int(np.floor(height / preprocess["crop_pct"])) if centre else None
-        if preprocess.get("resize_mode", "shortest") == "shortest" and preprocess.get("mode", "RGB") == "RGB":
+        if (
+            preprocess.get("resize_mode", "shortest") == "shortest"
+            and preprocess.get("mode", "RGB") == "RGB"
+        ):
             return height
     return None

@@ -56,7 +56,9 @@ def open_model(place: str, device: torch.device) -> Opened:
     config = read(AutoConfig)
     if config.model_type not in KINDS:
         known = " or ".join(KINDS)
-        raise BackboneError(f"hf:{place}: unsupported model type {config.model_type!r}; expected {known}, or timm:NAME")
+        raise BackboneError(
+            f"hf:{place}: unsupported model type {config.model_type!r}; expected {known}, or timm:NAME"
+        )
     settings = _settings(read(AutoImageProcessor).to_dict(), place)
     model, found = read(AutoModel, output_loading_info=True)
     if found["missing_keys"]:  # transformers would initialise them at random
@@ -64,10 +66,15 @@ def open_model(place: str, device: torch.device) -> Opened:
 
     def tokenizer() -> Tokenizer:
         padded = partial(
-            read(AutoTokenizer), padding="max_length", max_length=config.text_config.max_position_embeddings,
-            truncation=True, return_tensors="pt",
-        )  # fmt: skip
-        return lambda sentences: padded(sentences)["input_ids"]  # no mask: CLIP is causal, SigLIP learned with padding
+            read(AutoTokenizer),
+            padding="max_length",
+            max_length=config.text_config.max_position_embeddings,
+            truncation=True,
+            return_tensors="pt",
+        )
+        return lambda sentences: padded(sentences)[
+            "input_ids"
+        ]  # no mask: CLIP is causal, SigLIP learned with padding
 
     identity = Identity(f"hf:{place}", None, "", _digest(config), asdict(settings))
     dual = _dual(model.float()).to(device)
@@ -103,12 +110,20 @@ def _settings(processor: Preprocess, place: str) -> PreprocessCfg:
     size = processor["size"]
     side = processor["crop_size"] if cropped else size
     interpolation = Resampling(processor["resample"]).name.lower()
-    if (cropped and size.get("shortest_edge") != min(side.values())) or interpolation not in ("bicubic", "bilinear"):
-        raise BackboneError(f"hf:{place}: unsupported image preprocessing ({interpolation}, {size} to {side})")
+    if (cropped and size.get("shortest_edge") != min(side.values())) or interpolation not in (
+        "bicubic",
+        "bilinear",
+    ):
+        raise BackboneError(
+            f"hf:{place}: unsupported image preprocessing ({interpolation}, {size} to {side})"
+        )
     return PreprocessCfg(
-        size=(side["height"], side["width"]), mean=tuple(processor["image_mean"]), std=tuple(processor["image_std"]),
-        interpolation=interpolation, resize_mode="shortest" if cropped else "squash",
-    )  # fmt: skip
+        size=(side["height"], side["width"]),
+        mean=tuple(processor["image_mean"]),
+        std=tuple(processor["image_std"]),
+        interpolation=interpolation,
+        resize_mode="shortest" if cropped else "squash",
+    )
 
 
 def _digest(config: Any) -> str:

@@ -61,7 +61,9 @@ def models_command(
     elif calibration is not None:
         _store_int8(source_of(calibration, encoding, "train", labelled=False), encoding)
     elif encoding.model:
-        raise UsageError("--model: give labelled photos to compare encoders (--try), or photos to store them (--int8)")
+        raise UsageError(
+            "--model: give labelled photos to compare encoders (--try), or photos to store them (--int8)"
+        )
     else:
         _list_encoders(word, printing)
 
@@ -70,15 +72,29 @@ def _list_encoders(word: str, printing: OutputOptions) -> None:
     from retrieval_tip.backbones.catalogue import search
 
     sizes = [(one, None if one.bytes is None else amount(one.bytes)) for one in search(word)]
-    rows = [(one.model, size, one.licence, one.words, one.cached, list(one.weights)) for one, size in sizes]
-    types = {"model": str, "size": str, "licence": str, "words": bool, "cached": bool, "weights": list}
+    rows = [
+        (one.model, size, one.licence, one.words, one.cached, list(one.weights))
+        for one, size in sizes
+    ]
+    types = {
+        "model": str,
+        "size": str,
+        "licence": str,
+        "words": bool,
+        "cached": bool,
+        "weights": list,
+    }
     printing.write_rows(rows, types)
     if not word:
         say("To search all encoders: retrieval-tip models WORD")
-        say("For aerial photos: hf download chendelong/RemoteCLIP RemoteCLIP-ViT-B-32.pt --local-dir .")
+        say(
+            "For aerial photos: hf download chendelong/RemoteCLIP RemoteCLIP-ViT-B-32.pt --local-dir ."
+        )
 
 
-def _try_encoders(word: str, photos: Source, printing: OutputOptions, encoding: SourceOptions) -> None:
+def _try_encoders(
+    word: str, photos: Source, printing: OutputOptions, encoding: SourceOptions
+) -> None:
     from retrieval_tip.backbones.catalogue import cached
     from retrieval_tip.backbones.loading import split_names
     from retrieval_tip.index.encoders import try_encoders
@@ -88,14 +104,31 @@ def _try_encoders(word: str, photos: Source, printing: OutputOptions, encoding: 
     names = list(dict.fromkeys([*given, *here]))
     more = "to download more, give --model, for example --model clip+dinov2"
     if not names:
-        raise UsageError(f"models: no encoder{f' named {word}' if word else ''} is on this machine; {more}")
+        raise UsageError(
+            f"models: no encoder{f' named {word}' if word else ''} is on this machine; {more}"
+        )
 
     tried = try_encoders(
-        photos, names, lambda name: reader_for(None, [photos], replace(encoding, model=name)), encoding.device
+        photos,
+        names,
+        lambda name: reader_for(None, [photos], replace(encoding, model=name)),
+        encoding.device,
     )
-    types = {"encoder": str, "accuracy": float, "low": float, "high": float, "images_per_second": int}
+    types = {
+        "encoder": str,
+        "accuracy": float,
+        "low": float,
+        "high": float,
+        "images_per_second": int,
+    }
     rows = (
-        (one.name, one.accuracy, *one.interval, round(one.images_per_second), one is tried.recommended)
+        (
+            one.name,
+            one.accuracy,
+            *one.interval,
+            round(one.images_per_second),
+            one is tried.recommended,
+        )
         for one in tried.trials
     )
     printing.write_rows(rows, types | {"recommended": bool})
@@ -110,7 +143,9 @@ def _store_int8(photos: Source, encoding: SourceOptions) -> None:
         raise UsageError("--int8: name the encoder with --model")
     skipped = []
     for name in split_names(encoding.model):
-        with reader_for(None, [photos], replace(encoding, model=name, device="cpu", precision="float32")) as reader:
+        with reader_for(
+            None, [photos], replace(encoding, model=name, device="cpu", precision="float32")
+        ) as reader:
             lowest = reader.store_int8(photos)
         say(f"{name}: stored in int8 (lowest cosine to the features in float32: {lowest:.3f})")
         skipped += reader.skipped
@@ -151,7 +186,9 @@ def encode(
     finish(skipped)
 
 
-def _on_ray(items: Source, out: Place, address: str, encoding: SourceOptions) -> tuple[str, list[Skipped]]:
+def _on_ray(
+    items: Source, out: Place, address: str, encoding: SourceOptions
+) -> tuple[str, list[Skipped]]:
     from retrieval_tip.backbones.loading import load_backbone
     from retrieval_tip.data.encoding_cache import EncodingCache
     from retrieval_tip.data.sources import check_images
@@ -165,7 +202,9 @@ def _on_ray(items: Source, out: Place, address: str, encoding: SourceOptions) ->
     work = Work(reader_of(encoding), backbone, cache)
     pieces = cut(items)
     progress = sys.stderr.isatty() and not quiet()
-    rows, kept, skipped = write_parts(work, pieces, out, address=address, device=encoding.device, progress=progress)
+    rows, kept, skipped = write_parts(
+        work, pieces, out, address=address, device=encoding.device, progress=progress
+    )
     warn(f"skipped {one}" for one in skipped)
     before = f", {kept} kept from an earlier run" if kept else ""
     return f"{rows} rows in {counted(len(pieces), 'part')}{before}", skipped
@@ -204,7 +243,9 @@ def cache_command(
     if prune:
         say(f"Removed {counted(removed, 'encoding')}")
     file, size, most = size_of(kept.path.parent)
-    print_result({"file": str(file), "encodings": number, "bytes": size, "max_bytes": most}, as_json)
+    print_result(
+        {"file": str(file), "encodings": number, "bytes": size, "max_bytes": most}, as_json
+    )
 
 
 @command()

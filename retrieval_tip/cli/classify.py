@@ -72,7 +72,9 @@ class RowOptions:
     group_no_match: bool = flag(**options.ANSWERS)
     burst: float | None = option(kinds.NUMBER, metavar="SECONDS", **options.ANSWERS)
     boxes: Path | None = option(kinds.FILE, **options.INPUT)
-    categories: list[str] = option(multiple=True, metavar="NAME,...", callback=kinds.names, **options.INPUT)
+    categories: list[str] = option(
+        multiple=True, metavar="NAME,...", callback=kinds.names, **options.INPUT
+    )
     smooth: bool = flag(**options.ANSWERS)
     exif: bool = flag(**options.ANSWERS)
     timezone: ZoneInfo | None = option(metavar="ZONE", callback=kinds.zone, **options.OUTPUTS)
@@ -88,7 +90,9 @@ class RowOptions:
             if style != name and (given := [one for one in own if getattr(self, one)]):
                 raise UsageError(f"--{given[0]}: only applies to --format {name}; leave it out")
         if style == CAMTRAP_DP and (self.timezone is None or printing.output is None):
-            raise UsageError(f"--format {CAMTRAP_DP}: needs --out FOLDER and --timezone ZONE, such as Europe/Berlin")
+            raise UsageError(
+                f"--format {CAMTRAP_DP}: needs --out FOLDER and --timezone ZONE, such as Europe/Berlin"
+            )
         if style == XMP and printing.output is not None:
             raise UsageError(f"--format {XMP}: writes a sidecar beside each photo; leave out --out")
         if style not in (MEGADETECTOR, CAMTRAP_DP):
@@ -101,7 +105,9 @@ class RowOptions:
 
     def check(self, index: Index, style: str) -> None:
         """Raise UsageError if options exclude each other, or if the index cannot group photos or give sets."""
-        if self.abstain is not None and (self.ask.at_least is not None or self.ask.coverage is not None):
+        if self.abstain is not None and (
+            self.ask.at_least is not None or self.ask.coverage is not None
+        ):
             raise UsageError("--abstain, --at-least and --coverage: give only one")
         alone = {
             "--logits": self.ask.logits,
@@ -109,9 +115,14 @@ class RowOptions:
             "--group-no-match": self.group_no_match,
         }
         burst = alone | {"--explain": self.explain, "--smooth": self.smooth}
-        for name, mixes, others in (("smooth", self.smooth, alone), ("burst", self.burst is not None, burst)):
+        for name, mixes, others in (
+            ("smooth", self.smooth, alone),
+            ("burst", self.burst is not None, burst),
+        ):
             if mixes and (given := [other for other, value in others.items() if value]):
-                raise UsageError(f"--{name}: mixes the answers to several photos; leave out {given[0]}")
+                raise UsageError(
+                    f"--{name}: mixes the answers to several photos; leave out {given[0]}"
+                )
         if self.boxes is None and self.categories:
             raise UsageError("--categories: selects boxes; add --boxes FILE, or leave it out")
         if self.boxes is not None and style in DOCUMENTS:
@@ -125,7 +136,9 @@ class RowOptions:
     def labels(self, index: Index) -> list[str]:
         """Return the labels that answers can have."""
         own = index.class_names
-        return own if self.ask.at_least is None or index.groups is None else index.groups.labels(own)
+        return (
+            own if self.ask.at_least is None or index.groups is None else index.groups.labels(own)
+        )
 
     def schema(self, index: Index) -> pa.Schema:
         """Return the columns and their types."""
@@ -153,9 +166,13 @@ class RowOptions:
             **dict.fromkeys(("neighbours", "opposing"), self.explain),
             "similar": self.explain and self.smooth,
         }
-        return pa.schema([(column, types[column]) for column, is_shown in shown.items() if is_shown])
+        return pa.schema(
+            [(column, types[column]) for column, is_shown in shown.items() if is_shown]
+        )
 
-    def tables(self, index: Index, sources: Sequence[Source], reader: Reader, cut: Cut) -> Iterator[pa.Table]:
+    def tables(
+        self, index: Index, sources: Sequence[Source], reader: Reader, cut: Cut
+    ) -> Iterator[pa.Table]:
         """Classify the sources, and yield tables of the :meth:`schema`.
 
         The boxes of ``cut`` that are not classified and its empty photos come last.
@@ -170,16 +187,23 @@ class RowOptions:
         detected = cut.detected | dict.fromkeys(map(show, cut.empty), EMPTY)
         if self.exif or self.burst is not None or self.boxes is not None:
             sources = [replace(source, load=noting) for source in sources]
-        for table in chain(self._answers(index, sources, reader, noting), self._others(cut, noting)):
+        for table in chain(
+            self._answers(index, sources, reader, noting), self._others(cut, noting)
+        ):
             names = table["input"].to_pylist()
             known = {
                 **dict(zip(table.column_names, table.columns, strict=True)),
                 "detected": pa.array(map(detected.get, names), pa.string()),
                 **(noting.columns(names) if self.exif else {}),
             }
-            yield pa.table([known.get(one.name, pa.nulls(len(names), one.type)) for one in schema], schema=schema)
+            yield pa.table(
+                [known.get(one.name, pa.nulls(len(names), one.type)) for one in schema],
+                schema=schema,
+            )
 
-    def _answers(self, index: Index, sources: Sequence[Source], reader: Reader, noting: Noting) -> Iterator[pa.Table]:
+    def _answers(
+        self, index: Index, sources: Sequence[Source], reader: Reader, noting: Noting
+    ) -> Iterator[pa.Table]:
         from retrieval_tip.predictions import PREDICTIONS
 
         columns = [name for name in self.schema(index).names if name in PREDICTIONS]
@@ -189,7 +213,9 @@ class RowOptions:
             from retrieval_tip.labelling.groups import MOST, classify_in_groups
             from retrieval_tip.labelling.photos import Pool
 
-            table = classify_in_groups(index, Pool.of(sources, reader), ask).written(columns, self.abstain)
+            table = classify_in_groups(index, Pool.of(sources, reader), ask).written(
+                columns, self.abstain
+            )
             if (no_match := table["no_match"].to_pylist().count(True)) > MOST:
                 drawn = f"Grouped {MOST:,} of {no_match:,} images without a match, drawn at random"
                 say(f"{drawn}; the others joined these groups")
@@ -239,7 +265,11 @@ def _restore(inputs: Sequence[str]) -> None:
 
 
 def _write_sidecars(
-    rows: Iterable[Mapping[str, Any]], photos: Sequence[Source], cut: Cut, uncertain: str | None, groups: Levels | None
+    rows: Iterable[Mapping[str, Any]],
+    photos: Sequence[Source],
+    cut: Cut,
+    uncertain: str | None,
+    groups: Levels | None,
 ) -> list[Skipped]:
     """Write the labels of each photo and its boxes as keywords, and return the sidecars that were skipped."""
     from retrieval_tip.labelling.labels import NONE
@@ -261,12 +291,18 @@ def _write_sidecars(
 
 _ASK = {
     "top": option(kinds.count(), default=1, help="Number of classes to report.", **options.ANSWERS),
-    "neighbours": option(kinds.count(), default=5, help="Number of shots that --explain shows.", **options.ANSWERS),
-    "logits": flag(help="Show the logits of all classes, in the class order of the index.", **options.ANSWERS),
+    "neighbours": option(
+        kinds.count(), default=5, help="Number of shots that --explain shows.", **options.ANSWERS
+    ),
+    "logits": flag(
+        help="Show the logits of all classes, in the class order of the index.", **options.ANSWERS
+    ),
 }
 _PRINTING = {
     "named": option(
-        click.Choice([*options.FORMATS, *DOCUMENTS, MEGADETECTOR, CAMTRAP_DP, XMP]), "--format", **options.OUTPUTS
+        click.Choice([*options.FORMATS, *DOCUMENTS, MEGADETECTOR, CAMTRAP_DP, XMP]),
+        "--format",
+        **options.OUTPUTS,
     ),
     "output": option(kinds.OUTPUT, "--out", "-o", **options.OUTPUTS),
 }
@@ -329,17 +365,33 @@ def classify(
         if printing.style in DOCUMENTS:
             write_document(partial(FORMATS[printing.style], answers, labels), printing.output)
         elif printing.style == MEGADETECTOR:
-            write_document(partial(camera_traps.megadetector, *known, labels, reader.skipped), printing.output)
+            write_document(
+                partial(camera_traps.megadetector, *known, labels, reader.skipped), printing.output
+            )
         elif printing.style == CAMTRAP_DP and printing.output is not None and zone is not None:
             make = partial(camera_traps.camtrap_dp, *known, zone, deployments, reader.skipped)
             write_folder(make, printing.output)
         elif printing.style == XMP:
             skipped += _write_sidecars(answers, photos, cut, rows.uncertain, loaded.groups)
         else:
-            texts = {"input": chain.from_iterable(source.sources for source in sources), "label": labels}
-            write_tables(tables, rows.schema(loaded), printing.style, printing.output, texts, predictions=True)
+            texts = {
+                "input": chain.from_iterable(source.sources for source in sources),
+                "label": labels,
+            }
+            write_tables(
+                tables,
+                rows.schema(loaded),
+                printing.style,
+                printing.output,
+                texts,
+                predictions=True,
+            )
     if printing.output is not None:
-        no_match = f", {counts['no_match']:,} with no match" if loaded.settings.least_cache is not None else ""
+        no_match = (
+            f", {counts['no_match']:,} with no match"
+            if loaded.settings.least_cache is not None
+            else ""
+        )
         empty = f", {len(cut.empty):,} empty" if rows.boxes is not None else ""
         answered_inputs = counted(counts["rows"] - len(cut.empty) - len(cut.others), "input")
         note(f"{show(printing.output)}: classified {answered_inputs}{no_match}{empty}")

@@ -61,14 +61,22 @@ def evaluate_command(
         if report is None:
             from retrieval_tip.evaluation.evaluate import evaluate
 
-            evaluation = evaluate(loaded, test, reader, abstain=abstain, at_least=ask.at_least, coverage=ask.coverage)
+            evaluation = evaluate(
+                loaded, test, reader, abstain=abstain, at_least=ask.at_least, coverage=ask.coverage
+            )
         else:
             from retrieval_tip.report.report import portable, write_report
 
             evaluation = write_report(
-                loaded.in_memory(), test, reader, report, abstain=abstain, ask=ask, place=folder,
+                loaded.in_memory(),
+                test,
+                reader,
+                report,
+                abstain=abstain,
+                ask=ask,
+                place=folder,
                 command=command_line(*map(portable, sys.argv[1:])),
-            )  # fmt: skip
+            )
     if as_json:
         click.echo(json_line(evaluation.to_dict()))
     else:
@@ -131,7 +139,9 @@ def compare_command(
     items = source_of(source, encoding, "test", labelled=False)
     a, b = (index_with(place, encoding) for place in (folder, other))
     with reader_for(a, [items], encoding) as first, reader_for(b, [items], encoding) as second:
-        comparison = compare(Side(show(str(folder)), a, first), Side(show(str(other)), b, second), items)
+        comparison = compare(
+            Side(show(str(folder)), a, first), Side(show(str(other)), b, second), items
+        )
     if as_json:
         click.echo(json_line(comparison.to_dict()))
     else:

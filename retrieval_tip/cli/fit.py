@@ -48,7 +48,9 @@ def fit_command(
         _calibrate(folder, val, form, encoding)
         return
     source = None if val is None else source_of(val, encoding, "val")
-    with reader_for(store_of(folder).manifest(), [] if source is None else [source], encoding) as reader:
+    with reader_for(
+        store_of(folder).manifest(), [] if source is None else [source], encoding
+    ) as reader:
         choice = fit_index(folder, **form, validation=source, reader=reader).fit
     assert choice is not None
     warn(choice.warnings)
@@ -56,11 +58,15 @@ def fit_command(
     finish(reader.skipped)
 
 
-def _calibrate(folder: Place, val: Place | None, form: dict[str, Any], encoding: SourceOptions) -> None:
+def _calibrate(
+    folder: Place, val: Place | None, form: dict[str, Any], encoding: SourceOptions
+) -> None:
     from retrieval_tip.evaluation.calibration import calibrate
 
     if val is None or any(form.values()):
-        raise UsageError("--calibrate: needs --val SOURCE, and only fits the temperature; leave out other options")
+        raise UsageError(
+            "--calibrate: needs --val SOURCE, and only fits the temperature; leave out other options"
+        )
     index = store_of(kinds.FOLDER.convert(folder, None, None)).load(device=encoding.device)
     source = source_of(val, encoding, "val")
     with reader_for(index, [source], encoding) as reader:
@@ -96,7 +102,11 @@ def search_command(
     index = store_of(folder).load(device=encoding.device)
     source = None if val is None else source_of(val, encoding, "val")
     with reader_for(index, [] if source is None else [source], encoding) as reader:
-        queries = Queries.leave_one_out(index) if source is None else search_hp.on_validation(index, source, reader)
+        queries = (
+            Queries.leave_one_out(index)
+            if source is None
+            else search_hp.on_validation(index, source, reader)
+        )
     choice = search_hp.search(index, queries)
     warn(choice.warnings)
     if not dry_run:
@@ -112,7 +122,10 @@ def search_command(
 
 _RECIPE = {
     "train": option(
-        click.Choice(TRAINED), multiple=True, default=("keys",), callback=lambda *given: tuple(dict.fromkeys(given[-1]))
+        click.Choice(TRAINED),
+        multiple=True,
+        default=("keys",),
+        callback=lambda *given: tuple(dict.fromkeys(given[-1])),
     ),
     "epochs": option(kinds.count("epochs"), default=Recipe.epochs),
     "lr": option(kinds.POSITIVE, default=Recipe.lr),

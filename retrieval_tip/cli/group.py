@@ -99,14 +99,18 @@ class OptionGroup(NamedTuple):
     params: Sequence[click.Parameter]
 
 
-def grouped(kind: type[Any], options: Mapping[str, Any] | None = None, *, without: Sequence[str] = ()) -> Any:
+def grouped(
+    kind: type[Any], options: Mapping[str, Any] | None = None, *, without: Sequence[str] = ()
+) -> Any:
     """Declare a group of options, as the default of a parameter of a command.
 
     The options are those that the fields of the dataclass ``kind`` declare, or the given ``options`` by field.
     """
     told = {name: text for base in kind.__mro__ for name, text in _texts(base.__doc__).items()}
     own = options or {one.name: one for one in fields(kind) if one.metadata}
-    return OptionGroup(kind, [_parameter(name, one, told) for name, one in own.items() if name not in without])
+    return OptionGroup(
+        kind, [_parameter(name, one, told) for name, one in own.items() if name not in without]
+    )
 
 
 def _texts(doc: str | None) -> dict[str, str]:
@@ -131,16 +135,28 @@ def _parameter(name: str, declared: Any, told: Mapping[str, str]) -> click.Param
 
 
 _early = partial(Option, heading="General", is_eager=True, expose_value=False)
-QUIET = _early(["-q", "--quiet"], is_flag=True, callback=_set_level, help="Hide warnings and progress.")
+QUIET = _early(
+    ["-q", "--quiet"], is_flag=True, callback=_set_level, help="Hide warnings and progress."
+)
 VERBOSE = _early(
-    ["-v", "--verbose"], count=True, callback=_set_level, help="Show more messages; -vv shows all of them."
+    ["-v", "--verbose"],
+    count=True,
+    callback=_set_level,
+    help="Show more messages; -vv shows all of them.",
 )
 
 
 class Command(click.Command):
     """A command whose options are declared by its function. Its help lists them under headings."""
 
-    def __init__(self, *, callback: FunctionType, params: list[click.Parameter], help: str, **more: Any) -> None:  # noqa: A002 - as in click
+    def __init__(
+        self,
+        *,
+        callback: FunctionType,
+        params: list[click.Parameter],
+        help: str,  # noqa: A002 - as in click
+        **more: Any,
+    ) -> None:
         text, _, examples = inspect.cleandoc(help).partition("\n\nExamples:\n")
         self.examples = [example.strip() for example in examples.splitlines()]
         told = _texts(text)
@@ -171,7 +187,9 @@ class Command(click.Command):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse the arguments as click does, but refuse an option given twice, of which click only keeps the last."""
         for one, times in Counter(self.make_parser(ctx).parse_args([*args])[2]).items():
-            once = isinstance(one, Option) and not (one.multiple or one.count or ctx.resilient_parsing)
+            once = isinstance(one, Option) and not (
+                one.multiple or one.count or ctx.resilient_parsing
+            )
             if times > 1 and once:
                 ctx.fail(f"{one.opts[0]}: is given {times} times; give it once")
         return super().parse_args(ctx, args)
@@ -180,7 +198,10 @@ class Command(click.Command):
         """Write the options under their headings. The general options come last."""
         records: dict[str, list[tuple[str, str]]] = {"Options": []}
         for option in self.get_params(ctx):
-            if isinstance(option, click.Option) and (record := option.get_help_record(ctx)) is not None:
+            if (
+                isinstance(option, click.Option)
+                and (record := option.get_help_record(ctx)) is not None
+            ):
                 heading = option.heading if isinstance(option, Option) else "General"  # for --help
                 records.setdefault(heading, []).append(record)
         for heading, own in records.items():
@@ -219,7 +240,11 @@ class Group(click.Group):
         for heading, own in headings.items():
             with formatter.section(heading):
                 rows = [
-                    (f"{name:<{width}}", known[name].get_short_help_str(formatter.width - width - 6)) for name in own
+                    (
+                        f"{name:<{width}}",
+                        known[name].get_short_help_str(formatter.width - width - 6),
+                    )
+                    for name in own
                 ]
                 formatter.write_dl(rows)
 
@@ -233,12 +258,18 @@ class Group(click.Group):
             name = args[0]
             everywhere = [
                 *SYNONYMS.get(name, ()),
-                *(path for path, _ in commands_of(ctx.find_root().command) if path.split()[-1] == name),
+                *(
+                    path
+                    for path, _ in commands_of(ctx.find_root().command)
+                    if path.split()[-1] == name
+                ),
             ]
             if not everywhere:
                 raise
             shown = " or ".join(dict.fromkeys([*everywhere, *(error.possibilities or ())]))
-            raise click.UsageError(f"No such command {name!r}. Did you mean {shown}?", ctx) from None
+            raise click.UsageError(
+                f"No such command {name!r}. Did you mean {shown}?", ctx
+            ) from None
 
 
 command = partial(click.command, cls=Command)
@@ -268,16 +299,22 @@ def in_one_line(ctx: click.Context | None = None) -> Iterator[None]:
         raise click.ClickException(message(str(error))) from error
     except (MemoryError, RuntimeError) as error:
         if type(error).__name__ == "OutOfMemoryError":  # from torch, or converted from FAISS
-            raise click.ClickException("out of memory on the GPU; use --device cpu or a smaller --batch-size") from None
+            raise click.ClickException(
+                "out of memory on the GPU; use --device cpu or a smaller --batch-size"
+            ) from None
         if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # from torch
-            raise click.ClickException("out of memory; use a smaller --batch-size or source") from None
+            raise click.ClickException(
+                "out of memory; use a smaller --batch-size or source"
+            ) from None
         raise
     except OSError as error:
         lost = _discard_stdout()
         if isinstance(error, BrokenPipeError):  # the reader closed the pipe
             raise click.exceptions.Exit(0) from None
         name = error.filename or ("standard output" if lost else "")
-        raise click.ClickException(message(f"{name}: {error.strerror or error}".removeprefix(": "))) from error
+        raise click.ClickException(
+            message(f"{name}: {error.strerror or error}".removeprefix(": "))
+        ) from error
 
 
 def _discard_stdout() -> bool:

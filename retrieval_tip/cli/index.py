@@ -66,7 +66,9 @@ def build(
         if "fit" in loaded.provenance:
             say_fit(loaded.provenance["fit"])
         if version > 1:
-            say(f"Version {version - 1} is kept. To restore it, run: {command_line('index', 'rollback', out)}")
+            say(
+                f"Version {version - 1} is kept. To restore it, run: {command_line('index', 'rollback', out)}"
+            )
         given = items.table is not None or encoding.root or encoding.split
         say(f"Next: {_next_step(out, loaded, 'PHOTOS' if given else source)}")
     finish(reader.skipped)
@@ -87,7 +89,9 @@ def _next_step(out: Place, index: Index, photos: Place) -> str:
     both = fit.get("both")
     if both is not None and both < LEAST_BOTH and not index.parts and index.backbone is not None:
         own = spelled(index.backbone.model, index.backbone.pretrained)
-        return f"another encoder may help ({command_line('models', '--try', photos, '--model', own)})"
+        return (
+            f"another encoder may help ({command_line('models', '--try', photos, '--model', own)})"
+        )
     if right < LEAST_RIGHT * held:
         add = command_line("index", "add", out, "FOLDER")
         audit = command_line("index", "audit", out)
@@ -108,7 +112,8 @@ def info(folder: Place = options.INDEX_ARGUMENT, as_json: bool = options.JSON) -
 
 @index.command()
 def list_command(
-    folder: Path = argument(kinds.FOLDER, default="indexes"), printing: OutputOptions = options.FORMAT
+    folder: Path = argument(kinds.FOLDER, default="indexes"),
+    printing: OutputOptions = options.FORMAT,
 ) -> None:
     """List the indexes in a folder.
 
@@ -121,9 +126,23 @@ def list_command(
     """
     from retrieval_tip.index.places import listed
 
-    types = {"index": str, "version": int, "keys": int, "classes": int, "backbone": str, "made": str}
+    types = {
+        "index": str,
+        "version": int,
+        "keys": int,
+        "classes": int,
+        "backbone": str,
+        "made": str,
+    }
     rows = (
-        (name, one.version, one.n, len(one.class_names), one.identity and one.identity.model, one.created_at)
+        (
+            name,
+            one.version,
+            one.n,
+            len(one.class_names),
+            one.identity and one.identity.model,
+            one.created_at,
+        )
         for name, one in listed(folder)
     )
     printing.write_rows(rows, types)
@@ -227,7 +246,8 @@ def add_command(
 
 @index.command()
 def merge_command(
-    folder: Place = options.INDEX_ARGUMENT, others: tuple[Place, ...] = argument(kinds.INDEX, nargs=-1, required=True)
+    folder: Place = options.INDEX_ARGUMENT,
+    others: tuple[Place, ...] = argument(kinds.INDEX, nargs=-1, required=True),
 ) -> None:
     """Add the shots of other indexes to an index.
 
@@ -244,7 +264,9 @@ def merge_command(
 
 
 @index.command()
-def remove_command(folder: Place = options.INDEX_ARGUMENT, which: ShotOptions = grouped(ShotOptions)) -> None:
+def remove_command(
+    folder: Place = options.INDEX_ARGUMENT, which: ShotOptions = grouped(ShotOptions)
+) -> None:
     """Remove shots from an index.
 
     The classes of these shots stay in the index. Earlier versions still contain the shots until you delete those
@@ -262,7 +284,9 @@ def remove_command(folder: Place = options.INDEX_ARGUMENT, which: ShotOptions = 
 
 @index.command()
 def relabel_command(
-    folder: Place = options.INDEX_ARGUMENT, label: str = argument(), which: ShotOptions = grouped(ShotOptions)
+    folder: Place = options.INDEX_ARGUMENT,
+    label: str = argument(),
+    which: ShotOptions = grouped(ShotOptions),
 ) -> None:
     """Move shots to another class.
 
@@ -301,7 +325,9 @@ def rename_command(
     from retrieval_tip.index import changes
 
     encode = encode or backbone.model is not None
-    loaded = backbone_for(store_of(folder).manifest(), [], backbone, needed=True) if encode else None
+    loaded = (
+        backbone_for(store_of(folder).manifest(), [], backbone, needed=True) if encode else None
+    )
     renamed = changes.rename(folder, old, new, loaded)
     what = f"merged {old} into {new}" if renamed.merged else f"renamed {old} to {new}"
     _say_changed(folder, renamed, f"{what} ({counted(len(renamed.key_ids), 'shot')})")
@@ -335,23 +361,33 @@ def set_command(
     from retrieval_tip.index import changes
 
     check_exists(more["groups"])
-    loaded = backbone_for(store_of(folder).manifest(), [], backbone, needed=True) if more["templates"] else None
+    loaded = (
+        backbone_for(store_of(folder).manifest(), [], backbone, needed=True)
+        if more["templates"]
+        else None
+    )
     new: dict[str, Any] = {"index": factory, "dtype": dtype}
     settings: dict[str, Any] = {name: getattr(ask, name) for name in options.ASKING}
     given = (*settings.values(), *more.values(), temperature)
     if any(new.values()):
         if any(value not in (None, ()) for value in given):
-            raise UsageError("index set: change the index type and other settings one after the other")
+            raise UsageError(
+                "index set: change the index type and other settings one after the other"
+            )
         _say_changed(folder, changes.rebuild(folder, **new), "rebuilt")
         return
-    changed = changes.configure(folder, **settings, **more, temperature=temperature, backbone=loaded)
+    changed = changes.configure(
+        folder, **settings, **more, temperature=temperature, backbone=loaded
+    )
     if changed.fit is not None:
         say(str(changed.fit))
     about(folder, f"version {changed.version}, settings changed")
 
 
 @index.command()
-def history_command(folder: Place = options.INDEX_ARGUMENT, printing: OutputOptions = options.FORMAT) -> None:
+def history_command(
+    folder: Place = options.INDEX_ARGUMENT, printing: OutputOptions = options.FORMAT
+) -> None:
     """List the versions of an index, starting with the oldest.
 
     Examples:
@@ -363,7 +399,8 @@ def history_command(folder: Place = options.INDEX_ARGUMENT, printing: OutputOpti
 
 @index.command()
 def rollback_command(
-    folder: Place = options.INDEX_ARGUMENT, version: int | None = argument(kinds.count(), required=False)
+    folder: Place = options.INDEX_ARGUMENT,
+    version: int | None = argument(kinds.count(), required=False),
 ) -> None:
     """Restore an earlier version of an index.
 
@@ -383,7 +420,9 @@ def rollback_command(
 
 
 @index.command()
-def gc_command(folder: Place = options.INDEX_ARGUMENT, keep: int = option(kinds.count(), default=10)) -> None:
+def gc_command(
+    folder: Place = options.INDEX_ARGUMENT, keep: int = option(kinds.count(), default=10)
+) -> None:
     """Delete earlier versions and the files that only they use.
 
     Photos that were added over HTTP (in INDEX-shots) are also deleted if no remaining version uses them.
@@ -399,7 +438,10 @@ def gc_command(folder: Place = options.INDEX_ARGUMENT, keep: int = option(kinds.
 
     done = changes.gc(folder, keep)
     photos = f" and {counted(done.photos, 'photo')}" if done.photos else ""
-    about(folder, f"deleted {counted(len(done.versions), 'version')}{photos}, freed {done.freed:,} bytes")
+    about(
+        folder,
+        f"deleted {counted(len(done.versions), 'version')}{photos}, freed {done.freed:,} bytes",
+    )
 
 
 @index.command()
@@ -472,7 +514,11 @@ def export_command(
         classes = counted(len(facts["labels"]), "class")
         about(onnx, f"{given} to logits of {classes}, {size}, opset {facts['opset']}")
         if (agreement := facts["agreement"]) is None:
-            warn([f"{show(onnx)}: not compared with the package, because no photo of the index could be read"])
+            warn(
+                [
+                    f"{show(onnx)}: not compared with the package, because no photo of the index could be read"
+                ]
+            )
         else:
             of = counted(agreement["n"], "photo" if backbone is not None else "key")
             most = max(1e-4, math.ceil(1e4 * agreement["difference"]) / 1e4)
@@ -534,7 +580,9 @@ def _say_added(folder: Place, added: Changed) -> None:
     if added.duplicates is not None:
         warn_of(added.duplicates)
         if added.duplicates.compared == "digests":
-            warn(["the index is too large to search for near-identical images now; use index audit"])
+            warn(
+                ["the index is too large to search for near-identical images now; use index audit"]
+            )
 
 
 def _say_changed(folder: Place, changed: Changed, what: str) -> None:
@@ -545,7 +593,11 @@ def _say_changed(folder: Place, changed: Changed, what: str) -> None:
         say("Fitted again, because the index has changed a lot.")
         say_fit(changed.fit.provenance())
     elif changed.fit_due:
-        warn([f"the index has changed a lot since it was fitted; fit it again: {command_line('fit', folder)}"])
+        warn(
+            [
+                f"the index has changed a lot since it was fitted; fit it again: {command_line('fit', folder)}"
+            ]
+        )
 
 
 def _say_relabelled(folder: Place, changed: Changed, to: str = "") -> None:

@@ -30,7 +30,9 @@ class Folder(click.Path):
     def convert(self, value: Any, param: Any, ctx: Any) -> Any:
         if parse(str(value)) is not None:
             copy = command_line("index", "clone", value, "DIR")
-            self.fail(f"{value}: is a {KIND}, but this command needs a folder; copy it first: {copy}")
+            self.fail(
+                f"{value}: is a {KIND}, but this command needs a folder; copy it first: {copy}"
+            )
         return super().convert(value, param, ctx)
 
 
@@ -45,7 +47,9 @@ class IndexType(click.Path):
         address = parse(str(value))
         path = Path(str(value))
         if address is None and path.is_file():
-            self.fail(f"{value}: is a file, not an index folder; give the index first (index list shows yours)")
+            self.fail(
+                f"{value}: is a file, not an index folder; give the index first (index list shows yours)"
+            )
         return path if address is None else str(address)
 
 
@@ -69,7 +73,9 @@ def zone(_: click.Context, __: click.Parameter, name: str | None) -> ZoneInfo | 
     try:
         return None if name is None else ZoneInfo(name)
     except (KeyError, ValueError, OSError):
-        raise click.BadParameter(f"{name}: unknown; give a name such as Europe/Berlin, or pip install tzdata") from None
+        raise click.BadParameter(
+            f"{name}: unknown; give a name such as Europe/Berlin, or pip install tzdata"
+        ) from None
 
 
 class SourceType(Folder):
@@ -83,7 +89,9 @@ class Output(click.Path):
     """A file to write. With ``--ray``, it is a folder or a folder URL."""
 
     def convert(self, value: Any, param: Any, ctx: Any) -> Any:
-        if ctx is not None and isinstance(ctx.params.get("ray"), str):  # click stores a marker if it is not given
+        if ctx is not None and isinstance(
+            ctx.params.get("ray"), str
+        ):  # click stores a marker if it is not given
             return value if is_remote(value) else Path(value)
         if is_remote(value):
             self.fail(f"{value}: only encode --ray can write to object stores; give a local file")

@@ -85,10 +85,16 @@ def find_command(
     index = None if folder is None else index_with(folder, encoding)
     text = not duplicates and example is None
     encoded = sources if index is None or example is None else [*sources, example]
-    with reader_for(index, encoded, encoding, needed=text or (index is None and example is not None)) as reader:
+    with reader_for(
+        index, encoded, encoding, needed=text or (index is None and example is not None)
+    ) as reader:
         if duplicates:
             table, found = find_duplicates(sources, reader, number)
-            only = "" if found.compared != "digests" else "; compared only identical photos and features"
+            only = (
+                ""
+                if found.compared != "digests"
+                else "; compared only identical photos and features"
+            )
             done = f"found {counted(found.total, 'pair')}, showing {len(table):,}{only}"
         else:
             table, total = find_photos(sources, reader, query, number, index)
@@ -148,9 +154,16 @@ def sort_command(
         with reader_for(index, sources, encoding) as reader:
             action: Action = "link" if link else "move" if move else "copy"
             result = sort_photos(
-                index, sources, reader, into, action=action, min_probability=min_probability,
-                at_most_wrong=at_most_wrong, smooth=smooth, dry_run=dry_run,
-            )  # fmt: skip
+                index,
+                sources,
+                reader,
+                into,
+                action=action,
+                min_probability=min_probability,
+                at_most_wrong=at_most_wrong,
+                smooth=smooth,
+                dry_run=dry_run,
+            )
         for told in filter(None, (result.smoothing, result.threshold)):
             say(str(told))
     if dry_run:

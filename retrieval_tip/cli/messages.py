@@ -42,7 +42,10 @@ def say_fit(fit: Mapping[str, Any]) -> None:
     """
     say(fit["summary"])
     if fit["weakest"]:
-        classes = (f"{name} {100 * right / held:.0f} % ({right} of {held})" for name, right, held in fit["weakest"])
+        classes = (
+            f"{name} {100 * right / held:.0f} % ({right} of {held})"
+            for name, right, held in fit["weakest"]
+        )
         say(f"Weakest classes: {', '.join(classes)}")
     logging.getLogger("retrieval_tip").info("Chosen form: %s", fit["form"])
 

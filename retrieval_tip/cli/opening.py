@@ -12,7 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from retrieval_tip.cli.kinds import Place
 from retrieval_tip.cli.messages import note, quiet, say
-from retrieval_tip.cli.options import BackboneOptions, EncodingOptions, OpeningOptions, SourceOptions
+from retrieval_tip.cli.options import (
+    BackboneOptions,
+    EncodingOptions,
+    OpeningOptions,
+    SourceOptions,
+)
 from retrieval_tip.errors import InputError, UsageError, counted, few
 from retrieval_tip.settings import Ask
 
@@ -26,7 +31,9 @@ if TYPE_CHECKING:
 
 LONG = 10.0
 """If encoding takes longer than this number of seconds, its speed is printed."""
-UNNAMED = "the index was built from features of an unknown encoder; name it with --model to encode images"
+UNNAMED = (
+    "the index was built from features of an unknown encoder; name it with --model to encode images"
+)
 
 MAX_PATHS, MAX_PATHS_BYTES = 1 << 24, 1 << 30
 """Maximum number of paths and maximum number of bytes on standard input."""
@@ -58,7 +65,9 @@ def paths_on_stdin() -> Iterator[str]:
     Paths can contain any bytes. Raises InputError if standard input is closed, or exceeds the limits.
     """
     if sys.stdin is None:
-        raise InputError("standard input: is closed; send paths to it, or name the files instead of -")
+        raise InputError(
+            "standard input: is closed; send paths to it, or name the files instead of -"
+        )
     data = sys.stdin.buffer.read(MAX_PATHS_BYTES + 1)
     separator = b"\0" if b"\0" in data else b"\n"
     if len(data) > MAX_PATHS_BYTES or data.count(separator) > MAX_PATHS:
@@ -77,7 +86,10 @@ def store_of(folder: Place) -> Store:
 
 
 def index_with(
-    folder: Place, backbone: BackboneOptions, opening: OpeningOptions = OpeningOptions(), ask: Ask = Ask()
+    folder: Place,
+    backbone: BackboneOptions,
+    opening: OpeningOptions = OpeningOptions(),
+    ask: Ask = Ask(),
 ) -> Index:
     """Load an index with the settings and keys selected on the command line."""
     index = store_of(folder).load(device=backbone.device, verify=opening.verify)
@@ -124,7 +136,11 @@ def load(backbone: BackboneOptions, identity: Identity | None = None) -> Backbon
 
 
 def backbone_for(
-    index: Index | Manifest | None, sources: Sequence[Source], backbone: BackboneOptions, *, needed: bool
+    index: Index | Manifest | None,
+    sources: Sequence[Source],
+    backbone: BackboneOptions,
+    *,
+    needed: bool,
 ) -> Backbone | None:
     """Return the backbone of an index if it is ``needed`` or there are images to encode.
 
@@ -165,7 +181,11 @@ def reader_of(encoding: EncodingOptions) -> Reader:
 
 @contextmanager
 def reader_for(
-    index: Index | Manifest | None, sources: Sequence[Source], encoding: EncodingOptions, *, needed: bool = False
+    index: Index | Manifest | None,
+    sources: Sequence[Source],
+    encoding: EncodingOptions,
+    *,
+    needed: bool = False,
 ) -> Iterator[Reader]:
     """Open a reader with the backbone of :func:`backbone_for`, and close its cache on exit."""
     from retrieval_tip.data.encoding_cache import EncodingCache
@@ -174,7 +194,13 @@ def reader_for(
     parts = () if index is None else index.parts
     cache = None if backbone is None or encoding.no_cache else EncodingCache.default()
     began = time.monotonic()
-    reader = replace(reader_of(encoding), backbone=backbone, cache=cache, parts=tuple(parts), progress=not quiet())
+    reader = replace(
+        reader_of(encoding),
+        backbone=backbone,
+        cache=cache,
+        parts=tuple(parts),
+        progress=not quiet(),
+    )
     try:
         yield reader
         seconds = time.monotonic() - began

@@ -45,7 +45,9 @@ class BackboneOptions:
         device: Device to use: auto, cpu, cuda or cuda:N.
     """
 
-    model: str | None = option(multiple=True, callback=lambda *given: "+".join(given[-1]) or None, **ENCODER)
+    model: str | None = option(
+        multiple=True, callback=lambda *given: "+".join(given[-1]) or None, **ENCODER
+    )
     precision: settings.Precision = option(choice(settings.Precision), default="auto", **ENCODER)
     device: str = option(default="auto", **ENCODER)
 
@@ -67,7 +69,10 @@ class EncodingOptions(BackboneOptions):
     norms: settings.Norms = option(choice(settings.Norms), default="check", **INPUT)
     batch_size: int | None = option(kinds.count("batch_size"), **INPUT)
     workers: int = option(
-        kinds.count("workers"), default=min(16, os.cpu_count() or 1), show_default="number of cores", **INPUT
+        kinds.count("workers"),
+        default=min(16, os.cpu_count() or 1),
+        show_default="number of cores",
+        **INPUT,
     )
     no_cache: bool = flag(**INPUT)
     strict: bool = flag(**INPUT)
@@ -148,7 +153,9 @@ class OutputOptions:
         style = self.named or _SUFFIXES.get(suffix)
         if style is None:
             known = ", ".join(name for name in _SUFFIXES if name)
-            raise UsageError(f"--out {show(str(self.output))}: unknown suffix {suffix}; use {known} or give --format")
+            raise UsageError(
+                f"--out {show(str(self.output))}: unknown suffix {suffix}; use {known} or give --format"
+            )
         return style
 
     def write_rows(self, rows: Iterable[Sequence[object]], types: Mapping[str, type]) -> None:
@@ -156,10 +163,26 @@ class OutputOptions:
         import pyarrow as pa
 
         joined = self.style == "table"
-        known = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_(), list: pa.list_(pa.string())}
-        schema = pa.schema([(name, known[str if joined and kind is list else kind]) for name, kind in types.items()])
-        cells = ((", ".join(cell) if joined and isinstance(cell, list) else cell for cell in row) for row in rows)
-        self.write_table(pa.Table.from_pylist([dict(zip(types, row, strict=True)) for row in cells], schema))
+        known = {
+            str: pa.string(),
+            int: pa.int64(),
+            float: pa.float64(),
+            bool: pa.bool_(),
+            list: pa.list_(pa.string()),
+        }
+        schema = pa.schema(
+            [
+                (name, known[str if joined and kind is list else kind])
+                for name, kind in types.items()
+            ]
+        )
+        cells = (
+            (", ".join(cell) if joined and isinstance(cell, list) else cell for cell in row)
+            for row in rows
+        )
+        self.write_table(
+            pa.Table.from_pylist([dict(zip(types, row, strict=True)) for row in cells], schema)
+        )
 
     def write_table(self, table: pa.Table, *, predictions: bool = False) -> None:
         """Write a table, which may have ``predictions`` (see :func:`output.write_tables`)."""

@@ -16,7 +16,15 @@ import pyarrow as pa
 from wcwidth import wcswidth
 
 from retrieval_tip.data.tables import parquet_writer, row_groups_of
-from retrieval_tip.errors import InputError, RetrievalTipError, UsageError, first_line, json_line, one_line, show
+from retrieval_tip.errors import (
+    InputError,
+    RetrievalTipError,
+    UsageError,
+    first_line,
+    json_line,
+    one_line,
+    show,
+)
 from retrieval_tip.files import csv_of, replacing, sync, temporary
 from retrieval_tip.predictions import shown_probability
 
@@ -49,7 +57,9 @@ def write_tables(
     Raises UsageError if Parquet would be written to a terminal. Raises InputError if the file cannot be written.
     """
     if style == "parquet" and path is None and sys.stdout.isatty():
-        raise UsageError("--format parquet: output is binary; give --out FILE or redirect standard output")
+        raise UsageError(
+            "--format parquet: output is binary; give --out FILE or redirect standard output"
+        )
     with _target(path) as target:
         if style == "parquet":
             with parquet_writer(target, schema) as writer:
@@ -60,13 +70,19 @@ def write_tables(
         rows = (table.to_pylist() for table in tables)
         try:
             if style == "table":
-                fields = [field for field in schema if not (predictions and pa.types.is_nested(field.type))]
+                fields = [
+                    field
+                    for field in schema
+                    if not (predictions and pa.types.is_nested(field.type))
+                ]
                 right = {field.name: _is_number(field.type) for field in fields}
                 blocks = _table(rows, right, known or {}, predictions=predictions)
             elif style == "json":
                 blocks = ("".join(f"{json_line(row)}\n" for row in block) for block in rows)
             else:
-                blocks = _csv(rows, schema.names, path is None and sys.stdout.isatty(), short=predictions)
+                blocks = _csv(
+                    rows, schema.names, path is None and sys.stdout.isatty(), short=predictions
+                )
             for block in blocks:
                 text.write(block)
                 target.flush()  # so that the reader of a pipe gets each answer immediately
@@ -78,19 +94,27 @@ def _details(row: Row) -> Iterator[str]:
     """Yield the lines to print below a prediction, which show its evidence and the class probabilities."""
     if row.get("neighbours"):
         shots = [*row["neighbours"], *([row["opposing"]] if row.get("opposing") else [])]
-        rows = [shot | {"contribution": shot["gives"][0]} for shot in shots]  # contribution to the answer
-        lines = _lines(rows, contribution=True, affinity=True, label=False, source=False, key_id=True)
+        rows = [
+            shot | {"contribution": shot["gives"][0]} for shot in shots
+        ]  # contribution to the answer
+        lines = _lines(
+            rows, contribution=True, affinity=True, label=False, source=False, key_id=True
+        )
         if row.get("opposing"):
             lines.insert(-1, "strongest against it:")
         yield from (f"    {line}" for line in lines)
     if row.get("similar"):
         yield "    given by this photo and by similar photos, with the label of each alone:"
-        yield from (f"    {line}" for line in _lines(row["similar"], gives=True, label=False, input=False))
+        yield from (
+            f"    {line}" for line in _lines(row["similar"], gives=True, label=False, input=False)
+        )
     if row.get("set") is not None:
         yield "    set: " + (", ".join(map(one_line, row["set"])) or "no class")
     others = list(zip(row.get("labels", ()), row.get("probabilities", ()), strict=True))
     if others:
-        yield "    " + ", ".join(f"{one_line(label)} {shown_probability(chance)}" for label, chance in others)
+        yield "    " + ", ".join(
+            f"{one_line(label)} {shown_probability(chance)}" for label, chance in others
+        )
 
 
 def write_document(make: Callable[[], object], path: Path | None) -> None:
@@ -116,7 +140,9 @@ def write_folder(make: Callable[[], Mapping[str, Any]], folder: Path) -> None:
         raise InputError(f"{show(folder)}: cannot be written: {error.strerror or error}") from None
 
 
-def write_table(table: pa.Table, style: str, path: Path | None, *, predictions: bool = False) -> None:
+def write_table(
+    table: pa.Table, style: str, path: Path | None, *, predictions: bool = False
+) -> None:
     """Write a table in the same way as :func:`write_tables`, but round its times to microseconds."""
     for place, field in enumerate(table.schema):
         if pa.types.is_timestamp(field.type) and field.type.unit == "ns":
@@ -124,13 +150,19 @@ def write_table(table: pa.Table, style: str, path: Path | None, *, predictions: 
             table = table.set_column(place, field.name, times)
     try:
         whole = style == "parquet"
-        parts = [table] if whole else (pa.Table.from_batches([batch]) for batch in table.to_batches(CHUNK))
+        parts = (
+            [table]
+            if whole
+            else (pa.Table.from_batches([batch]) for batch in table.to_batches(CHUNK))
+        )
         write_tables(parts, table.schema, style, path, predictions=predictions)
     except (pa.ArrowException, OverflowError, TypeError, ValueError) as error:
         if isinstance(error, RetrievalTipError):
             raise
         reason = first_line(error)
-        raise UsageError(f"a value cannot be written as {style} ({reason}); cast its column to VARCHAR") from None
+        raise UsageError(
+            f"a value cannot be written as {style} ({reason}); cast its column to VARCHAR"
+        ) from None
 
 
 def _lines(rows: Sequence[Row], **right: bool) -> list[str]:
@@ -146,10 +178,14 @@ def _width(texts: Iterable[str]) -> int:
     return max((wcswidth(text) for text in texts if len(text) <= WIDE), default=0)
 
 
-def _aligned(lines: Iterable[Sequence[str]], right: Iterable[bool], widths: Sequence[int]) -> Iterator[str]:
+def _aligned(
+    lines: Iterable[Sequence[str]], right: Iterable[bool], widths: Sequence[int]
+) -> Iterator[str]:
     for line in lines:
         gaps = [" " * (width - wcswidth(text)) for text, width in zip(line, widths, strict=True)]
-        padded = [gap + text if r else text + gap for text, gap, r in zip(line, gaps, right, strict=True)]
+        padded = [
+            gap + text if r else text + gap for text, gap, r in zip(line, gaps, right, strict=True)
+        ]
         yield "  ".join(padded).rstrip()
 
 
@@ -165,12 +201,17 @@ def _table(
     ``right`` are the columns, and whether each is aligned to the right.
     """
     heading = list(map(one_line, right))
-    widths = [_width([name, *(_cell(text, column) for text in known.get(column, ()))])
-              for name, column in zip(heading, right, strict=True)]  # fmt: skip
+    widths = [
+        _width([name, *(_cell(text, column) for text in known.get(column, ()))])
+        for name, column in zip(heading, right, strict=True)
+    ]
     head = [heading]
     for rows in filter(None, blocks):
         cells = [[_cell(row.get(column), column) for column in right] for row in rows]
-        widths = [max(width, _width(texts)) for width, texts in zip(widths, zip(*cells, strict=True), strict=True)]
+        widths = [
+            max(width, _width(texts))
+            for width, texts in zip(widths, zip(*cells, strict=True), strict=True)
+        ]
         text = io.StringIO()
         text.writelines(f"{line}\n" for line in _aligned(head, right.values(), widths))
         for row, line in zip(rows, _aligned(cells, right.values(), widths), strict=True):
@@ -180,10 +221,14 @@ def _table(
         yield text.getvalue()
 
 
-def _csv(blocks: Iterable[Iterable[Row]], columns: Sequence[str], safe: bool, *, short: bool) -> Iterator[str]:
+def _csv(
+    blocks: Iterable[Iterable[Row]], columns: Sequence[str], safe: bool, *, short: bool
+) -> Iterator[str]:
     def cell(value: Any, column: str = "") -> object:
         if short and column in ("probability", "probabilities"):
-            value = [_shortened(one) for one in value] if isinstance(value, list) else _shortened(value)
+            value = (
+                [_shortened(one) for one in value] if isinstance(value, list) else _shortened(value)
+            )
         if short and column == "set" and value is not None:
             value = "|".join(re.sub(r"[\\|]", r"\\\g<0>", name) for name in value)
         text = json_line(value) if isinstance(value, list | dict) else value

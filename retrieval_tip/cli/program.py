@@ -34,29 +34,57 @@ from retrieval_tip.errors import InputError, message
 class _Program(Group):
     """Root group, which prints each error on one line of standard error and sets the exit status."""
 
-    headings = MappingProxyType({
-        "Every day": (
-            "label", "index build", "index add", "classify", "sort", "find", "index audit", "evaluate", "serve",
-        ),
-        "Inspect an index": ("index list", "index info", "index query", "index verify", "index history"),
-        "Change an index": (
-            "index rollback", "index remove", "index relabel", "index rename", "index merge", "index set", "index gc",
-        ),
-        "Copy an index": ("index clone", "index export"),
-        "Choose": ("suggest", "compare", "models", "encode"),
-        "Fit and train": ("fit", "search-hp", "finetune"),
-        "This installation": ("cache", "doctor"),
-    })  # fmt: skip
+    headings = MappingProxyType(
+        {
+            "Every day": (
+                "label",
+                "index build",
+                "index add",
+                "classify",
+                "sort",
+                "find",
+                "index audit",
+                "evaluate",
+                "serve",
+            ),
+            "Inspect an index": (
+                "index list",
+                "index info",
+                "index query",
+                "index verify",
+                "index history",
+            ),
+            "Change an index": (
+                "index rollback",
+                "index remove",
+                "index relabel",
+                "index rename",
+                "index merge",
+                "index set",
+                "index gc",
+            ),
+            "Copy an index": ("index clone", "index export"),
+            "Choose": ("suggest", "compare", "models", "encode"),
+            "Fit and train": ("fit", "search-hp", "finetune"),
+            "This installation": ("cache", "doctor"),
+        }
+    )
 
     def make_context(
-        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+        self,
+        info_name: str | None,
+        args: list[str],
+        parent: click.Context | None = None,
+        **extra: Any,
     ) -> click.Context:
         logging.getLogger("retrieval_tip").setLevel(logging.WARNING)
         try:
             _fill_closed_streams()
             with in_one_line():
                 if sys.stdout is None:
-                    raise InputError("standard output: is closed; redirect it to a file or to /dev/null")
+                    raise InputError(
+                        "standard output: is closed; redirect it to a file or to /dev/null"
+                    )
                 return super().make_context(info_name, args, parent, **extra)
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
@@ -68,8 +96,13 @@ class _Program(Group):
                 return super().invoke(ctx)
         except KeyboardInterrupt as error:
             line = "; ".join(["interrupted", *getattr(error, "__notes__", ())])
-            click.echo("\n" * sys.stderr.isatty() + line, err=True)  # a terminal has already printed ^C
-            ctx.exit(128 + next((number for number in error.args if isinstance(number, int)), signal.SIGINT))
+            click.echo(
+                "\n" * sys.stderr.isatty() + line, err=True
+            )  # a terminal has already printed ^C
+            ctx.exit(
+                128
+                + next((number for number in error.args if isinstance(number, int)), signal.SIGINT)
+            )
 
 
 def _fill_closed_streams() -> None:
@@ -91,7 +124,9 @@ def _orderly_end() -> Iterator[None]:
 
     def end(number: int, frame: FrameType | None) -> None:
         nonlocal ended
-        while frame is not None and not ended:  # torch crashes if its import is interrupted, so end immediately
+        while (
+            frame is not None and not ended
+        ):  # torch crashes if its import is interrupted, so end immediately
             ended = frame.f_code.co_filename == "<frozen importlib._bootstrap>"
             frame = frame.f_back
         if ended:
@@ -100,10 +135,17 @@ def _orderly_end() -> Iterator[None]:
         ended = True
         raise KeyboardInterrupt(number)
 
-    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    numbers = [
+        getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+    ]
     before = {number: signal.getsignal(number) for number in numbers}
-    unchanged = signal.SIG_DFL, signal.default_int_handler  # keep any other handler that the caller has set
-    main_thread = threading.current_thread() is threading.main_thread()  # handlers can only be set there
+    unchanged = (
+        signal.SIG_DFL,
+        signal.default_int_handler,
+    )  # keep any other handler that the caller has set
+    main_thread = (
+        threading.current_thread() is threading.main_thread()
+    )  # handlers can only be set there
     own = [number for number, handler in before.items() if main_thread and handler in unchanged]
     try:
         for number in own:
@@ -139,7 +181,9 @@ def main(ctx: click.Context) -> None:
     logger.propagate = False
     logging.addLevelName(logging.WARNING, "warning")
     start_lightly()
-    warnings.filterwarnings("ignore", module=r"PIL\.")  # this package reports the same problems with the image name
+    warnings.filterwarnings(
+        "ignore", module=r"PIL\."
+    )  # this package reports the same problems with the image name
     if "NO_COLOR" in os.environ:
         ctx.color = False
 
@@ -168,13 +212,32 @@ class _Handler(logging.Handler):
             level = record.levelname
             text = message(self.format(record))
             colour = {"warning": "yellow", "ERROR": "red"}.get(level)  # on a terminal only
-            click.echo(text if colour is None else click.style(level, fg=colour) + text.removeprefix(level), err=True)
+            click.echo(
+                text
+                if colour is None
+                else click.style(level, fg=colour) + text.removeprefix(level),
+                err=True,
+            )
         except Exception:  # as in logging's own handlers
             self.handleError(record)
 
 
 for _command in (
-    label_command, index, classify, sort_command, find_command, evaluate_command, serve_command, suggest,
-    compare_command, models_command, encode, fit_command, search_command, finetune_command, cache_command, doctor,
-):  # fmt: skip
+    label_command,
+    index,
+    classify,
+    sort_command,
+    find_command,
+    evaluate_command,
+    serve_command,
+    suggest,
+    compare_command,
+    models_command,
+    encode,
+    fit_command,
+    search_command,
+    finetune_command,
+    cache_command,
+    doctor,
+):
     main.add_command(_command)

@@ -72,7 +72,11 @@ def serve_command(
     with listen(host, port) as listening:
         here = is_local(listening)
         kept = LastServer("serve", folders or [into or Path("indexes")])
-        key = kept.token_for(listening) if token is None and (private or (here and not read_only)) else token
+        key = (
+            kept.token_for(listening)
+            if token is None and (private or (here and not read_only))
+            else token
+        )
         hosts = LOOPBACK | {name.lower() for name in allow_host} if allow_host or here else None
         maker = None
         if model is not None or not folders:
@@ -85,10 +89,16 @@ def serve_command(
         named = (f"{name} ({counted(one.now.index.n, 'shot')})" for name, one in served.items())
         what = ", ".join(named) or "no index yet"
         at = address(listening)
-        opened = f" open {at}/#token={key} to view{'' if read_only else ' and change'} it;" if key != token else ""
+        opened = (
+            f" open {at}/#token={key} to view{'' if read_only else ' and change'} it;"
+            if key != token
+            else ""
+        )
         ready = partial(say, f"Serving {what} at {at};{opened} Ctrl+C stops the server")
         service = Service(served, Limits(hosts=hosts), uploads, root, maker)
-        app = create_app(service, token=None if read_only else key, private=key if private else None, ready=ready)
+        app = create_app(
+            service, token=None if read_only else key, private=key if private else None, ready=ready
+        )
         serve(app, listening, trusted_proxy)
 
 
@@ -128,7 +138,10 @@ def label_command(
     known = store.exists()
     opened = reader_for(store.manifest() if known else None, sources, encoding)
     kept = LastServer("label", [out])
-    with opened as reader, kept.listen("127.0.0.1") if port is None else listen("127.0.0.1", port) as listening:
+    with (
+        opened as reader,
+        kept.listen("127.0.0.1") if port is None else listen("127.0.0.1", port) as listening,
+    ):
         labelling = Labelling(out, paths, reader, classes)
         backbone = reader.backbone
         assert backbone is not None
@@ -140,19 +153,30 @@ def label_command(
 
         def ready() -> None:
             what = counted(len(labelling.photos), "photo")
-            say(f"Label {what} at {url}; the labels are saved in {show(str(out))}; Ctrl+C stops the server")
+            say(
+                f"Label {what} at {url}; the labels are saved in {show(str(out))}; Ctrl+C stops the server"
+            )
             if sys.stderr.isatty():
                 webbrowser.open(url)
 
         service = Service(served, Limits(hosts=LOOPBACK), maker=maker)
-        serve(create_app(service, token=token, private=token, labelling=labelling, ready=ready), listening)
-        note("Labelled photos: {labelled:,} of {photos:,}; {others}".format_map(labelling.status()).rstrip("; "))
+        serve(
+            create_app(service, token=token, private=token, labelling=labelling, ready=ready),
+            listening,
+        )
+        note(
+            "Labelled photos: {labelled:,} of {photos:,}; {others}".format_map(
+                labelling.status()
+            ).rstrip("; ")
+        )
         labelling.check_saved()
 
 
 def _check_access(token: str | None, is_useless: bool, trusted_proxy: Sequence[str]) -> None:
     if token is not None and (not token.strip() or not token.isascii() or not token.isprintable()):
-        raise UsageError("--token: must consist of printable ASCII characters; give another token or omit the option")
+        raise UsageError(
+            "--token: must consist of printable ASCII characters; give another token or omit the option"
+        )
     if token is not None and is_useless:
         raise UsageError("--token and --read-only: give only one, or add --private")
     for proxy in trusted_proxy:

@@ -64,7 +64,9 @@ def cut_boxes(file: Path, sources: Sequence[Source], categories: Sequence[str] =
     for category in categories:
         if category.casefold() not in map(str.casefold, known):
             choices = few(known) or "none"
-            raise InputError(f"{show(file)}: has no category {category!r}; choose with --categories from: {choices}")
+            raise InputError(
+                f"{show(file)}: has no category {category!r}; choose with --categories from: {choices}"
+            )
     wanted = set(map(str.casefold, categories))
     owners: dict[str, str] = {}
     for source in sources:
@@ -76,7 +78,9 @@ def cut_boxes(file: Path, sources: Sequence[Source], categories: Sequence[str] =
             entry = next((end for end in _ends(path) if end in entries), None)
             if entry is not None and owners.setdefault(entry, path) != path:
                 both = f"{show(owners[entry])} and {show(path)}"
-                raise InputError(f"{show(file)}: {both} both match its file {entry!r}; classify one folder")
+                raise InputError(
+                    f"{show(file)}: {both} both match its file {entry!r}; classify one folder"
+                )
             found = "no entry in the file of boxes" if entry is None else entries[entry]
             if isinstance(found, str):
                 failed.append(Skipped(show(path), found))
@@ -94,7 +98,9 @@ def cut_boxes(file: Path, sources: Sequence[Source], categories: Sequence[str] =
         made.sources.append(of_images(items, source.name, failed=failed))
     if not owners:
         example = repr(next(iter(entries), "photo.jpg"))
-        raise InputError(f"{show(file)}: no photo has an entry; its path must end with one, such as {example}")
+        raise InputError(
+            f"{show(file)}: no photo has an entry; its path must end with one, such as {example}"
+        )
     if not made.boxes and not made.empty:
         raise InputError(str(next(one for source in made.sources for one in source.failed)))
     return made
@@ -102,7 +108,9 @@ def cut_boxes(file: Path, sources: Sequence[Source], categories: Sequence[str] =
 
 def _ends(path: str) -> Iterator[str]:
     """Yield the ends of a path, longest first, without a leading slash."""
-    parts = (path if "://" in path else os.path.abspath(path)).replace("\\", "/").strip("/").split("/")
+    parts = (
+        (path if "://" in path else os.path.abspath(path)).replace("\\", "/").strip("/").split("/")
+    )
     return ("/".join(parts[start:]) for start in range(len(parts)))
 
 
@@ -110,12 +118,16 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, object], dict[str, _Ent
     """Return the content of a file, the names of its categories, and the entry of each photo."""
     data = read_json(file, LARGEST)
     if not isinstance(data, dict) or not isinstance(entries := data.get("images"), list):
-        raise InputError(f"{show(file)}: has no list 'images'; expected boxes in MegaDetector's format")
+        raise InputError(
+            f"{show(file)}: has no list 'images'; expected boxes in MegaDetector's format"
+        )
     names = data.get("detection_categories")
     names = names if isinstance(names, dict) else {}
     least: float = CONFIDENCE
     match data.get("info"):
-        case {"detector_metadata": {"typical_detection_threshold": float() | int() as own}} if 0 <= own <= 1:
+        case {"detector_metadata": {"typical_detection_threshold": float() | int() as own}} if (
+            0 <= own <= 1
+        ):
             least = own
     photos: dict[str, _Entry] = {}
     for row, entry in enumerate(entries):
@@ -123,12 +135,18 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, object], dict[str, _Ent
         match entry:
             case {"file": str() as name, "detections": list() as found}:
                 boxes = [(*_box(one, names, f"{show(file)}: image {row}"), one) for one in found]
-                kept = [(kind, box, one) for kind, sure, box, one in boxes if sure >= least and min(box[2:]) > 0]
+                kept = [
+                    (kind, box, one)
+                    for kind, sure, box, one in boxes
+                    if sure >= least and min(box[2:]) > 0
+                ]
                 value = entry, kept
             case {"file": str() as name, "failure": str() as why}:
                 value = show(f"the detector failed: {why}")
             case _:
-                raise InputError(f"{show(file)}: image {row} has no 'file' with 'detections' or 'failure'")
+                raise InputError(
+                    f"{show(file)}: image {row} has no 'file' with 'detections' or 'failure'"
+                )
         key = name.replace("\\", "/").removeprefix("./").strip("/")
         if photos.setdefault(key, value) is not value:
             raise InputError(f"{show(file)}: image {row}: the file {key!r} occurs twice")
@@ -137,9 +155,22 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, object], dict[str, _Ent
 
 def _box(found: object, names: dict[str, object], where: str) -> tuple[str, float, Box]:
     match found:
-        case {"category": str() as category, "conf": float() | int() as confidence, "bbox": [a, b, c, d]} if (
-            all(isinstance(edge, float | int) and -SLACK <= edge <= 1 + SLACK for edge in (a, b, c, d))
+        case {
+            "category": str() as category,
+            "conf": float() | int() as confidence,
+            "bbox": [a, b, c, d],
+        } if (
+            all(
+                isinstance(edge, float | int) and -SLACK <= edge <= 1 + SLACK
+                for edge in (a, b, c, d)
+            )
             and 0 <= confidence <= 1
         ):
-            return show(str(names.get(category, category))), float(confidence), (float(a), float(b), float(c), float(d))
-    raise InputError(f"{where}: a detection is not category, conf and bbox [left, top, width, height] from 0 to 1")
+            return (
+                show(str(names.get(category, category))),
+                float(confidence),
+                (float(a), float(b), float(c), float(d)),
+            )
+    raise InputError(
+        f"{where}: a detection is not category, conf and bbox [left, top, width, height] from 0 to 1"
+    )

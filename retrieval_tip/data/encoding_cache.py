@@ -21,18 +21,28 @@ from retrieval_tip.files import cache_folder, make_folders
 log = logging.getLogger(__name__)
 
 NAME = "encodings-2.sqlite"  # the number changes with the schema
-DEFAULT_BYTES = 8_000_000_000  # default size limit, enough for two million photos with 512 values each
+DEFAULT_BYTES = (
+    8_000_000_000  # default size limit, enough for two million photos with 512 values each
+)
 LEFT = 0.9  # each removal of old encodings frees a tenth of the limit, so that removals are rare
-REMOVED, ROW_BYTES, USED = 1024, 8192, 1024  # encodings removed per transaction, bytes per encoding, uses per update
+REMOVED, ROW_BYTES, USED = (
+    1024,
+    8192,
+    1024,
+)  # encodings removed per transaction, bytes per encoding, uses per update
 
-_UNIT = 1_000_000  # SQLite's 32-bit ``user_version`` stores the limit in megabytes; 0 means the default
+_UNIT = (
+    1_000_000  # SQLite's 32-bit ``user_version`` stores the limit in megabytes; 0 means the default
+)
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS encodings (scope TEXT NOT NULL, digest TEXT NOT NULL, view TEXT NOT NULL,
     crc INTEGER NOT NULL, used REAL NOT NULL DEFAULT (julianday('now')), feature BLOB NOT NULL,
     PRIMARY KEY (scope, digest, view));
 CREATE INDEX IF NOT EXISTS encodings_used ON encodings (used);
 """
-_INSERT = "INSERT OR REPLACE INTO encodings (scope, digest, view, feature, crc) VALUES (?, ?, ?, ?, ?)"
+_INSERT = (
+    "INSERT OR REPLACE INTO encodings (scope, digest, view, feature, crc) VALUES (?, ?, ?, ?, ?)"
+)
 _DAMAGE = (sqlite3.DatabaseError, UnicodeDecodeError)
 
 
@@ -53,8 +63,12 @@ class EncodingCache:
             make_folders(self.path.parent)
             if self.path.exists() and not self.path.is_file():  # SQLite would block on a pipe
                 raise OSError("not a file")
-            self._db = sqlite3.connect(self.path, timeout=60, check_same_thread=False, isolation_level="IMMEDIATE")
-            weakref.finalize(self, self._db.close)  # Python warns about a connection that only the collector closes
+            self._db = sqlite3.connect(
+                self.path, timeout=60, check_same_thread=False, isolation_level="IMMEDIATE"
+            )
+            weakref.finalize(
+                self, self._db.close
+            )  # Python warns about a connection that only the collector closes
             self._db.execute("PRAGMA auto_vacuum = 2")  # incremental; only affects new files
             self._db.executescript(_SCHEMA)
             self._db.execute("SELECT count(*) FROM (SELECT 1 FROM encodings LIMIT 1)").fetchone()
@@ -87,17 +101,25 @@ class EncodingCache:
 
     def _unusable(self, error: Exception) -> InputError:
         remedy = "remove it, or give --no-cache"
-        return InputError(f"{show(self.path)}: the encoding cache cannot be used ({error}); {remedy}")
+        return InputError(
+            f"{show(self.path)}: the encoding cache cannot be used ({error}); {remedy}"
+        )
 
     def get(self, scope: str, digest: str, view: str) -> FloatArray | None:
         """Return the raw feature of a view (shape ``[d]``), or ``None`` if it is not in the cache."""
-        query = "SELECT feature, crc, rowid FROM encodings WHERE scope = ? AND digest = ? AND view = ?"
+        query = (
+            "SELECT feature, crc, rowid FROM encodings WHERE scope = ? AND digest = ? AND view = ?"
+        )
         with self._lock:
             try:
                 row = self._db.execute(query, (scope, digest, view)).fetchone()
             except _DAMAGE:
                 return None
-            if row is None or not isinstance(row[0], bytes) or _crc(scope, digest, view, row[0]) != row[1]:
+            if (
+                row is None
+                or not isinstance(row[0], bytes)
+                or _crc(scope, digest, view, row[0]) != row[1]
+            ):
                 return None
             self._used.add(row[2])
             if len(self._used) >= USED:
@@ -120,7 +142,9 @@ class EncodingCache:
                 self._keeps = False
                 log.warning("%s; continuing without storing new encodings", self._unusable(error))
 
-    def _write(self, statement: str, rows: list[tuple[str, str, str, bytes, int]] | list[tuple[int]]) -> None:
+    def _write(
+        self, statement: str, rows: list[tuple[str, str, str, bytes, int]] | list[tuple[int]]
+    ) -> None:
         with self._db:  # commits or rolls back
             self._db.executemany(statement, rows)
 
@@ -147,7 +171,9 @@ class EncodingCache:
         if _pragma(db, "page_count") * page <= most:
             return
         oldest = "SELECT rowid FROM encodings ORDER BY used, rowid LIMIT ?"
-        while beyond := max(0, (_pragma(db, "page_count") - _pragma(db, "freelist_count")) * page - int(LEFT * most)):
+        while beyond := max(
+            0, (_pragma(db, "page_count") - _pragma(db, "freelist_count")) * page - int(LEFT * most)
+        ):
             rows = db.execute(oldest, (min(REMOVED, 1 + beyond // ROW_BYTES),)).fetchall()
             if not rows:
                 break
@@ -181,7 +207,10 @@ def size_of(folder: Path) -> tuple[Path, int, int]:
     most = DEFAULT_BYTES
     if not file.is_file():
         return file, 0, most
-    with suppress(sqlite3.Error), closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True)) as db:
+    with (
+        suppress(sqlite3.Error),
+        closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True)) as db,
+    ):
         most = _most(db)
     return file, file.stat().st_size, most
 

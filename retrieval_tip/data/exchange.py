@@ -19,7 +19,9 @@ from retrieval_tip.files import read_json
 log = logging.getLogger(__name__)
 
 _answer = itemgetter("input", "label", "probability")
-MAX_SPLIT = 1 << 27  # largest JSON file of labels, in bytes; about the size of the split file of ImageNet
+MAX_SPLIT = (
+    1 << 27
+)  # largest JSON file of labels, in bytes; about the size of the split file of ImageNet
 LOCAL = "/data/local-files/?d="  # how Label Studio addresses files below its document root
 
 
@@ -35,8 +37,17 @@ def label_studio(rows: Iterable[Row], _: Sequence[str]) -> list[object]:
     """
     tasks: list[object] = []
     for path, label, probability in map(_answer, rows):
-        choice = {"from_name": "label", "to_name": "image", "type": "choices", "value": {"choices": [label]}}
-        made = [] if label is None else [{"model_version": "retrieval-tip", "score": probability, "result": [choice]}]
+        choice = {
+            "from_name": "label",
+            "to_name": "image",
+            "type": "choices",
+            "value": {"choices": [label]},
+        }
+        made = (
+            []
+            if label is None
+            else [{"model_version": "retrieval-tip", "score": probability, "result": [choice]}]
+        )
         where = path if remote.is_remote(path) else LOCAL + quote(remote.absolute(path).lstrip("/"))
         tasks.append({"data": {"image": where}, "predictions": made})
     return tasks
@@ -53,7 +64,12 @@ def coco(rows: Iterable[Row], class_names: Sequence[str]) -> dict[str, object]:
     for number, (path, label, probability) in enumerate(map(_answer, rows), 1):
         images.append({"id": number, "file_name": remote.absolute(path)})
         if label is not None:
-            own = {"id": len(annotations) + 1, "image_id": number, "category_id": numbers[label], "score": probability}
+            own = {
+                "id": len(annotations) + 1,
+                "image_id": number,
+                "category_id": numbers[label],
+                "score": probability,
+            }
             annotations.append(own)
     categories = [{"id": number, "name": name} for name, number in numbers.items()]
     return {"images": images, "annotations": annotations, "categories": categories}
@@ -62,7 +78,9 @@ def coco(rows: Iterable[Row], class_names: Sequence[str]) -> dict[str, object]:
 def fiftyone(rows: Iterable[Row], class_names: Sequence[str]) -> dict[str, object]:
     """Return the ``labels.json`` of a ``FiftyOneImageClassificationDataset``, whose keys are absolute paths."""
     labels = {
-        remote.absolute(path): None if label is None else {"label": label, "confidence": probability}
+        remote.absolute(path): None
+        if label is None
+        else {"label": label, "confidence": probability}
         for path, label, probability in map(_answer, rows)
     }
     return {"classes": list(class_names), "labels": labels}
@@ -101,14 +119,18 @@ def read(file: Path, split: str, root: str | os.PathLike[str] | None, *, labelle
                 f"{show(file)}: {show(path)}: lies outside the root; to read it there, give --root {show(bucket)}"
             )
         if len(labels) > 1:
-            failed.append(Skipped(show(path), f"has several labels ({few(sorted(map(repr, labels)))})"))
+            failed.append(
+                Skipped(show(path), f"has several labels ({few(sorted(map(repr, labels)))})")
+            )
         elif labels or not labelled:
             found.append((path, next(iter(labels), None)))
     if unlabelled := len(photos) - len(found) - len(failed):
         log.warning("%s: left out %s without a label", show(file), counted(unlabelled, "photo"))
     if not found:
         raise InputError(f"{show(file)}: has no photo with one label")
-    return of_images([path for path, _ in found], show(file), [label for _, label in found], failed=failed)
+    return of_images(
+        [path for path, _ in found], show(file), [label for _, label in found], failed=failed
+    )
 
 
 def _of_coco(file: Path, data: dict[str, list[object]]) -> list[tuple[str, set[str]]]:
@@ -123,21 +145,26 @@ def _of_coco(file: Path, data: dict[str, list[object]]) -> list[tuple[str, set[s
         match category:
             case {"id": int() | str() as number, "name": str() as name} if name.strip():
                 if names.setdefault(number, show(name)) != show(name):
-                    raise InputError(f"{where}: category {row} has the id {number!r} of category {names[number]!r}")
+                    raise InputError(
+                        f"{where}: category {row} has the id {number!r} of category {names[number]!r}"
+                    )
             case _:
                 raise InputError(f"{where}: category {row} has no id or no name")
     images: dict[int | str, tuple[str, set[str]]] = {}
     for row, image in enumerate(data["images"]):
         match image:
-            case {"id": int() | str() as number, "file_name": str() as path} if path and number not in images:
+            case {"id": int() | str() as number, "file_name": str() as path} if (
+                path and number not in images
+            ):
                 images[number] = path, set()
             case _:
                 raise InputError(f"{where}: image {row} has no file_name, or no id of its own")
     for row, annotation in enumerate(annotations):
         match annotation:
-            case {"image_id": int() | str() as number, "category_id": int() | str() as category} if (
-                number in images and category in names
-            ):
+            case {
+                "image_id": int() | str() as number,
+                "category_id": int() | str() as category,
+            } if number in images and category in names:
                 images[number][1].add(names[category])
             case _:
                 raise InputError(f"{where}: annotation {row} names no image or no category")
@@ -155,7 +182,9 @@ def _of_label_studio(file: Path, tasks: list[object]) -> list[tuple[str, set[str
             case _:
                 texts = []
         if len(texts) != 1 or not isinstance(task, dict):
-            raise InputError(f"{show(file)}: Label Studio: task {row} has no photo; its data needs a text 'image'")
+            raise InputError(
+                f"{show(file)}: Label Studio: task {row} has no photo; its data needs a text 'image'"
+            )
         labelled.append((texts[0], choices_of(task)))
     return labelled
 
@@ -174,14 +203,23 @@ def choices_of(task: Mapping[str, object], name: str | None = None) -> set[str]:
             case {"result": list() as results}:
                 for result in results:
                     match result:
-                        case {"value": {"choices": list() as choices}, **more} if name in (None, more.get("from_name")):
-                            chosen |= {show(choice) for choice in choices if isinstance(choice, str) and choice.strip()}
+                        case {"value": {"choices": list() as choices}, **more} if name in (
+                            None,
+                            more.get("from_name"),
+                        ):
+                            chosen |= {
+                                show(choice)
+                                for choice in choices
+                                if isinstance(choice, str) and choice.strip()
+                            }
     return chosen
 
 
 def _path(name: str, file: Path, root: str | os.PathLike[str] | None) -> str:
     if name.startswith(LOCAL):
-        return os.path.join("/" if root is None or remote.is_remote(root) else root, below_document_root(name))
+        return os.path.join(
+            "/" if root is None or remote.is_remote(root) else root, below_document_root(name)
+        )
     if name.startswith("/data/upload/"):  # relative to the media folder of Label Studio
         name = unquote(name.removeprefix("/data/"))
     return name if remote.is_remote(name) else os.path.join(root or file.parent, name)
@@ -192,18 +230,24 @@ def below_document_root(address: str) -> str:
     return unquote(address.removeprefix(LOCAL)).lstrip("/")
 
 
-def _of_split_file(file: Path, data: object, split: str, root: str | os.PathLike[str] | None) -> Source:
+def _of_split_file(
+    file: Path, data: object, split: str, root: str | os.PathLike[str] | None
+) -> Source:
     """Read a part of a CoOp split file, a list of ``[path, label, class name]``. Classes are sorted by label number."""
     name = f"{show(file)} ({split})"
     parts = data if isinstance(data, dict) else {}
     if not isinstance(part := parts.get(split), list):
         has = few(list(map(repr, parts))) or "none"
-        raise InputError(f"{show(file)}: no part {split!r}; expected lists train, val and test, found {has}")
+        raise InputError(
+            f"{show(file)}: no part {split!r}; expected lists train, val and test, found {has}"
+        )
     entries: list[tuple[str, str]] = []
     names: dict[int, str] = {}
     for row, entry in enumerate(part):
         match entry:
-            case [str() as path, int() as label, str() as class_name] if type(label) is int and class_name.strip():
+            case [str() as path, int() as label, str() as class_name] if (
+                type(label) is int and class_name.strip()
+            ):
                 entries.append((path, show(class_name)))
             case _:
                 raise InputError(f"{name}: entry {row} is not [path, label, class name]")
@@ -228,7 +272,11 @@ def _image_root(file: Path, paths: list[str]) -> Path:
     def held(folder: Path) -> int:
         return sum(os.path.isfile(folder / path) for path in sample)
 
-    best = max([file.parent, *(Path(entry.path) for entry in images.subfolders(file.parent))], key=held)
+    best = max(
+        [file.parent, *(Path(entry.path) for entry in images.subfolders(file.parent))], key=held
+    )
     if not held(best):
-        raise InputError(f"{show(file)}: cannot find its images (such as {show(sample[0])[:200]}); give --root FOLDER")
+        raise InputError(
+            f"{show(file)}: cannot find its images (such as {show(sample[0])[:200]}); give --root FOLDER"
+        )
     return best

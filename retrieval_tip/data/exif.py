@@ -50,8 +50,12 @@ def taken(data: bytes) -> Taken:
         gps = exif.get_ifd(ExifTags.IFD.GPSInfo)
     except Exception:  # Pillow raises many types of errors on damaged metadata
         return UNKNOWN
-    latitude = _degrees(gps.get(ExifTags.GPS.GPSLatitude), gps.get(ExifTags.GPS.GPSLatitudeRef), "NS", 90)
-    longitude = _degrees(gps.get(ExifTags.GPS.GPSLongitude), gps.get(ExifTags.GPS.GPSLongitudeRef), "EW", 180)
+    latitude = _degrees(
+        gps.get(ExifTags.GPS.GPSLatitude), gps.get(ExifTags.GPS.GPSLatitudeRef), "NS", 90
+    )
+    longitude = _degrees(
+        gps.get(ExifTags.GPS.GPSLongitude), gps.get(ExifTags.GPS.GPSLongitudeRef), "EW", 180
+    )
     place = (None, None) if latitude is None or longitude is None else (latitude, longitude)
     with suppress(ValueError):
         return Taken(datetime.strptime(str(at).strip("\0 "), "%Y:%m:%d %H:%M:%S"), *place)
@@ -63,7 +67,9 @@ def _degrees(parts: object, side: object, sides: str, most: int) -> float | None
     if not isinstance(parts, tuple):
         return None
     try:
-        degrees = sum(float(part) / scale for scale, part in zip((1.0, 60.0, 3600.0), parts, strict=True))
+        degrees = sum(
+            float(part) / scale for scale, part in zip((1.0, 60.0, 3600.0), parts, strict=True)
+        )
     except (TypeError, ValueError, ArithmeticError):
         return None
     letter = str(side).strip("\0 ").upper()
@@ -98,4 +104,7 @@ class Noting:
     def columns(self, names: Sequence[str]) -> dict[str, pa.Array]:
         """Return the columns of :data:`EXIF` for photos. Other names, such as the ids of features, get nulls."""
         fields = zip(*(self.taken.get(name, UNKNOWN) for name in names), strict=True)
-        return {name: pa.array(values, kind) for (name, kind), values in zip(EXIF.items(), fields, strict=True)}
+        return {
+            name: pa.array(values, kind)
+            for (name, kind), values in zip(EXIF.items(), fields, strict=True)
+        }

@@ -30,11 +30,17 @@ AVIF file took 240 MB, and a 213-byte JPEG 2000 file took 770 MB.
 
 MAX_PIXELS = 178_956_970  # largest width x height; Pillow's own limit for decompression bombs
 LARGE_PIXELS = 1 << 24  # images with more pixels are decoded one at a time
-WHOLE_PIXELS = 1 << 25  # images with more pixels are reduced by the smallest integer factor that suffices
-MAX_ASPECT = 64  # longer images are cropped to their middle, because a centre crop discards the rest anyway
+WHOLE_PIXELS = (
+    1 << 25
+)  # images with more pixels are reduced by the smallest integer factor that suffices
+MAX_ASPECT = (
+    64  # longer images are cropped to their middle, because a centre crop discards the rest anyway
+)
 HEADER_EFFORT = 16 << 20  # largest number of bytes that a decoder may read before the first pixel
 READ_EFFORT = 256  # bytes that are counted for each read in addition to its size
-MAX_SCANNED = 1 << 31  # largest scans x pixels of a progressive JPEG, which take about five seconds to decode
+MAX_SCANNED = (
+    1 << 31
+)  # largest scans x pixels of a progressive JPEG, which take about five seconds to decode
 MAX_EXIF = 1 << 20  # largest EXIF block that is parsed, in bytes; JPEG allows at most 64 KB
 
 Box = tuple[float, float, float, float]
@@ -131,19 +137,28 @@ def opened(data: bytes, only: tuple[str, ...] | None = None) -> Iterator[Image.I
     known = only or formats()
     try:
         with Image.open(file, formats=known) as image:
-            if "progressive" in image.info and data.count(b"\xff\xda") * image.width * image.height > MAX_SCANNED:
-                raise InputError(f"{image.width} x {image.height} pixels in too many scans; save it as PNG")
+            if (
+                "progressive" in image.info
+                and data.count(b"\xff\xda") * image.width * image.height > MAX_SCANNED
+            ):
+                raise InputError(
+                    f"{image.width} x {image.height} pixels in too many scans; save it as PNG"
+                )
             file.effort += 2 * len(data)
             yield image
     except InputError:
         raise
     except UnidentifiedImageError:
-        raise InputError(f"not a readable image: damaged, or not one of {', '.join(known)}") from None
+        raise InputError(
+            f"not a readable image: damaged, or not one of {', '.join(known)}"
+        ) from None
     except Image.DecompressionBombError as error:
         raise InputError(f"too large to decode: {error}") from error
     except MemoryError:
         raise InputError("does not fit in memory") from None
-    except Exception as error:  # decoders can raise any error on damaged data, for example SyntaxError
+    except (
+        Exception
+    ) as error:  # decoders can raise any error on damaged data, for example SyntaxError
         raise InputError(f"damaged image: {str(error).strip() or type(error).__name__}") from error
 
 
@@ -158,7 +173,11 @@ def area(data: bytes, *, most: int = MAX_PIXELS, only: tuple[str, ...] | None = 
 
 
 def decode(
-    data: bytes, least: int | None = None, *, most: int = MAX_PIXELS, only: tuple[str, ...] | None = None
+    data: bytes,
+    least: int | None = None,
+    *,
+    most: int = MAX_PIXELS,
+    only: tuple[str, ...] | None = None,
 ) -> Image.Image:
     """Decode an image to upright RGB with 8 bits per channel.
 
@@ -204,7 +223,9 @@ def _rgb(image: Image.Image) -> Image.Image:
     picture = image if image.mode == mode else image.convert(mode)
     picture = picture.reduce(factor) if factor > 1 else picture
     if is_clear:
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert(
+            "RGB"
+        )
     return picture
 
 

@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 Array = npt.NDArray[Any]
 
 Picture: TypeAlias = (
-    "str | os.PathLike[str] | bytes | bytearray | SupportsRead[bytes] | Image.Image | Array | torch.Tensor"
+    "str | os.PathLike[str] | bytes | bytearray | SupportsRead[bytes]"
+    "| Image.Image | Array | torch.Tensor"
 )
 """A photo. This can be a path, an encoded image, an open file, a PIL image, or an array or tensor (see above)."""
 
@@ -45,13 +46,19 @@ def is_one(given: object) -> bool:
     """Return whether an object is a single photo."""
     if (array := _array(given)) is not None:
         return array.ndim in (2, 3)
-    return hasattr(given, "read") or isinstance(given, str | os.PathLike | bytes | bytearray | Image.Image)
+    return hasattr(given, "read") or isinstance(
+        given, str | os.PathLike | bytes | bytearray | Image.Image
+    )
 
 
 def features_of(given: object) -> npt.NDArray[np.floating[Any]] | None:
     """Return features as an array of shape ``[q, d]``, or ``None`` if an object is something else, such as a photo."""
     array = _array(given)
-    return np.atleast_2d(array) if array is not None and array.dtype.kind == "f" and array.ndim in (1, 2) else None
+    return (
+        np.atleast_2d(array)
+        if array is not None and array.dtype.kind == "f" and array.ndim in (1, 2)
+        else None
+    )
 
 
 def _array(given: object) -> Array | None:
@@ -64,7 +71,9 @@ def _array(given: object) -> Array | None:
     return given if isinstance(given, np.ndarray) and given.dtype.kind not in "OSU" else None
 
 
-def open_images(images: Picture | Iterable[Picture], labels: str | Iterable[str] | None = None) -> Source:
+def open_images(
+    images: Picture | Iterable[Picture], labels: str | Iterable[str] | None = None
+) -> Source:
     """Open one or several photos as a source, which all functions accept. All of them must be readable.
 
     Photos that have no path are called ``photo 0``, ``photo 1`` and so on, and are held in memory. ``labels`` is one
@@ -82,10 +91,16 @@ def open_images(images: Picture | Iterable[Picture], labels: str | Iterable[str]
                 raise refusal(path)
         else:
             path = f"photo {place}"
-            held[path] = bytes(picture) if isinstance(picture, bytes | bytearray) else _encoded(picture, path)
+            held[path] = (
+                bytes(picture)
+                if isinstance(picture, bytes | bytearray)
+                else _encoded(picture, path)
+            )
         paths.append(path)
     source = of_images(paths, labels=None if labels is None else _names(labels, len(paths)))
-    return replace(source, load=lambda path: held[path] if path in held else read_item(path), strict=True)
+    return replace(
+        source, load=lambda path: held[path] if path in held else read_item(path), strict=True
+    )
 
 
 def _each(given: Any) -> Iterable[Any]:
@@ -103,11 +118,19 @@ def _each(given: Any) -> Iterable[Any]:
 
 def _names(labels: str | Iterable[str], number: int) -> list[str]:
     """Return the labels of ``number`` photos."""
-    given = list(labels) if isinstance(labels, Iterable) and not isinstance(labels, str) else [labels] * number
+    given = (
+        list(labels)
+        if isinstance(labels, Iterable) and not isinstance(labels, str)
+        else [labels] * number
+    )
     if wrong := [label for label in given if not isinstance(label, str)]:
-        raise UsageError(f"labels: got {wrong[0]!r}; give the name of a class, or one name per photo")
+        raise UsageError(
+            f"labels: got {wrong[0]!r}; give the name of a class, or one name per photo"
+        )
     if len(given) != number:
-        raise InputError(f"labels: got {len(given)} for {number} photos; give one per photo, or one for all")
+        raise InputError(
+            f"labels: got {len(given)} for {number} photos; give one per photo, or one for all"
+        )
     return given
 
 
@@ -117,10 +140,16 @@ def _encoded(picture: object, name: str) -> bytes:
     if (array := _array(picture)) is not None:
         picture = Image.fromarray(_uint8(_channels_last(array, name), name))
     if not isinstance(picture, Image.Image):
-        raise InputError(f"{name}: got a {type(picture).__name__}; expected a path, a PIL image, an array or bytes")
+        raise InputError(
+            f"{name}: got a {type(picture).__name__}; expected a path, a PIL image, an array or bytes"
+        )
     upright = ImageOps.exif_transpose(picture)
     deep = upright.mode in ("I", "F")  # scaled to 8 bits when decoded
-    plain = upright if deep or upright.mode in ("L", "LA", "P", "RGB", "RGBA", "I;16") else upright.convert("RGB")
+    plain = (
+        upright
+        if deep or upright.mode in ("L", "LA", "P", "RGB", "RGBA", "I;16")
+        else upright.convert("RGB")
+    )
     buffer = io.BytesIO()
     plain.save(buffer, "TIFF" if deep else "PNG", compress_level=0)
     return buffer.getvalue()
@@ -135,14 +164,20 @@ def _read(file: Any, name: str) -> bytes:
         if not isinstance(data, bytes):
             raise TypeError(f"read() returned a {type(data).__name__}")
     except Exception as error:  # any object can have a method ``read``
-        raise InputError(f"{name}: cannot be read ({first_line(error)}); open the file in binary mode") from None
+        raise InputError(
+            f"{name}: cannot be read ({first_line(error)}); open the file in binary mode"
+        ) from None
     return data
 
 
 def _channels_last(array: Array, name: str) -> Array:
     """Return a photo of shape ``[h, w, c]``, or ``[h, w]`` if it is grey. Raises InputError if it has another shape."""
     shape = array.shape
-    axes = [axis for axis, numbers in ((0, (1, 3)), (2, (1, 3, 4))) if array.ndim == 3 and shape[axis] in numbers]
+    axes = [
+        axis
+        for axis, numbers in ((0, (1, 3)), (2, (1, 3, 4)))
+        if array.ndim == 3 and shape[axis] in numbers
+    ]
     grey = array.ndim == 2 and array.dtype.kind != "f"
     if not array.size or not (grey or len(axes) == 1):
         raise InputError(

@@ -19,13 +19,28 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from retrieval_tip.arrays import BoolArray, FloatArray, IntArray
-from retrieval_tip.backbones.base import encoders_of, parts_of, same_backbone, unit_of, view_size, without_unused
+from retrieval_tip.backbones.base import (
+    encoders_of,
+    parts_of,
+    same_backbone,
+    unit_of,
+    view_size,
+    without_unused,
+)
 from retrieval_tip.backbones.prompts import each_text, prompts_of, text_weights
 from retrieval_tip.backbones.torch_backbone import TorchBackbone
 from retrieval_tip.data import images, tables
 from retrieval_tip.data.encoding_cache import EncodingCache
 from retrieval_tip.data.source import Source, spread
-from retrieval_tip.errors import InputError, Skipped, UsageError, check_count, check_memory, counted, show
+from retrieval_tip.errors import (
+    InputError,
+    Skipped,
+    UsageError,
+    check_count,
+    check_memory,
+    counted,
+    show,
+)
 from retrieval_tip.settings import Norms, check_choice
 
 if TYPE_CHECKING:
@@ -35,13 +50,17 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_Encoded = dict[str, tuple[FloatArray, str] | None]  # features [v, d] and digest by path; None if unreadable
+_Encoded = dict[
+    str, tuple[FloatArray, str] | None
+]  # features [v, d] and digest by path; None if unreadable
 _T = TypeVar("_T")
 
 CENTRE = "centre/reduced"  # large JPEGs are decoded at a reduced size
 TEXT = "text"
 CALIBRATED, FEWEST = 300, 32  # most and fewest photos that int8 is calibrated on
-REDUCED_SIDES = 3  # a reduced JPEG's sides are at least this many times the view's; 2 gave cosines below 0.999
+REDUCED_SIDES = (
+    3  # a reduced JPEG's sides are at least this many times the view's; 2 gave cosines below 0.999
+)
 
 
 @dataclass(frozen=True)
@@ -50,14 +69,22 @@ class FeatureBlock:
 
     positions: IntArray  # [b], ascending positions in the source
     features: FloatArray  # [b, d] float32; [b, v, d] if a view has its own features
-    digests: list[str | None]  # digests of the image bytes; for a feature table, its column ``digest``, or None
-    mixed: torch.Tensor | None = None  # [b, c], probabilities to answer with, if other photos contribute to them
-    key_ids: IntArray | None = None  # [b], the id of a key of each item that is a shot of an index, or -1, if known
+    digests: list[
+        str | None
+    ]  # digests of the image bytes; for a feature table, its column ``digest``, or None
+    mixed: torch.Tensor | None = (
+        None  # [b, c], probabilities to answer with, if other photos contribute to them
+    )
+    key_ids: IntArray | None = (
+        None  # [b], the id of a key of each item that is a shot of an index, or -1, if known
+    )
 
     @property
     def shots(self) -> BoolArray:
         """Whether each item is known to be a shot."""
-        return np.zeros(len(self.positions), dtype=bool) if self.key_ids is None else self.key_ids >= 0
+        return (
+            np.zeros(len(self.positions), dtype=bool) if self.key_ids is None else self.key_ids >= 0
+        )
 
     @classmethod
     def of(cls, features: FloatArray) -> FeatureBlock:
@@ -66,7 +93,9 @@ class FeatureBlock:
 
     def take(self, places: IntArray | slice) -> FeatureBlock:
         """Return some of the items."""
-        digests = self.digests[places] if isinstance(places, slice) else [self.digests[i] for i in places]
+        digests = (
+            self.digests[places] if isinstance(places, slice) else [self.digests[i] for i in places]
+        )
         mixed = None if self.mixed is None else self.mixed[places]
         key_ids = None if self.key_ids is None else self.key_ids[places]
         return FeatureBlock(self.positions[places], self.features[places], digests, mixed, key_ids)
@@ -78,7 +107,9 @@ class FeatureBlock:
             np.concatenate([block.positions for block in blocks]),
             np.concatenate([block.features for block in blocks]),
             [digest for block in blocks for digest in block.digests],
-            key_ids=None if blocks[0].key_ids is None else np.concatenate([block.key_ids for block in blocks]),
+            key_ids=None
+            if blocks[0].key_ids is None
+            else np.concatenate([block.key_ids for block in blocks]),
         )
 
 
@@ -125,7 +156,11 @@ class Reader:
     done: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
-        for name, value in (("views", self.views), ("batch_size", self.batch_size), ("workers", self.workers)):
+        for name, value in (
+            ("views", self.views),
+            ("batch_size", self.batch_size),
+            ("workers", self.workers),
+        ):
             if value is not None:
                 check_count(name, value)
         check_choice("norms", self.norms, Norms)
@@ -166,8 +201,12 @@ class Reader:
         shots = [first.setdefault(name, position) for position, name in enumerate(each)]
         if source.paths is not None:
             shots = list(first.values())
-            values = 2 * len(shots) * len(names) * self.needed_backbone(source).dim  # the parts and their concatenation
-            check_memory(4 * values, f"{len(names)} views of {len(shots)} images", "use fewer views")
+            values = (
+                2 * len(shots) * len(names) * self.needed_backbone(source).dim
+            )  # the parts and their concatenation
+            check_memory(
+                4 * values, f"{len(names)} views of {len(shots)} images", "use fewer views"
+            )
             source = source.take(shots)
         views = defaultdict[int, list[FloatArray]](list)
         for block in self._blocks(source, names, mean=False):
@@ -197,25 +236,45 @@ class Reader:
             except InputError as error:
                 self._skip(source, path, str(error))
         if len(photos) < FEWEST:
-            raise InputError(f"{source.name}: {counted(len(photos), 'photo')} could be read; int8 needs {FEWEST}")
+            raise InputError(
+                f"{source.name}: {counted(len(photos), 'photo')} could be read; int8 needs {FEWEST}"
+            )
         return backbone.store_int8(
-            tqdm(photos, desc="Calibrating int8", disable=None if self.progress else True, leave=False)
+            tqdm(
+                photos,
+                desc="Calibrating int8",
+                disable=None if self.progress else True,
+                leave=False,
+            )
         )
 
     def text_weights(self, class_names: Sequence[str], templates: Sequence[str]) -> FloatArray:
         """Return the text weights of the classes (see :func:`prompts.text_weights`), from the cache if possible."""
         assert self.backbone is not None
-        return each_text(self.backbone, len(class_names), lambda one: self._text_weights(one, class_names, templates))
+        return each_text(
+            self.backbone,
+            len(class_names),
+            lambda one: self._text_weights(one, class_names, templates),
+        )
 
-    def _text_weights(self, backbone: Backbone, class_names: Sequence[str], templates: Sequence[str]) -> FloatArray:
+    def _text_weights(
+        self, backbone: Backbone, class_names: Sequence[str], templates: Sequence[str]
+    ) -> FloatArray:
         files = getattr(backbone, "text_key", None)  # other implementations may lack it
         if self.cache is None or files is None:
             return text_weights(backbone, class_names, templates)
         words = "float32" if backbone.precision == "int8" else backbone.precision
         scope = f"{backbone.identity.fingerprint}/{words}/{files}"
         prompts = {name: json.dumps(prompts_of([name], templates)) for name in class_names}
-        keys = {name: (hashlib.sha256(text.encode()).hexdigest(), TEXT) for name, text in prompts.items()}
-        weights = {name: cached for name, key in keys.items() if (cached := self.cache.get(scope, *key)) is not None}
+        keys = {
+            name: (hashlib.sha256(text.encode()).hexdigest(), TEXT)
+            for name, text in prompts.items()
+        }
+        weights = {
+            name: cached
+            for name, key in keys.items()
+            if (cached := self.cache.get(scope, *key)) is not None
+        }
         if missing := [name for name in keys if name not in weights]:
             fresh = dict(zip(missing, text_weights(backbone, missing, templates), strict=True))
             self.cache.put(scope, {keys[name]: weight for name, weight in fresh.items()})
@@ -224,20 +283,32 @@ class Reader:
 
     def for_queries(self, parts: tuple[Part, ...], shares: Sequence[float]) -> Reader:
         """Return a reader for queries to an index, which does not encode images with encoders that have no share."""
-        return replace(self, parts=parts, backbone=without_unused(self.backbone, shares)) if parts else self
+        return (
+            replace(self, parts=parts, backbone=without_unused(self.backbone, shares))
+            if parts
+            else self
+        )
 
     def needed_backbone(self, source: Source) -> Backbone:
         """Return the backbone. Raises UsageError if it is missing."""
         if self.backbone is None:
-            raise UsageError(f"{source.name}: photos need an encoder; name it with --model, or in Python with model")
+            raise UsageError(
+                f"{source.name}: photos need an encoder; name it with --model, or in Python with model"
+            )
         return self.backbone
 
-    def _blocks(self, source: Source, names: Sequence[str], *, mean: bool) -> Iterator[FeatureBlock]:
+    def _blocks(
+        self, source: Source, names: Sequence[str], *, mean: bool
+    ) -> Iterator[FeatureBlock]:
         """Yield features of shape ``[b, v, d]``: of each view, of the ``mean`` view, or of a row of a table."""
         done = 0
         for skipped in source.failed:
             self._skip(source, skipped.source, skipped.reason)
-        blocks = self._of_table(source) if source.paths is None else self._of_images(source, names, mean=mean)
+        blocks = (
+            self._of_table(source)
+            if source.paths is None
+            else self._of_images(source, names, mean=mean)
+        )
         what = "Encoding" if source.paths is not None else "Reading"
         hidden = None if self.progress else True
         with tqdm(total=len(source), unit="image", desc=what, disable=hidden, leave=False) as bar:
@@ -247,7 +318,9 @@ class Reader:
                 yield block
         if not done and len(source) and not self.empty:
             own = set(source.sources)
-            first = next((skipped for skipped in self.skipped if skipped.source in own), source.name)
+            first = next(
+                (skipped for skipped in self.skipped if skipped.source in own), source.name
+            )
             none = f"{source.name}: none of {len(source):,} images could be read ({first})"
             raise InputError(str(first) if len(source) == 1 else none)
 
@@ -264,18 +337,24 @@ class Reader:
         assert source.table is not None
         assert source.rows is not None
         if self.backbone is not None:
-            same_backbone(source.table.identity(self.parts), self.backbone.identity, source.table.name)
+            same_backbone(
+                source.table.identity(self.parts), self.backbone.identity, source.table.name
+            )
         rows, places = np.unique(source.rows, return_inverse=True)
         blocks = source.table.features(rows, self.norms, self.parts)
         if not np.array_equal(rows, source.rows):  # they are in another order, or some are repeated
-            blocks = iter([(slice(None), np.concatenate([features for _, features in blocks])[places])])
+            blocks = iter(
+                [(slice(None), np.concatenate([features for _, features in blocks])[places])]
+            )
         positions = np.arange(len(source))
         has_digests = pa.field("digest", pa.string()) in list(source.items.schema)
         digests = source.items["digest"] if has_digests else pa.nulls(len(source))
         for some, features in blocks:
             yield FeatureBlock(positions[some], features[:, None], digests[some].to_pylist())
 
-    def _of_images(self, source: Source, names: Sequence[str], *, mean: bool) -> Iterator[FeatureBlock]:
+    def _of_images(
+        self, source: Source, names: Sequence[str], *, mean: bool
+    ) -> Iterator[FeatureBlock]:
         backbone = self.needed_backbone(source)
         paths = source.paths or ()
         last = {path: position for position, path in enumerate(paths)}
@@ -283,7 +362,9 @@ class Reader:
         size = self.batch_size or backbone.batch_size
         at_once = min(len(last), 3 * size)
         area = sum(int(np.prod(view_size(one.backbone.identity.preprocess))) for one in encodings)
-        pixels = area * (len(names) * at_once + min(len(names) * len(last), size))  # loaded, and in a batch
+        pixels = area * (
+            len(names) * at_once + min(len(names) * len(last), size)
+        )  # loaded, and in a batch
         what = f"{counted(len(names), 'view')} of {counted(at_once, 'image')} at a time"
         check_memory(12 * pixels, what, "use fewer views or a smaller batch")
         encoded: _Encoded = {}
@@ -301,7 +382,9 @@ class Reader:
                 positions, features, digests = zip(*rows, strict=True)
                 yield FeatureBlock(np.array(positions), np.stack(features), list(digests))
 
-    def _load(self, source: Source, encodings: Sequence[_Encoding], names: Sequence[str], path: str) -> _Loaded:
+    def _load(
+        self, source: Source, encodings: Sequence[_Encoding], names: Sequence[str], path: str
+    ) -> _Loaded:
         """Read an image once, and decode it for the views that are not in the cache."""
         try:
             data = source.load(path)
@@ -313,17 +396,24 @@ class Reader:
             }
             missing = [key for key, feature in views.items() if feature is None]
             if centred := [one for one, view in missing if view == CENTRE]:
-                least = REDUCED_SIDES * max(max(view_size(one.backbone.identity.preprocess)) for one in centred)
+                least = REDUCED_SIDES * max(
+                    max(view_size(one.backbone.identity.preprocess)) for one in centred
+                )
                 picture = images.decode(data, least)
                 views |= {(one, CENTRE): one.backbone.preprocess(picture) for one in centred}
             if augmented := [key for key in missing if key[1] != CENTRE]:
                 picture = images.decode(data)
-                views |= {(one, view): one.backbone.view(picture, f"{digest}/{view}") for one, view in augmented}
+                views |= {
+                    (one, view): one.backbone.view(picture, f"{digest}/{view}")
+                    for one, view in augmented
+                }
         except InputError as error:
             return _Loaded(path, problem=str(error))  # its traceback would keep the image in memory
         return _Loaded(path, digest, views)
 
-    def _ahead(self, load: Callable[[str], _Loaded], chunks: Sequence[Sequence[str]]) -> Iterator[list[_Loaded]]:
+    def _ahead(
+        self, load: Callable[[str], _Loaded], chunks: Sequence[Sequence[str]]
+    ) -> Iterator[list[_Loaded]]:
         """Yield the loaded images of each chunk, while threads load the next two chunks."""
         with ThreadPoolExecutor(self.workers, thread_name_prefix="decode") as pool:
             waiting: deque[list[Future[_Loaded]]] = deque()
@@ -336,15 +426,28 @@ class Reader:
                 pool.shutdown(wait=False, cancel_futures=True)
 
     def _encode_chunk(
-        self, source: Source, chunk: Sequence[_Loaded], encodings: Sequence[_Encoding], size: int, *, mean: bool
+        self,
+        source: Source,
+        chunk: Sequence[_Loaded],
+        encodings: Sequence[_Encoding],
+        size: int,
+        *,
+        mean: bool,
     ) -> _Encoded:
         import torch
 
         backbone = self.needed_backbone(source)
         made: dict[_Encoding, dict[tuple[str, str], FloatArray]] = {}
         for one in encodings:
-            every = ((item.digest, view, own) for item in chunk for (at, view), own in item.views.items() if at is one)
-            todo = {(digest, view): own for digest, view, own in every if isinstance(own, torch.Tensor)}
+            every = (
+                (item.digest, view, own)
+                for item in chunk
+                for (at, view), own in item.views.items()
+                if at is one
+            )
+            todo = {
+                (digest, view): own for digest, view, own in every if isinstance(own, torch.Tensor)
+            }
             fresh = made[one] = {}
             for batch in _chunks(list(todo), size):
                 pixels = torch.stack([todo[key] for key in batch])
@@ -363,7 +466,10 @@ class Reader:
                     feature = made[one].get((item.digest, view), own)
                     raw[number % len(raw), one.start : one.start + len(feature)] = feature
                 raw = raw.mean(axis=0, keepdims=True) if mean else raw
-                results[item.path] = unit_of(backbone, raw, "feature" if mean else "feature of view"), item.digest
+                results[item.path] = (
+                    unit_of(backbone, raw, "feature" if mean else "feature of view"),
+                    item.digest,
+                )
             except InputError as error:
                 self._skip(source, item.path, str(error))
         return results
@@ -399,7 +505,11 @@ class _Loaded:
 
 
 def pixels_of(
-    data: bytes, backbone: Backbone, *, most: int = images.MAX_PIXELS, only: tuple[str, ...] | None = None
+    data: bytes,
+    backbone: Backbone,
+    *,
+    most: int = images.MAX_PIXELS,
+    only: tuple[str, ...] | None = None,
 ) -> torch.Tensor:
     """Return the centre view of an image as a float32 tensor of shape ``[3, h, w]``. See :func:`images.decode`."""
     least = REDUCED_SIDES * max(view_size(backbone.identity.preprocess))
@@ -422,8 +532,13 @@ def encoded(source: Source, reader: Reader) -> tuple[pa.Schema, Iterator[pa.Tabl
     parts = parts_of(reader.needed_backbone(source)) if table is None else table.parts(reader.parts)
     own = source.items.schema
     written = {"source", "label", tables.FEATURE, "digest", "id"}
-    kept = [field for field in own if field.name not in written.union(part.column for part in parts)]
-    further = [pa.field("digest", pa.string()), *(pa.field(field.name, field.type) for field in kept)]
+    kept = [
+        field for field in own if field.name not in written.union(part.column for part in parts)
+    ]
+    further = [
+        pa.field("digest", pa.string()),
+        *(pa.field(field.name, field.type) for field in kept),
+    ]
     schema = tables.schema_of(parts, np.float32, further)
 
     def rows() -> Iterator[pa.Table]:

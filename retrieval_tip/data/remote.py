@@ -37,7 +37,9 @@ def filesystem(scheme: str) -> AbstractFileSystem:
         from obstore.fsspec import FsspecStore
     except ImportError:
         raise UsageError(f"{scheme}://: support is not installed; run {install('lance')}") from None
-    local = os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://")  # a private object store without TLS
+    local = os.environ.get("AWS_ENDPOINT_URL", "").startswith(
+        "http://"
+    )  # a private object store without TLS
     options = {"client_options": {"allow_http": True}} if local else {}
     return FsspecStore(scheme, **options)  # type: ignore[call-overload]  # Ray can pickle it
 

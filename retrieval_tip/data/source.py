@@ -18,7 +18,16 @@ import pyarrow.compute as pc
 
 from retrieval_tip.arrays import IntArray
 from retrieval_tip.data import remote
-from retrieval_tip.errors import SHOWN, InputError, Skipped, check_count, check_memory, counted, few, show
+from retrieval_tip.errors import (
+    SHOWN,
+    InputError,
+    Skipped,
+    check_count,
+    check_memory,
+    counted,
+    few,
+    show,
+)
 from retrieval_tip.files import FOLDER, NotAFileError, open_regular
 
 if TYPE_CHECKING:
@@ -51,7 +60,9 @@ def _read_file(path: str | os.PathLike[str]) -> bytes:
             _check_size(size)
             return file.read(size)
     except NotAFileError as error:
-        raise InputError("a folder, not an image" if error.kind == FOLDER else f"{error.kind}, not a file") from None
+        raise InputError(
+            "a folder, not an image" if error.kind == FOLDER else f"{error.kind}, not a file"
+        ) from None
     except FileNotFoundError:
         raise InputError("no such file") from None
     except (OSError, ValueError) as error:  # a ValueError has no strerror
@@ -90,7 +101,9 @@ class Source:
     def labels(self) -> list[str]:
         """The label of each item. Raises InputError if an item has no label."""
         if "label" not in self.items.column_names:
-            raise InputError(f"{self.name}: it has no labels; give class folders or a table with a column 'label'")
+            raise InputError(
+                f"{self.name}: it has no labels; give class folders or a table with a column 'label'"
+            )
         refuse_rows(self.items["label"].is_null(), self.name, " without a label; label every item")
         labels: list[str] = self.items["label"].to_pylist()
         return labels
@@ -106,13 +119,25 @@ class Source:
         known = set(class_names)
         times = Counter(map(_plain, class_names))
         alone = {_plain(name): name for name in class_names if times[_plain(name)] == 1}
-        taken = {name: alone[_plain(name)] for name in self.class_names if name not in known and _plain(name) in alone}
+        taken = {
+            name: alone[_plain(name)]
+            for name in self.class_names
+            if name not in known and _plain(name) in alone
+        }
         if not taken:
             return self
-        log.warning("%s: labels renamed: %s", self.name, few([f"{a} to {b}" for a, b in taken.items()]))
-        labels = pa.array([taken.get(label, label) for label in self.items["label"].to_pylist()], pa.string())
+        log.warning(
+            "%s: labels renamed: %s", self.name, few([f"{a} to {b}" for a, b in taken.items()])
+        )
+        labels = pa.array(
+            [taken.get(label, label) for label in self.items["label"].to_pylist()], pa.string()
+        )
         items = self.items.set_column(self.items.column_names.index("label"), "label", labels)
-        return replace(self, items=items, class_names=tuple(dict.fromkeys(taken.get(n, n) for n in self.class_names)))
+        return replace(
+            self,
+            items=items,
+            class_names=tuple(dict.fromkeys(taken.get(n, n) for n in self.class_names)),
+        )
 
     def truth(self, class_names: Sequence[str]) -> tuple[IntArray, list[str]]:
         """Return the class id of each item, and the class names.
@@ -139,7 +164,10 @@ class Source:
 
     def without(self, columns: Sequence[str]) -> Source:
         """Return the items without some of their further columns."""
-        return replace(self, items=self.items.drop_columns([c for c in columns if c in self.items.column_names]))
+        return replace(
+            self,
+            items=self.items.drop_columns([c for c in columns if c in self.items.column_names]),
+        )
 
     def take(self, positions: Sequence[int] | IntArray) -> Source:
         """Return the items at ``positions``, in this order. The class names do not change."""
@@ -159,7 +187,9 @@ def _plain(label: str) -> str:
 def spelled_alike(names: Iterable[str]) -> dict[str, str]:
     """Map each name to an earlier name that differs only in case, ``_``, ``-`` or spaces, if there is one."""
     first: dict[str, str] = {}
-    return {name: known for name in names if (known := first.setdefault(_plain(name), name)) != name}
+    return {
+        name: known for name in names if (known := first.setdefault(_plain(name), name)) != name
+    }
 
 
 def of_images(
@@ -189,7 +219,9 @@ def check_lengths(texts: pa.Array | pa.ChunkedArray, name: str, what: str) -> No
     refuse_rows(is_long, name, f": {what} longer than {MAX_TEXT} characters")
 
 
-def refuse_rows(wrong: npt.ArrayLike, name: str, why: str | Callable[[int], str], start: int = 0) -> None:
+def refuse_rows(
+    wrong: npt.ArrayLike, name: str, why: str | Callable[[int], str], start: int = 0
+) -> None:
     """Raise InputError if any row is ``wrong``, with the numbers of these rows, counted from ``start``, and the reason.
 
     ``why`` can be a function of the position of the first wrong row.
@@ -214,10 +246,18 @@ def few_shot(labels: Sequence[Hashable], shots: int, seed: int | random.Random =
     groups: dict[Hashable, list[int]] = {}
     for position, label in enumerate(labels):
         groups.setdefault(label, []).append(position)
-    check_memory(ITEM_BYTES * shots * len(groups), f"{shots} shots of {len(groups)} classes", "draw fewer shots")
+    check_memory(
+        ITEM_BYTES * shots * len(groups),
+        f"{shots} shots of {len(groups)} classes",
+        "draw fewer shots",
+    )
     drawn: list[int] = []
     for group in groups.values():
-        drawn += generator.sample(group, shots) if len(group) >= shots else generator.choices(group, k=shots)
+        drawn += (
+            generator.sample(group, shots)
+            if len(group) >= shots
+            else generator.choices(group, k=shots)
+        )
     return drawn
 
 

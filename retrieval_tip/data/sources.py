@@ -23,19 +23,33 @@ from retrieval_tip.data.source import Source as Source
 from retrieval_tip.data.source import of_images as of_images
 from retrieval_tip.data.source import read_item as read_item
 from retrieval_tip.data.source import spelled_alike as spelled_alike
-from retrieval_tip.data.tables import FEATURE, SUFFIXES, InMemory, is_frame, items_of, renamed, texts
+from retrieval_tip.data.tables import (
+    FEATURE,
+    SUFFIXES,
+    InMemory,
+    is_frame,
+    items_of,
+    renamed,
+    texts,
+)
 from retrieval_tip.errors import InputError, counted, few, install, show
 
 log = logging.getLogger(__name__)
 
 Kind = Literal["image", "table", "bucket", "folder", "split file", "pattern"]
 """Kinds of paths. ``image`` is any other path, even a missing one."""
-PARTS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "dev"), "test": ("test", "testing")}
+PARTS = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation", "dev"),
+    "test": ("test", "testing"),
+}
 """Folder names for each part of a dataset."""
 
 TABLES = ("metadata.csv", "metadata.parquet")  # label tables in Hugging Face image folders
 
-HEIC = frozenset({".heic", ".heif", ".hif"})  # suffixes of phone photos that require the extra ``heic``
+HEIC = frozenset(
+    {".heic", ".heif", ".hif"}
+)  # suffixes of phone photos that require the extra ``heic``
 
 
 def is_web(where: str) -> bool:
@@ -98,7 +112,9 @@ def open_source(
     where = os.fspath(path)
     match kind_of(where):
         case "table":
-            return _open_table(where if remote.is_remote(where) else Path(where), root, labelled=labelled)
+            return _open_table(
+                where if remote.is_remote(where) else Path(where), root, labelled=labelled
+            )
         case "bucket":
             return _open_bucket(where, labelled=labelled)
         case "folder":
@@ -121,7 +137,9 @@ def of_features(
     features, or if a source or a label is empty or too long.
     """
     schema = tables.schema_of(parts or [Part(features.shape[1], FEATURE)], features.dtype)
-    return _open_table(InMemory.of(tables.table_of(schema, sources, labels, features), "features"), labelled=True)
+    return _open_table(
+        InMemory.of(tables.table_of(schema, sources, labels, features), "features"), labelled=True
+    )
 
 
 def open_inputs(arguments: Iterable[str], stdin: Iterable[str] = ()) -> Iterator[Source]:
@@ -146,7 +164,11 @@ def open_inputs(arguments: Iterable[str], stdin: Iterable[str] = ()) -> Iterator
         elif kind == "folder":
             paths += _images_in(Path(argument))
         elif kind == "pattern":
-            files = [match for match in sorted(glob.glob(argument, recursive=True)) if not os.path.isdir(match)]
+            files = [
+                match
+                for match in sorted(glob.glob(argument, recursive=True))
+                if not os.path.isdir(match)
+            ]
             if not files:
                 raise InputError(f"{show(argument)}: no file matches")
             waiting += files[::-1]
@@ -188,7 +210,9 @@ def refusal(where: str) -> InputError:
 
 
 def _open_folder(folder: Path, split: str | None, *, labelled: bool) -> Source:
-    if not labelled and not any(next(images.find(Path(i.path)), None) for i in images.subfolders(folder)):
+    if not labelled and not any(
+        next(images.find(Path(i.path)), None) for i in images.subfolders(folder)
+    ):
         return of_images(_images_in(folder), show(folder))
     folder = _part_of(folder, split)
     if (table := _table_in(folder)) is not None:
@@ -208,16 +232,29 @@ def _part_of(folder: Path, part: str | None) -> Path:
     Raises InputError if the part is missing.
     """
     called = {name: part for part, names in PARTS.items() for name in names}
-    there = {called.get(entry.name.lower()): Path(entry.path) for entry in images.subfolders(folder)}
-    if not there or None in there or not any(images.subfolders(path) or _table_in(path) for path in there.values()):
+    there = {
+        called.get(entry.name.lower()): Path(entry.path) for entry in images.subfolders(folder)
+    }
+    if (
+        not there
+        or None in there
+        or not any(images.subfolders(path) or _table_in(path) for path in there.values())
+    ):
         return folder
     wanted = called.get((part or "train").lower(), part or "train")
     names = [path.name for path in there.values()]
     if wanted not in there:
-        raise InputError(f"{show(folder)}: there is no part {wanted!r}; choose one with --split: {', '.join(names)}")
+        raise InputError(
+            f"{show(folder)}: there is no part {wanted!r}; choose one with --split: {', '.join(names)}"
+        )
     used = there[wanted]
     if others := [name for name in names if name != used.name]:
-        log.warning("%s: using its part %s, ignoring %s", show(folder), show(used.name), ", ".join(map(show, others)))
+        log.warning(
+            "%s: using its part %s, ignoring %s",
+            show(folder),
+            show(used.name),
+            ", ".join(map(show, others)),
+        )
     return used
 
 
@@ -227,7 +264,9 @@ def _read_folder(folder: Path) -> Source:
     photos: dict[str, list[str]] = {}
     for entry in images.subfolders(folder):
         if (name := show(entry.name)) in photos:
-            raise InputError(f"{show(folder)}: two class folders are called {name}; rename the one that is not UTF-8")
+            raise InputError(
+                f"{show(folder)}: two class folders are called {name}; rename the one that is not UTF-8"
+            )
         photos[name] = [str(path) for path in images.find(Path(entry.path), others)]
     empty = [name for name, paths in photos.items() if not paths]
     stray = [entry.name for entry in images.entries(folder) if os.path.isfile(entry.path)]
@@ -236,16 +275,25 @@ def _read_folder(folder: Path) -> Source:
     if empty:
         log.warning("%s: ignored folders without images: %s", show(folder), few(empty))
     if stray:
-        log.warning("%s: ignored %s outside the class folders", show(folder), counted(len(stray), "file"))
+        log.warning(
+            "%s: ignored %s outside the class folders", show(folder), counted(len(stray), "file")
+        )
     if others:
         log.warning("%s: ignored files that are not images: %s", show(folder), kinds(others))
     labels = [name for name, paths in photos.items() for _ in paths]
-    return of_images(list(chain.from_iterable(photos.values())), show(folder), labels, tuple(dict.fromkeys(labels)))
+    return of_images(
+        list(chain.from_iterable(photos.values())),
+        show(folder),
+        labels,
+        tuple(dict.fromkeys(labels)),
+    )
 
 
 def kinds(others: Counter[str]) -> str:
     """Describe the numbers of files by suffix, starting with the most frequent suffix."""
-    text = few([f"{number:,} {suffix or 'without a suffix'}" for suffix, number in others.most_common()])
+    text = few(
+        [f"{number:,} {suffix or 'without a suffix'}" for suffix, number in others.most_common()]
+    )
     return text + (f"; to read HEIC, run {install('heic')}" if HEIC & others.keys() else "")
 
 
@@ -273,16 +321,26 @@ def _open_bucket(where: str, *, labelled: bool) -> Source:
     scheme, _, name = where.partition("://")
     base = f"{scheme}://{name.strip('/')}/"
     known = images.extensions()
-    paths = [url for url in remote.find(where) if Path(url).suffix.lower() in known and url.startswith(base)]
+    paths = [
+        url
+        for url in remote.find(where)
+        if Path(url).suffix.lower() in known and url.startswith(base)
+    ]
     if not paths:
         raise InputError(f"{show(where)}: no images or Parquet file found")
-    labels = [path.removeprefix(base).rpartition("/")[0].partition("/")[0] or None for path in paths]
+    labels = [
+        path.removeprefix(base).rpartition("/")[0].partition("/")[0] or None for path in paths
+    ]
     if labelled and None in labels:
-        raise InputError(f"{show(paths[labels.index(None)])}: not in a class folder of {show(where)}")
+        raise InputError(
+            f"{show(paths[labels.index(None)])}: not in a class folder of {show(where)}"
+        )
     return of_images(paths, show(where), labels)
 
 
-def _open_table(file: tables.Place, root: str | os.PathLike[str] | None = None, *, labelled: bool) -> Source:
+def _open_table(
+    file: tables.Place, root: str | os.PathLike[str] | None = None, *, labelled: bool
+) -> Source:
     name = show(file)
     items, table = items_of(file)
     if not len(items):
@@ -297,10 +355,15 @@ def _open_table(file: tables.Place, root: str | os.PathLike[str] | None = None, 
     if labelled or "label" in items.column_names:
         front["label"] = texts(items, name, "label", needed=labelled, hint=hint)
     items = pa.table(front | {c: items[c] for c in items.column_names if c not in (key, *front)})
-    names = tuple(sorted(pc.unique(items["label"]).drop_null().to_pylist())) if "label" in front else ()
+    names = (
+        tuple(sorted(pc.unique(items["label"]).drop_null().to_pylist())) if "label" in front else ()
+    )
     if table is not None:
         return Source(name, items, names, table=table, rows=np.arange(len(items)))
     folder = root or (file.parent if isinstance(file, Path) else os.fspath(file).rpartition("/")[0])
-    paths = [path if remote.is_remote(path) else os.path.join(folder, path) for path in items["source"].to_pylist()]
+    paths = [
+        path if remote.is_remote(path) else os.path.join(folder, path)
+        for path in items["source"].to_pylist()
+    ]
     items = items.set_column(0, "source", pa.array([show(path) for path in paths], pa.string()))
     return Source(name, items, names, tuple(paths))

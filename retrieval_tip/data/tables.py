@@ -28,7 +28,14 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from retrieval_tip.arrays import FloatArray, IntArray
-from retrieval_tip.backbones.base import Backbone, Identity, Part, identity_of, same_backbone, side_by_side
+from retrieval_tip.backbones.base import (
+    Backbone,
+    Identity,
+    Part,
+    identity_of,
+    same_backbone,
+    side_by_side,
+)
 from retrieval_tip.data import remote
 from retrieval_tip.data.source import Source, check_lengths, refuse_rows
 from retrieval_tip.errors import (
@@ -55,12 +62,18 @@ NAMES = {
 }
 """Accepted column names. If a table has several of these columns, the one that comes first in this list is used."""
 SUFFIXES = (".csv", ".tsv", ".parquet")
-RUN, COMPLETE = "_run.json", "_complete.json"  # the description of a folder of parts, and the mark of a complete one
+RUN, COMPLETE = (
+    "_run.json",
+    "_complete.json",
+)  # the description of a folder of parts, and the mark of a complete one
 IDENTITY_KEY = b"retrieval_tip.backbone"
 NORM_TOLERANCE = 0.01
 MOST_KEPT = 1e9  # largest norm that ``norms="keep"`` accepts; the squared product of two features then fits float32
 MAX_ROWS = 2**31 - 1  # largest number of rows; even a tiny file can declare any number
-MOST_GROUPED, MOST_GROUPS = 100_000, 1 << 24  # classes and bytes of a table of groups, which every manifest has
+MOST_GROUPED, MOST_GROUPS = (
+    100_000,
+    1 << 24,
+)  # classes and bytes of a table of groups, which every manifest has
 MOST_LEVELS = 16  # levels of groups above the classes
 GROUP_ROWS = 1024  # smallest number of rows in a Parquet row group
 TABLE_ROWS = 8192  # largest number of features that are read at a time
@@ -120,7 +133,9 @@ def table_files(table: Place) -> Sequence[Place]:
     ):
         return [table]
     if not _holds(where, COMPLETE):
-        raise InputError(f"{show(where)}: some parts are missing; run the command that writes it again")
+        raise InputError(
+            f"{show(where)}: some parts are missing; run the command that writes it again"
+        )
     return part_files(where)
 
 
@@ -144,7 +159,9 @@ def items_of(file: Place, most: int = MAX_ROWS) -> tuple[pa.Table, FeatureTable 
     for parquet, start, part in table.parquets():
         columns = parquet.schema_arrow.names
         feature = feature_column(parquet.schema_arrow)
-        unnamed = not set(NAMES["path"]) & set(columns) and any(is_vector(one.type) for one in parquet.schema_arrow)
+        unnamed = not set(NAMES["path"]) & set(columns) and any(
+            is_vector(one.type) for one in parquet.schema_arrow
+        )
         end = start + parquet.metadata.num_rows
         has_features = feature is not None or unnamed
         _check(columns, end, most, name)
@@ -199,7 +216,9 @@ def _sound(items: pa.Table, name: str) -> pa.Table:
     for column in items.column_names:
         with reading(f"{name}: column {column!r}"):
             items[column].validate(full=True)
-    items = items.cast(pa.schema([field.with_type(kinds.get(field.type, field.type)) for field in items.schema]))
+    items = items.cast(
+        pa.schema([field.with_type(kinds.get(field.type, field.type)) for field in items.schema])
+    )
     items.slice(0, 1).take(pa.array([0][: len(items)], pa.int64()))  # fails for views inside lists
     return items
 
@@ -209,7 +228,9 @@ def open_parquet(file: Place) -> pq.ParquetFile:
     with reading(show(file)):
         if remote.is_remote(file):
             with remote.reaching(file):
-                remote.system_of(file).info(file)  # obstore would report a missing object later, outside any handler
+                remote.system_of(file).info(
+                    file
+                )  # obstore would report a missing object later, outside any handler
                 raw = pa.PythonFile(remote.system_of(file).open(file, "rb"), "r")
         else:
             raw = pa.BufferReader(_content(file))
@@ -240,7 +261,9 @@ def _read_csv(file: Place) -> pa.Table:
             pa.BufferReader(data),
             pyarrow.csv.ReadOptions(encoding=encoding),
             pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
-            pyarrow.csv.ConvertOptions(default_column_type=pa.string(), strings_can_be_null=True, null_values=[""]),
+            pyarrow.csv.ConvertOptions(
+                default_column_type=pa.string(), strings_can_be_null=True, null_values=[""]
+            ),
         )
 
 
@@ -262,14 +285,18 @@ def _check(columns: Sequence[str], number: int, most: int, name: str) -> None:
         raise InputError(f"{name}: {number:,} rows; expected at most {most:,}")
 
 
-def texts(items: pa.Table, name: str, what: str, *, needed: bool = True, hint: str = "") -> pa.ChunkedArray:
+def texts(
+    items: pa.Table, name: str, what: str, *, needed: bool = True, hint: str = ""
+) -> pa.ChunkedArray:
     """Read a column of ids, paths or labels as text. Blank values count as missing, and integers are converted.
 
     Raises InputError if there is no such column, if a value is not text or is too long, or if one is missing but
     ``needed``. ``hint`` says which columns a table needs.
     """
     if what not in items.column_names:
-        raise InputError(f"{name}: no column {what!r} among {message(', '.join(items.column_names))}{hint}")
+        raise InputError(
+            f"{name}: no column {what!r} among {message(', '.join(items.column_names))}{hint}"
+        )
     column = items[what]
     kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
     is_text = kind in (pa.string(), pa.large_string(), pa.string_view())
@@ -279,7 +306,9 @@ def texts(items: pa.Table, name: str, what: str, *, needed: bool = True, hint: s
         values = column.cast(kind).cast(pa.string())
     values = pc.if_else(pc.equal(pc.utf8_trim_whitespace(values), ""), None, values)
     if needed:
-        refuse_rows(values.is_null(), name, f" without {'an' if what[0] in 'aeiou' else 'a'} {what}")
+        refuse_rows(
+            values.is_null(), name, f" without {'an' if what[0] in 'aeiou' else 'a'} {what}"
+        )
     check_lengths(values, name, what)
     return values
 
@@ -292,12 +321,24 @@ def read_groups(table: str | os.PathLike[str] | bytes, class_names: Sequence[str
     name = "groups" if isinstance(table, bytes) else show(table)
     with reading(name):
         data = table if isinstance(table, bytes) else map_regular(table)
-    if len(data) > MOST_GROUPS or (items := items_of(InMemory(name, data), MOST_GROUPED)[0]).nbytes > MOST_GROUPS:
-        raise InputError(f"{name}: larger than {MOST_GROUPS:,} bytes; keep the classes of the index")
+    if (
+        len(data) > MOST_GROUPS
+        or (items := items_of(InMemory(name, data), MOST_GROUPED)[0]).nbytes > MOST_GROUPS
+    ):
+        raise InputError(
+            f"{name}: larger than {MOST_GROUPS:,} bytes; keep the classes of the index"
+        )
     if (levels := items.num_columns - 1) > MOST_LEVELS:
         raise InputError(f"{name}: {levels:,} levels of groups; keep at most {MOST_LEVELS}")
-    columns = {one: texts(items, name, one, needed=not at) for at, one in enumerate(items.column_names)}
-    rows = list(zip(*(pc.utf8_trim_whitespace(values).to_pylist() for values in columns.values()), strict=True))
+    columns = {
+        one: texts(items, name, one, needed=not at) for at, one in enumerate(items.column_names)
+    }
+    rows = list(
+        zip(
+            *(pc.utf8_trim_whitespace(values).to_pylist() for values in columns.values()),
+            strict=True,
+        )
+    )
     for label, times in Counter(row[0] for row in rows).most_common(1):
         if times > 1:
             raise InputError(f"{name}: class {label!r} occurs twice; keep one row")
@@ -316,7 +357,11 @@ def not_in_index(class_names: Sequence[str]) -> str:
 
 
 def check_backbone(
-    identity: Identity | None, d: int, backbone: Backbone | None, sources: Sequence[Source], parts: Sequence[Part] = ()
+    identity: Identity | None,
+    d: int,
+    backbone: Backbone | None,
+    sources: Sequence[Source],
+    parts: Sequence[Part] = (),
 ) -> None:
     """Check that ``backbone`` and ``sources`` fit an index whose features have ``d`` values and come from ``identity``.
 
@@ -335,7 +380,9 @@ def check_backbone(
             found = source.table.parts(parts)
             same_backbone(identity_of(found), identity, source.name)
             if (dim := sum(part.width for part in found)) != d:
-                raise InputError(f"{source.name}: its features have {dim} values; the index has {d}")
+                raise InputError(
+                    f"{source.name}: its features have {dim} values; the index has {d}"
+                )
 
 
 class FeatureTable:
@@ -372,7 +419,8 @@ class FeatureTable:
             with reading(name):
                 for batch in file.iter_batches(1, columns=[part.column for part in found]):
                     return tuple(
-                        replace(part, width=_matrix(batch.column(part.column), 0, 0, name).shape[1]) for part in found
+                        replace(part, width=_matrix(batch.column(part.column), 0, 0, name).shape[1])
+                        for part in found
                     )
         raise InputError(f"{self.name}: has no rows")
 
@@ -382,7 +430,9 @@ class FeatureTable:
             return identity_of(self.parts(wanted))
         return None
 
-    def features(self, rows: IntArray, norms: Norms, wanted: Sequence[Part] = ()) -> Iterator[tuple[slice, FloatArray]]:
+    def features(
+        self, rows: IntArray, norms: Norms, wanted: Sequence[Part] = ()
+    ) -> Iterator[tuple[slice, FloatArray]]:
         """Yield the features of some ``rows``, which are ascending, in blocks, and which of the rows each block has.
 
         Raises InputError if a row has no usable feature. If there are several parts, their columns are joined (see
@@ -390,16 +440,24 @@ class FeatureTable:
         """
         parts = self.parts(wanted)
         for file, begins, name in self.parquets():
-            sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+            sizes = [
+                file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)
+            ]
             starts = np.cumsum([begins, *sizes])
-            groups = np.flatnonzero(np.diff(np.searchsorted(rows, starts)))  # those that contain some of the rows
+            groups = np.flatnonzero(
+                np.diff(np.searchsorted(rows, starts))
+            )  # those that contain some of the rows
             if not groups.size:
                 continue
             at = int(starts[groups[0]])
             groups = np.arange(groups[0], groups[-1] + 1)
             with reading(name):
-                columns = [part.column for part in _columns(file.schema_arrow, name, wanted or parts)]
-                for batch in file.iter_batches(TABLE_ROWS, row_groups=groups.tolist(), columns=columns):
+                columns = [
+                    part.column for part in _columns(file.schema_arrow, name, wanted or parts)
+                ]
+                for batch in file.iter_batches(
+                    TABLE_ROWS, row_groups=groups.tolist(), columns=columns
+                ):
                     low, high = np.searchsorted(rows, (at, at + len(batch)))
                     if low < high:
                         made = []
@@ -421,11 +479,18 @@ def _columns(schema: pa.Schema, name: str, wanted: Sequence[Part]) -> list[Part]
     If no parts are wanted, return all columns that name their own backbone if there are several, or else the main
     column. Raises BackboneError if a column names another backbone than its part.
     """
-    own = {field.name: _identity_of(field, schema, name) for field in schema if is_vector(field.type)}
-    named = {identity.fingerprint: column for column, identity in own.items() if identity is not None}
+    own = {
+        field.name: _identity_of(field, schema, name) for field in schema if is_vector(field.type)
+    }
+    named = {
+        identity.fingerprint: column for column, identity in own.items() if identity is not None
+    }
     several = [field.name for field in schema if IDENTITY_KEY in (field.metadata or {})]
     main = several if len(several) > 1 else [feature_column(schema) or FEATURE]
-    columns = [named.get(part.identity.fingerprint if part.identity else "", part.column) for part in wanted] or main
+    columns = [
+        named.get(part.identity.fingerprint if part.identity else "", part.column)
+        for part in wanted
+    ] or main
     for column in columns:
         if schema.names.count(column) != 1:
             raise InputError(
@@ -461,11 +526,18 @@ def _matrix(column: pa.Array, start: int, dim: int, name: str) -> FloatArray:
     dim = dim or int(lengths[0])
     if not dim:
         raise InputError(f"{name}: row {start} has no values")
-    refuse_rows(lengths != dim, name, lambda row: f" with {lengths[row]} values; earlier rows have {dim}", start)
+    refuse_rows(
+        lengths != dim,
+        name,
+        lambda row: f" with {lengths[row]} values; earlier rows have {dim}",
+        start,
+    )
     values = column.flatten()
     missing = np.asarray(values.is_null()).reshape(-1, dim).any(axis=1)
     refuse_rows(missing, name, " with a missing value in the feature", start)
-    with np.errstate(over="ignore"):  # values that are too large become infinite and are then rejected
+    with np.errstate(
+        over="ignore"
+    ):  # values that are too large become infinite and are then rejected
         return np.asarray(values, np.float32).reshape(-1, dim)
 
 
@@ -477,7 +549,9 @@ def check_norms(features: FloatArray, start: int, norms: Norms, name: str) -> Fl
     refuse_rows(~np.isfinite(lengths), name, ": the feature contains NaN or infinity", start)
     if norms == "keep":
         advice = "too large for float32; scale rows to norm 1 (norms unit)"
-        refuse_rows(lengths > MOST_KEPT, name, lambda row: f": norm {lengths[row]:.4g}, {advice}", start)
+        refuse_rows(
+            lengths > MOST_KEPT, name, lambda row: f": norm {lengths[row]:.4g}, {advice}", start
+        )
         return features
     refuse_rows(lengths == 0, name, ": the feature is zero, so it has no direction", start)
     if norms == "unit":
@@ -489,15 +563,22 @@ def check_norms(features: FloatArray, start: int, norms: Norms, name: str) -> Fl
     return features
 
 
-def schema_of(parts: Sequence[Part], dtype: npt.DTypeLike, further: Sequence[pa.Field] = ()) -> pa.Schema:
+def schema_of(
+    parts: Sequence[Part], dtype: npt.DTypeLike, further: Sequence[pa.Field] = ()
+) -> pa.Schema:
     """Return the schema of a feature table: ``id``, ``label``, one column of features for each part, and ``further``.
 
     A single column of features has the metadata of the table.
     """
-    named = [{IDENTITY_KEY: json.dumps(part.identity.to_dict())} if part.identity else None for part in parts]
+    named = [
+        {IDENTITY_KEY: json.dumps(part.identity.to_dict())} if part.identity else None
+        for part in parts
+    ]
     features = [
         pa.field(
-            part.column, pa.list_(pa.from_numpy_dtype(dtype), part.width), metadata=own if len(parts) > 1 else None
+            part.column,
+            pa.list_(pa.from_numpy_dtype(dtype), part.width),
+            metadata=own if len(parts) > 1 else None,
         )
         for part, own in zip(parts, named, strict=True)
     ]
@@ -517,7 +598,8 @@ def table_of(
     ends = np.cumsum([schema.field(column).type.list_size for column in columns])[:-1]
     scale = features.dtype.type(len(columns) ** 0.5)  # undoes side_by_side
     made = {
-        column: vectors(part * scale) for column, part in zip(columns, np.split(features, ends, axis=1), strict=True)
+        column: vectors(part * scale)
+        for column, part in zip(columns, np.split(features, ends, axis=1), strict=True)
     }
     return pa.table({"id": ids, "label": labels, **made, **further}, schema=schema)
 
@@ -536,15 +618,23 @@ def row_groups_of(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
 
 def vectors(rows: npt.NDArray[np.generic]) -> pa.FixedSizeListArray:
     """Convert an array of shape ``[m, d]`` to a column of fixed-size lists."""
-    return pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(rows).reshape(-1)), rows.shape[1])
+    return pa.FixedSizeListArray.from_arrays(
+        pa.array(np.ascontiguousarray(rows).reshape(-1)), rows.shape[1]
+    )
 
 
-def parquet_writer(target: IO[bytes], schema: pa.Schema, compression: str = "snappy") -> pq.ParquetWriter:
+def parquet_writer(
+    target: IO[bytes], schema: pa.Schema, compression: str = "snappy"
+) -> pq.ParquetWriter:
     """Open a Parquet writer that uses dictionaries only for text, because numbers rarely repeat."""
     empty = io.BytesIO()
     pq.write_metadata(schema, empty)  # names the columns inside lists and structs
     columns = pq.ParquetFile(empty).schema
-    text = [one.path for one in map(columns.column, range(len(columns))) if one.logical_type.type == "STRING"]
+    text = [
+        one.path
+        for one in map(columns.column, range(len(columns)))
+        if one.logical_type.type == "STRING"
+    ]
     return pq.ParquetWriter(target, schema, use_dictionary=text, compression=compression)
 
 

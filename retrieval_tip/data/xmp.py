@@ -40,7 +40,9 @@ _EMPTY = b"""<?xpacket begin="\xef\xbb\xbf" id="W5M0MpCehiHzreSzNTczkc9d"?>
 </x:xmpmeta>
 <?xpacket end="w"?>
 """
-_TAG = re.compile(rb"""</?([^\s/>]++)(?:[^>"']++|"[^"]*+"|'[^']*+')*+>""")  # possessive, to save memory
+_TAG = re.compile(
+    rb"""</?([^\s/>]++)(?:[^>"']++|"[^"]*+"|'[^']*+')*+>"""
+)  # possessive, to save memory
 _ATTRIBUTE = re.compile(rb"""\s+(?!xmlns[:\s=])[^\s=]+\s*=\s*(?:"[^"]*"|'[^']*')""")
 
 
@@ -89,7 +91,9 @@ class _Document:
     def values(self, name: str) -> list[str]:
         """Return the values of a list."""
         own, others = self._find(name)
-        return [item.text or "" for bag in own for item in bag] + [value for *_, values in others for value in values]
+        return [item.text or "" for bag in own for item in bag] + [
+            value for *_, values in others for value in values
+        ]
 
     def change(self, name: str, removed: set[str], added: Sequence[str]) -> None:
         """Remove and add values of a list, which becomes an rdf:Bag, or is cut if it has no values left."""
@@ -109,14 +113,22 @@ class _Document:
             self._append(own[0], content)
         elif new:
             tag = name.encode()
-            self._missing += b"\n   <%s>\n    <rdf:Bag>%s\n    </rdf:Bag>\n   </%s>" % (tag, content, tag)
+            self._missing += b"\n   <%s>\n    <rdf:Bag>%s\n    </rdf:Bag>\n   </%s>" % (
+                tag,
+                content,
+                tag,
+            )
 
     def edited(self) -> bytes:
         """Return the document with all changes."""
         if self._missing:
             names = (f"{_RDF}about", "about")
-            about = [value for node in self._rdf for name, value in node.attrib.items() if name in names] or [""]
-            declared = "".join(f'\n    xmlns:{prefix}="{uri}"' for prefix, uri in _NAMESPACES.items())
+            about = [
+                value for node in self._rdf for name, value in node.attrib.items() if name in names
+            ] or [""]
+            declared = "".join(
+                f'\n    xmlns:{prefix}="{uri}"' for prefix, uri in _NAMESPACES.items()
+            )
             start = f"\n  <rdf:Description rdf:about={quoteattr(about[0])}{declared}>".encode()
             self._append(self._rdf, start + self._missing + b"\n  </rdf:Description>")
         pieces = list[bytes]()
@@ -141,11 +153,19 @@ class _Document:
         for one in (one for node in self._rdf for one in node if one.tag == tag):
             parts = [*one.iter()]
             (start, _, end) = self._places[one]
-            is_plain = not any(part.attrib for part in parts) and not re.search(rb"<[!?]", self._data[start:end])
-            if not len(own) and [bag.tag for bag in one] == [_BAG] and {item.tag for item in one[0]} <= {_ITEM}:
+            is_plain = not any(part.attrib for part in parts) and not re.search(
+                rb"<[!?]", self._data[start:end]
+            )
+            if (
+                not len(own)
+                and [bag.tag for bag in one] == [_BAG]
+                and {item.tag for item in one[0]} <= {_ITEM}
+            ):
                 own = one
             elif {part.tag for part in parts} <= {tag, _BAG, *_OTHERS, _ITEM} and is_plain:
-                others.append((start, end, [part.text for part in parts if part.text and part.text.strip()]))
+                others.append(
+                    (start, end, [part.text for part in parts if part.text and part.text.strip()])
+                )
             else:
                 raise InputError(f"has {name} in another form than a list of keywords")
         return own, others

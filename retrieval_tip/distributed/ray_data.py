@@ -78,7 +78,10 @@ def cut(source: Source) -> list[Source]:
     most = ROWS if source.paths is None else IMAGES
     size = max(most // 16, min(most, len(source) // PIECES))
     unnamed = replace(source, class_names=())
-    return [unnamed.take(range(start, min(start + size, len(source)))) for start in range(0, len(source), size)]
+    return [
+        unnamed.take(range(start, min(start + size, len(source))))
+        for start in range(0, len(source), size)
+    ]
 
 
 def write_parts(
@@ -97,7 +100,9 @@ def write_parts(
     """
     folder = PartsFolder(out)
     pickled = {f"{number:06}": pickle.dumps(piece) for number, piece in enumerate(pieces)}
-    rows_depend_on = replace(work, reader=replace(work.reader, batch_size=None, workers=1, strict=False))
+    rows_depend_on = replace(
+        work, reader=replace(work.reader, batch_size=None, workers=1, strict=False)
+    )
     complete = folder.claim(hashlib.sha256(pickle.dumps((rows_depend_on, pickled))).hexdigest())
     kept = folder.rows()
     missing: list[dict[str, object]] = [
@@ -115,12 +120,16 @@ def write_parts(
         )
     skipped = list(dict.fromkeys(chain.from_iterable(failed.values())))
     if not rows:
-        raise InputError(f"no item could be read ({skipped[0] if skipped else 'the source is empty'})")
+        raise InputError(
+            f"no item could be read ({skipped[0] if skipped else 'the source is empty'})"
+        )
     folder.files.pipe_file(COMPLETE, b"{}")
     return sum(rows.values()), len(kept), skipped
 
 
-def _stream(work: Work, missing: list[dict[str, object]], folder: PartsFolder, device: str, progress: bool) -> None:
+def _stream(
+    work: Work, missing: list[dict[str, object]], folder: PartsFolder, device: str, progress: bool
+) -> None:
     import ray
     from ray import data
 
@@ -135,7 +144,12 @@ def _stream(work: Work, missing: list[dict[str, object]], folder: PartsFolder, d
         Worker,
         batch_size=1,
         batch_format="pyarrow",
-        fn_constructor_args=(work, folder.place, "cpu" if device == "auto" and not gpus else device, Path.cwd()),
+        fn_constructor_args=(
+            work,
+            folder.place,
+            "cpu" if device == "auto" and not gpus else device,
+            Path.cwd(),
+        ),
         compute=data.ActorPoolStrategy(min_size=1, initial_size=actors, max_size=actors),
         num_cpus=cpus,
         num_gpus=gpus,
@@ -153,15 +167,21 @@ def _stream(work: Work, missing: list[dict[str, object]], folder: PartsFolder, d
         cause = getattr(error, "cause", None) or error
         if isinstance(cause, RetrievalTipError):
             raise type(cause)(first_line(cause)) from None  # omits the lines that Ray adds
-        raise InputError(f"Ray failed ({first_line(cause)}); run the command again for the missing parts") from error
+        raise InputError(
+            f"Ray failed ({first_line(cause)}); run the command again for the missing parts"
+        ) from error
 
 
 @contextmanager
 def connected(address: str) -> Iterator[None]:
     """Connect to the cluster at ``address``, or start a cluster on this machine (``local``), until the context ends."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # otherwise, messages bypass the Python loggers
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a warning of old Ray releases
+    os.environ.setdefault(
+        "RAY_BACKEND_LOG_LEVEL", "fatal"
+    )  # otherwise, messages bypass the Python loggers
+    os.environ.setdefault(
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"
+    )  # silences a warning of old Ray releases
     try:
         import ray
     except ImportError:
@@ -172,8 +192,12 @@ def connected(address: str) -> Iterator[None]:
             socket.create_connection((host.strip("[]"), int(port)), PATIENCE).close()
         ray.init(address=address, log_to_driver=False, logging_level=logging.CRITICAL)
     except (RuntimeError, ValueError, OverflowError, OSError) as error:
-        remedy = "reinstall Ray" if address == "local" else "give HOST:PORT of the head of a Ray cluster"
-        raise UsageError(f"--ray {address}: cannot be used ({first_line(error)}); {remedy}") from None
+        remedy = (
+            "reinstall Ray" if address == "local" else "give HOST:PORT of the head of a Ray cluster"
+        )
+        raise UsageError(
+            f"--ray {address}: cannot be used ({first_line(error)}); {remedy}"
+        ) from None
     try:
         yield
     finally:
@@ -222,7 +246,9 @@ class Worker:
         if work.backbone is None:
             return replace(work.reader, empty=True)
         cache = None if work.cache is None else EncodingCache(work.cache)
-        return replace(work.reader, backbone=work.backbone(device=self._device), cache=cache, empty=True)
+        return replace(
+            work.reader, backbone=work.backbone(device=self._device), cache=cache, empty=True
+        )
 
 
 class PartsFolder:
@@ -244,7 +270,9 @@ class PartsFolder:
         names = self.files.find("")
         run = json.dumps({"run": digest}).encode()
         if names and (RUN not in names or self.files.cat_file(RUN) != run):
-            raise UsageError(f"{show(self.place)}: holds other files, or parts of another run; give another folder")
+            raise UsageError(
+                f"{show(self.place)}: holds other files, or parts of another run; give another folder"
+            )
         self.files.pipe_file(RUN, run)
         return COMPLETE in names
 
@@ -256,7 +284,9 @@ class PartsFolder:
             try:
                 number = open_parquet(file).metadata.num_rows
             except InputError:
-                if remote.is_remote(self.place):  # remote files are never incomplete, so the service did not answer
+                if remote.is_remote(
+                    self.place
+                ):  # remote files are never incomplete, so the service did not answer
                     raise
                 number = None
             if number is None or part in rows:
@@ -268,4 +298,7 @@ class PartsFolder:
     def failed(self) -> dict[str, list[Skipped]]:
         """Return the inputs of each piece that could not be read."""
         names = sorted(self.files.find(FAILED))
-        return {Path(name).stem: [Skipped(*one) for one in json.loads(self.files.cat_file(name))] for name in names}
+        return {
+            Path(name).stem: [Skipped(*one) for one in json.loads(self.files.cat_file(name))]
+            for name in names
+        }

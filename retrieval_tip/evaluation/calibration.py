@@ -55,7 +55,13 @@ def reliability(confidence: npt.ArrayLike, right: npt.ArrayLike, bins: int) -> l
     of = np.searchsorted(edges[1:-1], p, side="left")
     inside = [(m, of == m) for m in np.unique(of).tolist()]
     return [
-        Bin(float(edges[m]), float(edges[m + 1]), int(own.sum()), float(p[own].mean()), float(hit[own].mean()))
+        Bin(
+            float(edges[m]),
+            float(edges[m + 1]),
+            int(own.sum()),
+            float(p[own].mean()),
+            float(hit[own].mean()),
+        )
         for m, own in inside
     ]
 
@@ -66,7 +72,10 @@ def expected_calibration_error(confidence: npt.ArrayLike, right: npt.ArrayLike) 
     See :func:`reliability` for the bins. The estimate is biased upwards if the bins contain few answers.
     """
     curve = reliability(confidence, right, BINS)
-    return float(sum(own.n * abs(own.accuracy - own.confidence) for own in curve) / sum(own.n for own in curve))
+    return float(
+        sum(own.n * abs(own.accuracy - own.confidence) for own in curve)
+        / sum(own.n for own in curve)
+    )
 
 
 def fit_temperature(logits: npt.ArrayLike | Tensor, labels: npt.ArrayLike | Tensor) -> float:
@@ -114,13 +123,20 @@ def calibrate(index: Index, source: Source, reader: Reader) -> tuple[Index, Cali
     before = index.settings.temperature
 
     def error(temperature: float) -> float:
-        confidence = [tip.probabilities(logits[part], temperature).amax(1) for part in slices(len(y), ROWS)]
+        confidence = [
+            tip.probabilities(logits[part], temperature).amax(1) for part in slices(len(y), ROWS)
+        ]
         return expected_calibration_error(torch.cat(confidence).numpy(), right.numpy())
 
     if bool(right.all()):
-        log.warning("%s: every answer is right, so all probabilities will be about 1; use more photos", source.name)
+        log.warning(
+            "%s: every answer is right, so all probabilities will be about 1; use more photos",
+            source.name,
+        )
     fitted = fit_temperature(logits, y)
     made = index.with_settings(replace(index.settings, temperature=fitted), chosen=True)
     provenance = index.provenance | {"temperature": f"fitted on {source.name}, n={len(y)}"}
     made = made.altered(provenance=provenance).save(index.folder, "calibrate")
-    return made, Calibration(fitted, len(y), float(right.double().mean()), error(before), error(fitted))
+    return made, Calibration(
+        fitted, len(y), float(right.double().mean()), error(before), error(fitted)
+    )

@@ -22,7 +22,9 @@ SIGNIFICANT = 0.05
 
 UNUSUAL = ("held_out", "unknown", "known_top1", "known_no_match", "unknown_no_match", "auroc")
 """The figures of an evaluation about its own shots and unknown classes."""
-DIFFERENCES = pa.schema({name: pa.string() for name in ("input", "label", "answer_a", "answer_b", "right")})
+DIFFERENCES = pa.schema(
+    {name: pa.string() for name in ("input", "label", "answer_a", "answer_b", "right")}
+)
 """The columns of the photos with different answers. ``right`` is A, B or neither, or null without labels."""
 
 
@@ -59,9 +61,18 @@ class Compared:
 
     def to_dict(self) -> dict[str, object]:
         """Return the figures and the differences that ``compare --json`` prints."""
-        facts: dict[str, object] = {"a": self.names[0], "b": self.names[1], "n": self.n, "skipped": len(self.skipped)}
+        facts: dict[str, object] = {
+            "a": self.names[0],
+            "b": self.names[1],
+            "n": self.n,
+            "skipped": len(self.skipped),
+        }
         for side, own, alone in zip("ab", self.evaluations or (), self.alone, strict=False):
-            facts |= {f"top1_{side}": own.top1, f"interval_95_{side}": list(own.interval), f"only_{side}_right": alone}
+            facts |= {
+                f"top1_{side}": own.top1,
+                f"interval_95_{side}": list(own.interval),
+                f"only_{side}_right": alone,
+            }
             facts |= {f"{name}_{side}": getattr(own, name) for name in UNUSUAL}
         return facts | {"p_value": self.p_value, "differences": self.differences.to_pylist()}
 
@@ -69,21 +80,31 @@ class Compared:
         (a, b) = self.names
         m = len(self.differences)
         photos = counted(self.n, "photo")
-        differ = f"They give different answers to {counted(m, 'photo')}" if m else "They give the same answers"
+        differ = (
+            f"They give different answers to {counted(m, 'photo')}"
+            if m
+            else "They give the same answers"
+        )
         if self.evaluations is None or self.p_value is None:
             return f"{a} and {b} classify {photos}. {differ}."
         first, second = (
-            f"{100 * low:.0f} to {100 * high:.0f} %)" for low, high in (x.interval for x in self.evaluations)
+            f"{100 * low:.0f} to {100 * high:.0f} %)"
+            for low, high in (x.interval for x in self.evaluations)
         )
         top1, other = (100 * own.top1 for own in self.evaluations)
-        text = (
-            f"{a} is right on {top1:.1f} % of {photos} (95 % interval {first}, {b} on {other:.1f} % ({second}. {differ}"
+        text = f"{a} is right on {top1:.1f} % of {photos} (95 % interval {first}, "
+        text += f"{b} on {other:.1f} % ({second}. {differ}"
+        text += (
+            f": only {a} is right on {self.alone[0]:,}, only {b} on {self.alone[1]:,}" if m else ""
         )
-        text += f": only {a} is right on {self.alone[0]:,}, only {b} on {self.alone[1]:,}" if m else ""
         better = f"{a if self.alone[0] > self.alone[1] else b} is significantly better"
         verdict = better if self.p_value < SIGNIFICANT else "The difference is not significant"
         p = "p < 0.001" if self.p_value < 0.001 else f"p = {self.p_value:.2g}"
-        notes = (note for pair in zip(self.names, self.evaluations, strict=True) for note in _notes(*pair))
+        notes = (
+            note
+            for pair in zip(self.names, self.evaluations, strict=True)
+            for note in _notes(*pair)
+        )
         return " ".join([f"{text}. {verdict} ({p}, McNemar's test).", *notes])
 
 
@@ -116,22 +137,32 @@ def compare(a: Side, b: Side, source: Source) -> Compared:
     """
     if not len(source):
         raise InputError(f"{source.name}: has no items")
-    labelled = "label" in source.items.column_names and source.items["label"].null_count < len(source)
-    first, second = (answers_of(side.index, source, side.reader, labelled=labelled) for side in (a, b))
-    rows, *places = np.intersect1d(first.positions, second.positions, assume_unique=True, return_indices=True)
+    labelled = "label" in source.items.column_names and source.items["label"].null_count < len(
+        source
+    )
+    first, second = (
+        answers_of(side.index, source, side.reader, labelled=labelled) for side in (a, b)
+    )
+    rows, *places = np.intersect1d(
+        first.positions, second.positions, assume_unique=True, return_indices=True
+    )
     if not len(rows):
         raise InputError(f"{source.name}: no photo could be read by both sides")
     first = first.take(places[0])
     second = second.take(places[1])
     labels = source.labels if labelled else []
     alike = spelled_alike([*sorted(set(labels)), *a.index.class_names, *b.index.class_names])
-    named_a, named_b = (np.array([alike.get(name, name) for name in one.named()]) for one in (first, second))
+    named_a, named_b = (
+        np.array([alike.get(name, name) for name in one.named()]) for one in (first, second)
+    )
     differ = np.flatnonzero((named_a != named_b) | (first.right != second.right))
     winner = np.where(first.right, "A", np.where(second.right, "B", "neither"))
     none = [None] * len(differ)
     columns = {
         "input": source.items["source"].take(pa.array(rows[differ])),
-        "label": [alike.get(labels[row], labels[row]) for row in rows[differ]] if labelled else none,
+        "label": [alike.get(labels[row], labels[row]) for row in rows[differ]]
+        if labelled
+        else none,
         "answer_a": named_a[differ],
         "answer_b": named_b[differ],
         "right": winner[differ] if labelled else none,
@@ -139,7 +170,14 @@ def compare(a: Side, b: Side, source: Source) -> Compared:
     skipped = list(dict.fromkeys([*a.reader.skipped, *b.reader.skipped]))
     evaluations = (judge(a.index, first), judge(b.index, second)) if labelled else None
     alone = int((first.right & ~second.right).sum()), int((second.right & ~first.right).sum())
-    return Compared((a.name, b.name), len(rows), evaluations, alone, pa.table(columns, schema=DIFFERENCES), skipped)
+    return Compared(
+        (a.name, b.name),
+        len(rows),
+        evaluations,
+        alone,
+        pa.table(columns, schema=DIFFERENCES),
+        skipped,
+    )
 
 
 def mcnemar(only_a: int, only_b: int) -> float:
@@ -149,5 +187,7 @@ def mcnemar(only_a: int, only_b: int) -> float:
     """
     n = only_a + only_b
     fewer = torch.arange(min(only_a, only_b) + 1, dtype=torch.float64)
-    logs = math.lgamma(n + 1) - torch.lgamma(fewer + 1) - torch.lgamma(n - fewer + 1) - n * math.log(2)
+    logs = (
+        math.lgamma(n + 1) - torch.lgamma(fewer + 1) - torch.lgamma(n - fewer + 1) - n * math.log(2)
+    )
     return min(1.0, 2 * float(logs.exp().sum()))

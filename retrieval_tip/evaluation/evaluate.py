@@ -79,27 +79,42 @@ class Answers:
 
     def take(self, places: IntArray) -> Answers:
         """Return some of the answers."""
-        arrays: dict[str, Any] = {name: x[places] for name, x in vars(self).items() if isinstance(x, np.ndarray)}
+        arrays: dict[str, Any] = {
+            name: x[places] for name, x in vars(self).items() if isinstance(x, np.ndarray)
+        }
         return replace(self, **arrays)
 
     def named(self) -> list[str]:
         """Return the name of each answer, or :data:`NO_MATCH` if this is right."""
         none = self.right & ~self.of_known
-        return [NO_MATCH if new else self.class_names[i] for i, new in zip(self.predicted, none, strict=True)]
+        return [
+            NO_MATCH if new else self.class_names[i]
+            for i, new in zip(self.predicted, none, strict=True)
+        ]
 
     def figures(self, groups: Levels | None, abstain: float | None) -> dict[str, Any]:
         """Return the figures that ``abstain``, ``at_least`` and ``coverage`` add to an :class:`Evaluation`."""
         found: dict[str, Any] = {}
         if abstain is not None:
             sure = self.confidence >= abstain
-            found |= {"abstain": abstain, "coverage": sure.mean(), "selective_top1": _mean(self.right[sure])}
+            found |= {
+                "abstain": abstain,
+                "coverage": sure.mean(),
+                "selective_top1": _mean(self.right[sure]),
+            }
         if groups is not None and self.levels is not None and self.right_at_level is not None:
             at = {level: self.levels == number for number, level in enumerate(groups.levels)}
-            shares = {name: {"share": own.mean(), "right": _mean(self.right_at_level[own])} for name, own in at.items()}
+            shares = {
+                name: {"share": own.mean(), "right": _mean(self.right_at_level[own])}
+                for name, own in at.items()
+            }
             found |= {"levels": shares, "no_label": (self.levels < 0).mean()}
         if self.set_sizes is not None and self.in_set is not None:
             known = self.of_known if self.no_match is None else self.of_known & ~self.no_match
-            found |= {"set_coverage": _mean(self.in_set[known]), "set_size": _mean(self.set_sizes[known])}
+            found |= {
+                "set_coverage": _mean(self.in_set[known]),
+                "set_size": _mean(self.set_sizes[known]),
+            }
         return found
 
 
@@ -215,7 +230,9 @@ def evaluate(
         raise UsageError(f"abstain is {abstain}: give a probability, 0 to 1")
     ask = Ask(**asked)
     index = index.with_settings(ask.settings(index.settings))
-    found = judge(index, answers_of(index, source, reader, ask, blocks), reader.skipped, abstain=abstain)
+    found = judge(
+        index, answers_of(index, source, reader, ask, blocks), reader.skipped, abstain=abstain
+    )
     if found.held_out:
         log.warning(known_shots(found.held_out, found.n))
     return found
@@ -236,7 +253,9 @@ def judge(
     hits = answers.ranked == truth[:, None]
     by_class = _by_class(index, answers)
     wrong = Counter(zip(truth[~right].tolist(), answers.predicted[~right].tolist(), strict=True))
-    confusions = [(class_names[a], class_names[b], n) for (a, b), n in wrong.most_common(CONFUSIONS)]
+    confusions = [
+        (class_names[a], class_names[b], n) for (a, b), n in wrong.most_common(CONFUSIONS)
+    ]
     unknown = Counter(class_names[i] for i in truth[~known].tolist())
     no_match, strength = answers.no_match, answers.strength
     return Evaluation(
@@ -275,20 +294,33 @@ def _by_class(index: Index, answers: Answers) -> list[ClassScore]:
 
 
 def answers_of(
-    index: Index, source: Source, reader: Reader, ask: Ask = Ask(), blocks: Iterable[FeatureBlock] | None = None, *,
+    index: Index,
+    source: Source,
+    reader: Reader,
+    ask: Ask = Ask(),
+    blocks: Iterable[FeatureBlock] | None = None,
+    *,
     labelled: bool = True,
-) -> Answers:  # fmt: skip
+) -> Answers:
     """Classify a source, each shot without itself. If it is not ``labelled``, its items have no class.
 
     ``ask`` may have ``at_least`` or a ``coverage``. Raises InputError if the index has no class of the source.
     """
-    truth, names = source.truth(index.class_names) if labelled else (np.full(len(source), -1), [*index.class_names])
+    truth, names = (
+        source.truth(index.class_names)
+        if labelled
+        else (np.full(len(source), -1), [*index.class_names])
+    )
     if not (truth < len(index.class_names)).any():
         raise source.unknown(names[len(index.class_names) :], index.class_names)
     ask = Ask(top=5, neighbours=0, at_least=ask.at_least, coverage=ask.coverage)
-    parts = [_answers(answer, truth, names) for answer in judged(index, source, reader, ask, blocks)]
+    parts = [
+        _answers(answer, truth, names) for answer in judged(index, source, reader, ask, blocks)
+    ]
     columns = [name for name, x in vars(parts[0]).items() if isinstance(x, np.ndarray)]
-    arrays: dict[str, Any] = {name: np.concatenate([getattr(part, name) for part in parts]) for name in columns}
+    arrays: dict[str, Any] = {
+        name: np.concatenate([getattr(part, name) for part in parts]) for name in columns
+    }
     return replace(parts[0], **arrays).take(np.argsort(arrays["positions"]))
 
 
@@ -301,19 +333,28 @@ def _answers(answer: AnswerBlock, every: IntArray, class_names: list[str]) -> An
     alone = terms.photos(settings)
     truth = every[positions]
     c = logits.shape[1]
-    ranked = torch.cat([answer.ranked, text.argmax(1, keepdim=True), alone.argmax(1, keepdim=True)], dim=1)
+    ranked = torch.cat(
+        [answer.ranked, text.argmax(1, keepdim=True), alone.argmax(1, keepdim=True)], dim=1
+    )
     confidence = answer.probabilities.gather(1, ranked[:, :1])[:, 0].double()
     ids = torch.from_numpy(truth).to(logits.device)
     scaled = logits / settings.temperature
     log_truth = scaled.gather(1, ids.clamp(0, c - 1)[:, None])[:, 0] - scaled.logsumexp(dim=1)
     log_truth = log_truth.double().masked_fill((ids < 0) | (ids >= c), -torch.inf)
     ranks, chances, logs = (part.cpu().numpy() for part in (ranked, confidence, log_truth))
-    answers = Answers(truth, ranks, chances, positions, logs, class_names, known=c, held_out=answer.block.shots)
+    answers = Answers(
+        truth, ranks, chances, positions, logs, class_names, known=c, held_out=answer.block.shots
+    )
     if answer.ask.at_least is not None and (groups := answer.index.groups) is not None:
-        found = narrowest(answer.probabilities, answer.index.class_names, groups, answer.ask.at_least)
+        found = narrowest(
+            answer.probabilities, answer.index.class_names, groups, answer.ask.at_least
+        )
         levels = pc.index_in(found["level"], pa.array(groups.levels)).fill_null(-1).to_numpy()
         pairs = zip(levels.tolist(), truth.tolist(), found["label"].to_pylist(), strict=True)
-        hits = [label is not None and groups.at(level, class_names[own]) == label for level, own, label in pairs]
+        hits = [
+            label is not None and groups.at(level, class_names[own]) == label
+            for level, own, label in pairs
+        ]
         answers = replace(answers, levels=levels, right_at_level=np.array(hits, dtype=bool))
     if answer.sets is not None:
         members = answer.sets.members(answer.probabilities).cpu().numpy()

@@ -36,7 +36,9 @@ SAME = 0.9999
 def photo_rows(index: Index, key_ids: Sequence[int] | None = None) -> IntArray:
     """Return the first row of each photo that has one of these key ids, all by default. Unknown ids are ignored."""
     every = index.labels["key_id"].to_numpy()
-    rows = np.flatnonzero(np.isin(every, every if key_ids is None else np.asarray(key_ids, dtype=np.int64)))
+    rows = np.flatnonzero(
+        np.isin(every, every if key_ids is None else np.asarray(key_ids, dtype=np.int64))
+    )
     _, first = np.unique(images_of(index.labels)[rows], return_index=True)
     return rows[np.sort(first)]
 
@@ -117,7 +119,9 @@ def threshold_of(held: HeldOut, most: float) -> Threshold:
     order = np.argsort(-probability, kind="stable")
     wrong = np.cumsum(~held.right[order])
     number = np.arange(1, len(order) + 1)
-    last = np.append(np.diff(probability[order]) < 0, True)  # equal probabilities are on the same side
+    last = np.append(
+        np.diff(probability[order]) < 0, True
+    )  # equal probabilities are on the same side
     good = np.flatnonzero((wrong <= most * number) & last)
     if not len(good):
         raise InputError(
@@ -125,25 +129,35 @@ def threshold_of(held: HeldOut, most: float) -> Threshold:
         )
     kept = int(number[good[-1]])
     share = float(wrong[good[-1]] / number[good[-1]])
-    return Threshold(float(probability[order][good[-1]]), share, wilson(share, kept)[1], kept, len(order))
+    return Threshold(
+        float(probability[order][good[-1]]), share, wilson(share, kept)[1], kept, len(order)
+    )
 
 
 def judged(
-    index: Index, source: Source, reader: Reader, ask: Ask, blocks: Iterable[FeatureBlock] | None = None
+    index: Index,
+    source: Source,
+    reader: Reader,
+    ask: Ask,
+    blocks: Iterable[FeatureBlock] | None = None,
 ) -> Iterator[AnswerBlock]:
     """Classify a source, whose items may be encoded as ``blocks`` already (see :func:`answered`).
 
     If shots cannot be hidden, a warning is logged. Raises InputError if no item remains.
     """
     total = shots = 0
-    blocks = reader.for_queries(index.parts, index.shares).blocks(source) if blocks is None else blocks
+    blocks = (
+        reader.for_queries(index.parts, index.shares).blocks(source) if blocks is None else blocks
+    )
     for block in _windows(index, source.items["source"], blocks):
         total = total + len(block.positions)
         shots = shots + int(block.shots.sum())
         yield from answered(index, block, ask)
     if shots and not hides(index):
         if shots == total:
-            raise InputError(f"{source.name}: all photos are shots of this index, {UNHIDDEN}; use other photos")
+            raise InputError(
+                f"{source.name}: all photos are shots of this index, {UNHIDDEN}; use other photos"
+            )
         left = counted(shots, "photo")
         log.warning(f"{source.name}: left out {left} that are shots of this index, {UNHIDDEN}")
 
@@ -156,7 +170,9 @@ def classify_sources(
     Unreadable items are skipped and listed in ``reader.skipped``.
     """
     reader = reader.for_queries(index.parts, index.shares)
-    return classified(index, ((source.items["source"], reader.blocks(source)) for source in sources), ask)
+    return classified(
+        index, ((source.items["source"], reader.blocks(source)) for source in sources), ask
+    )
 
 
 def classified(
@@ -186,7 +202,9 @@ def known_shots(shots: int, total: int, of: str = "this index") -> str:
     return f"{shots:,} of {counted(total, 'photo')} are shots of {of}; each was classified without itself"
 
 
-def _windows(index: Index, names: pa.ChunkedArray, blocks: Iterable[FeatureBlock]) -> Iterator[FeatureBlock]:
+def _windows(
+    index: Index, names: pa.ChunkedArray, blocks: Iterable[FeatureBlock]
+) -> Iterator[FeatureBlock]:
     """Yield items in order, with the key ids of shots. A shot waits for others, which need the same parts."""
     waiting: list[FeatureBlock] = []
     for block in blocks:
@@ -237,7 +255,9 @@ def recognised(index: Index, every: pa.ChunkedArray, block: FeatureBlock) -> Fea
     if not places:
         return replace(block, key_ids=found)
     rows = index.rows.of(index.having("source", places)["key_id"].to_pylist())
-    for key_id, name, key in zip(rows.key_ids.tolist(), rows.labels["source"].to_pylist(), rows.keys, strict=True):
+    for key_id, name, key in zip(
+        rows.key_ids.tolist(), rows.labels["source"].to_pylist(), rows.keys, strict=True
+    ):
         own = np.array(places[name])
         key = key.astype(np.float32)
         lengths = np.linalg.norm(block.features[own], axis=1) * np.linalg.norm(key)

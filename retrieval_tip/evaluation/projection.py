@@ -55,7 +55,9 @@ def projected(index: Index, method: Method = "pca", limit: int = 5000) -> Projec
     available or the limit is below 1.
     """
     if method not in methods():
-        raise UsageError(f"method {method!r}: give one of {', '.join(methods())} (tsne requires scikit-learn)")
+        raise UsageError(
+            f"method {method!r}: give one of {', '.join(methods())} (tsne requires scikit-learn)"
+        )
     check_count("limit", limit)
     features, labels = index.rows.some(limit)
     keys = features.astype(np.float32)
@@ -63,7 +65,9 @@ def projected(index: Index, method: Method = "pca", limit: int = 5000) -> Projec
     places = _principal(keys) if method == "pca" else _tsne(keys)
     middle = (places.max(axis=0) + places.min(axis=0)) / 2
     largest = float(np.abs(places - middle).max()) or 1.0
-    key_ids, class_ids = (labels[name].to_numpy().astype(np.int64) for name in ("key_id", "class_id"))
+    key_ids, class_ids = (
+        labels[name].to_numpy().astype(np.int64) for name in ("key_id", "class_id")
+    )
     return Projection(method, key_ids, class_ids, ((places - middle) / largest).astype(np.float32))
 
 
@@ -83,7 +87,9 @@ def _tsne(keys: FloatArray) -> FloatArray:
 
     reduced = PCA(min(REDUCED, *keys.shape), random_state=0).fit_transform(keys)
     perplexity = min(PERPLEXITY, (len(keys) - 1) / 3)
-    places: FloatArray = TSNE(perplexity=perplexity, init="pca", random_state=0, n_jobs=1).fit_transform(reduced)
+    places: FloatArray = TSNE(
+        perplexity=perplexity, init="pca", random_state=0, n_jobs=1
+    ).fit_transform(reduced)
     return places
 
 
@@ -98,7 +104,9 @@ def exemplars(index: Index) -> list[int]:
     ids = torch.from_numpy(described["class_id"].to_numpy().astype(np.int64))
     c = len(index.class_names)
     sums = torch.zeros(c, x.shape[1]).index_add_(0, ids, x)
-    order = np.lexsort(((x * sums[ids]).sum(1).numpy(), ids.numpy()))  # sorted by class, with the nearest key last
+    order = np.lexsort(
+        ((x * sums[ids]).sum(1).numpy(), ids.numpy())
+    )  # sorted by class, with the nearest key last
     best = order[np.flatnonzero(np.diff(ids.numpy()[order], append=c))]
     key_ids: list[int] = described["key_id"].take(best).to_pylist()
     return key_ids

@@ -39,7 +39,14 @@ from retrieval_tip.fit.folds import (
     taken_keys,
     wilson,
 )
-from retrieval_tip.fit.forms import DEFAULT_FORM, FORMS, ONE_SHOT, ONE_SHOT_WITH_PRIOR, WITH_PRIOR, Form
+from retrieval_tip.fit.forms import (
+    DEFAULT_FORM,
+    FORMS,
+    ONE_SHOT,
+    ONE_SHOT_WITH_PRIOR,
+    WITH_PRIOR,
+    Form,
+)
 from retrieval_tip.fit.scatter import dimensions
 from retrieval_tip.fit.shares import shares_of, shares_without_folds
 from retrieval_tip.model import Index
@@ -166,25 +173,42 @@ class FormChoice:
         n = folds.n if folds.can_judge else 0
         classes = len(folds.ids.unique())
         return cls(
-            form=form, judged_on=folds.judged_on, n=n, tested=folds.tested, classes=classes, single=folds.single,
-            without_shots=folds.c - classes, halves=folds.halves, guessed=n == 0 and len(folds.parts) > 1,
-        )  # fmt: skip
+            form=form,
+            judged_on=folds.judged_on,
+            n=n,
+            tested=folds.tested,
+            classes=classes,
+            single=folds.single,
+            without_shots=folds.c - classes,
+            halves=folds.halves,
+            guessed=n == 0 and len(folds.parts) > 1,
+        )
 
     def __str__(self) -> str:
         without = f"{counted(self.without_shots, 'class', 'has', 'have')} a name but no photos"
         some = f"only {self.tested:,} of {counted(self.classes, 'class')} could be tested"
-        some += f" ({self.single:,} {'has' if self.single == 1 else 'have'} one photo)" if self.single else ""
+        some += (
+            f" ({self.single:,} {'has' if self.single == 1 else 'have'} one photo)"
+            if self.single
+            else ""
+        )
         if self.photos is None or self.both is None or self.interval is None:
-            reason = f"fewer than {LEAST_JUDGED} photos can be held out" if self.tested > 1 else some
+            reason = (
+                f"fewer than {LEAST_JUDGED} photos can be held out" if self.tested > 1 else some
+            )
             reason = "each class has one photo" if self.single == self.classes else reason
             reason = "only one class has photos" if self.classes == 1 else reason
-            return f"Accuracy not estimated: {reason}" + (f"; {without}" if self.without_shots else "")
+            return f"Accuracy not estimated: {reason}" + (
+                f"; {without}" if self.without_shots else ""
+            )
         low, high = self.interval
         parts = [f"95 % interval {100 * low:.0f} to {100 * high:.0f} %", self.judged_on]
         parts += ["extrapolated from one photo per class"] if self.halves else []
         parts += [without] if self.without_shots else []
         if self.words is not None:
-            parts += [f"photos alone {100 * self.photos:.1f} %, class names alone {100 * self.words:.1f} %"]
+            parts += [
+                f"photos alone {100 * self.photos:.1f} %, class names alone {100 * self.words:.1f} %"
+            ]
         start = f"{some.capitalize()}. " if self.tested < self.classes else ""
         return f"{start}Estimated accuracy: {100 * self.both:.1f} % ({'; '.join(parts)})"
 
@@ -216,16 +240,24 @@ class FormChoice:
             "tested": self.tested,
             "classes": self.classes,
             **{name: None if part is None else round(part, 6) for name, part in parts.items()},
-            "interval_95": None if self.interval is None else [round(end, 6) for end in self.interval],
+            "interval_95": None
+            if self.interval is None
+            else [round(end, 6) for end in self.interval],
             "weakest": [list(one) for one in self.weakest],
-            "trials": [[str(form), round(one.loss, 6), round(one.accuracy, 6)] for form, one in self.trials],
+            "trials": [
+                [str(form), round(one.loss, 6), round(one.accuracy, 6)] for form, one in self.trials
+            ],
         }
 
 
 def fit(
-    index: Index, asked: Fit | None = None, *, validation: Queries | None = None, factory: str | None = None,
+    index: Index,
+    asked: Fit | None = None,
+    *,
+    validation: Queries | None = None,
+    factory: str | None = None,
     forms: Sequence[Form] = FORMS,
-) -> tuple[Index, FormChoice]:  # fmt: skip
+) -> tuple[Index, FormChoice]:
     """Fit the metric, the values and the settings of an index to its own shots, and return the fitted index.
 
     The form is selected by cross-validation on the shots (all views of a photo are in the same fold), or on
@@ -254,19 +286,25 @@ def fit(
     longest = _longest(index)
     forms = _forms(index, forms, asked.metric, asked.values, longest, by_class=by_class)
     if index.curve is not None:
-        raise InputError("fit: the keys of this index were fine-tuned; fit the index before fine-tuning")
+        raise InputError(
+            "fit: the keys of this index were fine-tuned; fit the index before fine-tuning"
+        )
     if asked.prior is not None:
         d = index.keys.shape[1]
         own = len(asked.prior)
         if own != d:
-            raise InputError(f"prior: features have {own} values instead of {d}; use the same encoders")
+            raise InputError(
+                f"prior: features have {own} values instead of {d}; use the same encoders"
+            )
         index = index.altered(prior=asked.prior.astype(np.float32))
     folds = _folds_of(index, validation, asked.class_prior, equal_shares(index.parts))
     shares: tuple[float, ...] = ()
     if len(index.parts) > 1:
         # The known prior of one encoder helps folds more than the whole index, so it does not count here.
         plain = replace(folds, parts=[replace(part, identity=None) for part in folds.parts])
-        shares = shares_of(_splits(plain), forms[0]) if folds.can_judge else shares_without_folds(plain)
+        shares = (
+            shares_of(_splits(plain), forms[0]) if folds.can_judge else shares_without_folds(plain)
+        )
         folds = folds.shared(shares)
     if folds.prior is not None and forms[0] == DEFAULT_FORM:
         forms = [WITH_PRIOR, *forms]
@@ -286,15 +324,21 @@ def fit(
     choice = replace(choice, longest=longest)
     fitted_metric, fitted_values = folds.fitted(form, torch.arange(len(folds.ids)))
     fitted = (form if fitted_metric is not None else replace(form, metric=None)).fitted(
-        index.n, asked.class_prior, shares,
+        index.n,
+        asked.class_prior,
+        shares,
         automatic=validation is None and asked.metric is None and asked.values is None,
-    )  # fmt: skip
-    provenance = dict.fromkeys(("alpha", "beta", "temperature"), where) | {"fit": choice.provenance()}
+    )
+    provenance = dict.fromkeys(("alpha", "beta", "temperature"), where) | {
+        "fit": choice.provenance()
+    }
     made = index.with_fit(fitted_metric, fitted_values, fitted, factory)
     made = made.altered(
-        rows=made.rows.with_sums(folds.sums), settings=settings, provenance=index.provenance | provenance,
+        rows=made.rows.with_sums(folds.sums),
+        settings=settings,
+        provenance=index.provenance | provenance,
         scores=Scores(rows, settings),
-    )  # fmt: skip
+    )
     return made, choice
 
 
@@ -310,9 +354,13 @@ def refit(index: Index, beta: float) -> tuple[Index, FormChoice]:
     rows = NO_SCORES
     if folds.can_judge:
         settings, choice, rows = _settings_of(index, choice.form, folds)
-        provenance = provenance | dict.fromkeys(("alpha", "temperature"), f"fitted on {folds.judged_on}")
+        provenance = provenance | dict.fromkeys(
+            ("alpha", "temperature"), f"fitted on {folds.judged_on}"
+        )
     fitted = None if index.fitted is None else replace(index.fitted, bonus=choice.form.bonus)
-    made = index.altered(settings=settings, fitted=fitted, provenance=provenance | {"fit": choice.provenance()})
+    made = index.altered(
+        settings=settings, fitted=fitted, provenance=provenance | {"fit": choice.provenance()}
+    )
     return made.solved().altered(scores=Scores(rows, settings)), choice
 
 
@@ -329,7 +377,9 @@ def estimate(index: Index) -> FormChoice:
     return _judged(index, form, folds, index.settings)[0]
 
 
-def _judged(index: Index, form: Form, folds: Folds, settings: Settings) -> tuple[FormChoice, Tensor]:
+def _judged(
+    index: Index, form: Form, folds: Folds, settings: Settings
+) -> tuple[FormChoice, Tensor]:
     """Return the accuracies of the whole index, as they follow from those on folds, and the logits of held-out photos.
 
     The whole index has ``r`` times as many shots of a class as a fold has. Without text, an error in this class counts
@@ -353,7 +403,8 @@ def _judged(index: Index, form: Form, folds: Folds, settings: Settings) -> tuple
         words=None if text is None else float((w * (text.argmax(1) == ids)).mean()),
         both=both,
         interval=wilson(both, float(w.sum() ** 2 / (w * w).sum()) / DRAWN),
-        names_hurt=text is not None and float(lost.mean()) > 2 * float(lost.std()) / len(ids) ** 0.5,
+        names_hurt=text is not None
+        and float(lost.mean()) > 2 * float(lost.std()) / len(ids) ** 0.5,
         weakest=_weakest(index.class_names, right[shown], ids[shown]),
     )
     return choice, logits
@@ -365,7 +416,9 @@ def unfitted(index: Index) -> Index:
         return index
     alpha, beta = untouched_settings(index.keys, index.class_ids.cpu().numpy())
     settings = replace(index.settings.unfitted(), alpha=alpha, beta=beta, temperature=1.0)
-    kept = {name: part for name, part in index.provenance.items() if name not in ("fit", "temperature")}
+    kept = {
+        name: part for name, part in index.provenance.items() if name not in ("fit", "temperature")
+    }
     provenance = kept | {"alpha": "default", "beta": "default"}
     return index.with_fit(None, None, None).altered(settings=settings, provenance=provenance)
 
@@ -382,9 +435,14 @@ def _longest(index: Index) -> float:
 
 
 def _forms(
-    index: Index, forms: Sequence[Form], metric: MetricName | None, values: ValuesName | None, longest: float, *,
+    index: Index,
+    forms: Sequence[Form],
+    metric: MetricName | None,
+    values: ValuesName | None,
+    longest: float,
+    *,
     by_class: bool,
-) -> list[Form]:  # fmt: skip
+) -> list[Form]:
     """Return the possible forms. Raises InputError if the keys are too long for every form."""
     for name, given, known in (("metric", metric, MetricName), ("values", values, ValuesName)):
         if given is not None:
@@ -397,23 +455,35 @@ def _forms(
                 f"k is {index.settings.k or 'all'}{some}; give values one-hot"
             )
         values = "one-hot"
-    forms = [form for form in forms if metric in (None, form.metric_name) and values in (None, form.values_name)]
+    forms = [
+        form
+        for form in forms
+        if metric in (None, form.metric_name) and values in (None, form.values_name)
+    ]
     grown = longest**2 - 1
     forms = [form for form in forms if form.metric is not None or form.beta * grown <= GROWN]
     if values is None:  # one-hot values are only needed if a query uses some of the keys
         forms = [form for form in forms if form.ridge is not None] or forms
     if not forms:
-        raise InputError(f"metric none: keys have norms up to {longest:.4g} instead of 1; give norms unit")
+        raise InputError(
+            f"metric none: keys have norms up to {longest:.4g} instead of 1; give norms unit"
+        )
     return forms
 
 
 def _folds_of(
-    index: Index, validation: Queries | None = None, class_prior: ClassPrior | None = None,
+    index: Index,
+    validation: Queries | None = None,
+    class_prior: ClassPrior | None = None,
     shares: Sequence[float] = (),
-) -> Folds:  # fmt: skip
+) -> Folds:
     folds = Folds.of(index, class_prior, shares)
     if validation is not None:
-        held = Held(torch.from_numpy(validation.features), torch.from_numpy(validation.ids), torch.arange(index.n))
+        held = Held(
+            torch.from_numpy(validation.features),
+            torch.from_numpy(validation.ids),
+            torch.arange(index.n),
+        )
         return replace(folds, held=[held], validation=validation.name).with_classes(JUDGED)
     number = MOST_FOLDS if index.n <= FEW_KEYS else FOLDS
     most = int(min(JUDGED, max(256, AFFINITIES / index.n)))
@@ -426,7 +496,9 @@ def _chosen(forms: Sequence[Form], folds: Folds) -> tuple[Form, list[tuple[Form,
     If there are too few shots to hold some of them out, no form is tried.
     """
     shots = folds.validation is None
-    if len(forms) == 1 or (shots and len(np.unique(folds.images)) < LEAST_SHOTS * len(folds.ids.unique())):
+    if len(forms) == 1 or (
+        shots and len(np.unique(folds.images)) < LEAST_SHOTS * len(folds.ids.unique())
+    ):
         return forms[0], []
     folds = _sample(folds) if shots else folds
     trials = [(form, folds.judge(form)) for form in forms]
@@ -440,7 +512,9 @@ def _chosen(forms: Sequence[Form], folds: Folds) -> tuple[Form, list[tuple[Form,
     return chosen, trials
 
 
-def _settings_of(index: Index, form: Form, folds: Folds) -> tuple[Settings, FormChoice, DoubleArray]:
+def _settings_of(
+    index: Index, form: Form, folds: Folds
+) -> tuple[Settings, FormChoice, DoubleArray]:
     """Return the settings and the bonus that give the held-out photos the highest log-likelihood.
 
     The result is the settings, the form with its bonus and its accuracies, and the rows of :class:`sets.Scores`.
@@ -456,7 +530,9 @@ def _settings_of(index: Index, form: Form, folds: Folds) -> tuple[Settings, Form
     def linked(offset: float | None) -> HeldTerms:
         return HeldTerms(text, tip.log_cache(cache.clone(), offset), third, ids)
 
-    blended, offset = min(((linked(offset).blend(w), offset) for offset in offsets), key=lambda pair: pair[0].loss)
+    blended, offset = min(
+        ((linked(offset).blend(w), offset) for offset in offsets), key=lambda pair: pair[0].loss
+    )
     blended = linked(offset).robust(blended)
     if third is not None and folds.covered < 1:
         form = replace(form, bonus=blended.g / blended.b)
@@ -467,7 +543,9 @@ def _settings_of(index: Index, form: Form, folds: Folds) -> tuple[Settings, Form
         least = _quantile(tip.log_cache(_strongest(cache, folds, form), offset), UNLIKE, w)
     if folds.covered < 1 and not whole_classes:  # too few classes to hold some out
         blended = replace(blended, a=1.0, b=blended.b / max(blended.a, 1.0) * folds.covered)
-    settings = replace(blended.settings(index.settings.unfitted(), form.beta), least_cache=least, log_offset=offset)
+    settings = replace(
+        blended.settings(index.settings.unfitted(), form.beta), least_cache=least, log_offset=offset
+    )
     choice, logits = _judged(index, form, folds, settings)
     shown = counting = folds.held_of("shots")
     drawn = _drawn(index)
@@ -480,9 +558,13 @@ def _settings_of(index: Index, form: Form, folds: Folds) -> tuple[Settings, Form
         few = text is None and folds.halves
         like_new = folds.held_of("small") if few else shown
         share = ((choice.both or 0) * folds.n + 0.5) / (folds.n + 1)
-        settings = _as_sure(settings, logits[like_new], w[like_new], share, LESS_SURE if few else 1.0)
+        settings = _as_sure(
+            settings, logits[like_new], w[like_new], share, LESS_SURE if few else 1.0
+        )
     left = folds.growth ** (-LEARNING if text is None else 0)
-    own_chance = tip.probabilities(logits, settings.temperature).double().gather(1, ids[:, None])[:, 0]
+    own_chance = (
+        tip.probabilities(logits, settings.temperature).double().gather(1, ids[:, None])[:, 0]
+    )
     rows = torch.stack([own_chance, w * left / w[counting].sum(), ids.double()], 1)[counting]
     return settings, choice, rows.numpy()
 
@@ -494,7 +576,9 @@ def _drawn(index: Index) -> BoolArray | None:
     return np.asarray(pc.equal(index.rows.labels[PICKED], RANDOM).fill_null(False))
 
 
-def _as_sure(settings: Settings, logits: Tensor, weights: Tensor, right: float, most: float) -> Settings:
+def _as_sure(
+    settings: Settings, logits: Tensor, weights: Tensor, right: float, most: float
+) -> Settings:
     """Change the temperature until the mean confidence on held-out photos is the share ``right``.
 
     A blend is only as sure as a fold is accurate, which has fewer shots than the whole index. If folds have only half
@@ -537,7 +621,13 @@ def _quantile(values: Tensor, share: float, weights: Tensor) -> float:
     if (weights == 1).all():
         return float(values.quantile(share))
     values, order = values.sort()
-    return float(values[torch.searchsorted(weights[order].cumsum(0), share * len(values)).clamp_max(len(values) - 1)])
+    return float(
+        values[
+            torch.searchsorted(weights[order].cumsum(0), share * len(values)).clamp_max(
+                len(values) - 1
+            )
+        ]
+    )
 
 
 def _weakest(class_names: Sequence[str], right: Tensor, ids: Tensor) -> list[tuple[str, int, int]]:
@@ -548,7 +638,9 @@ def _weakest(class_names: Sequence[str], right: Tensor, ids: Tensor) -> list[tup
     return [(class_names[c], int(correct[c]), int(held[c])) for c in missed[:WEAKEST]]
 
 
-def _settings_without_folds(index: Index, forms: Sequence[Form], folds: Folds) -> tuple[Form, Settings]:
+def _settings_without_folds(
+    index: Index, forms: Sequence[Form], folds: Folds
+) -> tuple[Form, Settings]:
     """Return the form and the settings for shots that cannot be held out.
 
     The text weights do not depend on the shots, so their temperature T can still be fitted to the shots. If the text is
@@ -560,8 +652,12 @@ def _settings_without_folds(index: Index, forms: Sequence[Form], folds: Folds) -
     if all(form.ridge is None for form in forms):
         alpha, beta = untouched_settings(index.keys, index.class_ids.cpu().numpy())
         alpha *= covered
-        return Form(None, None, beta), replace(index.settings.unfitted(), alpha=alpha, beta=beta, temperature=1.0)
-    form = replace(ONE_SHOT, metric=None if any(form.metric is None for form in forms) else DEFAULT_FORM.metric)
+        return Form(None, None, beta), replace(
+            index.settings.unfitted(), alpha=alpha, beta=beta, temperature=1.0
+        )
+    form = replace(
+        ONE_SHOT, metric=None if any(form.metric is None for form in forms) else DEFAULT_FORM.metric
+    )
     if folds.prior is not None and any(form.metric is not None for form in forms):
         form = ONE_SHOT_WITH_PRIOR
     temperature = 1.0
@@ -579,15 +675,22 @@ def _settings_without_folds(index: Index, forms: Sequence[Form], folds: Folds) -
         alpha = PRIOR_ALPHA * alpha
         gamma = PRIOR_GAMMA if covered == 1 else 0.0
         if not index.has_text and form.metric is not None:
-            varying = dimensions(folds.of_known().scatter(torch.arange(index.n)), form.metric.shrinkage)
+            varying = dimensions(
+                folds.of_known().scatter(torch.arange(index.n)), form.metric.shrinkage
+            )
             alpha = max(PRIOR_LEAST, PRIOR_ALONE * varying)
-    settings = replace(index.settings.unfitted(), alpha=alpha, beta=form.beta, gamma=gamma, temperature=temperature)
+    settings = replace(
+        index.settings.unfitted(), alpha=alpha, beta=form.beta, gamma=gamma, temperature=temperature
+    )
     return form, settings
 
 
 def _sample(folds: Folds, most: int = CHOSEN_ON) -> Folds:
     """Return folds of a sample of at most ``most`` keys, which may be the same folds."""
-    if len(folds.ids) <= most and [held.of for held in folds.held if held.of != "classes"] == ["shots"] * FOLDS:
+    if (
+        len(folds.ids) <= most
+        and [held.of for held in folds.held if held.of != "classes"] == ["shots"] * FOLDS
+    ):
         return folds
     sample = folds if len(folds.ids) <= most else _of_classes(folds, most)
     return sample.with_shots(FOLDS, len(sample.ids)).with_classes(len(sample.ids))
@@ -618,6 +721,12 @@ def _of_classes(folds: Folds, most: int) -> Folds:
     places = np.zeros(folds.c, dtype=np.int64)
     places[classes] = np.arange(len(classes))
     return replace(
-        folds, keys=np.asarray(folds.keys[rows]), ids=torch.from_numpy(places[ids[rows]]), c=len(classes),
-        text=None if folds.text is None else folds.text[classes], images=folds.images[rows], sums=None, order=None,
-    )  # fmt: skip
+        folds,
+        keys=np.asarray(folds.keys[rows]),
+        ids=torch.from_numpy(places[ids[rows]]),
+        c=len(classes),
+        text=None if folds.text is None else folds.text[classes],
+        images=folds.images[rows],
+        sums=None,
+        order=None,
+    )

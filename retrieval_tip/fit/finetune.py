@@ -74,7 +74,9 @@ class Trainer:
             self.values = functional.one_hot(index.class_ids, len(index.class_names)).float()
         matrices = (("keys", self.keys), ("values", self.values))
         self._trained = {
-            part: matrix.requires_grad_() for part, matrix in matrices if matrix is not None and part in recipe.train
+            part: matrix.requires_grad_()
+            for part, matrix in matrices
+            if matrix is not None and part in recipe.train
         }
         self._block = BLOCK if index.device == "cpu" else GPU_BLOCK
         self._optimizer = torch.optim.AdamW(self._trained.values(), eps=EPSILON, fused=True)
@@ -89,7 +91,9 @@ class Trainer:
         ids = ids.to(self.index.device)
         loss = functional.cross_entropy(logits, ids)
         hits = (logits.argmax(dim=1) == ids).sum()
-        value, right = torch.stack([loss.detach(), hits.to(loss)]).tolist()  # synchronises with the GPU only once
+        value, right = torch.stack(
+            [loss.detach(), hits.to(loss)]
+        ).tolist()  # synchronises with the GPU only once
         if math.isfinite(value):
             self._optimizer.zero_grad()
             loss.backward()
@@ -114,7 +118,11 @@ class Trainer:
         c = len(self.index.class_names)
         cache = features.new_zeros(len(features), c)
         ids = self.index.class_ids.split(self._block)
-        values = [None] * len(ids) if self.values is None else map(tip.Values, self.values.split(self._block))
+        values = (
+            [None] * len(ids)
+            if self.values is None
+            else map(tip.Values, self.values.split(self._block))
+        )
         for keys, own, part in zip(self.keys.split(self._block), ids, values, strict=True):
             affinity = tip.affinity(keys, features).T  # one row per key is faster
             cache = cache + tip.cache_logits(affinity, own, c, settings.beta, values=part)
@@ -123,7 +131,9 @@ class Trainer:
 
     def trained(self) -> dict[str, Tensor]:
         """Return CPU copies of the trained matrices by name."""
-        return {part: matrix.detach().to("cpu", copy=True) for part, matrix in self._trained.items()}
+        return {
+            part: matrix.detach().to("cpu", copy=True) for part, matrix in self._trained.items()
+        }
 
 
 def cosine(step: int, steps: int, lr: float) -> float:
@@ -165,7 +175,9 @@ class Tuned:
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the index folder."""
-        self.index.save(folder, "copy, since finetune did not help" if self.as_it_was else "finetune")
+        self.index.save(
+            folder, "copy, since finetune did not help" if self.as_it_was else "finetune"
+        )
 
     def facts(self) -> dict[str, object]:
         """Return the figures that the command line prints. A figure that was not measured is ``None``."""
@@ -183,9 +195,14 @@ class Tuned:
 
 
 def finetune_into(
-    out: str | os.PathLike[str], index: Index, shots: Source, reader: Reader, recipe: Recipe | None = None, *,
+    out: str | os.PathLike[str],
+    index: Index,
+    shots: Source,
+    reader: Reader,
+    recipe: Recipe | None = None,
+    *,
     val: Source | Queries | None = None,
-) -> Tuned:  # fmt: skip
+) -> Tuned:
     """Fine-tune an index, and write the result into the folder ``out``, or a copy of the index if that is better.
 
     The accuracy is measured on ``val``, or on held-out shots if ``val`` is not given (see :func:`_on_folds`).
@@ -193,7 +210,9 @@ def finetune_into(
     check_name(Path(out))
     make_folders(Path(out).parent)
     recipe = recipe or Recipe()
-    log.warning("the closed-form fit is usually more accurate than fine-tuning; held-out photos decide which is kept")
+    log.warning(
+        "the closed-form fit is usually more accurate than fine-tuning; held-out photos decide which is kept"
+    )
     material = _Material.of(index, shots, reader, recipe, val)
     queries = material.queries
     tuned = _on_folds(index, material, recipe) if queries is None else None
@@ -206,11 +225,19 @@ def finetune_into(
         tuned = replace(tuned, compared=compared)
     _warn(tuned)
     if (held := tuned.compared) is None:
-        log.warning("no photo could be held out to evaluate the training, since no class has two; give --val")
+        log.warning(
+            "no photo could be held out to evaluate the training, since no class has two; give --val"
+        )
     elif tuned.as_it_was:
         before, after, n, source = held
-        figures = f"{100 * before:.1f} % before training, {100 * after:.1f} % after (n={n}, {source})"
-        log.warning("held-out accuracy: %s; training does not help, so %s is a copy of the index", figures, show(out))
+        figures = (
+            f"{100 * before:.1f} % before training, {100 * after:.1f} % after (n={n}, {source})"
+        )
+        log.warning(
+            "held-out accuracy: %s; training does not help, so %s is a copy of the index",
+            figures,
+            show(out),
+        )
         tuned = replace(tuned, index=copy.copy(index), choice=None)
     else:
         tuned.record["held_out"] = held._asdict()
@@ -219,10 +246,14 @@ def finetune_into(
 
 
 def finetune(
-    index: Index, shots: Source, reader: Reader, recipe: Recipe | None = None, *,
+    index: Index,
+    shots: Source,
+    reader: Reader,
+    recipe: Recipe | None = None,
+    *,
     val: Source | Queries | None = None,
     on_epoch: Callable[[Mapping[str, float]], None] = lambda _: None,
-) -> Tuned:  # fmt: skip
+) -> Tuned:
     """Train an index by minimising the cross-entropy of ``logit_scale f W^T + alpha C`` (paper, equation 6).
 
     Args:
@@ -249,16 +280,20 @@ def finetune(
 
 
 def _trained(
-    index: Index, material: _Material, recipe: Recipe,
+    index: Index,
+    material: _Material,
+    recipe: Recipe,
     on_epoch: Callable[[Mapping[str, float]], None] = lambda _: None,
-) -> Tuned:  # fmt: skip
+) -> Tuned:
     """Train Tip-Adapter over the keys of an index, and keep the weights of one epoch (see :func:`finetune`)."""
     plain = closed_form.unfitted(index)
     queries = material.queries
     began = time.monotonic()
     if plain.device == "cpu":
         size = min(BATCH, len(material.ids))
-        check_memory(4 * size * plain.n, f"steps of {size} queries x {plain.n} keys", "fine-tune fewer keys")
+        check_memory(
+            4 * size * plain.n, f"steps of {size} queries x {plain.n} keys", "fine-tune fewer keys"
+        )
     trainer = Trainer(plain, recipe)
     curve = list[dict[str, float]]()
     best = 0.0
@@ -281,11 +316,18 @@ def _trained(
     if queries is not None and not any(other > first for other in later):
         epoch, kept = untrained
     record: dict[str, Any] = {
-        "parent": plain.place, "parent_version": plain.version, **asdict(recipe), "train": list(recipe.train),
-        "alpha": plain.settings.alpha, "beta": plain.settings.beta, "epoch": epoch, "collapsed": collapsed,
-        "seconds": round(curve[-1]["seconds"], 3), "shots": material.source,
+        "parent": plain.place,
+        "parent_version": plain.version,
+        **asdict(recipe),
+        "train": list(recipe.train),
+        "alpha": plain.settings.alpha,
+        "beta": plain.settings.beta,
+        "epoch": epoch,
+        "collapsed": collapsed,
+        "seconds": round(curve[-1]["seconds"], 3),
+        "shots": material.source,
         "val": None if queries is None else queries.name,
-    }  # fmt: skip
+    }
     keys = kept["keys"].numpy() if "keys" in kept else np.asarray(plain.keys)
     before = {name: value for name, value in plain.provenance.items() if name != "temperature"}
     made = replace(
@@ -302,7 +344,9 @@ def _trained(
     return Tuned(made, record, choice)
 
 
-def _epochs(trainer: Trainer, material: _Material, recipe: Recipe) -> Iterator[tuple[float, float, float, float]]:
+def _epochs(
+    trainer: Trainer, material: _Material, recipe: Recipe
+) -> Iterator[tuple[float, float, float, float]]:
     """Train, and yield the loss and the accuracy before training, which are NaN, and of each epoch.
 
     Then come those after the epoch, on the validation images or on the last batch. They are NaN if a step fails.
@@ -311,7 +355,9 @@ def _epochs(trainer: Trainer, material: _Material, recipe: Recipe) -> Iterator[t
     steps = math.ceil(len(material.ids) / BATCH)
     held = None if val is None else (torch.from_numpy(val.features), torch.from_numpy(val.ids))
     yield math.nan, math.nan, *trainer.evaluate(*held or next(material.batches(recipe, 0)))
-    with tqdm(total=recipe.epochs * steps, unit="step", disable=not material.progress or None, leave=False) as bar:
+    with tqdm(
+        total=recipe.epochs * steps, unit="step", disable=not material.progress or None, leave=False
+    ) as bar:
         for epoch in range(recipe.epochs):
             loss = 0.0
             right = 0
@@ -322,10 +368,14 @@ def _epochs(trainer: Trainer, material: _Material, recipe: Recipe) -> Iterator[t
                 right = right + hits
                 seen = seen + len(batch[1])
                 bar.update()
-                bar.set_postfix(loss=f"{loss / seen:.3f}", accuracy=f"{right / seen:.3f}", epoch=epoch + 1)
+                bar.set_postfix(
+                    loss=f"{loss / seen:.3f}", accuracy=f"{right / seen:.3f}", epoch=epoch + 1
+                )
                 if not math.isfinite(mean):
                     break
-            after = trainer.evaluate(*held or batch) if math.isfinite(mean) else (math.nan, math.nan)
+            after = (
+                trainer.evaluate(*held or batch) if math.isfinite(mean) else (math.nan, math.nan)
+            )
             yield loss / seen, right / seen, *after
 
 
@@ -334,7 +384,9 @@ def _warn(tuned: Tuned) -> None:
     if collapsed is not None:
         log.warning("training collapsed: %s; kept epoch %d", collapsed, epoch)
     elif epoch == 0:
-        log.warning("no epoch improved the accuracy on the validation photos; the keys stay untrained")
+        log.warning(
+            "no epoch improved the accuracy on the validation photos; the keys stay untrained"
+        )
 
 
 def _on_folds(index: Index, material: _Material, recipe: Recipe) -> Tuned | None:
@@ -364,7 +416,9 @@ def _on_folds(index: Index, material: _Material, recipe: Recipe) -> Tuned | None
     if tuned is None:
         return None
     tuned.record["seconds"] = round(seconds, 3)
-    return replace(tuned, compared=Comparison(right[0] / n, right[1] / n, n, "its own shots, held out"))
+    return replace(
+        tuned, compared=Comparison(right[0] / n, right[1] / n, n, "its own shots, held out")
+    )
 
 
 def _right(index: Index, features: FloatArray, ids: IntArray) -> int:
@@ -385,7 +439,9 @@ def shots_of(index: Index, source: Source | None = None) -> Source:
         if missing is None:
             return Source("the shots of the index", table, tuple(index.class_names), tuple(paths))
         if origin is None or not origin.endswith(".parquet") or not Path(origin).is_file():
-            raise InputError(f"{missing}: no such file, though it is a shot of the index; give --source with the shots")
+            raise InputError(
+                f"{missing}: no such file, though it is a shot of the index; give --source with the shots"
+            )
         source = open_source(origin)
     own = set(paths)
     positions = [position for position, name in enumerate(source.sources) if name in own]
@@ -412,18 +468,31 @@ class _Material:
     progress: bool
 
     @classmethod
-    def of(cls, index: Index, shots: Source, reader: Reader, recipe: Recipe, val: Source | Queries | None) -> _Material:
+    def of(
+        cls,
+        index: Index,
+        shots: Source,
+        reader: Reader,
+        recipe: Recipe,
+        val: Source | Queries | None,
+    ) -> _Material:
         reader = replace(reader, views=1)
         ids = index.ids_of(shots)
         views = reader.encode_views(shots, view_names(recipe.seed, VIEWS))
         firsts = list(views)
         own = list(views.values())
         queries = search_hp.on_validation(index, val, reader) if isinstance(val, Source) else val
-        checked = [(shots.name, own[0])] + ([] if queries is None else [(queries.name, queries.features)])
+        checked = [(shots.name, own[0])] + (
+            [] if queries is None else [(queries.name, queries.features)]
+        )
         for name, features in checked:
             if features.shape[1] != index.d:
-                raise InputError(f"{name}: features have {features.shape[1]} values; the index needs {index.d}")
-        return cls(shots.name, shots.take(firsts).sources, ids[firsts], own, queries, reader.progress)
+                raise InputError(
+                    f"{name}: features have {features.shape[1]} values; the index needs {index.d}"
+                )
+        return cls(
+            shots.name, shots.take(firsts).sources, ids[firsts], own, queries, reader.progress
+        )
 
     def without(self, names: set[str]) -> _Material:
         """Return the material without the shots whose source is in ``names``."""

@@ -89,7 +89,9 @@ class Blend:
     def settings(self, settings: Settings, beta: float) -> Settings:
         """Return the settings of this blend: ``alpha = b / a``, ``gamma = g / b`` and ``temperature = 1 / a``."""
         unit = self.a or 1.0
-        return replace(settings, alpha=self.b / unit, beta=beta, gamma=self.g / self.b, temperature=1 / unit)
+        return replace(
+            settings, alpha=self.b / unit, beta=beta, gamma=self.g / self.b, temperature=1 / unit
+        )
 
 
 class HeldTerms:
@@ -102,11 +104,19 @@ class HeldTerms:
     """
 
     def __init__(
-        self, text: Tensor | None, cache: Tensor, discriminant: Tensor | None, ids: Tensor, *,
-        smoothing: float = SMOOTHING, reach: float = REACH,
-    ) -> None:  # fmt: skip
+        self,
+        text: Tensor | None,
+        cache: Tensor,
+        discriminant: Tensor | None,
+        ids: Tensor,
+        *,
+        smoothing: float = SMOOTHING,
+        reach: float = REACH,
+    ) -> None:
         self.given = [part is not None for part in (text, cache, discriminant)]
-        parts = torch.stack([part.double() for part in (text, cache, discriminant) if part is not None])
+        parts = torch.stack(
+            [part.double() for part in (text, cache, discriminant) if part is not None]
+        )
         parts -= parts.mean(2, keepdim=True)
         self.scales = parts.flatten(1).std(1).clamp_min(1e-12)
         self.parts = parts.div_(self.scales[:, None, None])
@@ -127,8 +137,16 @@ class HeldTerms:
         weights = torch.ones(len(self.ids), dtype=torch.float64) if weights is None else weights
         logs = torch.zeros(len(self.parts), dtype=torch.float64)
         if start is not None:
-            factors = [one for one, given in zip((start.a, start.b, start.g), self.given, strict=True) if given]
-            logs = (torch.tensor(factors, dtype=torch.float64) * self.scales).log().clamp(-self.reach, self.reach)
+            factors = [
+                one
+                for one, given in zip((start.a, start.b, start.g), self.given, strict=True)
+                if given
+            ]
+            logs = (
+                (torch.tensor(factors, dtype=torch.float64) * self.scales)
+                .log()
+                .clamp(-self.reach, self.reach)
+            )
         now = self._at(logs, weights)
         for _ in range(STEPS):
             curvature = now.curvature + torch.diag(now.gradient.clamp_min(0) + 1e-9)
@@ -176,7 +194,9 @@ class HeldTerms:
         q = len(self.ids)
         t = len(logs)
         factor = logs.exp()
-        loss, gradient, curvature = (torch.zeros(shape, dtype=torch.float64) for shape in ((), (t,), (t, t)))
+        loss, gradient, curvature = (
+            torch.zeros(shape, dtype=torch.float64) for shape in ((), (t,), (t, t))
+        )
         losses, right = [], []
         for rows in slices(q, max(1, BLOCK // self.parts.shape[2])):
             parts = self.parts[:, rows]
@@ -192,9 +212,13 @@ class HeldTerms:
             losses.append(total - factor @ own)
             loss += w @ (total - self.sure * (factor @ own))
             gradient += (means - self.sure * own) @ w
-            curvature += products.mul_(w[:, None]).flatten(1) @ parts.flatten(1).T - (w * means) @ means.T
+            curvature += (
+                products.mul_(w[:, None]).flatten(1) @ parts.flatten(1).T - (w * means) @ means.T
+            )
         curvature *= factor[:, None] * factor / q
-        return _Loss(float(loss / q), gradient * factor / q, curvature, torch.cat(losses), torch.cat(right))
+        return _Loss(
+            float(loss / q), gradient * factor / q, curvature, torch.cat(losses), torch.cat(right)
+        )
 
 
 class _Loss(NamedTuple):
@@ -237,7 +261,9 @@ class Order(NamedTuple):
     def of(cls, index: Index, labels: pa.Table) -> Self:
         """Return the order of an index. ``labels`` has the column ``digest``."""
         digests = labels["digest"].to_pylist()
-        hashes = np.array([_hash_of(digest) if digest else 0 for digest in digests], dtype=np.uint64)
+        hashes = np.array(
+            [_hash_of(digest) if digest else 0 for digest in digests], dtype=np.uint64
+        )
         bare = np.flatnonzero([not digest for digest in digests])
         widths = [part.width for part in index.parts] or [index.d]
         # Each part has the same factors, so that the order of the encoders does not matter.
@@ -285,21 +311,32 @@ class Folds:
     shares: Sequence[float] = ()
     order: Order | None = None
     _scatters: dict[int | None, Scatter | FewScatter] = field(default_factory=dict, init=False)
-    _terms: dict[Form, tuple[Tensor | None, Tensor, Tensor]] = field(default_factory=dict, init=False)
+    _terms: dict[Form, tuple[Tensor | None, Tensor, Tensor]] = field(
+        default_factory=dict, init=False
+    )
 
     @classmethod
-    def of(cls, index: Index, class_prior: ClassPrior | None = None, shares: Sequence[float] = ()) -> Folds:
+    def of(
+        cls, index: Index, class_prior: ClassPrior | None = None, shares: Sequence[float] = ()
+    ) -> Folds:
         """Return the keys of an index without held-out queries, by default with its own class prior and shares."""
         own = "even" if index.fitted is None else index.fitted.class_prior
         text = index.text_weights.cpu() * index.settings.logit_scale if index.has_text else None
         parts = index.parts or (Part(index.d, "feature", index.backbone),)
         labels = index.rows.columns("digest", "source")
         return cls(
-            index.keys, index.class_ids.cpu(), len(index.class_names), text,
-            images_of(labels), sums=index.rows.sums,
-            class_prior=class_prior or own, given=None if index.prior is None else index.prior.astype(np.float64),
-            parts=parts, shares=shares or index.shares or equal_shares(parts), order=Order.of(index, labels),
-        )  # fmt: skip
+            index.keys,
+            index.class_ids.cpu(),
+            len(index.class_names),
+            text,
+            images_of(labels),
+            sums=index.rows.sums,
+            class_prior=class_prior or own,
+            given=None if index.prior is None else index.prior.astype(np.float64),
+            parts=parts,
+            shares=shares or index.shares or equal_shares(parts),
+            order=Order.of(index, labels),
+        )
 
     @property
     def ordered(self) -> Order:
@@ -335,7 +372,9 @@ class Folds:
         to these folds would be overconfident. In a small fold, almost only the class of the query has fewer shots, so
         the blend would not be confident enough. The small folds have the weight :data:`SMALL_SHARE`.
         """
-        if not self.halves or (self.prior is not None and self.text is not None):  # the text would count less
+        if not self.halves or (
+            self.prior is not None and self.text is not None
+        ):  # the text would count less
             return self
         own = self.ids.numpy()[self._photos]
         draw = np.random.default_rng(0)
@@ -415,7 +454,9 @@ class Folds:
             weights = class_weights(torch.bincount(self.ids, minlength=self.c))[ids].double()
         if small.any():
             others = ~small & ~whole
-            weights[small] *= SMALL_SHARE / (1 - SMALL_SHARE) * weights[others].sum() / weights[small].sum()
+            weights[small] *= (
+                SMALL_SHARE / (1 - SMALL_SHARE) * weights[others].sum() / weights[small].sum()
+            )
         if whole.any():
             shares = torch.where(whole, 1 - self.covered, self.covered)
             weights *= shares / torch.where(whole, weights[whole].sum(), weights[~whole].sum())
@@ -429,7 +470,9 @@ class Folds:
     @property
     def judged_on(self) -> str:
         """The held-out photos in words."""
-        return f"{self.n:,} photos" + (f" of {self.validation}" if self.validation else ", each held out in turn")
+        return f"{self.n:,} photos" + (
+            f" of {self.validation}" if self.validation else ", each held out in turn"
+        )
 
     @property
     def can_judge(self) -> bool:
@@ -465,15 +508,25 @@ class Folds:
         if self.given is not None:
             return self._scaled_square(self.given)
         known = [(share, part.width, known_prior(part)) for part, share in self._used]
-        needed = all if len(self.ids.unique()) < len(self.ids) or sum(width for _, width, _ in known) > WIDEST else any
+        needed = (
+            all
+            if len(self.ids.unique()) < len(self.ids)
+            or sum(width for _, width, _ in known) > WIDEST
+            else any
+        )
         if not known or not needed(prior is not None for *_, prior in known):
             return None
-        blocks = [share * (np.eye(width) / width if prior is None else prior) for share, width, prior in known]
+        blocks = [
+            share * (np.eye(width) / width if prior is None else prior)
+            for share, width, prior in known
+        ]
         return np.asarray(torch.block_diag(*map(torch.from_numpy, blocks)))
 
     @property
     def _used(self) -> list[tuple[Part, float]]:
-        return [(part, share) for part, share in zip(self.parts, self.shares, strict=True) if share > 0]
+        return [
+            (part, share) for part, share in zip(self.parts, self.shares, strict=True) if share > 0
+        ]
 
     def _scaled_square(self, matrix: DoubleArray) -> DoubleArray:
         return self.scaled(self.scaled(torch.from_numpy(matrix)).T).T.numpy()
@@ -546,11 +599,18 @@ class Folds:
         effect of a further bonus of 1 (see :class:`retrieval.ridge.Ridge`), or ``None`` if it cannot be fitted.
         """
         if form not in self._terms:
-            answers = (self._answers(replace(form, bonus=0.0), held, fold) for fold, held in enumerate(self.held))
+            answers = (
+                self._answers(replace(form, bonus=0.0), held, fold)
+                for fold, held in enumerate(self.held)
+            )
             photos, more = (torch.cat(parts) for parts in zip(*answers, strict=True))
             features = torch.cat([held.features for held in self.held])
             words = self.words
-            self._terms[form] = None if words is None else tip.affinity(features, words), photos, more
+            self._terms[form] = (
+                None if words is None else tip.affinity(features, words),
+                photos,
+                more,
+            )
         text, cache, third = self._terms[form]
         if self.covered == 1:
             return text, cache.clone(), third
@@ -565,7 +625,10 @@ class Folds:
     @property
     def counts(self) -> Tensor:
         """Number of keys of each class that a held-out query meets, ``[q, c]``."""
-        fewer = [torch.bincount(self.ids[held.rows], minlength=self.c).expand(len(held.ids), -1) for held in self.held]
+        fewer = [
+            torch.bincount(self.ids[held.rows], minlength=self.c).expand(len(held.ids), -1)
+            for held in self.held
+        ]
         return torch.cat(fewer)
 
     @property
@@ -579,7 +642,9 @@ class Folds:
         fewer = self.counts.gather(1, own[:, None])[:, 0]
         return torch.where(fewer > 0, every[own] / fewer, 1)
 
-    def fitted(self, form: Form, rows: Tensor, fold: int | None = None) -> tuple[tip.Metric | None, Tensor | None]:
+    def fitted(
+        self, form: Form, rows: Tensor, fold: int | None = None
+    ) -> tuple[tip.Metric | None, Tensor | None]:
         """Fit the metric and the values of a form to ``rows`` of the keys, or to all keys outside a ``fold``."""
         metric, values, _ = self._fitted(form, rows, fold)
         return self._whole(metric), values
@@ -616,7 +681,9 @@ class Folds:
             if self.covered < 1:
                 return cache, weights.mean(1, keepdim=True) * (counts == 0)
             tip.add_rows(sums, self.ids[held.rows], points.double())
-        for block, rows in _blocks(self.keys, held.rows.numpy()) if values is None else ():  # may be very many
+        for block, rows in (
+            _blocks(self.keys, held.rows.numpy()) if values is None else ()
+        ):  # may be very many
             keys = self.scaled(torch.from_numpy(np.array(block, dtype=np.float32)))
             points = keys if metric is None else metric(keys)
             ids = self.ids[torch.from_numpy(rows)]
@@ -667,13 +734,17 @@ class Queries:
         images = None if self.images is None else images_of(index.labels)
         most = max(c, index.n if k is None else min(k, index.n))
         for part in slices(len(self.ids), max(1, min(QUERY_BLOCK, VALUES // most))):
-            features = torch.from_numpy(np.asarray(self.features[part], dtype=np.float32)).to(index.device)
+            features = torch.from_numpy(np.asarray(self.features[part], dtype=np.float32)).to(
+                index.device
+            )
             retrieval = index.retrieval
             points = retrieval.keys.phi(features)
             counts = retrieval.keys.counts.expand(len(features), -1)
             if k is None:
                 rows = torch.arange(index.n, device=index.device)
-                affinity = torch.cat([tip.affinity(keys, points) for keys, *_ in retrieval.keys.blocks()]).T
+                affinity = torch.cat(
+                    [tip.affinity(keys, points) for keys, *_ in retrieval.keys.blocks()]
+                ).T
                 unseen = affinity.new_zeros(1, 1, dtype=torch.bool)
             else:
                 near = retrieval.keys.nearest(points, k)
@@ -684,10 +755,14 @@ class Queries:
                 hidden, place = np.unique(self.images[part], return_inverse=True)
                 at = np.searchsorted(hidden, images).clip(max=len(hidden) - 1)
                 own = hidden[at] == images
-                gone = np.bincount(at[own] * c + every[own], minlength=len(hidden) * c).reshape(-1, c)[place]
+                gone = np.bincount(at[own] * c + every[own], minlength=len(hidden) * c).reshape(
+                    -1, c
+                )[place]
                 counts = counts - torch.from_numpy(gone).to(counts)
                 shown = torch.from_numpy(images).to(index.device)[rows]
-                unseen = unseen | (shown == torch.from_numpy(self.images[part]).to(index.device)[:, None])
+                unseen = unseen | (
+                    shown == torch.from_numpy(self.images[part]).to(index.device)[:, None]
+                )
             yield part, Visible(index, features, points, affinity, rows, unseen, counts)
 
 
@@ -729,7 +804,9 @@ class Visible:
         factor = torch.where(self.counts > 0, retrieval.keys.counts / self.counts.clamp_min(1), 0)
         discriminant = None
         if settings.gamma:
-            means = tip.sum_by_class(self.affinity.masked_fill(self.unseen, 0), ids, c) / self.counts.clamp_min(1)
+            means = tip.sum_by_class(
+                self.affinity.masked_fill(self.unseen, 0), ids, c
+            ) / self.counts.clamp_min(1)
             discriminant = torch.where(self.counts > 0, means + own.offsets, own(self.points))
         for beta in betas:
             weights = tip.weight(self.affinity, beta).masked_fill_(self.unseen, 0)
@@ -749,7 +826,9 @@ def ranks_within(ids: IntArray, draw: np.random.Generator) -> IntArray:
     return ranks
 
 
-def without_parts(index: Index, rows: IntArray, kept: IntArray | None = None) -> Iterator[tuple[IntArray, Index]]:
+def without_parts(
+    index: Index, rows: IntArray, kept: IntArray | None = None
+) -> Iterator[tuple[IntArray, Index]]:
     """Split photos into at most :data:`PARTS` parts, and yield each part with an index that lacks its photos.
 
     ``rows`` has a key of each photo, and a part is given as positions in ``rows``. It has few photos of the same
@@ -774,8 +853,12 @@ def without_parts(index: Index, rows: IntArray, kept: IntArray | None = None) ->
         metric = index.metric
         values = None if index.values is None else index.values[torch.from_numpy(others)]
         if fitted is not None:
-            metric, values = folds.fitted(Form.of(fitted, index.settings.beta), torch.from_numpy(others), fold)
-        left = ArrayRows(np.asarray(index.keys[others]), index.labels.take(pa.array(others)), values)
+            metric, values = folds.fitted(
+                Form.of(fitted, index.settings.beta), torch.from_numpy(others), fold
+            )
+        left = ArrayRows(
+            np.asarray(index.keys[others]), index.labels.take(pa.array(others)), values
+        )
         yield part, replace(index, rows=left, metric=metric, factory=factory)
 
 

@@ -57,11 +57,15 @@ class Form:
         metric = None if fitted.shrinkage is None else metrics[fitted.metric](fitted.shrinkage)
         return cls(metric, fitted.ridge, beta, fitted.bonus)
 
-    def fitted(self, keys: int, class_prior: ClassPrior, shares: Sequence[float], *, automatic: bool) -> Fitted:
+    def fitted(
+        self, keys: int, class_prior: ClassPrior, shares: Sequence[float], *, automatic: bool
+    ) -> Fitted:
         """Return the record of a fit of this form to ``keys`` keys."""
         shrinkage = None if self.metric is None else self.metric.shrinkage
         names = self.metric_name, self.values_name
-        return Fitted(*names, shrinkage, self.ridge, keys, class_prior, automatic, self.bonus, tuple(shares))
+        return Fitted(
+            *names, shrinkage, self.ridge, keys, class_prior, automatic, self.bonus, tuple(shares)
+        )
 
     @property
     def metric_name(self) -> str:
@@ -105,4 +109,8 @@ Forms with one-hot values are only tried if the user asks for them or if values 
 
 def like(fitted: Fitted) -> list[Form]:
     """Return the forms that have the same kind of metric and values."""
-    return [form for form in FORMS if (form.metric_name, form.values_name) == (fitted.metric, fitted.values)]
+    return [
+        form
+        for form in FORMS
+        if (form.metric_name, form.values_name) == (fitted.metric, fitted.values)
+    ]

@@ -57,7 +57,9 @@ class Scatter:
         return tip.Metric(self.mean.float(), transform.float().contiguous())
 
     @classmethod
-    def of(cls, sums: Sums, prior: DoubleArray | None = None, widths: Sequence[int] = ()) -> Scatter:
+    def of(
+        cls, sums: Sums, prior: DoubleArray | None = None, widths: Sequence[int] = ()
+    ) -> Scatter:
         """Compute the within-class scatter from sums of keys. If each class has a single key, use the total scatter.
 
         ``S = sum_i r_i r_i^T / n = (sum_i k_i k_i^T - sum_c n_c mu_c mu_c^T) / n``, where ``r_i`` is the difference
@@ -97,7 +99,9 @@ class FewScatter:
         sums = torch.zeros(c, keys.shape[1], dtype=torch.float64).index_add_(0, ids, keys.double())
         mean, centres = _centres(torch.bincount(ids, minlength=c).numpy(), sums.numpy())
         apart = keys - torch.from_numpy(centres.astype(np.float32)[ids.numpy()])
-        found = torch.linalg.eigh((apart @ apart.T / len(keys)).double())  # in float32, it may not converge
+        found = torch.linalg.eigh(
+            (apart @ apart.T / len(keys)).double()
+        )  # in float32, it may not converge
         values, left = (part.float() for part in found)
         some = values > LEAST_EIGENVALUE * values.max()
         scaled = left[:, some] / (len(keys) * values[some]).sqrt()
@@ -113,7 +117,9 @@ class FewScatter:
         scale = _mean_variance(self.eigenvectors.square() @ self.eigenvalues, self.widths)
         if not scale > 0:
             return None
-        along = ((1 - shrinkage) * self.eigenvalues / (shrinkage * scale) + 1) ** -0.5  # as a share of a
+        along = (
+            (1 - shrinkage) * self.eigenvalues / (shrinkage * scale) + 1
+        ) ** -0.5  # as a share of a
         beyond = torch.full_like(self.eigenvectors[:, :1], shrinkage**-0.5)
         factor = torch.cat([beyond, self.eigenvectors * (1 - along).sqrt()], dim=1).T.contiguous()
         return tip.Metric(self.mean.float(), factor=factor)
@@ -135,13 +141,19 @@ def _mean_variance(variances: Tensor, widths: Sequence[int]) -> float:
     return sum(float(part.mean()) for part in variances.split(list(widths) or len(variances)))
 
 
-def _centres(counts: IntArray, sums: DoubleArray, *, total: bool = True) -> tuple[DoubleArray, DoubleArray]:
+def _centres(
+    counts: IntArray, sums: DoubleArray, *, total: bool = True
+) -> tuple[DoubleArray, DoubleArray]:
     """Return the mean of the class means, and the class means.
 
     If ``total`` is true and each class has one key, the overall mean replaces the class means.
     """
     means = sums / np.maximum(counts, 1)[:, None]
-    centres = means if counts.max() > 1 or not total else np.broadcast_to(sums.sum(0) / counts.sum(), sums.shape)
+    centres = (
+        means
+        if counts.max() > 1 or not total
+        else np.broadcast_to(sums.sum(0) / counts.sum(), sums.shape)
+    )
     return means[counts > 0].mean(0), centres
 
 
@@ -155,7 +167,9 @@ def pooled(sums: Sequence[Sums]) -> DoubleArray:
         raise InputError("prior: features of different lengths; give indexes of the same encoders")
     free = sum(part.n - int((part.counts > 0).sum()) for part in sums)
     if not free:
-        raise InputError("prior: no class has two photos, so their spread is unknown; give another index")
+        raise InputError(
+            "prior: no class has two photos, so their spread is unknown; give another index"
+        )
     scatters = []
     for part in sums:
         roots = part.sums / np.sqrt(np.maximum(part.counts, 1))[:, None]

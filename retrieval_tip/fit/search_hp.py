@@ -55,9 +55,12 @@ class HyperparameterChoice:
         """Return ``before`` with the selected alpha and beta, and reset what was fitted to the old ones."""
         beta_stays = self.beta == before.beta
         return replace(
-            before, alpha=self.alpha, beta=self.beta, least_cache=before.least_cache if beta_stays else None,
+            before,
+            alpha=self.alpha,
+            beta=self.beta,
+            least_cache=before.least_cache if beta_stays else None,
             temperature=before.temperature if beta_stays and self.alpha == before.alpha else 1.0,
-        )  # fmt: skip
+        )
 
     def provenance(self) -> dict[str, object]:
         """Return the record of the search for the manifest."""
@@ -84,7 +87,9 @@ def apply(index: Index, choice: HyperparameterChoice) -> Index:
     """Return the index with the selected settings and their provenance."""
     kept = {name: value for name, value in index.provenance.items() if name != "temperature"}
     provenance = kept | {"alpha": "search-hp", "beta": "search-hp", "search": choice.provenance()}
-    return index.with_settings(choice.settings(index.settings), chosen=True).altered(provenance=provenance)
+    return index.with_settings(choice.settings(index.settings), chosen=True).altered(
+        provenance=provenance
+    )
 
 
 def search(index: Index, queries: Queries) -> HyperparameterChoice:
@@ -108,7 +113,10 @@ def search(index: Index, queries: Queries) -> HyperparameterChoice:
         return right
 
     solved = [_best_alpha(*ends) for ends in zip(low, high, strict=True)]
-    *_, b = max((right, _width(interval), -abs(b - len(solved) // 2), b) for b, (right, interval) in enumerate(solved))
+    *_, b = max(
+        (right, _width(interval), -abs(b - len(solved) // 2), b)
+        for b, (right, interval) in enumerate(solved)
+    )
     interval = solved[b][1]
     alpha = 2 * interval[0] + 1 if interval[1] == math.inf else sum(interval) / 2
     best = own = hits(b, alpha)
@@ -121,7 +129,11 @@ def search(index: Index, queries: Queries) -> HyperparameterChoice:
     most = float(best.mean())
     n = len(own)
     rivals = {"text alone": hits(b, 0.0), "cache alone": high[b] == np.inf}
-    close = {name: rival for name, rival in rivals.items() if accuracy > rival.mean() and not _is_better(own, rival)}
+    close = {
+        name: rival
+        for name, rival in rivals.items()
+        if accuracy > rival.mean() and not _is_better(own, rival)
+    }
     warnings = [
         f"{n} queries are too few to prefer these settings to {name} ({100 * rival.mean():.1f} %)"
         for name, rival in close.items()
@@ -135,9 +147,18 @@ def search(index: Index, queries: Queries) -> HyperparameterChoice:
         )
     lower, upper = wilson(accuracy, n)
     return HyperparameterChoice(
-        alpha, tried[b], accuracy=accuracy, best=most, interval=interval, low=lower, high=upper, n=n,
-        zero_shot=float(rivals["text alone"].mean()), source=queries.name, warnings=tuple(warnings),
-    )  # fmt: skip
+        alpha,
+        tried[b],
+        accuracy=accuracy,
+        best=most,
+        interval=interval,
+        low=lower,
+        high=upper,
+        n=n,
+        zero_shot=float(rivals["text alone"].mean()),
+        source=queries.name,
+        warnings=tuple(warnings),
+    )
 
 
 def _is_better(hits: BoolArray, rival: BoolArray) -> bool:
@@ -146,13 +167,17 @@ def _is_better(hits: BoolArray, rival: BoolArray) -> bool:
     return bool(more.mean() > 1.96 * more.std() / math.sqrt(len(more)))
 
 
-def _intervals(index: Index, queries: Queries, betas: Sequence[float]) -> tuple[DoubleArray, DoubleArray]:
+def _intervals(
+    index: Index, queries: Queries, betas: Sequence[float]
+) -> tuple[DoubleArray, DoubleArray]:
     """Return the open intervals of alphas at which each query is right, as two arrays of shape ``[betas, q]``."""
     q = len(queries.ids)
     if not q:
         raise InputError(f"{queries.name}: there are no queries to select settings on")
     if queries.features.shape != (q, index.d):
-        raise InputError(f"{queries.name}: features {queries.features.shape}; expected [{q}, {index.d}]")
+        raise InputError(
+            f"{queries.name}: features {queries.features.shape}; expected [{q}, {index.d}]"
+        )
     low, high = np.empty((2, len(betas), q))
     for part, visible in queries.blocks(index):
         y = torch.from_numpy(queries.ids[part]).to(index.device)
@@ -185,12 +210,20 @@ def _best_alpha(low: DoubleArray, high: DoubleArray) -> tuple[int, tuple[float, 
     some = low < high
     starts = np.sort(low[some])
     stops = np.sort(high[some])
-    ends = np.unique(np.concatenate([[0.0], starts[starts > 0], stops[(stops > 0) & (stops < np.inf)]]))
-    between = np.append((ends[:-1] + ends[1:]) / 2, ends[-1] * 2 + 1)  # one alpha per gap, and one beyond
+    ends = np.unique(
+        np.concatenate([[0.0], starts[starts > 0], stops[(stops > 0) & (stops < np.inf)]])
+    )
+    between = np.append(
+        (ends[:-1] + ends[1:]) / 2, ends[-1] * 2 + 1
+    )  # one alpha per gap, and one beyond
     right = np.searchsorted(starts, between) - np.searchsorted(stops, between)
     most = int(right.max())
-    edges = np.diff((right == most).astype(int), prepend=0, append=0)  # ends within a plateau do not split it
-    plateaus = zip(ends[edges[:-1] == 1].tolist(), np.append(ends, np.inf)[edges == -1].tolist(), strict=True)
+    edges = np.diff(
+        (right == most).astype(int), prepend=0, append=0
+    )  # ends within a plateau do not split it
+    plateaus = zip(
+        ends[edges[:-1] == 1].tolist(), np.append(ends, np.inf)[edges == -1].tolist(), strict=True
+    )
     return most, max(plateaus, key=_width)
 
 

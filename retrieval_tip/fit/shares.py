@@ -48,7 +48,9 @@ def shares_of(splits: Sequence[Folds], form: Form) -> Shares:
     cells = np.array([cell for cell in grid if sum(cell) == STEP]) / STEP
     evidence = np.zeros(len(cells))
     for done, folds in enumerate(splits):
-        losses = np.array([folds.n * folds.shared(cell).judge(form).loss for cell in cells.tolist()])
+        losses = np.array(
+            [folds.n * folds.shared(cell).judge(form).loss for cell in cells.tolist()]
+        )
         evidence = (done * evidence - losses) / (done + 1)
         clear = evidence > evidence.max() - CLEAR
         cells, evidence = cells[clear], evidence[clear]
@@ -73,7 +75,10 @@ def shares_without_folds(folds: Folds) -> Shares:
     keys = taken_keys(folds.keys, rows).double()
     ids = folds.ids[rows]
     others = ids[:, None] != ids
-    parts = [torch.nn.functional.normalize(part) for part in keys.split([part.width for part in folds.parts], dim=1)]
+    parts = [
+        torch.nn.functional.normalize(part)
+        for part in keys.split([part.width for part in folds.parts], dim=1)
+    ]
     means = [_class_means(part, ids) for part in parts]
     used = [one for one in range(len(parts)) if one == 0 or agree(means[0], means[one])]
     shares = np.zeros(len(parts))
@@ -86,8 +91,12 @@ def shares_without_folds(folds: Folds) -> Shares:
     spreads = np.sqrt(np.maximum(np.diag(covariance), 1e-12))
     counts = np.zeros(len(used))
     for one in range(len(used)):
-        group = np.flatnonzero((covariance[one] > REDUNDANT * spreads[one] * spreads) | (np.arange(len(used)) == one))
-        least = np.linalg.solve(covariance[np.ix_(group, group)] + 1e-12 * np.eye(len(group)), np.ones(len(group)))
+        group = np.flatnonzero(
+            (covariance[one] > REDUNDANT * spreads[one] * spreads) | (np.arange(len(used)) == one)
+        )
+        least = np.linalg.solve(
+            covariance[np.ix_(group, group)] + 1e-12 * np.eye(len(group)), np.ones(len(group))
+        )
         least = least.clip(min=0)
         counts[one] = least[group == one][0] ** 2 / (least**2).sum()
     contrasted = counts * contrast
@@ -116,7 +125,9 @@ def agree(first: DoubleArray, second: DoubleArray) -> bool:
 def _class_means(features: Tensor, ids: Tensor) -> DoubleArray:
     """Return the mean feature of each of at most :data:`ASKED` classes, scaled to norm 1, in the order of the rows."""
     classes = list(dict.fromkeys(ids.tolist()))[:ASKED]
-    return torch.nn.functional.normalize(torch.stack([features[ids == one].mean(0) for one in classes])).numpy()
+    return torch.nn.functional.normalize(
+        torch.stack([features[ids == one].mean(0) for one in classes])
+    ).numpy()
 
 
 def _between(means: DoubleArray) -> DoubleArray:

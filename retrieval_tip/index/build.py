@@ -41,7 +41,12 @@ log = logging.getLogger(__name__)
 
 
 def build_index(
-    source: Source, out: Place, reader: Reader, *, device: str = "auto", **options: Unpack[BuildOptions]
+    source: Source,
+    out: Place,
+    reader: Reader,
+    *,
+    device: str = "auto",
+    **options: Unpack[BuildOptions],
 ) -> Index:
     """Build an index from a labelled source. If ``out`` already contains an index, the result becomes its next version.
 
@@ -63,10 +68,17 @@ def build_index(
     words = _text(source, reader, plan)
     source, ids = _shots(source.known_as(words.class_names), words.class_names, plan, reader.seed)
     backbone = identity_of(source, reader)
-    fit = Fit(plan["metric"], plan["values"], plan["class_prior"] or "even", prior_of(plan["prior"], backbone))
+    fit = Fit(
+        plan["metric"],
+        plan["values"],
+        plan["class_prior"] or "even",
+        prior_of(plan["prior"], backbone),
+    )
     asked = None if plan["fit"] == "none" else fit
     groups = None if plan["groups"] is None else read_groups(plan["groups"], words.class_names)
-    material = Material(source, reader, ids, words, plan, backbone, asked, resolve_device(device), groups)
+    material = Material(
+        source, reader, ids, words, plan, backbone, asked, resolve_device(device), groups
+    )
     made = places.at(out).create(material)
     warn_of_spelling(out, words.class_names, words.class_names)
     return made
@@ -78,7 +90,9 @@ def _parts(source: Source, reader: Reader, plan: BuildOptions) -> tuple[Part, ..
     known = known if len(known) > 1 else ()
     if source.table is None:
         if plan["features"]:
-            raise UsageError(f"features: {source.name} is no feature table; name the encoders with model")
+            raise UsageError(
+                f"features: {source.name} is no feature table; name the encoders with model"
+            )
         return known
     if len(set(plan["features"])) < len(plan["features"]):
         raise UsageError(f"features: {','.join(plan['features'])} names a column twice")
@@ -87,7 +101,9 @@ def _parts(source: Source, reader: Reader, plan: BuildOptions) -> tuple[Part, ..
     return parts if asked or len(parts) > 1 else ()
 
 
-def _shots(source: Source, class_names: Sequence[str], plan: BuildOptions, seed: int) -> tuple[Source, IntArray]:
+def _shots(
+    source: Source, class_names: Sequence[str], plan: BuildOptions, seed: int
+) -> tuple[Source, IntArray]:
     """Return the items of a source that become keys, and their class ids."""
     ids = ids_in(source, class_names)
     _warn_of_layout(source, class_names, plan["text"])
@@ -97,25 +113,40 @@ def _shots(source: Source, class_names: Sequence[str], plan: BuildOptions, seed:
     return source.take(drawn), ids[drawn]
 
 
-def _warn_of_layout(source: Source, class_names: Sequence[str], text: str | os.PathLike[str] | None) -> None:
+def _warn_of_layout(
+    source: Source, class_names: Sequence[str], text: str | os.PathLike[str] | None
+) -> None:
     counts = Counter(source.items.group_by(["label", "source"]).aggregate([])["label"].to_pylist())
     times = pc.value_counts(source.items["source"])
     repeated = times.filter(pc.greater(times.field("counts"), 1)).field("values")
     if source.table is not None and len(repeated):
         log.warning(
-            "%s: %s rows have %s (%s); rows with the same id count as one photo", source.name, f"{len(source):,}",
-            counted(len(times), "id"), few(repeated.slice(0, SHOWN).to_pylist(), len(repeated)),
-        )  # fmt: skip
+            "%s: %s rows have %s (%s); rows with the same id count as one photo",
+            source.name,
+            f"{len(source):,}",
+            counted(len(times), "id"),
+            few(repeated.slice(0, SHOWN).to_pylist(), len(repeated)),
+        )
     if len(counts) == 1:
-        log.warning("%s: there is only one class, %s, so every answer will be that class", source.name, class_names[0])
+        log.warning(
+            "%s: there is only one class, %s, so every answer will be that class",
+            source.name,
+            class_names[0],
+        )
     single = [name for name, number in counts.items() if number == 1]
     if single and len(single) < len(counts):
-        log.warning("%s: there is only one photo of %s, so its accuracy cannot be estimated", source.name, few(single))
+        log.warning(
+            "%s: there is only one photo of %s, so its accuracy cannot be estimated",
+            source.name,
+            few(single),
+        )
     if text is not None and source.table is not None and len(single) == len(counts):
         rows = len(open_source(text))
         if rows > len(source):
             log.warning(
-                "%s: has one row per class, but --text has %s rows; did you swap them?", source.name, f"{rows:,}"
+                "%s: has one row per class, but --text has %s rows; did you swap them?",
+                source.name,
+                f"{rows:,}",
             )
 
 
@@ -123,7 +154,9 @@ def _text(source: Source, reader: Reader, plan: BuildOptions) -> Words:
     templates = plan["templates"]
     backbone = reader.backbone
     if plan["text"] is not None:
-        class_names, weights = read_text_table(plan["text"], reader.norms, identity_of(source, reader), reader.parts)
+        class_names, weights = read_text_table(
+            plan["text"], reader.norms, identity_of(source, reader), reader.parts
+        )
         return Words(class_names, weights, [], str(plan["text"]))
     if backbone is not None and (templates or backbone.has_text):
         prompts = list(check_templates(templates or DEFAULT_TEMPLATES))
@@ -132,7 +165,9 @@ def _text(source: Source, reader: Reader, plan: BuildOptions) -> Words:
     if templates:
         raise UsageError("templates: text weights from templates need a backbone; give --model")
     if backbone is None:
-        log.warning("no text weights (neither --text nor --model is given): answers depend on the shots only")
+        log.warning(
+            "no text weights (neither --text nor --model is given): answers depend on the shots only"
+        )
     return Words(source.class_names, None, [], None)
 
 
@@ -145,6 +180,9 @@ def prior_of(indexes: Place | Sequence[Place], backbone: Identity | None) -> Dou
     for place in [indexes] if isinstance(indexes, str | os.PathLike) else indexes:
         other = places.at(place).load(device="cpu")
         same_backbone(other.backbone, backbone, f"prior {place}")
-        blocks = ((keys, labels["class_id"].to_numpy().astype(np.int64)) for labels, keys in other.rows.blocks())
+        blocks = (
+            (keys, labels["class_id"].to_numpy().astype(np.int64))
+            for labels, keys in other.rows.blocks()
+        )
         found.append(Sums.of(blocks, len(other.class_names), other.d))
     return pooled(found) if found else None

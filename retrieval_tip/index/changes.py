@@ -116,9 +116,12 @@ def add(
         known = _known(index, labels, columns.digests, block.features)
         rows = np.flatnonzero(~known)
         new = NewKeys(
-            block.features[rows], labels[rows].tolist(), views=views, precision=precision_of(source, reader),
+            block.features[rows],
+            labels[rows].tolist(),
+            views=views,
+            precision=precision_of(source, reader),
             **vars(columns.take(rows)),
-        )  # fmt: skip
+        )
         classes = _new_classes(source.class_names, index.class_names, weights, index.has_text)
         changed = _with_keys(index, Edits(classes=classes, add=new if len(rows) else None))
         return replace(changed, known=int(known.sum()))
@@ -149,7 +152,9 @@ def _edited(before: Index, edits: Edits, now: Mapping[int, str]) -> Changed:
     if not what:
         return Changed(before, "")
     after, fitted = _fitted_again(before, before.edited(edits))
-    return Changed(after, what, key_ids=[*labels], labels=labels, classes=[*edits.classes], **fitted)
+    return Changed(
+        after, what, key_ids=[*labels], labels=labels, classes=[*edits.classes], **fitted
+    )
 
 
 def _fitted_again(before: Index, after: Index) -> tuple[Index, dict[str, Any]]:
@@ -190,9 +195,13 @@ class PhotoLabel:
 
 
 def label(
-    folder: Place, photos: Iterable[PhotoLabel], reader: Reader, unwanted: Collection[str] = (),
-    last: Changed | None = None, base: Index | None = None,
-) -> Changed:  # fmt: skip
+    folder: Place,
+    photos: Iterable[PhotoLabel],
+    reader: Reader,
+    unwanted: Collection[str] = (),
+    last: Changed | None = None,
+    base: Index | None = None,
+) -> Changed:
     """Set the labels of photos in one new version: add new photos, relabel known ones, and remove some.
 
     If several keys have the digest of a photo, they all change.
@@ -219,13 +228,21 @@ def label(
     def revise(index: Index) -> Changed:
         rows = index.having("digest", wanted).to_pylist()
         there = {row["digest"] for row in rows}
-        fresh = [photo for photo in wanted.values() if photo.label is not None and photo.digest not in there]
+        fresh = [
+            photo
+            for photo in wanted.values()
+            if photo.label is not None and photo.digest not in there
+        ]
         now = {row["key_id"]: row["label"] for row in rows}
         new = {row["key_id"]: wanted[row["digest"]].label for row in rows}
         edits = Edits(
             classes=_new_classes(names, index.class_names, weights, index.has_text),
             add=_keys_of(fresh, reader) if fresh else None,
-            move={key_id: name for key_id, name in new.items() if name is not None and name != now[key_id]},
+            move={
+                key_id: name
+                for key_id, name in new.items()
+                if name is not None and name != now[key_id]
+            },
             remove=[key_id for key_id, name in new.items() if name is None],
             drop=set(unwanted).difference(names),
         )
@@ -233,9 +250,14 @@ def label(
             raise InputError("it is the only label; label another photo first")
         changed = _edited(index, edits, now)
         before = {} if last is None or last.version != index.version else last.labels
-        if not (changed.what and before and index.manifest is not None and made_now(index.manifest)):
+        if not (
+            changed.what and before and index.manifest is not None and made_now(index.manifest)
+        ):
             return changed
-        again = {key_id: (before.get(key_id, pair)[0], pair[1]) for key_id, pair in changed.labels.items()}
+        again = {
+            key_id: (before.get(key_id, pair)[0], pair[1])
+            for key_id, pair in changed.labels.items()
+        }
         labels = {**before, **again}
         what = in_words(labels.values(), index.backbone) or "no change"
         return replace(changed, what=what, labels=labels, replaces=True)
@@ -247,13 +269,18 @@ def _keys_of(photos: Sequence[PhotoLabel], reader: Reader) -> NewKeys:
     features = [photo.feature for photo in photos if photo.feature is not None]
     if len(features) < len(photos):
         lost = next(photo.source for photo in photos if photo.feature is None)
-        raise InputError(f"{lost}: cannot be read, and the index does not have it; restore the file")
+        raise InputError(
+            f"{lost}: cannot be read, and the index does not have it; restore the file"
+        )
     return NewKeys(
-        np.stack(features), [photo.label for photo in photos], [photo.source for photo in photos],
-        views=reader.views, digests=[photo.digest for photo in photos],
+        np.stack(features),
+        [photo.label for photo in photos],
+        [photo.source for photo in photos],
+        views=reader.views,
+        digests=[photo.digest for photo in photos],
         extra=pa.table({PICKED: pa.array([photo.picked for photo in photos], pa.string())}),
         precision=None if reader.backbone is None else reader.backbone.precision,
-    )  # fmt: skip
+    )
 
 
 def merge(folder: Place, other: Place, *, base: Index | None = None) -> Changed:
@@ -269,14 +296,22 @@ def merge(folder: Place, other: Place, *, base: Index | None = None) -> Changed:
         raise UsageError(f"{other}: an index cannot be merged with itself; give another one")
     theirs = source.load(device="cpu").in_memory()
     if theirs.values is not None and theirs.fitted is None:
-        raise InputError(f"{other}: has trained values, which cannot be merged; merge the version from before training")
+        raise InputError(
+            f"{other}: has trained values, which cannot be merged; merge the version from before training"
+        )
     same_backbone(theirs.backbone, _manifest_of(target, base).identity, str(other))
-    weights = dict(zip(theirs.class_names, theirs.text_weights.numpy(), strict=True)) if theirs.has_text else {}
+    weights = (
+        dict(zip(theirs.class_names, theirs.text_weights.numpy(), strict=True))
+        if theirs.has_text
+        else {}
+    )
     columns = ItemColumns.of(theirs.labels, theirs.labels["digest"].to_pylist())
     new = NewKeys(
-        np.asarray(theirs.keys), theirs.labels["label"].to_pylist(), views=theirs.labels["views"].to_numpy(),
+        np.asarray(theirs.keys),
+        theirs.labels["label"].to_pylist(),
+        views=theirs.labels["views"].to_numpy(),
         **vars(columns),
-    )  # fmt: skip
+    )
 
     def revise(index: Index) -> Changed:
         classes = _new_classes(theirs.class_names, index.class_names, weights, index.has_text)
@@ -288,7 +323,11 @@ def merge(folder: Place, other: Place, *, base: Index | None = None) -> Changed:
 
 
 def remove(
-    folder: Place, *, where: str | None = None, key_ids: Sequence[int] | None = None, base: Index | None = None
+    folder: Place,
+    *,
+    where: str | None = None,
+    key_ids: Sequence[int] | None = None,
+    base: Index | None = None,
 ) -> Changed:
     """Remove the keys that match an SQL condition over the label store, or that have the given ids.
 
@@ -306,9 +345,13 @@ def remove(
 
 
 def relabel(
-    folder: Place, label: str | Mapping[int, str], *, where: str | None = None, key_ids: Sequence[int] | None = None,
+    folder: Place,
+    label: str | Mapping[int, str],
+    *,
+    where: str | None = None,
+    key_ids: Sequence[int] | None = None,
     base: Index | None = None,
-) -> Changed:  # fmt: skip
+) -> Changed:
     """Move keys to other classes of the index, and return the keys that changed.
 
     You can give one label and select the keys as in :func:`remove`, or give a mapping from key ids to labels. Raises
@@ -316,7 +359,9 @@ def relabel(
     unknown.
     """
     if not isinstance(label, str | Mapping):
-        raise UsageError(f"label: got {label!r}; give the name of a class, or a mapping from key ids to names")
+        raise UsageError(
+            f"label: got {label!r}; give the name of a class, or a mapping from key ids to names"
+        )
     if not isinstance(label, str) and (where is not None or key_ids is not None):
         raise UsageError("label: a mapping already names its keys; remove where and key_ids")
 
@@ -349,14 +394,24 @@ def apply_audit(folder: Place, file: Place, *, base: Index | None = None) -> Cha
     suggested = texts(table, name, "suggested", needed=False).to_pylist()
     old = dict(zip(ids, labels.to_pylist(), strict=True))
     if len(old) < len(ids):
-        raise InputError(f"{name}: key {Counter(ids).most_common(1)[0][0]} is repeated; keep one row")
-    wanted = {key_id: new for key_id, new in zip(ids, suggested, strict=True) if new not in (None, old[key_id])}
+        raise InputError(
+            f"{name}: key {Counter(ids).most_common(1)[0][0]} is repeated; keep one row"
+        )
+    wanted = {
+        key_id: new
+        for key_id, new in zip(ids, suggested, strict=True)
+        if new not in (None, old[key_id])
+    }
 
     def revise(index: Index) -> Changed:
         now = _labels_of(index, list(wanted))
         for key_id in wanted:
             if now.get(key_id) != old[key_id]:
-                found = f"is labelled {now[key_id]!r}, not {old[key_id]!r}" if key_id in now else "is not in this index"
+                found = (
+                    f"is labelled {now[key_id]!r}, not {old[key_id]!r}"
+                    if key_id in now
+                    else "is not in this index"
+                )
                 raise InputError(f"{name}: key {key_id} {found}; run index audit again")
         return _moved(index, wanted, now, f"{name}: ")
 
@@ -364,7 +419,12 @@ def apply_audit(folder: Place, file: Place, *, base: Index | None = None) -> Cha
 
 
 def rename(
-    folder: Place, old: str, new: str, backbone: Backbone | None = None, *, base: Index | None = None
+    folder: Place,
+    old: str,
+    new: str,
+    backbone: Backbone | None = None,
+    *,
+    base: Index | None = None,
 ) -> Changed:
     """Rename a class, or merge it into the class that already has the new name. Return the ids of its keys.
 
@@ -379,7 +439,9 @@ def rename(
         manifest = _manifest_of(places.at(folder), base)
         check_backbone(manifest.identity, manifest.d, backbone, [])
         if not manifest.templates:
-            raise UsageError(f"{folder}: its text weights did not come from templates; rename without a backbone")
+            raise UsageError(
+                f"{folder}: its text weights did not come from templates; rename without a backbone"
+            )
         text = {new: Reader(backbone).text_weights([new], manifest.templates)[0]}
 
     def revise(index: Index) -> Changed:
@@ -423,10 +485,18 @@ def configure(
     Raises UsageError if nothing is given, if a setting is invalid, or if templates are given but no backbone. Raises
     BackboneError if the backbone differs from the backbone of the index.
     """
-    given: dict[str, Any] = {"alpha": alpha, "beta": beta, "k": k, "tail": tail, "temperature": temperature}
+    given: dict[str, Any] = {
+        "alpha": alpha,
+        "beta": beta,
+        "k": k,
+        "tail": tail,
+        "temperature": temperature,
+    }
     given = {name: value for name, value in given.items() if value is not None}
     if not (given or templates or groups):
-        raise UsageError("nothing to set: give alpha, beta, k, tail, temperature, templates or groups")
+        raise UsageError(
+            "nothing to set: give alpha, beta, k, tail, temperature, templates or groups"
+        )
     prompts = list(check_templates(templates)) if templates else []
     weights: dict[str, FloatArray] = {}
     store = places.at(folder)
@@ -443,7 +513,9 @@ def configure(
         if index.fitted is not None and beta is not None and beta != index.settings.beta:
             index, choice = closed_form.refit(index, beta)
         if given:
-            index = index.with_settings(index.settings.override(**given), chosen=not given.keys() <= {"k", "tail"})
+            index = index.with_settings(
+                index.settings.override(**given), chosen=not given.keys() <= {"k", "tail"}
+            )
         if prompts:
             if weights.keys() != set(index.class_names):
                 raise StoreError(f"{folder}: its classes have changed in the meantime; try again")
@@ -502,7 +574,11 @@ def fit_index(
 
 
 def rebuild(
-    folder: Place, *, index: str | None = None, dtype: Dtype | None = None, base: Index | None = None
+    folder: Place,
+    *,
+    index: str | None = None,
+    dtype: Dtype | None = None,
+    base: Index | None = None,
 ) -> Changed:
     """Rebuild the index from its keys, optionally with another ``index`` type or ``dtype``.
 
@@ -575,7 +651,9 @@ def _weights_of(
     if text is not None:
         names, weights = read_text_table(text, reader.norms, manifest.identity, manifest.parts)
         if weights.shape[1] != manifest.d:
-            raise InputError(f"{text}: {weights.shape[1]} values per row instead of {manifest.d}; use one backbone")
+            raise InputError(
+                f"{text}: {weights.shape[1]} values per row instead of {manifest.d}; use one backbone"
+            )
         return {name: row for name, row in zip(names, weights, strict=True) if name in new}
     if reader.backbone is None or not manifest.templates:
         return {}
@@ -594,7 +672,11 @@ def _new_classes(
         raise InputError(
             f"class {missing[0]!r}: is new and needs a text weight, like every class of this index; give its text "
             "features (text) or, if the index has templates, the encoder (model)"
-            + (f"; if it is the same class as {alike[missing[0]]!r}, use that label" if missing[0] in alike else "")
+            + (
+                f"; if it is the same class as {alike[missing[0]]!r}, use that label"
+                if missing[0] in alike
+                else ""
+            )
         )
     return {name: weights[name] if has_text else None for name in new}
 
@@ -607,7 +689,9 @@ def _known(
 ) -> BoolArray:
     """Return which images the index already has under the same label. An image without a digest is known by its row."""
     by_digest = index.known([digest or None for digest in digests])
-    known = np.array([pair in by_digest for pair in zip(digests, labels.tolist(), strict=True)], dtype=bool)
+    known = np.array(
+        [pair in by_digest for pair in zip(digests, labels.tolist(), strict=True)], dtype=bool
+    )
     position = {name: i for i, name in enumerate(index.class_names)}
     ids = np.array([position.get(label, -1) for label in labels.tolist()])
     bare = np.flatnonzero([not digest for digest in digests] & (ids >= 0))
@@ -621,8 +705,12 @@ def _known(
     found = set[tuple[int, bytes]]()
     for own, keys in index.rows.blocks(["class_id"], classes):
         class_ids = own["class_id"].to_numpy()
-        alike = np.flatnonzero(np.isin(keys[:, 0], rows[:, 0]))  # only a few keys remain to be compared one by one
-        found |= set(zip(class_ids[alike].tolist(), map(bytes, keys[alike] + zero), strict=True)).intersection(asked)
+        alike = np.flatnonzero(
+            np.isin(keys[:, 0], rows[:, 0])
+        )  # only a few keys remain to be compared one by one
+        found |= set(
+            zip(class_ids[alike].tolist(), map(bytes, keys[alike] + zero), strict=True)
+        ).intersection(asked)
     known[bare] = [pair in found for pair in asked]
     return known
 
@@ -633,7 +721,9 @@ def _chosen(index: Index, where: str | None, key_ids: Sequence[int] | None) -> l
     if not isinstance(where, str | None):
         raise UsageError(f"where: got {where!r}; give an SQL condition")
     if where is None:
-        if not isinstance(key_ids, Iterable) or not all(isinstance(key_id, Integral) for key_id in key_ids):
+        if not isinstance(key_ids, Iterable) or not all(
+            isinstance(key_id, Integral) for key_id in key_ids
+        ):
             raise UsageError(f"key ids: got {key_ids!r}; give a list of whole numbers")
         chosen = list(dict.fromkeys(key_ids or []))
         if missing := sorted(set(chosen).difference(_labels_of(index, chosen))):
@@ -652,7 +742,9 @@ def _labels_of(index: Index, key_ids: Sequence[int]) -> dict[int, str]:
     return dict(zip(rows["key_id"].to_pylist(), rows["label"].to_pylist(), strict=True))
 
 
-def _moved(index: Index, wanted: Mapping[int, str], now: Mapping[int, str], prefix: str = "") -> Changed:
+def _moved(
+    index: Index, wanted: Mapping[int, str], now: Mapping[int, str], prefix: str = ""
+) -> Changed:
     for label in dict.fromkeys(wanted.values()):
         if label not in index.class_names:
             raise InputError(
@@ -664,4 +756,8 @@ def _moved(index: Index, wanted: Mapping[int, str], now: Mapping[int, str], pref
 
 
 def _shown(name: str, value: object) -> str:
-    return f"{name} {value:g}" if isinstance(value, float) else f"{name} {'all' if value is None else value}"
+    return (
+        f"{name} {value:g}"
+        if isinstance(value, float)
+        else f"{name} {'all' if value is None else value}"
+    )

@@ -67,7 +67,10 @@ class EncoderTrials:
 
 
 def try_encoders(
-    photos: Source, names: Sequence[str], opened: Callable[[str], AbstractContextManager[Reader]], device: str = "auto"
+    photos: Source,
+    names: Sequence[str],
+    opened: Callable[[str], AbstractContextManager[Reader]],
+    device: str = "auto",
 ) -> EncoderTrials:
     """Fit an index of each encoder to labelled photos, and measure its accuracy and its speed.
 
@@ -77,7 +80,9 @@ def try_encoders(
     Raises UsageError if ``photos`` is a feature table, and InputError if no photo can be held out.
     """
     if photos.table is not None:
-        raise UsageError(f"{photos.name}: has the features of one encoder; give photos to compare encoders")
+        raise UsageError(
+            f"{photos.name}: has the features of one encoder; give photos to compare encoders"
+        )
     trials = list[EncoderTrial]()
     skipped = list[Skipped]()
     seen = set[str]()
@@ -91,13 +96,19 @@ def try_encoders(
             index = build_index(photos, Path(folder) / "index", reader, device=device).in_memory()
             fit = index.provenance["fit"]
             if fit["both"] is None:
-                raise InputError(f"{photos.name}: {fit['summary']}; give at least two photos per class")
+                raise InputError(
+                    f"{photos.name}: {fit['summary']}; give at least two photos per class"
+                )
             rows = photo_rows(index)
             rows = rows[spread(len(rows), JUDGED)]
             answers = held_out_probabilities(index, rows).right
-            right = dict(zip(index.labels["key_id"].to_numpy()[rows].tolist(), answers.tolist(), strict=True))
+            right = dict(
+                zip(index.labels["key_id"].to_numpy()[rows].tolist(), answers.tolist(), strict=True)
+            )
             low, high = fit["interval_95"]
-            trials.append(EncoderTrial(name, fit["both"], (low, high), _speed(photos, reader), right))
+            trials.append(
+                EncoderTrial(name, fit["both"], (low, high), _speed(photos, reader), right)
+            )
             skipped += reader.skipped
     return EncoderTrials(trials, recommended(trials), list(dict.fromkeys(skipped)))
 
@@ -115,7 +126,11 @@ def recommended(trials: Sequence[EncoderTrial]) -> EncoderTrial:
     the held-out photos finds no significant difference.
     """
     best = max(trials, key=lambda one: one.accuracy)
-    fast = [one for one in trials if one.images_per_second >= FASTER * best.images_per_second and not _worse(one, best)]
+    fast = [
+        one
+        for one in trials
+        if one.images_per_second >= FASTER * best.images_per_second and not _worse(one, best)
+    ]
     return max(fast, key=lambda one: one.images_per_second, default=best)
 
 

@@ -32,13 +32,16 @@ def export_table(index: Index, out: Path) -> int:
     _refuse_inside(index, out)
     if index.values is not None and index.fitted is None:  # solved values can be refitted
         log.warning(
-            "%s: a table cannot hold trained values, so an index built from it will give other answers", show(out)
+            "%s: a table cannot hold trained values, so an index built from it will give other answers",
+            show(out),
         )
     table = index.labels
     keys = index.rows.in_memory().keys
     parts = index.parts or (Part(index.d, FEATURE, index.backbone),)
     own = {"class_id", "label", "source", "id", FEATURE, *(part.column for part in parts)}
-    further = [table.schema.field(name).remove_metadata() for name in table.column_names if name not in own]
+    further = [
+        table.schema.field(name).remove_metadata() for name in table.column_names if name not in own
+    ]
     schema = schema_of(parts, index.dtype, further)
 
     def blocks() -> Iterator[pa.Table]:
@@ -69,7 +72,9 @@ def export_text(index: Index, out: Path) -> int:
     weights = index.text_weights.cpu().numpy()
     bare = np.flatnonzero(~weights.any(axis=1))
     if bare.size:
-        raise InputError(f"text: class {index.class_names[bare[0]]!r} has no text weight; build the index with one")
+        raise InputError(
+            f"text: class {index.class_names[bare[0]]!r} has no text weight; build the index with one"
+        )
     names = pa.array(index.class_names, pa.string())
     schema = schema_of([Part(index.d, FEATURE, index.backbone)], weights.dtype)
     starts = range(0, len(names), TABLE_ROWS)

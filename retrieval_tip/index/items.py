@@ -60,13 +60,17 @@ class ItemColumns:
         """Return the columns of a table of items. If the table has a column ``digest``, it overrides ``digests``."""
         if "digest" in items.column_names and pa.types.is_string(items["digest"].type):
             digests = items["digest"].to_pylist()
-        extra = items.select([c for c in items.column_names if c not in (*LABEL_SCHEMA.names, "id")])
+        extra = items.select(
+            [c for c in items.column_names if c not in (*LABEL_SCHEMA.names, "id")]
+        )
         return cls(items["source"], list(digests), extra)
 
     def take(self, rows: IntArray) -> ItemColumns:
         """Return the columns of the items at the given positions."""
         places = pa.array(rows)
-        return ItemColumns(self.sources.take(places), [self.digests[row] for row in rows], self.extra.take(places))
+        return ItemColumns(
+            self.sources.take(places), [self.digests[row] for row in rows], self.extra.take(places)
+        )
 
 
 class Words(NamedTuple):
@@ -91,18 +95,26 @@ def planned(options: BuildOptions) -> BuildOptions:
     fit = plan["fit"]
     if fit is not None:
         check_choice("fit", fit, FitName)
-    wanted = any(letter is not None for letter in (plan["metric"], plan["values"], plan["class_prior"]))
+    wanted = any(
+        letter is not None for letter in (plan["metric"], plan["values"], plan["class_prior"])
+    )
     wanted = wanted or bool(plan["prior"])
     plain = plan["alpha"] is not None or plan["beta"] is not None
     if plain and (fit == "auto" or wanted):
         raise UsageError("fit: sets alpha and beta itself; remove alpha and beta, or give fit none")
     if fit == "none" and wanted:
-        raise UsageError("fit none: uses neither metric, values nor a prior; remove them, or give fit auto")
+        raise UsageError(
+            "fit none: uses neither metric, values nor a prior; remove them, or give fit auto"
+        )
     if plan["text"] is not None and plan["templates"]:
-        raise UsageError("text and templates: give only one; a text table already contains features of prompts")
+        raise UsageError(
+            "text and templates: give only one; a text table already contains features of prompts"
+        )
     settings_of(plan, None)
     if plan["values"] == "solved" and plan["index"] == BY_CLASS:
-        raise UsageError("values solved: need a search over all keys, and Classes searches some; give values one-hot")
+        raise UsageError(
+            "values solved: need a search over all keys, and Classes searches some; give values one-hot"
+        )
     prior = [plan["prior"]] if isinstance(plan["prior"], str | os.PathLike) else plan["prior"]
     for path in (plan["text"], plan["groups"], *prior):
         check_exists(path)
@@ -116,7 +128,9 @@ _DEFAULTS |= {"templates": (), "dtype": "float32", "prior": (), "features": ()}
 
 def settings_of(plan: BuildOptions, backbone: Backbone | None) -> Settings:
     """Return the settings before a fit. The logit scale defaults to the one of the backbone."""
-    given: dict[str, Any] = {name: value for name, value in plan.items() if name in (*OVERRIDES, "logit_scale")}
+    given: dict[str, Any] = {
+        name: value for name, value in plan.items() if name in (*OVERRIDES, "logit_scale")
+    }
     if given["logit_scale"] is None and backbone is not None:
         given["logit_scale"] = backbone.logit_scale
     return Settings().override(**given)
@@ -158,7 +172,9 @@ class Material:
                 raise InputError(f"{self.source.name}: {widths}; use one backbone")
             if np.abs(block.features).max() > np.finfo(self.plan["dtype"]).max:
                 dtype = self.plan["dtype"]
-                raise InputError(f"{self.source.name}: feature values overflow {dtype}; use --dtype float32")
+                raise InputError(
+                    f"{self.source.name}: feature values overflow {dtype}; use --dtype float32"
+                )
             yield block
 
     def labelled_blocks(self) -> Iterator[tuple[pa.Table, FloatArray]]:
@@ -174,7 +190,9 @@ class Material:
         """Return the label store of the items at ``rows``, in that order."""
         columns = ItemColumns.of(self.source.items.take(pa.array(rows)), digests)
         views = self.reader.views if self.source.table is None else 1
-        return label_table(self.words.class_names, self.ids[rows], key_ids=rows, views=views, **vars(columns))
+        return label_table(
+            self.words.class_names, self.ids[rows], key_ids=rows, views=views, **vars(columns)
+        )
 
     def described(self, statistics: Statistics | None) -> dict[str, object]:
         """Return the provenance. Call this only after all items have been read."""
@@ -189,7 +207,9 @@ class Material:
             "text": self.words.origin,
             "alpha": "default" if plan["alpha"] is None else "given",
             "beta": "default" if plan["beta"] is None else "given",
-            "affinity_other_classes": None if statistics is None else [statistics.mean, statistics.std],
+            "affinity_other_classes": None
+            if statistics is None
+            else [statistics.mean, statistics.std],
             "skipped": [str(skipped) for skipped in self.reader.skipped],
         }
 
@@ -204,10 +224,17 @@ class Material:
         drawn = shots is not None or reader.views > 1
         built = Built(self.source.name, shots, reader.seed if drawn else 1, reader.views)
         index = Index(
-            rows, list(names), inputs.text_weights(weights, len(names), rows.d),
-            settings=self.settings(statistics, k), templates=templates, backbone=self.backbone,
-            provenance=self.described(statistics), built=built, parts=self.reader.parts, groups=self.groups,
-        )  # fmt: skip
+            rows,
+            list(names),
+            inputs.text_weights(weights, len(names), rows.d),
+            settings=self.settings(statistics, k),
+            templates=templates,
+            backbone=self.backbone,
+            provenance=self.described(statistics),
+            built=built,
+            parts=self.reader.parts,
+            groups=self.groups,
+        )
         if bare := index.bare:
             log.warning("%s no key: %s", counted(len(bare), "class", "has", "have"), few(bare))
         return index
@@ -218,7 +245,9 @@ def draw_shots(ids: IntArray, class_names: Sequence[str], shots: int, seed: int)
     rare = [class_names[i] for i, times in Counter(ids.tolist()).items() if times < shots]
     if rare:
         have = counted(len(rare), "class", "has", "have")
-        log.warning("%s fewer than %d images, so some images are repeated: %s", have, shots, few(rare))
+        log.warning(
+            "%s fewer than %d images, so some images are repeated: %s", have, shots, few(rare)
+        )
     return np.sort(np.asarray(few_shot(ids.tolist(), shots, seed), dtype=np.int64))
 
 
@@ -228,7 +257,9 @@ def ids_in(source: Source, class_names: Sequence[str]) -> IntArray:
     labels = source.labels
     unknown = sorted(set(labels) - position.keys())
     if unknown:
-        raise InputError(f"{source.name}: some labels have no text weights: {few(unknown)}; add them to the text table")
+        raise InputError(
+            f"{source.name}: some labels have no text weights: {few(unknown)}; add them to the text table"
+        )
     return np.array([position[label] for label in labels], dtype=np.int64)
 
 
@@ -259,14 +290,22 @@ def read_text_table(
     """
     source = open_source(path)
     if (table := source.table) is None:
-        raise InputError(f"{source.name}: no column 'feature'; give a feature table labelled by class")
+        raise InputError(
+            f"{source.name}: no column 'feature'; give a feature table labelled by class"
+        )
     rows: dict[str, list[int]] = {}
     for row, label in enumerate(source.labels):
         rows.setdefault(label, []).append(row)
 
     def means(*columns: Part) -> FloatArray:
-        features = Reader(norms="check" if norms == "check" else "unit", parts=columns).encode(source).features
-        return np.stack([mean_by_class(features[None, own], [name])[0] for name, own in rows.items()])
+        features = (
+            Reader(norms="check" if norms == "check" else "unit", parts=columns)
+            .encode(source)
+            .features
+        )
+        return np.stack(
+            [mean_by_class(features[None, own], [name])[0] for name, own in rows.items()]
+        )
 
     def text_of(part: Part) -> FloatArray:
         try:
@@ -275,10 +314,14 @@ def read_text_table(
             has_text = False
         return means(part) if has_text else np.zeros((len(rows), part.width), np.float32)
 
-    if len(parts) > 1 and sum(part.width for part in table.parts()) != sum(part.width for part in parts):
+    if len(parts) > 1 and sum(part.width for part in table.parts()) != sum(
+        part.width for part in parts
+    ):
         own = [text_of(part) for part in parts]
         if not any(part.any() for part in own):
-            raise InputError(f"{source.name}: has no column of text features of an encoder of this index")
+            raise InputError(
+                f"{source.name}: has no column of text features of an encoder of this index"
+            )
         return tuple(rows), text_side_by_side(own)
     same_backbone(table.identity(), backbone, str(path))
     return tuple(rows), means()
@@ -289,13 +332,17 @@ def warn_of(duplicates: Duplicates) -> None:
     warn(f"in two classes: {line}" for line in describe_duplicates(duplicates))
 
 
-def warn_of_spelling(place: str | os.PathLike[str], class_names: Sequence[str], new: Sequence[str]) -> dict[str, str]:
+def warn_of_spelling(
+    place: str | os.PathLike[str], class_names: Sequence[str], new: Sequence[str]
+) -> dict[str, str]:
     """Warn about ``new`` classes whose name is almost the name of an earlier class, and return these pairs."""
     pairs = spelled_alike(class_names)
     alike = {name: pairs[name] for name in new if name in pairs}
     for name, known in itertools.islice(alike.items(), SHOWN):
         rename = command_line("index", "rename", place, name, known)
-        log.warning("%r is a new class, spelled almost like %r; to merge them: %s", name, known, rename)
+        log.warning(
+            "%r is a new class, spelled almost like %r; to merge them: %s", name, known, rename
+        )
     if len(alike) > SHOWN:
         log.warning("%d more new classes are spelled almost like others", len(alike) - SHOWN)
     return alike
@@ -310,13 +357,21 @@ def warn(lines: Iterable[str]) -> None:
 def create(folder: Versions, made: Material) -> Index:
     """Build the next version of a folder. The keys are sorted by class."""
     asked = made.plan["index"] or "Flat"
-    order = np.argsort(made.ids, kind="stable")  # group the keys by class, so that row r of the index is item order[r]
+    order = np.argsort(
+        made.ids, kind="stable"
+    )  # group the keys by class, so that row r of the index is item order[r]
     with folder.write() as writer:
         keys, kept, digests = _write_keys(writer, made, order)
         order = order[kept]
         c = len(made.words.class_names)
-        factory, k = (asked, None) if asked != "auto" else auto_for(keys.shape, made.plan["dtype"], c, made.device)
-        early = factory if made.fit is None else FLAT_FACTORY  # a fit indexes the transformed keys instead
+        factory, k = (
+            (asked, None)
+            if asked != "auto"
+            else auto_for(keys.shape, made.plan["dtype"], c, made.device)
+        )
+        early = (
+            factory if made.fit is None else FLAT_FACTORY
+        )  # a fit indexes the transformed keys instead
         rows = ArrayRows(keys, made.labels(order, digests)).indexed(c, early)
         index = made.index(rows, rows.statistics(), k)
         warn_of(duplicates(keys, rows.labels))
@@ -326,7 +381,9 @@ def create(folder: Versions, made: Material) -> Index:
         return index.committed(writer, "build").on(made.device)
 
 
-def _write_keys(writer: Writer, made: Material, order: IntArray) -> tuple[KeyArray, IntArray, list[str | None]]:
+def _write_keys(
+    writer: Writer, made: Material, order: IntArray
+) -> tuple[KeyArray, IntArray, list[str | None]]:
     """Stream features into the file of keys. Return the keys, their positions in ``order`` and the image digests."""
     place = np.argsort(order)
     blocks = made.blocks()

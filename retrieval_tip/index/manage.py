@@ -49,24 +49,32 @@ def delete(folder: places.Place) -> None:
     """
     place = _own(folder)
     with _writing(place), temporary(place, folder=True) as aside, locked(place, place):
-        place.rename(aside)  # from here on the index is gone, and the rest is removed later if this process is killed
+        place.rename(
+            aside
+        )  # from here on the index is gone, and the rest is removed later if this process is killed
     remove_unused(places.at(place))
 
 
 def _movable(folder: places.Place) -> Path:
     store = places.at(folder)
     if store.in_table:
-        raise InputError(f"{store}: only index folders can be renamed, duplicated or deleted; use index clone")
+        raise InputError(
+            f"{store}: only index folders can be renamed, duplicated or deleted; use index clone"
+        )
     store.manifest()
     if store.folder.is_symlink():
-        raise InputError(f"{show(store.folder)}: is a link; rename, duplicate or delete the folder it points to")
+        raise InputError(
+            f"{show(store.folder)}: is a link; rename, duplicate or delete the folder it points to"
+        )
     return real(store.folder)
 
 
 def _own(folder: places.Place) -> Path:
     place = _movable(folder)
     if holds_photos(place):
-        raise InputError(f"{show(place)}: also contains photos of another index; duplicate it under another name")
+        raise InputError(
+            f"{show(place)}: also contains photos of another index; duplicate it under another name"
+        )
     return place
 
 

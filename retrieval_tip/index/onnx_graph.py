@@ -24,7 +24,15 @@ from retrieval_tip import tip
 from retrieval_tip.arrays import FloatArray
 from retrieval_tip.backbones.base import Preprocess, encoders_of, unit_of, view_size, without_unused
 from retrieval_tip.backbones.joined import Joined
-from retrieval_tip.backbones.tower import FEATURES, OPSET, PIXELS, runtime, shorter_side, stored_onnx, to_onnx
+from retrieval_tip.backbones.tower import (
+    FEATURES,
+    OPSET,
+    PIXELS,
+    runtime,
+    shorter_side,
+    stored_onnx,
+    to_onnx,
+)
 from retrieval_tip.data.reader import pixels_of
 from retrieval_tip.data.source import spread
 from retrieval_tip.data.sources import read_item
@@ -52,7 +60,8 @@ class Pixels(torch.nn.Module):
     def __init__(self, preprocess: Preprocess) -> None:
         super().__init__()
         self.mean, self.std = (
-            Buffer(255 * torch.tensor(preprocess[name]).float()[:, None, None]) for name in ("mean", "std")
+            Buffer(255 * torch.tensor(preprocess[name]).float()[:, None, None])
+            for name in ("mean", "std")
         )
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -78,10 +87,14 @@ class Answer(torch.nn.Module):
         self.raw = raw
         self.alone = alone
         self.text = Buffer(index.retrieval.text.float().cpu())
-        self.keys = Buffer(torch.from_numpy(np.asarray(index.rows.in_memory().vectors, dtype=np.float32)))
+        self.keys = Buffer(
+            torch.from_numpy(np.asarray(index.rows.in_memory().vectors, dtype=np.float32))
+        )
         self.ids = Buffer(index.class_ids.cpu())
         self.counts = Buffer(torch.bincount(self.ids, minlength=self.n_classes))
-        values = one_hot(self.ids, self.n_classes) if index.values is None else index.values  # ONNX cannot sum by class
+        values = (
+            one_hot(self.ids, self.n_classes) if index.values is None else index.values
+        )  # ONNX cannot sum by class
         self.values = Buffer(values.float().cpu())
         discriminant = index.retrieval.keys.discriminant if settings.gamma else None
         self.class_means = None if discriminant is None else Buffer(discriminant.means.cpu())
@@ -97,7 +110,9 @@ class Answer(torch.nn.Module):
         if self.metric_mean is not None and self.metric_transform is not None:
             points = tip.Metric(self.metric_mean, self.metric_transform)(features)
         affinity = tip.affinity(points, self.keys)
-        cache = tip.cache_logits(affinity, self.ids, self.n_classes, settings.beta, values=tip.Values(self.values))
+        cache = tip.cache_logits(
+            affinity, self.ids, self.n_classes, settings.beta, values=tip.Values(self.values)
+        )
         text = tip.text_logits(features, self.text, settings.logit_scale)
         discriminant = None
         if self.class_means is not None and self.class_offsets is not None:
@@ -118,7 +133,9 @@ class Towers(torch.nn.Module):
         super().__init__()
         self.parts = [(one.dim, used) for one, used in encoders_of(backbone)]
         self.towers = torch.nn.ModuleList(
-            torch.nn.Sequential(Pixels(one.identity.preprocess), cast("TorchBackbone", one).image_encoder)
+            torch.nn.Sequential(
+                Pixels(one.identity.preprocess), cast("TorchBackbone", one).image_encoder
+            )
             for one, used in encoders_of(backbone)
             if used
         )
@@ -126,9 +143,13 @@ class Towers(torch.nn.Module):
 
     def forward(self, *pixels: Tensor) -> Answers:
         """Return the answers to pixels."""
-        made = iter([normalize(tower(view)) for tower, view in zip(self.towers, pixels, strict=True)])
+        made = iter(
+            [normalize(tower(view)) for tower, view in zip(self.towers, pixels, strict=True)]
+        )
         empty = pixels[0].flatten(1)[:, :1] * 0
-        features = torch.cat([next(made) if used else empty.expand(-1, d) for d, used in self.parts], 1)
+        features = torch.cat(
+            [next(made) if used else empty.expand(-1, d) for d, used in self.parts], 1
+        )
         answers: Answers = self.answer(features / len(self.parts) ** 0.5)
         return answers
 
@@ -147,10 +168,16 @@ def inputs_of(index: Index, backbone: Encoder) -> dict[str, Preprocess]:
     """Return the names of the inputs of a graph of pixels, and the preprocessing of each."""
     encoders = enumerate(encoders_of(without_unused(backbone, index.shares)), 1)
     several = isinstance(backbone, Joined)
-    return {f"{PIXELS}_{i}" if several else PIXELS: one.identity.preprocess for i, (one, used) in encoders if used}
+    return {
+        f"{PIXELS}_{i}" if several else PIXELS: one.identity.preprocess
+        for i, (one, used) in encoders
+        if used
+    }
 
 
-def export_onnx(index: Index, out: str | os.PathLike[str], backbone: Encoder = None) -> dict[str, Any]:
+def export_onnx(
+    index: Index, out: str | os.PathLike[str], backbone: Encoder = None
+) -> dict[str, Any]:
     """Write an index to an ONNX file, with the labels and the image preprocessing as metadata.
 
     If you give a ``backbone``, the input is ``pixels``, a float32 array of shape ``[b, 3, h, w]`` with RGB values from
@@ -181,16 +208,28 @@ def export_onnx(index: Index, out: str | os.PathLike[str], backbone: Encoder = N
     module = (answering(index, backbone) if int8 is None else Answer(index, raw=True)).eval()
     size = sum(tensor.nbytes for tensor in module.state_dict().values())
     if size > LARGEST:
-        what = "keys and values" if backbone is None else f"keys, values and {backbone.identity.model}"
+        what = (
+            "keys and values" if backbone is None else f"keys, values and {backbone.identity.model}"
+        )
         raise UsageError(f"{show(Path(out))}: {what} take {size / 1e9:.1f} GB; the limit is 2 GB")
-    outputs = ["logits", "probabilities", *([] if index.settings.least_cache is None else ["no_match"])]
+    outputs = [
+        "logits",
+        "probabilities",
+        *([] if index.settings.least_cache is None else ["no_match"]),
+    ]
     facts = _metadata(index, backbone)
     with replacing(Path(out)) as temporary:
         try:
             given: dict[str, tuple[int, ...]] = {FEATURES: (index.d,)}
             if backbone is not None:
-                given = {name: (3, *view_size(own)) for name, own in inputs_of(index, backbone).items()}
-            graph = to_onnx(module, given, outputs) if int8 is None else _behind_tower(module, int8, outputs)
+                given = {
+                    name: (3, *view_size(own)) for name, own in inputs_of(index, backbone).items()
+                }
+            graph = (
+                to_onnx(module, given, outputs)
+                if int8 is None
+                else _behind_tower(module, int8, outputs)
+            )
         except Exception as error:  # torch raises many types of errors
             raise InputError(
                 f"{index.backbone or 'features'}: cannot be written as ONNX: {first_line(error)}"
@@ -205,13 +244,18 @@ def export_onnx(index: Index, out: str | os.PathLike[str], backbone: Encoder = N
     return facts
 
 
-def _agreement(index: Index, backbone: Encoder, outputs: Sequence[str], file: Path) -> dict[str, float] | None:
+def _agreement(
+    index: Index, backbone: Encoder, outputs: Sequence[str], file: Path
+) -> dict[str, float] | None:
     """Run the graph on at most ``COMPARED`` photos of the index (or keys, without a ``backbone``) in OpenVINO.
 
     Returns the number of examples (``n``), the number with the package's label and ``no_match`` (``equal``), and the
     largest difference of a probability (``difference``). Returns ``None`` if the photos cannot be read.
     """
-    examples = [({FEATURES: key[None]}, key[None]) for key in index.rows.some(COMPARED)[0].astype(np.float32)]
+    examples = [
+        ({FEATURES: key[None]}, key[None])
+        for key in index.rows.some(COMPARED)[0].astype(np.float32)
+    ]
     backbone = without_unused(backbone, index.shares)
     if backbone is not None:
         given = inputs_of(index, backbone)
@@ -232,19 +276,25 @@ def _agreement(index: Index, backbone: Encoder, outputs: Sequence[str], file: Pa
         own = index.classify(features, neighbours=0, norms="keep").to_arrow().to_pylist()[0]
         label = index.class_names[int(found["logits"].argmax())]
         equal += (label, found.get("no_match")) == (own["label"], own.get("no_match"))
-        chances = tip.probabilities(torch.tensor([own["logits"]]), index.settings.temperature)[0].numpy()
+        chances = tip.probabilities(torch.tensor([own["logits"]]), index.settings.temperature)[
+            0
+        ].numpy()
         difference = max(difference, float(np.abs(found["probabilities"] - chances).max()))
     return {"n": len(examples), "equal": equal, "difference": difference}
 
 
 def _views(index: Index, backbone: TorchBackbone | Joined, most: int) -> Iterator[Tensor]:
     """Yield views of at most ``most`` evenly spaced photos of the index, and skip photos that cannot be read."""
-    for path in dict.fromkeys(index.rows.described(spread(index.n, most), ["source"])["source"].to_pylist()):
+    for path in dict.fromkeys(
+        index.rows.described(spread(index.n, most), ["source"])["source"].to_pylist()
+    ):
         with suppress(InputError):
             yield pixels_of(read_item(path), backbone)
 
 
-def _behind_tower(answer: torch.nn.Module, backbone: TorchBackbone, outputs: Sequence[str]) -> onnx.ModelProto:
+def _behind_tower(
+    answer: torch.nn.Module, backbone: TorchBackbone, outputs: Sequence[str]
+) -> onnx.ModelProto:
     """Return a graph from pixels to answers that contains the stored int8 tower of a backbone."""
     import onnx
     from onnx.compose import add_prefix, merge_models

@@ -56,11 +56,15 @@ def command(name: str, index: Place, paths: Sequence[str], *options: str) -> str
     no folder is on this machine, or if there are more than :data:`FOLDERS`.
     """
     place, parents = absolute(os.fspath(index)), {os.path.dirname(path) for path in paths}  # noqa: PTH120 - much faster
-    folders = sorted({folder for parent in parents if (folder := Path(absolute(parent or "."))).is_dir()})
+    folders = sorted(
+        {folder for parent in parents if (folder := Path(absolute(parent or "."))).is_dir()}
+    )
     if not folders:
         return None
     common = Path(os.path.commonpath(folders))
-    if not Path(place).is_relative_to(common) and all(common in (folder, folder.parent) for folder in folders):
+    if not Path(place).is_relative_to(common) and all(
+        common in (folder, folder.parent) for folder in folders
+    ):
         folders = [common]
     return show(command_line(name, place, *folders, *options)) if len(folders) <= FOLDERS else None
 
@@ -83,7 +87,9 @@ def class_folder(folder: Path, label: str) -> Path:
 
 def file_of(folder: Path, label: str, data: bytes) -> Path:
     """Return the path at which to store a photo. Raises InputError if the data is not an image."""
-    return class_folder(folder, label) / (hashlib.sha256(data).hexdigest()[:HEX] + images.extension(data))
+    return class_folder(folder, label) / (
+        hashlib.sha256(data).hexdigest()[:HEX] + images.extension(data)
+    )
 
 
 @contextmanager
@@ -107,7 +113,10 @@ def remove_unused(store: Store) -> tuple[int, int]:
         return 0, 0
     with locked_folder(folder, alone=True, wait=files.LOCK_WAIT) as held:
         if not held:
-            log.warning("%s: photos are being added, so no photo was removed; run index gc again", show(folder))
+            log.warning(
+                "%s: photos are being added, so no photo was removed; run index gc again",
+                show(folder),
+            )
             return 0, 0
         try:
             photos = _photos(folder)
@@ -120,15 +129,24 @@ def remove_unused(store: Store) -> tuple[int, int]:
 
 
 def _photos(folder: Path) -> list[Path]:
-    classes = [Path(entry.path) for entry in os.scandir(folder) if entry.is_dir(follow_symlinks=False)]
-    entries = [entry for place in classes for entry in os.scandir(place) if entry.is_file(follow_symlinks=False)]
+    classes = [
+        Path(entry.path) for entry in os.scandir(folder) if entry.is_dir(follow_symlinks=False)
+    ]
+    entries = [
+        entry
+        for place in classes
+        for entry in os.scandir(place)
+        if entry.is_file(follow_symlinks=False)
+    ]
     return [Path(entry.path) for entry in entries if _NAME.fullmatch(entry.name)]
 
 
 def _users(store: Store, folder: Path) -> list[Store]:
     """Return the indexes that may use the photos: the store itself, if it still exists, and the folders next to it."""
     paths = [path for path in folder.parent.iterdir() if not path.name.startswith(".")]
-    return [*{one.resolved: one for one in (store, *map(places.found, paths)) if one.exists()}.values()]
+    return [
+        *{one.resolved: one for one in (store, *map(places.found, paths)) if one.exists()}.values()
+    ]
 
 
 def _used(store: Store, names: set[str]) -> set[str]:

@@ -102,7 +102,9 @@ class Store(Versions):
         """
         return copy.copy(index).save(self.folder, what)
 
-    def load(self, *, device: str = "auto", verify: Verify | None = None, version: int | None = None) -> Index:
+    def load(
+        self, *, device: str = "auto", verify: Verify | None = None, version: int | None = None
+    ) -> Index:
         """Open the current version, or an earlier version.
 
         With ``verify="full"``, every byte is checked first. With ``"fast"``, small files are checked completely and
@@ -110,14 +112,20 @@ class Store(Versions):
         """
         verify = verify or "full"
         check = None if version is not None else Check(self.files, self.manifest(), verify)
-        from retrieval_tip.model import Index  # the files are hashed in the background during this import
+        from retrieval_tip.model import (
+            Index,
+        )  # the files are hashed in the background during this import
 
         return Index.load(self.folder, device=device, verify=verify, check=check, version=version)
 
     def change(
-        self, revise: Callable[[Index], Changed], *, base: Index | None = None, expect: int | None = None,
+        self,
+        revise: Callable[[Index], Changed],
+        *,
+        base: Index | None = None,
+        expect: int | None = None,
         tries: int = 1,
-    ) -> Changed:  # fmt: skip
+    ) -> Changed:
         """Change the current version, and return the change with the index as it is stored.
 
         Args:
@@ -137,7 +145,9 @@ class Store(Versions):
                 changed = revise(self.current(writer, base))
                 writer.replaces = changed.replaces
                 if changed.what:
-                    changed = replace(changed, index=self.commit(writer, changed.index, changed.what))
+                    changed = replace(
+                        changed, index=self.commit(writer, changed.index, changed.what)
+                    )
                 return changed
         except ConflictError:
             if tries == 1 or self.local is not None:

@@ -40,7 +40,12 @@ def bursts(names: Sequence[str], times: Sequence[datetime | None], gap: float) -
 
 
 def classify_in_bursts(
-    index: Index, sources: Sequence[Source], reader: Reader, noting: Noting, gap: float, ask: Ask = Ask()
+    index: Index,
+    sources: Sequence[Source],
+    reader: Reader,
+    noting: Noting,
+    gap: float,
+    ask: Ask = Ask(),
 ) -> tuple[Predictions, pa.Array]:
     """Classify photos, and give all photos of a burst the mean of their probabilities.
 
@@ -51,8 +56,12 @@ def classify_in_bursts(
     pool = Pool.of(sources, reader)
     total = len(pool.names)
     c = len(index.class_names)
-    check_memory(16 * total * c, f"probabilities of {total:,} photos", "classify fewer photos at a time")
-    numbers = bursts(pool.names, [noting.taken.get(name, UNKNOWN).taken_at for name in pool.names], gap)
+    check_memory(
+        16 * total * c, f"probabilities of {total:,} photos", "classify fewer photos at a time"
+    )
+    numbers = bursts(
+        pool.names, [noting.taken.get(name, UNKNOWN).taken_at for name in pool.names], gap
+    )
     rows = torch.from_numpy(numbers - 1)
     block = FeatureBlock.of(pool.features)
     sums = torch.zeros(int(numbers.max()), c, dtype=torch.float64)
@@ -64,5 +73,7 @@ def classify_in_bursts(
     table = answers.named(pa.array(pool.names, pa.string())).to_arrow()
     if index.settings.least_cache is not None:
         known = np.bincount(rows, ~table["no_match"].to_numpy())
-        table = table.drop_columns("no_match").append_column("no_match", pa.array((known == 0)[rows]))
+        table = table.drop_columns("no_match").append_column(
+            "no_match", pa.array((known == 0)[rows])
+        )
     return Predictions(table), pa.array(numbers)

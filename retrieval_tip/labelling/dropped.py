@@ -21,7 +21,9 @@ def dropped_in(folder: Path) -> dict[int, str]:
     The temporary files of killed processes are removed.
     """
     entries = images.subfolders(folder) if folder.is_dir() else []
-    numbers = {int(entry.name): Path(entry.path) for entry in entries if _NUMBER.fullmatch(entry.name)}
+    numbers = {
+        int(entry.name): Path(entry.path) for entry in entries if _NUMBER.fullmatch(entry.name)
+    }
     remove_scratch(numbers.values())
     return {number: next(map(str, images.find(place)), "") for number, place in numbers.items()}
 

@@ -23,7 +23,9 @@ from retrieval_tip.retrieval.duplicates import Duplicates, duplicates
 
 FOUND = pa.schema({"rank": pa.int64(), "input": pa.string(), "similarity": pa.float64()})
 """The columns of search results."""
-PAIRED = pa.schema({"input": pa.string(), "other": pa.string(), "similarity": pa.float64(), "kind": pa.string()})
+PAIRED = pa.schema(
+    {"input": pa.string(), "other": pa.string(), "similarity": pa.float64(), "kind": pa.string()}
+)
 """The columns of near-identical photos."""
 
 
@@ -59,7 +61,9 @@ def find_photos(
         templates = (index and index.templates) or DEFAULT_TEMPLATES
         backbone = reader.needed_backbone(sources[0])
         if not backbone.has_text:
-            raise UsageError(f"{show(query)}: {backbone.identity.model} has no text encoder; give an image file")
+            raise UsageError(
+                f"{show(query)}: {backbone.identity.model} has no text encoder; give an image file"
+            )
         target = torch.from_numpy(reader.text_weights([query], templates)[0])
     names = pa.array([], pa.string())
     best = torch.empty(0)
@@ -76,10 +80,14 @@ def find_photos(
             total = total + len(similarity)
             own = source.items["source"].take(pa.array(block.positions)).cast(pa.string())
             names = pa.concat_arrays([names, own.combine_chunks()]).take(pa.array(order.numpy()))
-    return pa.table([pa.array(range(1, len(best) + 1)), names, best.double().numpy()], schema=FOUND), total
+    return pa.table(
+        [pa.array(range(1, len(best) + 1)), names, best.double().numpy()], schema=FOUND
+    ), total
 
 
-def find_duplicates(sources: Sequence[Source], reader: Reader, n: int = 20) -> tuple[pa.Table, Duplicates]:
+def find_duplicates(
+    sources: Sequence[Source], reader: Reader, n: int = 20
+) -> tuple[pa.Table, Duplicates]:
     """Return the ``n`` closest pairs of near-identical photos as a table, and the result of the comparison.
 
     The table has the columns ``input``, ``other``, ``similarity`` (the cosine of the features) and ``kind`` (see
@@ -90,13 +98,23 @@ def find_duplicates(sources: Sequence[Source], reader: Reader, n: int = 20) -> t
     pool = Pool.of(sources, reader)
     rows = np.arange(len(pool.names))
     features = normalize(torch.from_numpy(pool.features)).numpy()
-    labels = pa.table({  # each photo is a class, because only photos of different classes are compared
-        "key_id": rows, "class_id": rows, "label": pa.array(pool.names, pa.string()),
-        "source": pa.array(pool.names, pa.string()), "digest": pa.array(pool.digests, pa.string()),
-    })  # fmt: skip
+    labels = pa.table(
+        {  # each photo is a class, because only photos of different classes are compared
+            "key_id": rows,
+            "class_id": rows,
+            "label": pa.array(pool.names, pa.string()),
+            "source": pa.array(pool.names, pa.string()),
+            "digest": pa.array(pool.digests, pa.string()),
+        }
+    )
     found = duplicates(features, labels, budget=MOST_PHOTOS**2, most=n)
     pairs = [
-        {"input": pair.source, "other": pair.other_source, "similarity": pair.affinity, "kind": pair.kind}
+        {
+            "input": pair.source,
+            "other": pair.other_source,
+            "similarity": pair.affinity,
+            "kind": pair.kind,
+        }
         for pair in found.pairs
     ]
     return pa.Table.from_pylist(pairs, schema=PAIRED), found

@@ -50,19 +50,29 @@ def group(features: Features, threshold: float, metric: tip.Metric | None = None
     """
     raw = inputs.matrix(features, "features")
     m, d = raw.shape
-    check_memory(4 * (2 * m * d + min(m, MOST) ** 2), f"{m:,} photos without a match", "classify fewer at a time")
+    check_memory(
+        4 * (2 * m * d + min(m, MOST) ** 2),
+        f"{m:,} photos without a match",
+        "classify fewer at a time",
+    )
     points = points_of(raw, metric).numpy()
     order = np.random.default_rng(0).permutation(m) if m > MOST else np.arange(m)
     sample = np.sort(order[:MOST])
     others = np.sort(order[MOST:])
-    linked = [one for rows in _linked(points[sample], threshold) for one in _parts(points, sample[rows], threshold)]
+    linked = [
+        one
+        for rows in _linked(points[sample], threshold)
+        for one in _parts(points, sample[rows], threshold)
+    ]
     groups = [rows for rows in linked if len(rows) > 1]
     if groups and len(others):
         centres = np.stack([points[rows].mean(axis=0) for rows in groups])
         for part in slices(len(others), BLOCK):
             similarity = points[others[part]] @ centres.T
             best = np.where(similarity.max(axis=1) >= threshold, similarity.argmax(axis=1), -1)
-            groups = [np.append(rows, others[part][best == place]) for place, rows in enumerate(groups)]
+            groups = [
+                np.append(rows, others[part][best == place]) for place, rows in enumerate(groups)
+            ]
     return sorted(map(np.sort, groups), key=lambda rows: (-len(rows), rows[0]))
 
 
@@ -94,7 +104,9 @@ def _linked(points: FloatArray, threshold: float) -> Iterator[Sequence[int]]:
         means[last] = -np.inf
         best = int(means.argmax())
         before = chain[-2] if len(chain) > 1 else best
-        best = before if means[before] == means[best] else best  # otherwise, ties could form a circle
+        best = (
+            before if means[before] == means[best] else best
+        )  # otherwise, ties could form a circle
         if not means[best] >= threshold:
             left[last] = False
             chain = chain[:-1]
@@ -143,7 +155,9 @@ def group_no_match(index: Index, features: FloatArray, answers: Predictions) -> 
     no_match = np.flatnonzero(table["no_match"].to_numpy())
     numbers = np.zeros(len(table), dtype=np.int64)
     if len(no_match):
-        for number, rows in enumerate(group(features[no_match], threshold_of(index), index.metric), 1):
+        for number, rows in enumerate(
+            group(features[no_match], threshold_of(index), index.metric), 1
+        ):
             numbers[no_match[rows]] = number
     column = pa.array(numbers, PREDICTIONS["group"], mask=numbers == 0)
     return Predictions(table.append_column("group", column))
@@ -152,10 +166,14 @@ def group_no_match(index: Index, features: FloatArray, answers: Predictions) -> 
 def check_fitted(index: Index, name: str = "group_no_match") -> None:
     """Raise UsageError, which begins with ``name``, if an index does not know which photos have no match."""
     if index.settings.least_cache is None:
-        raise UsageError(f"{name}: the index does not know which images have no match; fit it first")
+        raise UsageError(
+            f"{name}: the index does not know which images have no match; fit it first"
+        )
 
 
 def classify_in_groups(index: Index, pool: Pool, ask: Ask) -> Predictions:
     """Classify photos as :func:`held_out.classified` does, and group the photos without a match."""
-    answers = Predictions.joined(classified(index, [(pa.chunked_array([pool.names]), [pool.block])], ask))
+    answers = Predictions.joined(
+        classified(index, [(pa.chunked_array([pool.names]), [pool.block])], ask)
+    )
     return group_no_match(index, pool.features, answers)

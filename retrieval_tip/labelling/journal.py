@@ -15,7 +15,15 @@ from contextlib import suppress
 from pathlib import Path
 
 from retrieval_tip.errors import InputError, StoreError, show
-from retrieval_tip.files import cache_folder, lock, make_folders, read_regular, real, replacing, sync
+from retrieval_tip.files import (
+    cache_folder,
+    lock,
+    make_folders,
+    read_regular,
+    real,
+    replacing,
+    sync,
+)
 from retrieval_tip.index.photos import DROPPED
 from retrieval_tip.index.places import Store
 
@@ -88,18 +96,24 @@ class Journal:
     def saved(self, entries: Iterable[Entry], *, all_saved: bool) -> None:
         """Note that the index contains the labels of ``entries``."""
         if self._file >= 0:
-            with suppress(OSError, StoreError):  # on a full disk, the labels are saved again, which changes nothing
+            with suppress(
+                OSError, StoreError
+            ):  # on a full disk, the labels are saved again, which changes nothing
                 if all_saved:
                     os.ftruncate(self._file, 0)
                 else:
-                    self.add({"path": entry["path"], "digest": entry["digest"]} for entry in entries)
+                    self.add(
+                        {"path": entry["path"], "digest": entry["digest"]} for entry in entries
+                    )
 
     def close(self, entries: Iterable[Entry]) -> None:
         """Remove the journal, unless there are ``entries`` that could not be saved."""
         if self._file < 0:
             return
         lines = "".join(json.dumps(entry) + "\n" for entry in entries)
-        with suppress(OSError, InputError):  # otherwise, the journal keeps labels that the index already contains
+        with suppress(
+            OSError, InputError
+        ):  # otherwise, the journal keeps labels that the index already contains
             if lines:
                 with replacing(self.path) as new:
                     new.write_text(lines, "ascii")
@@ -114,9 +128,13 @@ def _locked(path: Path) -> int:
     try:
         file = lock(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
     except OSError as error:
-        raise StoreError(f"{show(path)}: cannot be opened: {error.strerror}; remove or rename it") from None
+        raise StoreError(
+            f"{show(path)}: cannot be opened: {error.strerror}; remove or rename it"
+        ) from None
     if file is None:
-        raise StoreError(f"{show(path)}: another session labels this index; use its page, or stop it first")
+        raise StoreError(
+            f"{show(path)}: another session labels this index; use its page, or stop it first"
+        )
     return file
 
 
@@ -124,17 +142,25 @@ def _read(path: Path, file: int) -> dict[str, Entry]:
     entries: dict[str, Entry] = {}
     try:
         lines = (raw := read_regular(path, MOST_BYTES)).split(b"\n")
-        os.ftruncate(file, len(raw) - len(lines[-1]))  # a line without an end was never acknowledged
+        os.ftruncate(
+            file, len(raw) - len(lines[-1])
+        )  # a line without an end was never acknowledged
     except OSError as error:
-        raise StoreError(f"{show(path)}: cannot be read: {error.strerror}; restore its permissions") from None
+        raise StoreError(
+            f"{show(path)}: cannot be read: {error.strerror}; restore its permissions"
+        ) from None
     for number, line in enumerate(lines[:-1], 1):
         try:
             entry = json.loads(line)
             values = {name: entry.get(name) for name in ("path", "digest", "label", "picked")}
-            if not isinstance(values["path"], str) or not all(isinstance(one, str | None) for one in values.values()):
+            if not isinstance(values["path"], str) or not all(
+                isinstance(one, str | None) for one in values.values()
+            ):
                 raise ValueError
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            raise InputError(f"{show(path)}: line {number} is not a label; remove the line") from None
+            raise InputError(
+                f"{show(path)}: line {number} is not a label; remove the line"
+            ) from None
         photo = values["digest"] or values["path"]
         entries.pop(photo, None)  # the last label decides the place
         if "label" in entry:

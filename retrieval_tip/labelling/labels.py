@@ -144,7 +144,9 @@ class SessionPhotos:
         if not known:
             raise InputError("photos: have not been read yet; try again later")
         digests = [self.digests.get(photo) for photo in known.values()]
-        return Remembered(known=(FeatureBlock(np.array([*known]), self.rows([*known.values()]), digests),))
+        return Remembered(
+            known=(FeatureBlock(np.array([*known]), self.rows([*known.values()]), digests),)
+        )
 
     def hashed(self, photos: Sequence[int]) -> dict[int, str]:
         """Return the digests of the photos whose files can be read. The object does not change."""
@@ -160,7 +162,9 @@ class SessionPhotos:
         return {
             photos[position]: (str(digest), feature)
             for block in reader.blocks(self.chosen(photos))
-            for position, digest, feature in zip(block.positions, block.digests, block.features, strict=True)
+            for position, digest, feature in zip(
+                block.positions, block.digests, block.features, strict=True
+            )
         }
 
     def note(self, photos: Sequence[int], read: Read) -> None:
@@ -168,13 +172,19 @@ class SessionPhotos:
         known = {n: one for n, one in read.items() if n < EARLIER or one[0] == self.digests.get(n)}
         for photo, (_, feature) in known.items():
             if not self.features:  # the features, and those of the other photos as one array
-                check_memory(16 * len(self.paths) * len(feature), f"{len(self.paths):,} photos", "label fewer photos")
+                check_memory(
+                    16 * len(self.paths) * len(feature),
+                    f"{len(self.paths):,} photos",
+                    "label fewer photos",
+                )
             self.features[photo] = feature
             self.unreadable.pop(photo, None)
         self.recognise({photo: digest for photo, (digest, _) in known.items()})
         reasons = {one.source: one.reason for one in self.reader.skipped}
         for photo in [photo for photo in photos if photo not in known]:
-            self.unreadable[photo] = reasons.get(self.name(photo), "has changed since it was labelled")
+            self.unreadable[photo] = reasons.get(
+                self.name(photo), "has changed since it was labelled"
+            )
 
     def recognise(self, digests: Mapping[int, str]) -> None:
         """Note the digests of photos."""
@@ -196,12 +206,18 @@ def known_photos(
     ``digests`` maps the digests of the photos that have been read to their numbers. ``numbers`` maps the absolute paths
     of the other photos, as text, to their numbers.
     """
-    columns = [name for name in ("key_id", "label", "digest", "source", PICKED) if name in index.labels.column_names]
+    columns = [
+        name
+        for name in ("key_id", "label", "digest", "source", PICKED)
+        if name in index.labels.column_names
+    ]
     labels = index.labels.select(columns)
     known = dict[int, LabelledPhoto]()
     paths = {path: [photo] for path, photo in numbers.items()}
     for column, photos in (("source", paths), ("digest", digests)):
-        for row in labels.filter(pc.is_in(labels[column], value_set=pa.array(photos, pa.string()))).to_pylist():
+        for row in labels.filter(
+            pc.is_in(labels[column], value_set=pa.array(photos, pa.string()))
+        ).to_pylist():
             one = LabelledPhoto(row["key_id"], row["label"], row.get(PICKED), row["digest"])
             known |= {photo: one for photo in photos[row[column]] if photo not in known}
     return known
@@ -233,7 +249,9 @@ def alike(features: FloatArray, rows: Sequence[int]) -> list[list[int]]:
     cosines = points[rows] @ points.T
     cosines[range(len(rows)), rows] = -1
     found = cosines.topk(min(MOST_ALIKE, len(points)))
-    return [near[own >= ALIKE].tolist() for near, own in zip(found.indices, found.values, strict=True)]
+    return [
+        near[own >= ALIKE].tolist() for near, own in zip(found.indices, found.values, strict=True)
+    ]
 
 
 def guesses(answers: Predictions, *, none: bool = True) -> list[dict[str, Any]]:
@@ -243,7 +261,15 @@ def guesses(answers: Predictions, *, none: bool = True) -> list[dict[str, Any]]:
     """
     found = []
     for row in answers.written(["labels", "probabilities", "no_match", "similar"]).to_pylist():
-        pairs = [pair for pair in zip(row["labels"], row["probabilities"], strict=True) if none or pair[0] != NONE]
-        named = [{"label": label, "probability": probability} for label, probability in pairs[:GUESSES]]
-        found.append({"guesses": named, "no_match": bool(row["no_match"]), "similar": row["similar"] or []})
+        pairs = [
+            pair
+            for pair in zip(row["labels"], row["probabilities"], strict=True)
+            if none or pair[0] != NONE
+        ]
+        named = [
+            {"label": label, "probability": probability} for label, probability in pairs[:GUESSES]
+        ]
+        found.append(
+            {"guesses": named, "no_match": bool(row["no_match"]), "similar": row["similar"] or []}
+        )
     return found

@@ -29,10 +29,16 @@ MOST_KEYS = 1 << 14
 UNSURE = 0.5
 """Probability below which a guess is called unsure."""
 
-SUGGESTIONS = pa.schema([
-    ("rank", pa.int64()), ("input", pa.string()), ("label", pa.string()), ("probability", pa.float64()),
-    ("covers", pa.int64()), ("why", pa.string()),
-])  # fmt: skip
+SUGGESTIONS = pa.schema(
+    [
+        ("rank", pa.int64()),
+        ("input", pa.string()),
+        ("label", pa.string()),
+        ("probability", pa.float64()),
+        ("covers", pa.int64()),
+        ("why", pa.string()),
+    ]
+)
 """The columns of suggestions. ``label`` and ``probability`` are null if there is no guess."""
 
 
@@ -66,7 +72,9 @@ class Suggestions:
         text = f"suggested {counted(len(self), 'photo')} of {self.photos:,}"
         if self.sampled_from is not None:
             text += f", drawn at random from {self.sampled_from:,}"
-        return text + (f"; skipped {self.known:,} that the index already contains" if self.known else "")
+        return text + (
+            f"; skipped {self.known:,} that the index already contains" if self.known else ""
+        )
 
 
 @dataclass(frozen=True)
@@ -92,10 +100,14 @@ class Pool:
             for block in reader.blocks(source):
                 d = block.features.shape[1]
                 if not features:  # the blocks and their concatenation
-                    check_memory(8 * total * d, f"features of {total:,} photos", "use fewer photos at a time")
+                    check_memory(
+                        8 * total * d, f"features of {total:,} photos", "use fewer photos at a time"
+                    )
                 elif d != features[0].shape[1]:
                     earlier = features[0].shape[1]
-                    raise InputError(f"{source.name}: its features have {d} values; earlier photos have {earlier}")
+                    raise InputError(
+                        f"{source.name}: its features have {d} values; earlier photos have {earlier}"
+                    )
                 names += source.items["source"].take(pa.array(block.positions)).to_pylist()
                 digests += block.digests
                 features.append(block.features)
@@ -109,14 +121,22 @@ class Pool:
     def smoothed(self, index: Index, ask: Ask = Ask()) -> tuple[Predictions, str]:
         """Classify the photos, smooth the answers (see :func:`smoothing.smooth`), and say what smoothing changed."""
         found = smooth(index, [FeatureBlock.of(self.features)], ask, self.names)
-        answers = Predictions.joined(block.predictions() for block in index.answers(found.blocks, ask))
+        answers = Predictions.joined(
+            block.predictions() for block in index.answers(found.blocks, ask)
+        )
         named = answers.named(pa.array(self.names, pa.string())).to_arrow()
         return Predictions(named.append_column("similar", found.similar)), found.words
 
     def without(self, index: Index) -> Pool:
         """Return the photos that are not in the index (see :func:`held_out.recognised`)."""
-        rows = np.flatnonzero(~recognised(index, pa.array(self.names, pa.string()), self.block).shots)
-        return Pool([self.names[row] for row in rows], self.features[rows], [self.digests[row] for row in rows])
+        rows = np.flatnonzero(
+            ~recognised(index, pa.array(self.names, pa.string()), self.block).shots
+        )
+        return Pool(
+            [self.names[row] for row in rows],
+            self.features[rows],
+            [self.digests[row] for row in rows],
+        )
 
 
 def suggest_photos(
@@ -142,13 +162,21 @@ def suggest_photos(
         drawn = np.zeros(total, dtype=bool)
         drawn[np.random.default_rng(0).choice(total, MOST_PHOTOS, replace=False)] = True
         parts = np.split(drawn, np.cumsum([len(source) for source in sources])[:-1])
-        sources = [source.take(np.flatnonzero(part)) for source, part in zip(sources, parts, strict=True)]
+        sources = [
+            source.take(np.flatnonzero(part)) for source, part in zip(sources, parts, strict=True)
+        ]
     pool = Pool.of(sources, reader)
     fresh = pool if index is None else pool.without(index)
     if not fresh.names:
-        raise InputError(f"photos: the index already contains {counted(len(pool.names), 'photo')}; give other photos")
+        raise InputError(
+            f"photos: the index already contains {counted(len(pool.names), 'photo')}; give other photos"
+        )
     known = len(pool.names) - len(fresh.names)
-    return replace(suggest_features(fresh, n, index), known=known, sampled_from=total if total > MOST_PHOTOS else None)
+    return replace(
+        suggest_features(fresh, n, index),
+        known=known,
+        sampled_from=total if total > MOST_PHOTOS else None,
+    )
 
 
 def suggest_features(pool: Pool, n: int, index: Index | None = None) -> Suggestions:
@@ -163,11 +191,18 @@ def suggest_features(pool: Pool, n: int, index: Index | None = None) -> Suggesti
         chances = guesses["probability"].to_numpy()
         counts = np.array(index.counts)
         picks = suggest(
-            pool.features, n, uncertainty=uncertainty_of(chances, class_ids, counts),
-            labelled=index.rows.some(MOST_KEYS)[0], metric=index.metric,
-        )  # fmt: skip
+            pool.features,
+            n,
+            uncertainty=uncertainty_of(chances, class_ids, counts),
+            labelled=index.rows.some(MOST_KEYS)[0],
+            metric=index.metric,
+        )
         guesses = guesses.append_column("examples", pa.array(counts[class_ids]))
-        facts = guesses.take(pa.array(picks.rows)).append_column("covers", pa.array(picks.covers)).to_pylist()
+        facts = (
+            guesses.take(pa.array(picks.rows))
+            .append_column("covers", pa.array(picks.covers))
+            .to_pylist()
+        )
     rows = [
         {"rank": rank, "input": pool.names[row], "why": why(**one)} | one
         for rank, (row, one) in enumerate(zip(picks.rows.tolist(), facts, strict=True), 1)
@@ -176,15 +211,25 @@ def suggest_features(pool: Pool, n: int, index: Index | None = None) -> Suggesti
 
 
 def why(
-    covers: int, label: str | None = None, probability: float = 0.0, no_match: bool | None = None, examples: int = 0
+    covers: int,
+    label: str | None = None,
+    probability: float = 0.0,
+    no_match: bool | None = None,
+    examples: int = 0,
 ) -> str:
     """Explain in words why to label a photo. ``examples`` is the number of shots of the guessed class ``label``."""
-    similar = f"stands for {counted(covers, 'similar photo')}" if covers else "stands only for itself"
+    similar = (
+        f"stands for {counted(covers, 'similar photo')}" if covers else "stands only for itself"
+    )
     if no_match:
         return f"{similar}; may be a new class"
     if label is None:
         return similar
     if probability < UNSURE:
         return f"{similar}; the guess is unsure"
-    few = f"only {counted(examples, 'example')} of this class so far" if examples <= TRUST else "the guess may be wrong"
+    few = (
+        f"only {counted(examples, 'example')} of this class so far"
+        if examples <= TRUST
+        else "the guess may be wrong"
+    )
     return f"{similar}; {few}"

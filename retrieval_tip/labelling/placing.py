@@ -38,9 +38,13 @@ SCRATCH = "photo"
 """Name of the temporary files of manifests and sidecars."""
 
 _UNSAFE = re.compile(r'[\x00-\x1f\x7f/\\:*?"<>|]|%(?=[0-9A-Fa-f]{2})|^[. ]|[. ]$')
-_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE | re.DOTALL)  # on Windows
+_RESERVED = re.compile(
+    r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE | re.DOTALL
+)  # on Windows
 _OUTPUT = re.compile(r"(?!\.\.?/)[^/\0]+/(?!\.\.?$)[^/\0]+")
-_MOVED = re.compile(r"/?(/(?!\.\.?(/|\Z))[^/\0]+)+")  # an absolute path without empty parts, . or ..
+_MOVED = re.compile(
+    r"/?(/(?!\.\.?(/|\Z))[^/\0]+)+"
+)  # an absolute path without empty parts, . or ..
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _ACTIONS = {*get_args(Action), "kept"}
 
@@ -82,7 +86,10 @@ def safe_name(name: str) -> str:
         return safe
     suffix = Path(safe).suffix
     end = f"~{hashlib.sha256(data).hexdigest()[:16]}{suffix if len(suffix) <= 16 else ''}"
-    return data[: LONGEST - len(end.encode("utf-8", "surrogateescape"))].decode("utf-8", "ignore") + end
+    return (
+        data[: LONGEST - len(end.encode("utf-8", "surrogateescape"))].decode("utf-8", "ignore")
+        + end
+    )
 
 
 def escaped_first(name: str) -> str:
@@ -115,7 +122,9 @@ def read_manifest(folder: Path) -> list[Placed]:
     except (ValueError, TypeError, IndexError, csv.Error) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{show(path)}: was not written by sort, or is damaged; choose another folder") from None
+        raise InputError(
+            f"{show(path)}: was not written by sort, or is damaged; choose another folder"
+        ) from None
     return placed
 
 
@@ -212,9 +221,16 @@ def _fill(item: str, target: Path, digest: str, *, move: bool) -> bool:
     return False
 
 
-def write(data: bytes, target: Path, copy_attributes: Callable[[Path], object] = id, scratch: str = SCRATCH) -> None:
+def write(
+    data: bytes,
+    target: Path,
+    copy_attributes: Callable[[Path], object] = id,
+    scratch: str = SCRATCH,
+) -> None:
     """Create or replace a file, which is on the disk before it gets its name. By default, no attributes are copied."""
-    with files.temporary(target.with_name(scratch), clean=False) as new:  # on the disk of the target
+    with files.temporary(
+        target.with_name(scratch), clean=False
+    ) as new:  # on the disk of the target
         with new.open("wb") as file:
             file.write(data)
             file.flush()

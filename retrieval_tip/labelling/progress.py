@@ -79,13 +79,19 @@ class Estimate:
 
         The interval comes first, because its middle alone says too much.
         """
-        least, most, wrong = (round(number * (1 - share)) for share in (self.high, self.low, self.accuracy))
+        least, most, wrong = (
+            round(number * (1 - share)) for share in (self.high, self.low, self.accuracy)
+        )
         if most - least >= number:
             return ""
         if number == 1:
             return f"The other photo is probably {'wrong' if most else 'right'}"
         others = f"of the other {number:,} photos are wrong"
-        return f"{least:,} to {most:,} {others} (about {wrong:,})" if least < most else f"Probably {most} {others}"
+        return (
+            f"{least:,} to {most:,} {others} (about {wrong:,})"
+            if least < most
+            else f"Probably {most} {others}"
+        )
 
 
 def estimate_rest(index: Index, key_ids: Sequence[int], rest: Features) -> Estimate:
@@ -101,13 +107,17 @@ def estimate_rest(index: Index, key_ids: Sequence[int], rest: Features) -> Estim
     if not len(rows) or not m:
         return Estimate(0.0, 0.0, 1.0, m, 0, m, min(m, SCREEN))
     few = rest[spread(m, MOST_REST)]
-    parts, (errors, *_) = zip(*(_chances(one, key_ids, few) for one in (index, *_smaller(index, rows))), strict=True)
+    parts, (errors, *_) = zip(
+        *(_chances(one, key_ids, few) for one in (index, *_smaller(index, rows))), strict=True
+    )
     chances = np.average(parts, 0, np.linspace(1, OLDEST, len(parts))).clip(1 - MOST, MOST)
     share = float(chances.mean())
     z = np.random.default_rng(0).standard_normal(DRAWS)
     chance = np.random.default_rng(1)
     odds = share / (1 - share) * np.exp(z * math.sqrt(SPREAD**2 + EVIDENCE / (errors + 1)))
-    numbers = chance.poisson(m * odds / (1 + odds)).clip(max=m)  # which vary at least as much as sums of draws
+    numbers = chance.poisson(m * odds / (1 + odds)).clip(
+        max=m
+    )  # which vary at least as much as sums of draws
     wrong = m * share
     least, most = (int(number) for number in np.quantile(numbers, (0.025, 0.975), method="nearest"))
     first = float(np.sort(chances)[-SCREEN:].sum())
@@ -118,7 +128,9 @@ def _smaller(index: Index, rows: IntArray) -> Iterator[Index]:
     """Yield a small index without the last photos, fitted to the others."""
     images = images_of(index.labels)
     last = rows[np.argsort(index.labels["key_id"].to_numpy()[rows])]
-    for left in range(STEP, min(STEPS * STEP, len(last) - LEAST + 1), STEP) if index.n <= SMALL else ():
+    for left in (
+        range(STEP, min(STEPS * STEP, len(last) - LEAST + 1), STEP) if index.n <= SMALL else ()
+    ):
         other = index.take(np.flatnonzero(~np.isin(images, images[last[-left:]])))
         yield closed_form.fit(other)[0]
 

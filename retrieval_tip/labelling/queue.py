@@ -54,10 +54,14 @@ class Queue:
     def show(self, taken: Collection[int]) -> list[Queued]:
         """Return the next photos, without the photos that are ``taken``. Skipped photos come last."""
         self._queue = [one for one in self._queue if one.photo not in taken]
-        self._queue += [Queued(photo, "random") for photo in self._drawn(taken, QUEUED - len(self._queue))]
+        self._queue += [
+            Queued(photo, "random") for photo in self._drawn(taken, QUEUED - len(self._queue))
+        ]
         return list(self._queue)
 
-    def suggest(self, picks: Iterable[tuple[int, str]], taken: Collection[int], labelled: int) -> None:
+    def suggest(
+        self, picks: Iterable[tuple[int, str]], taken: Collection[int], labelled: int
+    ) -> None:
         """Replace all photos but the first ``FIXED`` by suggested and random photos.
 
         Each pick is a photo and the reason for suggesting it. ``labelled`` is the number of photos from the queue that
@@ -88,4 +92,7 @@ class Queue:
     def _drawn(self, taken: Collection[int], number: int) -> Iterator[int]:
         skipped = set(self._skipped)
         in_order = chain((photo for photo in self.order if photo not in skipped), self._skipped)
-        return islice((photo for photo in in_order if photo not in taken and not self._has(photo)), max(0, number))
+        return islice(
+            (photo for photo in in_order if photo not in taken and not self._has(photo)),
+            max(0, number),
+        )

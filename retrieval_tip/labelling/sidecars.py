@@ -37,12 +37,18 @@ def write_sidecars(photos: Mapping[str, Keywords]) -> Sorted:
     result = Sorted("changed the keywords of")
     places = {_place(name): keywords for name, keywords in photos.items()}
     with _records(places) as records:
-        others = (other for folder in {photo.parent for photo in places} for other in folder.iterdir())
-        called = Counter(other.with_suffix("") for other in others if other.suffix.lower() != ".xmp")
+        others = (
+            other for folder in {photo.parent for photo in places} for other in folder.iterdir()
+        )
+        called = Counter(
+            other.with_suffix("") for other in others if other.suffix.lower() != ".xmp"
+        )
         for photo, keywords in places.items():
             own, short = _sidecars(photo)
             is_shared = called[photo.with_suffix("")] > 1
-            sidecar = own if os.path.lexists(own) or is_shared or not os.path.lexists(short) else short
+            sidecar = (
+                own if os.path.lexists(own) or is_shared or not os.path.lexists(short) else short
+            )
             with skipping(sidecar, "cannot be changed", result.skipped):
                 old = _bytes_of(sidecar)
                 new = xmp.merged(old, keywords)
@@ -66,10 +72,12 @@ def write_labels(labels: Iterable[tuple[str, str | None]], groups: Levels | None
         own = photos.setdefault(path, [])
         if label and label not in own:
             own.append(label)
-    return write_sidecars({
-        path: Keywords(own, ["|".join(groups.path(label)) for label in own] if groups else [])
-        for path, own in photos.items()
-    })  # fmt: skip
+    return write_sidecars(
+        {
+            path: Keywords(own, ["|".join(groups.path(label)) for label in own] if groups else [])
+            for path, own in photos.items()
+        }
+    )
 
 
 def write_planned(planned: Sorted, groups: Levels | None) -> Sorted:
@@ -78,7 +86,10 @@ def write_planned(planned: Sorted, groups: Levels | None) -> Sorted:
     Photos without a match, and those that are not sure, get no keyword.
     """
     without = (NO_MATCH, NOT_SURE, class_folder(NONE))
-    labels = ((row.input, None if row.output.partition("/")[0] in without else row.label) for row in planned.rows)
+    labels = (
+        (row.input, None if row.output.partition("/")[0] in without else row.label)
+        for row in planned.rows
+    )
     result = write_labels(labels, groups)
     return replace(result, threshold=planned.threshold, skipped=[*planned.skipped, *result.skipped])
 
@@ -110,7 +121,9 @@ def undo_sidecars(photos: Iterable[str]) -> Sorted:
 def _records(photos: Iterable[Path]) -> Iterator[Path]:
     """Lock and yield the folder of the records, after removing the temporary files of killed processes."""
     if (caches := cache_folder()) is None:
-        raise InputError("there is no home folder to keep the old sidecars in; set RETRIEVAL_TIP_CACHE to a folder")
+        raise InputError(
+            "there is no home folder to keep the old sidecars in; set RETRIEVAL_TIP_CACHE to a folder"
+        )
     with locked(caches / "sidecars"):
         placing.remove_scratch([caches / "sidecars", *(photo.parent for photo in photos)])
         yield caches / "sidecars"

@@ -57,11 +57,15 @@ class Smoothing(NamedTuple):
     held: HeldOut
 
 
-def smooth(index: Index, blocks: Sequence[FeatureBlock], ask: Ask = Ask(), names: Sequence[str] = ()) -> Smoothing:
+def smooth(
+    index: Index, blocks: Sequence[FeatureBlock], ask: Ask = Ask(), names: Sequence[str] = ()
+) -> Smoothing:
     """Smooth the answers to the photos of a folder. Raises UsageError if the probabilities do not fit in memory."""
     m = sum(len(block.positions) for block in blocks)
     c = len(index.class_names)
-    check_memory(12 * m * (c + index.d), f"probabilities of {m:,} photos", "classify fewer photos at a time")
+    check_memory(
+        12 * m * (c + index.d), f"probabilities of {m:,} photos", "classify fewer photos at a time"
+    )
     index = index.in_memory().with_settings(ask.settings(index.settings))
     some = spread(m, MOST_NEAR)
     alone = torch.cat([own.probabilities.cpu() for own in index.answers(blocks, Ask(neighbours=0))])
@@ -79,7 +83,9 @@ def smooth(index: Index, blocks: Sequence[FeatureBlock], ask: Ask = Ask(), names
     gives = shares * alone[near, after[:, None]]
     at = pa.array(near.flatten().numpy())
     named = (names or [str(row) for row in range(m)], labels)
-    columns = [pa.array(one, pa.string()).take(at) for one in named] + [pa.array(gives.double().flatten().numpy())]
+    columns = [pa.array(one, pa.string()).take(at) for one in named] + [
+        pa.array(gives.double().flatten().numpy())
+    ]
     similar = lists(pa.StructArray.from_arrays(columns, fields=list(SIMILAR)), near.shape[1])
     parts = mixed.split([len(block.positions) for block in blocks])
     mixed_blocks = [replace(block, mixed=part) for block, part in zip(blocks, parts, strict=True)]
@@ -115,6 +121,10 @@ def _chosen(index: Index, folder: FloatArray) -> tuple[float, HeldOut]:
     labels = ids[rows][:, None]
     likely = own.gather(1, labels) * (1 - WEIGHTS) + given.gather(1, labels) * WEIGHTS
     expected = EXPECTED / (photos + TEXT * index.has_text) ** 0.5
-    weight = WEIGHTS[((likely + LEAST).log().sum(0) - ((WEIGHTS - expected) / SPREAD) ** 2 / 2).argmax()]
+    weight = WEIGHTS[
+        ((likely + LEAST).log().sum(0) - ((WEIGHTS - expected) / SPREAD) ** 2 / 2).argmax()
+    ]
     key_ids = index.labels["key_id"].to_numpy()[rows]
-    return float(weight), HeldOut(own.lerp(given, float(weight)).numpy(), labels[:, 0].numpy(), key_ids)
+    return float(weight), HeldOut(
+        own.lerp(given, float(weight)).numpy(), labels[:, 0].numpy(), key_ids
+    )

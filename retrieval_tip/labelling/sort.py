@@ -23,7 +23,15 @@ from retrieval_tip.errors import InputError, Skipped, UsageError, counted, one_l
 from retrieval_tip.evaluation.held_out import Threshold, held_out_probabilities, threshold_of
 from retrieval_tip.files import locked_folder, make_folders, real, remove_leftovers
 from retrieval_tip.labelling import placing
-from retrieval_tip.labelling.placing import EMPTY, MANIFEST, Action, Placed, digest_at, digest_of, safe_name
+from retrieval_tip.labelling.placing import (
+    EMPTY,
+    MANIFEST,
+    Action,
+    Placed,
+    digest_at,
+    digest_of,
+    safe_name,
+)
 from retrieval_tip.labelling.smoothing import smooth as smoothed
 from retrieval_tip.model import Index
 from retrieval_tip.predictions import MORE_LIKELY_WRONG
@@ -61,7 +69,9 @@ class Sorted:
     def __str__(self) -> str:
         text = f"{self.verb} {counted(self.done, 'photo')}"
         parts = [f"{number:,} {name}" for name, number in self.aside.items() if number]
-        parts += [f"{len(self.rows) - self.done:,} already there"] if self.done < len(self.rows) else []
+        parts += (
+            [f"{len(self.rows) - self.done:,} already there"] if self.done < len(self.rows) else []
+        )
         return text + (f" ({', '.join(parts)})" if parts else "")
 
 
@@ -96,11 +106,15 @@ def sort_photos(
     """
     check_choice("action", action, Action)
     if at_most_wrong is not None and (min_probability is not None or not 0 <= at_most_wrong < 1):
-        raise UsageError(f"at_most_wrong {at_most_wrong}: give a share from 0 to 1, and no min_probability")
+        raise UsageError(
+            f"at_most_wrong {at_most_wrong}: give a share from 0 to 1, and no min_probability"
+        )
     if action != "copy":
         check_files(sources, action, "copy them instead")
     reader = reader.for_queries(index.parts, index.shares)
-    blocks: Iterable[tuple[Source, FeatureBlock]] = ((own, block) for own in sources for block in reader.blocks(own))
+    blocks: Iterable[tuple[Source, FeatureBlock]] = (
+        (own, block) for own in sources for block in reader.blocks(own)
+    )
     smoothing, threshold = None, None
     if smooth:
         own_sources, read = zip(*blocks, strict=True)
@@ -117,7 +131,10 @@ def sort_photos(
     with locked(root, dry_run=dry_run):
         before = placing.read_manifest(root)
         plan = _Outputs(root, action, least, {row.input: row for row in before})
-        rows = [plan.row(item, digest, **answer) for item, digest, answer in _classified(index, blocks, reader.skipped)]
+        rows = [
+            plan.row(item, digest, **answer)
+            for item, digest, answer in _classified(index, blocks, reader.skipped)
+        ]
         placing.check_folders(root, [*before, *rows])
         if not dry_run:
             placing.remove_scratch([root])
@@ -147,7 +164,9 @@ def locked(folder: Path, *, dry_run: bool = False) -> Iterator[None]:
         make_folders(folder)
         with locked_folder(real(folder), alone=True, wait=0) as alone:
             if not alone:
-                raise InputError(f"{show(folder)}: another process is changing it; wait until it is done")
+                raise InputError(
+                    f"{show(folder)}: another process is changing it; wait until it is done"
+                )
             try:
                 yield
             finally:
@@ -158,7 +177,9 @@ def locked(folder: Path, *, dry_run: bool = False) -> Iterator[None]:
         if isinstance(error, InputError):
             raise
         where = show(error.filename if isinstance(error.filename, str) else folder)
-        raise InputError(f"{where}: {error.strerror or error}; run the command again to continue") from None
+        raise InputError(
+            f"{where}: {error.strerror or error}; run the command again to continue"
+        ) from None
 
 
 def _classified(
@@ -201,22 +222,30 @@ class _Outputs:
     known: dict[str, Placed]
     digests: dict[str, str | None] = field(default_factory=dict)
 
-    def row(self, item: str, digest: str, label: str, probability: float, no_match: bool | None) -> Placed:
+    def row(
+        self, item: str, digest: str, label: str, probability: float, no_match: bool | None
+    ) -> Placed:
         """Return the row of a photo, which may be a row of the manifest."""
         part = NOT_SURE if probability < self.least else class_folder(label)
         part = NO_MATCH if no_match else part
         old = self.known.get(item)
         if old is not None and old.digest == digest and old.output.startswith(f"{part}/"):
             there = self._digest(old.output)
-            unfinished = old.action != "kept" and (there is None or (there == EMPTY and self.action != "link"))
-            if unfinished or (there == old.digest and (old.action, self.action) == ("copy", "move")):
+            unfinished = old.action != "kept" and (
+                there is None or (there == EMPTY and self.action != "link")
+            )
+            if unfinished or (
+                there == old.digest and (old.action, self.action) == ("copy", "move")
+            ):
                 self.known[item] = old = replace(old, action=self.action)
             if unfinished or there == old.digest:
                 self.digests[old.output] = old.digest
                 return old
         path = Path(item)
         name = safe_name(path.name or item)
-        if name != path.name and real(path.parent) == real(self.folder / part):  # it was sorted by an earlier call
+        if name != path.name and real(path.parent) == real(
+            self.folder / part
+        ):  # it was sorted by an earlier call
             name = path.name
         for number in count(1):
             output = f"{part}/{placing.numbered(name, number)}"
@@ -237,10 +266,14 @@ class _Outputs:
 def class_folder(label: str) -> str:
     """Return the name of the folder of a class, which differs from the folders of photos without an answer."""
     name = safe_name(label)
-    return placing.escaped_first(name) if name.casefold() in (NO_MATCH, NOT_SURE, MANIFEST) else name
+    return (
+        placing.escaped_first(name) if name.casefold() in (NO_MATCH, NOT_SURE, MANIFEST) else name
+    )
 
 
-def _placed(rows: Iterable[Placed], folder: Path, action: Action, result: Sorted) -> Iterator[Placed]:
+def _placed(
+    rows: Iterable[Placed], folder: Path, action: Action, result: Sorted
+) -> Iterator[Placed]:
     for row in rows:
         with skipping(row.input, f"cannot be {_VERBS[action]}", result.skipped):
             if row.action == action:  # otherwise, the photo is already there
@@ -323,7 +356,9 @@ def _undone(row: Placed, target: Path) -> bool:
         if digest_of(row.input) == row.digest and not same:
             target.unlink()
         elif row.action == "copy" or digest_at(original) not in (None, EMPTY):
-            raise InputError(f"is now the only copy, because {show(original)} is gone or has changed")
+            raise InputError(
+                f"is now the only copy, because {show(original)} is gone or has changed"
+            )
         elif original.suffix.lower() not in images.extensions():
             raise InputError(f"is not called like an image; move it to {show(original)} yourself")
         else:

@@ -59,7 +59,9 @@ def points_of(features: Features, metric: tip.Metric | None, mean: Tensor | floa
     return normalize(f - mean) if metric is None else metric.to("cpu")(f)
 
 
-def uncertainty_of(probabilities: DoubleArray, class_ids: IntArray, counts: npt.NDArray[np.integer]) -> DoubleArray:
+def uncertainty_of(
+    probabilities: DoubleArray, class_ids: IntArray, counts: npt.NDArray[np.integer]
+) -> DoubleArray:
     """Return the uncertainty ``1 - p n / (n + 4)`` of answers, of shape ``[m]``.
 
     ``p`` is the probability of an answer, and ``n`` is the number of labels of the answered class. A classifier that
@@ -91,7 +93,9 @@ def suggest(
     raw = inputs.matrix(features, "features")
     m, d = raw.shape
     check_memory(8 * m * d, f"{m:,} features", "suggest from fewer photos")
-    weights = torch.ones(m) if uncertainty is None else torch.from_numpy(uncertainty.astype(np.float32))
+    weights = (
+        torch.ones(m) if uncertainty is None else torch.from_numpy(uncertainty.astype(np.float32))
+    )
     mean = torch.from_numpy(raw.mean(axis=0, dtype=np.float64).astype(np.float32))
     points = points_of(raw, metric, mean)
     near = torch.zeros(m)
@@ -137,8 +141,12 @@ def _greedy(points: Tensor, weights: Tensor, near: Tensor, n: int) -> Tensor:
 def _sampled(weights: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Draw ``size`` rows in proportion to their weights, and return the rows and their weights in the sum."""
     shares = (weights if weights.any() else torch.ones_like(weights)).double().cumsum(0)
-    draws = (torch.arange(size) + torch.rand(size, generator=torch.Generator().manual_seed(0))) / size
-    return torch.searchsorted(shares, draws * shares[-1]).clamp_max(len(weights) - 1), torch.ones(size)
+    draws = (
+        torch.arange(size) + torch.rand(size, generator=torch.Generator().manual_seed(0))
+    ) / size
+    return torch.searchsorted(shares, draws * shares[-1]).clamp_max(len(weights) - 1), torch.ones(
+        size
+    )
 
 
 def _covers(points: Tensor, near: Tensor, rows: Tensor) -> Tensor:

@@ -54,7 +54,9 @@ ASKED_AT_ONCE = 4096
 LARGEST = (1 << 63) - 1
 """Maximum value of an int64 column."""
 
-_CONFLICT = re.compile("concurrent transaction|commit conflict|not found: .*/_refs/tags/", re.IGNORECASE)
+_CONFLICT = re.compile(
+    "concurrent transaction|commit conflict|not found: .*/_refs/tags/", re.IGNORECASE
+)
 """What LanceDB says if another process has changed the same rows, or removed its tags."""
 
 
@@ -64,13 +66,17 @@ def lancedb() -> Any:
     try:
         return importlib.import_module("lancedb")
     except ImportError as error:
-        raise UsageError(f"LanceDB cannot be imported ({first_line(error)}); run {install('lance')}") from None
+        raise UsageError(
+            f"LanceDB cannot be imported ({first_line(error)}); run {install('lance')}"
+        ) from None
 
 
 @cache
 def _session() -> Any:
     """Return the LanceDB session, whose caches are shared by all tables in this process."""
-    return lancedb().Session(index_cache_size_bytes=CACHE_BYTES, metadata_cache_size_bytes=CACHE_BYTES // 4)
+    return lancedb().Session(
+        index_cache_size_bytes=CACHE_BYTES, metadata_cache_size_bytes=CACHE_BYTES // 4
+    )
 
 
 def rows_of(labels: pa.Table, keys: KeyArray, points: KeyArray | None = None) -> pa.Table:
@@ -129,14 +135,18 @@ class KeyTable:
     @classmethod
     def at(cls, address: Address, name: str, version: int | None = None) -> KeyTable:
         """Open a version of the table, by default the newest one, even if no manifest refers to it."""
-        with _store_errors(address, f"opening {'' if version is None else f'version {version} of '}its table"):
+        with _store_errors(
+            address, f"opening {'' if version is None else f'version {version} of '}its table"
+        ):
             table = _connected(address).open_table(name)
             if version is not None:
                 table.checkout(version)
         return cls(address, name, table)
 
     @classmethod
-    def create(cls, address: Address, name: str, rows: Iterator[pa.RecordBatch], schema: pa.Schema) -> KeyTable:
+    def create(
+        cls, address: Address, name: str, rows: Iterator[pa.RecordBatch], schema: pa.Schema
+    ) -> KeyTable:
         """Write all ``rows`` to a new table, or to the next version of an existing table.
 
         If an error occurs, nothing is written.
@@ -178,7 +188,9 @@ class KeyTable:
         LanceDB does not notice if the disk is full while it writes a deletion file, and then trusts its own cache.
         """
         with _store_errors(self.address, "reading what it wrote"):
-            table = lancedb().connect(self.address.uri).open_table(self.name)  # a new session, with empty caches
+            table = (
+                lancedb().connect(self.address.uri).open_table(self.name)
+            )  # a new session, with empty caches
             table.checkout(self.version)
             return int(table.count_rows("key_id >= 0"))
 
@@ -209,29 +221,48 @@ class KeyTable:
         """Length and value type of the keys. Raises StoreError if the table does not contain keys."""
         schema = self.schema
         if not {VECTOR, *LABEL_SCHEMA.names} <= set(schema.names):
-            raise StoreError(f"{self.address}: its table does not hold keys and labels; build the store again")
+            raise StoreError(
+                f"{self.address}: its table does not hold keys and labels; build the store again"
+            )
         kind = schema.field(VECTOR).type
         return kind.list_size, kind.value_type
 
     def scan(
-        self, columns: Sequence[str], column: str = "", values: Sequence[int | str] = (), *, with_rows: bool = False
+        self,
+        columns: Sequence[str],
+        column: str = "",
+        values: Sequence[int | str] = (),
+        *,
+        with_rows: bool = False,
     ) -> Iterator[pa.RecordBatch]:
         """Yield columns of all rows in batches, or of the rows whose ``column`` is one of ``values``.
 
         Numbers that do not fit in an int64 match no row. If ``with_rows`` is true, ``_rowid`` holds the row numbers.
         """
-        values = [value for value in values if isinstance(value, str) or -LARGEST <= value <= LARGEST]
-        parts = (values[start : start + ASKED_AT_ONCE] for start in range(0, len(values), ASKED_AT_ONCE))
-        conditions = (f"{column} IN ({', '.join(map(literal, part))})" for part in parts) if column else (None,)
+        values = [
+            value for value in values if isinstance(value, str) or -LARGEST <= value <= LARGEST
+        ]
+        parts = (
+            values[start : start + ASKED_AT_ONCE] for start in range(0, len(values), ASKED_AT_ONCE)
+        )
+        conditions = (
+            (f"{column} IN ({', '.join(map(literal, part))})" for part in parts)
+            if column
+            else (None,)
+        )
         with _store_errors(self.address, "reading its rows"):
             for condition in conditions:
                 query = self.table.search().select(list(columns)).with_row_id(with_rows)
                 query = query if condition is None else query.where(condition)
                 yield from query.to_batches(SCANNED)
 
-    def read(self, columns: Sequence[str], column: str = "", values: Sequence[int | str] = ()) -> pa.Table:
+    def read(
+        self, columns: Sequence[str], column: str = "", values: Sequence[int | str] = ()
+    ) -> pa.Table:
         """Read the same rows as :meth:`scan` as one table."""
-        return pa.Table.from_batches(list(self.scan(columns, column, values)), self._schema_of(columns))
+        return pa.Table.from_batches(
+            list(self.scan(columns, column, values)), self._schema_of(columns)
+        )
 
     def _schema_of(self, columns: Sequence[str]) -> pa.Schema:
         return pa.schema([self.schema.field(name) for name in columns])
@@ -241,15 +272,21 @@ class KeyTable:
         if not len(rows):
             return self._schema_of(columns).empty_table()
         with _store_errors(self.address, "reading rows"):
-            taken: pa.Table = self.table.take_row_ids(rows.tolist()).select(list(columns)).to_arrow()
+            taken: pa.Table = (
+                self.table.take_row_ids(rows.tolist()).select(list(columns)).to_arrow()
+            )
         if len(taken) != len(rows):
-            raise StoreError(f"{self.address}: found {len(taken)} of {len(rows)} rows; check it with index verify")
+            raise StoreError(
+                f"{self.address}: found {len(taken)} of {len(rows)} rows; check it with index verify"
+            )
         return taken.select(list(columns))
 
     def offsets(self, places: IntArray, columns: Sequence[str]) -> pa.Table:
         """Read columns of the rows at the given positions, which must be ascending."""
         with _store_errors(self.address, "reading rows"):
-            taken: pa.Table = self.table.take_offsets(places.tolist()).select(list(columns)).to_arrow()
+            taken: pa.Table = (
+                self.table.take_offsets(places.tolist()).select(list(columns)).to_arrow()
+            )
         return taken
 
     def matrix(self, column: pa.Array | pa.ChunkedArray) -> KeyArray:
@@ -266,7 +303,9 @@ class KeyTable:
         """Return the class ids of a column. Raises StoreError if a class id is out of range."""
         ids: IntArray = column.to_numpy().astype(np.int64)
         if len(ids) and not 0 <= ids.min() <= ids.max() < n_classes:
-            raise StoreError(f"{self.address}: class ids are out of range; check it with index verify")
+            raise StoreError(
+                f"{self.address}: class ids are out of range; check it with index verify"
+            )
         return ids
 
     @contextmanager
@@ -295,7 +334,9 @@ class KeyTable:
         """Delete the rows of the given keys."""
         for start in range(0, len(key_ids), ASKED_AT_ONCE):
             with self._writing("removing rows"):
-                self.table.delete(f"key_id IN ({', '.join(map(str, key_ids[start : start + ASKED_AT_ONCE]))})")
+                self.table.delete(
+                    f"key_id IN ({', '.join(map(str, key_ids[start : start + ASKED_AT_ONCE]))})"
+                )
 
     def change(self, where: str, column: str, sql: str) -> None:
         """Set a column of the rows that match a condition to an SQL expression."""
@@ -330,7 +371,9 @@ class KeyTable:
     def optimize(self) -> None:
         """Merge small fragments, and add all rows to the index. No version is deleted."""
         with _store_errors(self.address, "optimizing its table"):
-            self.table.optimize(cleanup_older_than=FOREVER)  # LanceDB deletes versions after seven days by default
+            self.table.optimize(
+                cleanup_older_than=FOREVER
+            )  # LanceDB deletes versions after seven days by default
 
     def prune(self, kept: Sequence[int]) -> None:
         """Delete the versions before the first version in ``kept``, and the data that only the deleted versions use.
@@ -344,7 +387,11 @@ class KeyTable:
                 if f"{TAG}{version}" not in tags:
                     self.table.tags.create(f"{TAG}{version}", version)
             for tag, entry in tags.items():
-                if tag.startswith(TAG) and entry["version"] not in kept and entry["version"] < kept[-1]:
+                if (
+                    tag.startswith(TAG)
+                    and entry["version"] not in kept
+                    and entry["version"] < kept[-1]
+                ):
                     self.table.tags.delete(tag)
             made = {entry["version"]: entry["timestamp"] for entry in self.table.list_versions()}
         self.optimize()  # the age is measured in the call below, which must be fast
@@ -362,7 +409,9 @@ class KeyTable:
 
 
 def _connected(address: Address) -> Any:
-    return lancedb().connect(address.uri, storage_options=storage_options(address) or None, session=_session())
+    return lancedb().connect(
+        address.uri, storage_options=storage_options(address) or None, session=_session()
+    )
 
 
 def literal(value: int | str) -> str:

@@ -71,12 +71,18 @@ class TableWriter(Writer):
     def __init__(self, store: LanceStore, parent: Manifest | None) -> None:
         super().__init__(store, parent)
         self._before = store.table_files()
-        self.prunes = parent is not None and self.number % PRUNED_EVERY == 0 and self.number > versions.KEPT_VERSIONS
+        self.prunes = (
+            parent is not None
+            and self.number % PRUNED_EVERY == 0
+            and self.number > versions.KEPT_VERSIONS
+        )
         self.table: KeyTable | None = None
         if parent is not None and parent.table is not None:
             store.check_engine(parent)
             self.table = KeyTable.at(store.address, parent.table.name)
-            if self.table.version != parent.table.version:  # drop the rows that interrupted writers left
+            if (
+                self.table.version != parent.table.version
+            ):  # drop the rows that interrupted writers left
                 self.table.restore(parent.table.version)
 
     def digests(self, table: Table) -> dict[str, str]:
@@ -107,7 +113,9 @@ class TableWriter(Writer):
         for path in new:
             with path.open("rb+") as file:
                 os.fsync(file.fileno())
-        for folder in {folder for path in new for folder in path.parents if root in (folder, *folder.parents)}:
+        for folder in {
+            folder for path in new for folder in path.parents if root in (folder, *folder.parents)
+        }:
             sync(folder)
 
 
@@ -124,7 +132,9 @@ class LanceStore(Store):
         self.place = str(address)
         self.local = address.local
         self.folder = self.local or Path()
-        self.files = BucketFiles(address) if self.local is None else LocalFiles(self.local, self.place)
+        self.files = (
+            BucketFiles(address) if self.local is None else LocalFiles(self.local, self.place)
+        )
 
     def publish(self, writer: TableWriter, manifest: Manifest, raw: bytes) -> None:
         assert manifest.table is not None
@@ -138,11 +148,19 @@ class LanceStore(Store):
         gone = super().forget(keep, current, prune)
         if not prune:
             return gone
-        current = self.manifest()  # in a bucket, another writer may have restored a version before it was deleted
-        tables = [manifest.table for manifest in (*self.earlier(current), current) if manifest.table is not None]
+        current = (
+            self.manifest()
+        )  # in a bucket, another writer may have restored a version before it was deleted
+        tables = [
+            manifest.table
+            for manifest in (*self.earlier(current), current)
+            if manifest.table is not None
+        ]
         if len(tables) < len(self.names()):  # a version in an earlier format also needs its rows
             return gone
-        KeyTable.at(self.address, tables[-1].name).prune(sorted({table.version for table in tables}))
+        KeyTable.at(self.address, tables[-1].name).prune(
+            sorted({table.version for table in tables})
+        )
         return gone
 
     def check_files(self, manifest: Manifest, known: Collection[DataFile] = ()) -> None:
@@ -160,7 +178,9 @@ class LanceStore(Store):
         except FileNotFoundError:
             raise StoreError(f"{self}/{name}: missing; {RESTORE}") from None
         if hashlib.sha256(raw).hexdigest() != sha256:
-            raise StoreError(f"{self}/{name}: damaged (its SHA-256 differs from the manifest's); {RESTORE}")
+            raise StoreError(
+                f"{self}/{name}: damaged (its SHA-256 differs from the manifest's); {RESTORE}"
+            )
         return io.BytesIO(raw)
 
     def table_files(self) -> set[tuple[Path, int]]:
@@ -173,9 +193,14 @@ class LanceStore(Store):
         assert manifest.table is not None
         self.check_engine(manifest)
         table = KeyTable.at(self.address, manifest.table.name, manifest.table.version)
-        own = table.vector_type == (manifest.d, VALUES[manifest.dtype]) and table.has_points == manifest.has_points
+        own = (
+            table.vector_type == (manifest.d, VALUES[manifest.dtype])
+            and table.has_points == manifest.has_points
+        )
         if not own or table.rows != manifest.n:
-            raise StoreError(f"{self}: its table does not match version {manifest.version}; go back to an earlier one")
+            raise StoreError(
+                f"{self}: its table does not match version {manifest.version}; go back to an earlier one"
+            )
         return table
 
     def check_engine(self, manifest: Manifest) -> None:
@@ -195,8 +220,12 @@ class LanceStore(Store):
         table = self.table(manifest)
         return table.read(table.label_columns if columns is None else columns)
 
-    def facts(self, manifest: Manifest, earlier: list[Manifest]) -> tuple[IntArray, dict[str, object]]:
-        return self.classes(manifest)["keys"].to_numpy(), {"not_indexed": self.table(manifest).unindexed()}
+    def facts(
+        self, manifest: Manifest, earlier: list[Manifest]
+    ) -> tuple[IntArray, dict[str, object]]:
+        return self.classes(manifest)["keys"].to_numpy(), {
+            "not_indexed": self.table(manifest).unindexed()
+        }
 
     def create(self, material: Material) -> Index:
         """Stream the keys into a table. If the index is fitted, the table may be rewritten with the points."""
@@ -220,7 +249,9 @@ class LanceStore(Store):
             if material.fit is not None:
                 index, choice = closed_form.fit(index, material.fit, factory=asked)
                 warn(choice.warnings)
-            return self.commit(writer, index, "build", asked if material.fit is not None else None).on(material.device)
+            return self.commit(
+                writer, index, "build", asked if material.fit is not None else None
+            ).on(material.device)
 
     def copy_from(self, index: Index, what: str) -> Index:
         """Raises InputError if the index has trained values."""
@@ -230,14 +261,18 @@ class LanceStore(Store):
             raise InputError(f"{self}: a LanceDB store cannot hold trained values; use a folder")
         self.check_held(index)
         with self.write() as writer:
-            metric = index.metric if index.values is None else None  # the table then contains the points
+            metric = (
+                index.metric if index.values is None else None
+            )  # the table then contains the points
             c = len(index.class_names)
             blocks = index.rows.blocks()
             rows = TableRows.create(self.address, writer, blocks, c, index.dtype, metric=metric)
             self._committed(writer, index, rows, what)
         return self.load(device=index.device)
 
-    def load(self, *, device: str = "auto", verify: Verify | None = None, version: int | None = None) -> Index:
+    def load(
+        self, *, device: str = "auto", verify: Verify | None = None, version: int | None = None
+    ) -> Index:
         """Open the current version, or an earlier version. ``verify="full"`` checks every row, like :meth:`verify`.
 
         If the values were solved, all keys are read into memory. Otherwise, they are read block by block.
@@ -262,17 +297,30 @@ class LanceStore(Store):
 
         classes = self.classes(manifest)
         files = manifest.files.items()
-        held = {kind: np.load(self._checked(file.name, file.sha256)) for kind, file in files if kind != "classes"}
-        held |= {"text": _matrix(classes["text"])} | ({"metric": metric_of(held["metric"])} if "metric" in held else {})
+        held = {
+            kind: np.load(self._checked(file.name, file.sha256))
+            for kind, file in files
+            if kind != "classes"
+        }
+        held |= {"text": _matrix(classes["text"])} | (
+            {"metric": metric_of(held["metric"])} if "metric" in held else {}
+        )
         counts = classes["keys"].to_numpy()
         none = np.zeros((0, 0))
-        sums = {name: _matrix(classes[name]) for name in ("sum", "point_sum") if name in classes.column_names}
+        sums = {
+            name: _matrix(classes[name])
+            for name in ("sum", "point_sum")
+            if name in classes.column_names
+        }
         rows = TableRows(
-            table=self.table(manifest), known=Sums(counts, sums["sum"], held.get("second", none)),
+            table=self.table(manifest),
+            known=Sums(counts, sums["sum"], held.get("second", none)),
             point_sums=Sums(counts, sums["point_sum"], none) if "point_sum" in sums else None,
-            kind=CLASSES if manifest.index == CLASSES else FLAT,  # earlier programs also used vector indexes
+            kind=CLASSES
+            if manifest.index == CLASSES
+            else FLAT,  # earlier programs also used vector indexes
             automatic=manifest.built.auto_index,
-        )  # fmt: skip
+        )
         used: Rows = rows
         if "values" in held:  # a query uses all keys
             arrays = rows.arrays()
@@ -295,9 +343,13 @@ class LanceStore(Store):
         table = _table_of(index).rewritten(None if solved else index.metric, factory, dtype)
         made = index.rebuilt(table.kind, dtype) if solved else index
         made = made.altered(rows=_kept_in(table, made.rows))
-        return made if factory is None else made.altered(settings=made.settings.override(k=table.few))
+        return (
+            made if factory is None else made.altered(settings=made.settings.override(k=table.few))
+        )
 
-    def commit(self, writer: TableWriter, index: Index, what: str, factory: str | None = None) -> Index:
+    def commit(
+        self, writer: TableWriter, index: Index, what: str, factory: str | None = None
+    ) -> Index:
         """See :meth:`Store.commit`. Edits and fits of keys in memory are now made in the table.
 
         ``factory`` is the new type of its index. Raises the errors of :meth:`model.Index.check_answers` and of
@@ -311,7 +363,9 @@ class LanceStore(Store):
             self.check_held(index)
             for edit in index.rows.pending:
                 table = edit(table)
-            table = table.with_sums(index.rows.sums).fitted(index.metric, index.values, factory, "cpu")
+            table = table.with_sums(index.rows.sums).fitted(
+                index.metric, index.values, factory, "cpu"
+            )
         assert isinstance(table, TableRows)
         return self._committed(writer, index, table, what)
 
@@ -327,9 +381,17 @@ class LanceStore(Store):
         if rows.kind != kind:
             scores = index.current_scores
             settings = index.settings.override(k=index.settings.k or rows.few)
-            index = index.altered(settings=settings, scores=scores and replace(scores, settings=settings))
-        classes = {"label": pa.array(index.class_names, pa.string()), "keys": pa.array(rows.known.counts)}
-        classes |= {"text": vectors(index.text_weights.cpu().numpy()), "sum": vectors(rows.known.sums)}
+            index = index.altered(
+                settings=settings, scores=scores and replace(scores, settings=settings)
+            )
+        classes = {
+            "label": pa.array(index.class_names, pa.string()),
+            "keys": pa.array(rows.known.counts),
+        }
+        classes |= {
+            "text": vectors(index.text_weights.cpu().numpy()),
+            "sum": vectors(rows.known.sums),
+        }
         classes |= {} if rows.point_sums is None else {"point_sum": vectors(rows.point_sums.sums)}
         size = rows.n * rows.d * np.dtype(rows.dtype).itemsize
         second = rows.known.second
@@ -337,11 +399,15 @@ class LanceStore(Store):
         held = index.fit_contents() | {
             "classes": pa.table(classes),
             "second": second if 0 < second.nbytes * SUMS_FROM <= size else None,
-            "values": None if values is None else values[np.argsort(index.labels["key_id"].to_numpy())],
+            "values": None
+            if values is None
+            else values[np.argsort(index.labels["key_id"].to_numpy())],
         }
         write({kind: own for kind, own in held.items() if own is not None}, writer, None)
         table = Table(rows.table.name, rows.table.version, rows.n)
-        manifest = index.altered(built=built, rows=rows).manifest_of(writer, what, table, writer.digests(table))
+        manifest = index.altered(built=built, rows=rows).manifest_of(
+            writer, what, table, writer.digests(table)
+        )
         writer.commit(manifest)
         rows = replace(rows, table=self.table(manifest), writer=None)  # pinned to this version
         kept = rows if index.values is None else _kept_in(rows, index.rows)
@@ -349,7 +415,10 @@ class LanceStore(Store):
 
     def check_held(self, index: Index) -> None:
         """Raise InputError if an index has solved values and does not fit in memory."""
-        if index.values is not None and index.n * (index.d + len(index.class_names)) * 4 > MOST_HELD:
+        if (
+            index.values is not None
+            and index.n * (index.d + len(index.class_names)) * 4 > MOST_HELD
+        ):
             raise InputError(
                 f"{self}: {index.n:,} keys with solved values of {len(index.class_names):,} classes are too many for a "
                 f"LanceDB store; fit one-hot values first ({command_line('fit', self, '--values', 'one-hot')})"
@@ -388,7 +457,9 @@ def _kept_in(table: TableRows, rows: Rows) -> Rows:
 
 def _matrix(column: pa.ChunkedArray) -> npt.NDArray[Any]:
     """Return a column of vectors as an array that can be written to."""
-    values: npt.NDArray[Any] = column.combine_chunks().flatten().to_numpy().reshape(len(column), -1).copy()
+    values: npt.NDArray[Any] = (
+        column.combine_chunks().flatten().to_numpy().reshape(len(column), -1).copy()
+    )
     return values
 
 

@@ -81,7 +81,9 @@ class OrderedKeys(KeysInPlace):
 
     def __getitem__(self, places: IntArray) -> KeyArray:
         offsets, where = np.unique(self._offsets[places], return_inverse=True)
-        keys: KeyArray = self.table.matrix(self.table.offsets(offsets, [self.column])[self.column])[where]
+        keys: KeyArray = self.table.matrix(self.table.offsets(offsets, [self.column])[self.column])[
+            where
+        ]
         return keys
 
     def blocks(self, places: IntArray) -> Iterator[tuple[KeyArray, IntArray]]:
@@ -102,7 +104,9 @@ class LanceKeys(KeyStream):
     ``kind`` is the type of the table's index.
     """
 
-    def __init__(self, table: KeyTable, sums: Sums, kind: str, device: str, metric: tip.Metric | None) -> None:
+    def __init__(
+        self, table: KeyTable, sums: Sums, kind: str, device: str, metric: tip.Metric | None
+    ) -> None:
         total = torch.from_numpy(sums.counts.astype(np.float32)).to(device)
         super().__init__((sums.n, sums.sums.shape[1]), total, device, metric)
         self.table = table
@@ -126,7 +130,9 @@ class LanceKeys(KeyStream):
             yield from zip(*(column.split(self.block) for column in block), strict=True)
             n_read += len(block[1])
         if n_read != self.n:
-            raise StoreError(f"{self.table.address}: has {n_read} rows instead of {self.n}; use another version")
+            raise StoreError(
+                f"{self.table.address}: has {n_read} rows instead of {self.n}; use another version"
+            )
 
     def blocks(self) -> Iterator[Block]:
         return iter(self._held) if self.n * self.d * 4 <= HELD_BYTES else self._read()
@@ -139,19 +145,27 @@ class LanceKeys(KeyStream):
         pieces = np.cumsum(counts) // most
         for piece in np.unique(pieces):
             own = pieces == piece
-            for keys, ids, rows in self._grouped(class_ids[own].tolist(), at_once=counts[own].sum() <= 2 * most):
+            for keys, ids, rows in self._grouped(
+                class_ids[own].tolist(), at_once=counts[own].sum() <= 2 * most
+            ):
                 present, sizes = ids.unique_consecutive(return_counts=True)
                 places = np.searchsorted(class_ids, present.cpu().numpy())
                 read[places] += sizes.cpu().numpy()
                 parts = (column.split(sizes.tolist()) for column in (keys, rows))
                 yield from zip(places.tolist(), *parts, strict=True)
         if (read != counts).any():
-            raise StoreError(f"{self.table.address}: its keys do not match the manifest; check it with index verify")
+            raise StoreError(
+                f"{self.table.address}: its keys do not match the manifest; check it with index verify"
+            )
 
-    def _grouped(self, class_ids: Sequence[int] | None = None, *, at_once: bool = False) -> Iterator[Block]:
+    def _grouped(
+        self, class_ids: Sequence[int] | None = None, *, at_once: bool = False
+    ) -> Iterator[Block]:
         """Yield keys, their class ids and their row numbers in batches that are grouped by class."""
         where = () if class_ids is None else ("class_id", class_ids)
-        found: Iterable[pa.RecordBatch | pa.Table] = self.table.scan(["class_id", self._column], *where, with_rows=True)
+        found: Iterable[pa.RecordBatch | pa.Table] = self.table.scan(
+            ["class_id", self._column], *where, with_rows=True
+        )
         if at_once and (batches := list(found)):
             found = [pa.Table.from_batches(batches)]
         for batch in found:
@@ -170,7 +184,11 @@ class LanceKeys(KeyStream):
         number = SPREAD_QUERIES
         key = 4 * self.d
         if self.n * key > SPREAD_BYTES:  # otherwise, all keys can be read cheaply
-            number = int(np.clip(SPREAD_BYTES / (SPREAD_CLASSES * self.mean_count * key), SPREAD_LEAST, number))
+            number = int(
+                np.clip(
+                    SPREAD_BYTES / (SPREAD_CLASSES * self.mean_count * key), SPREAD_LEAST, number
+                )
+            )
         some = self.table.offsets(spread(self.n, number), ["class_id", self._column])
         keys = np.array(self.table.matrix(some[self._column]), dtype=np.float32)
         ids = self.table.class_ids(some["class_id"], self.n_classes)
@@ -212,9 +230,17 @@ class TableRows(Rows):
 
     @classmethod
     def create(
-        cls, address: Address, writer: Writer, blocks: Iterable[tuple[pa.Table, KeyArray]], n_classes: int,
-        dtype: Dtype = "float32", index: str = "auto", *, metric: tip.Metric | None = None, known: Sums | None = None,
-    ) -> TableRows:  # fmt: skip
+        cls,
+        address: Address,
+        writer: Writer,
+        blocks: Iterable[tuple[pa.Table, KeyArray]],
+        n_classes: int,
+        dtype: Dtype = "float32",
+        index: str = "auto",
+        *,
+        metric: tip.Metric | None = None,
+        known: Sums | None = None,
+    ) -> TableRows:
         """Stream blocks of labels and keys into a table, and build its index.
 
         Each block is a label table (see :func:`labels.label_table`) and an array of keys of shape ``[b, d]``. If you
@@ -231,7 +257,13 @@ class TableRows(Rows):
         extra = list(labels.schema)[len(LABEL_SCHEMA) :]
         check_columns(extra)
         vectors = [VECTOR] if metric is None else [VECTOR, POINT]
-        schema = pa.schema([*LABEL_SCHEMA, *extra, *(pa.field(name, pa.list_(VALUES[dtype], d)) for name in vectors)])
+        schema = pa.schema(
+            [
+                *LABEL_SCHEMA,
+                *extra,
+                *(pa.field(name, pa.list_(VALUES[dtype], d)) for name in vectors),
+            ]
+        )
 
         def rows() -> Iterator[pa.RecordBatch]:
             for part, own in itertools.chain([(labels, keys)], ahead):
@@ -275,7 +307,9 @@ class TableRows(Rows):
         class_ids = self.table.class_ids(ids["class_id"], self.n_classes)
         order = np.lexsort((ids["key_id"].to_numpy(), class_ids))
         if len(order) != self.n:
-            raise StoreError(f"{self.table.address}: has {len(order)} rows instead of {self.n}; use another version")
+            raise StoreError(
+                f"{self.table.address}: has {len(order)} rows instead of {self.n}; use another version"
+            )
         return order, class_ids[order]
 
     @cached_property
@@ -300,7 +334,9 @@ class TableRows(Rows):
         return self.known if self.known.second.size else None
 
     def with_sums(self, sums: Sums | None) -> TableRows:
-        return self if sums is None else replace(self, known=replace(self.known, second=sums.second))
+        return (
+            self if sums is None else replace(self, known=replace(self.known, second=sums.second))
+        )
 
     def stream(self, n_classes: int, device: str, metric: tip.Metric | None) -> LanceKeys:
         return LanceKeys(self.table, self.point_sums or self.known, self.kind, device, metric)
@@ -315,7 +351,9 @@ class TableRows(Rows):
         some = self.table.offsets(spread(self.n, m), ["key_id", "class_id", VECTOR])
         return self.table.matrix(some[VECTOR]), some.select(["key_id", "class_id"])
 
-    def where(self, column: str, values: Sequence[int | str], columns: Sequence[str] = ()) -> pa.Table:
+    def where(
+        self, column: str, values: Sequence[int | str], columns: Sequence[str] = ()
+    ) -> pa.Table:
         return self.table.read(columns or self.table.label_columns, column, values)
 
     def blocks(
@@ -324,15 +362,22 @@ class TableRows(Rows):
         """The blocks are in the order of the table."""
         where = () if class_ids is None else ("class_id", class_ids.tolist())
         for batch in self.table.scan([*(columns or self.table.label_columns), VECTOR], *where):
-            yield pa.Table.from_batches([batch]).drop_columns([VECTOR]), self.table.matrix(batch[VECTOR])
+            yield (
+                pa.Table.from_batches([batch]).drop_columns([VECTOR]),
+                self.table.matrix(batch[VECTOR]),
+            )
 
     def of(self, key_ids: Sequence[int]) -> ArrayRows:
-        rows = self.table.read(self.table.schema.names, "key_id", list(dict.fromkeys(key_ids))).sort_by("key_id")
+        rows = self.table.read(
+            self.table.schema.names, "key_id", list(dict.fromkeys(key_ids))
+        ).sort_by("key_id")
         missing = sorted(set(key_ids) - set(rows["key_id"].to_pylist()))
         if missing:
             raise InputError(f"key ids {', '.join(map(str, missing[:5]))}: not in this index")
         points = self.table.matrix(rows[POINT]) if self.table.has_points else None
-        return ArrayRows(self.table.matrix(rows[VECTOR]), rows.select(self.table.label_columns), points=points)
+        return ArrayRows(
+            self.table.matrix(rows[VECTOR]), rows.select(self.table.label_columns), points=points
+        )
 
     def take(self, rows: IntArray) -> ArrayRows:
         self._check_taken(len(rows))
@@ -373,7 +418,9 @@ class TableRows(Rows):
         rows = np.unique(near.rows[near.rows >= 0].numpy())
         digests = self.where("key_id", key_ids)["digest"].drop_null().unique().to_pylist()
         same = self.table.read(["key_id"], "digest", digests)["key_id"].to_numpy()
-        some = np.unique(np.concatenate([self.described(rows, ["key_id"])["key_id"].to_numpy(), same, key_ids]))
+        some = np.unique(
+            np.concatenate([self.described(rows, ["key_id"])["key_id"].to_numpy(), same, key_ids])
+        )
         compared = self.of(some.tolist())
         fresh = np.flatnonzero(np.isin(compared.key_ids, asked.key_ids))
         pairs = duplicates(compared.keys, compared.labels, fresh, budget=FRESH_PAIRS)
@@ -385,13 +432,17 @@ class TableRows(Rows):
             known = {field.name: field.type for field in self.table.schema}
             for name, kind in zip(new.labels.schema.names, new.labels.schema.types, strict=True):
                 if known.get(name, kind) != kind:
-                    raise InputError(f"labels: column {name!r} is {kind}, but {known[name]} in the index; convert it")
+                    raise InputError(
+                        f"labels: column {name!r} is {kind}, but {known[name]} in the index; convert it"
+                    )
         sums, points = self.known, self.point_sums
         if gone is not None:
             self._changed.delete(gone.key_ids.tolist())
         if new is not None:
             own = new.take(np.argsort(new.class_ids, kind="stable"))
-            self._changed.append(rows_of(own.labels, own.keys, own.points if self.table.has_points else None))
+            self._changed.append(
+                rows_of(own.labels, own.keys, own.points if self.table.has_points else None)
+            )
         for part, sign in ((gone, -1), (new, 1)):
             if part is not None:
                 sums = sums.added(part.keys, part.class_ids, sign)
@@ -415,9 +466,13 @@ class TableRows(Rows):
 
     def _with_sums(self, change: Callable[[Sums], Sums]) -> TableRows:
         points = self.point_sums
-        return replace(self, known=change(self.known), point_sums=None if points is None else change(points))
+        return replace(
+            self, known=change(self.known), point_sums=None if points is None else change(points)
+        )
 
-    def fitted(self, metric: tip.Metric | None, values: Tensor | None, factory: str | None, device: str) -> TableRows:
+    def fitted(
+        self, metric: tip.Metric | None, values: Tensor | None, factory: str | None, device: str
+    ) -> TableRows:
         """With one-hot values, the table is rewritten with the points of the keys."""
         if metric is not None and values is None:
             return self.rewritten(metric, factory, known=self.sums)
@@ -429,9 +484,12 @@ class TableRows(Rows):
         return rows.indexed(factory or self.asked) if moved or factory is not None else rows
 
     def rewritten(
-        self, metric: tip.Metric | None, factory: str | None = None, dtype: Dtype | None = None,
+        self,
+        metric: tip.Metric | None,
+        factory: str | None = None,
+        dtype: Dtype | None = None,
         known: Sums | None = None,
-    ) -> TableRows:  # fmt: skip
+    ) -> TableRows:
         """Rewrite every row and the index, so that the files of this version do not contain removed rows.
 
         You can change the index type with ``factory`` and the dtype of the keys with ``dtype``. With a ``metric``, the
@@ -441,11 +499,19 @@ class TableRows(Rows):
         assert writer is not None
         if writer.parent is not None:  # damaged rows must not get valid sums and digests
             writer.store.check(writer.parent)
-        before = replace(self, table=KeyTable.at(table.address, table.name, table.version))  # pinned meanwhile
+        before = replace(
+            self, table=KeyTable.at(table.address, table.name, table.version)
+        )  # pinned meanwhile
         return self.create(
-            table.address, writer, before.blocks(), self.n_classes, dtype or self.dtype, factory or self.asked,
-            metric=metric, known=known,
-        )  # fmt: skip
+            table.address,
+            writer,
+            before.blocks(),
+            self.n_classes,
+            dtype or self.dtype,
+            factory or self.asked,
+            metric=metric,
+            known=known,
+        )
 
     @property
     def asked(self) -> str:
@@ -470,7 +536,9 @@ class TableRows(Rows):
 
     def _merge(self) -> None:
         writer = self.writer
-        if writer is not None and writer.parent is not None:  # damaged rows must not get valid digests
+        if (
+            writer is not None and writer.parent is not None
+        ):  # damaged rows must not get valid digests
             writer.store.check_files(writer.parent)
         self._changed.optimize()
 
@@ -500,14 +568,18 @@ class TableRows(Rows):
                 points = self.table.matrix(batch[POINT])
                 expected = points_of(metric, keys, "cpu")
                 if expected is None or not np.allclose(points, expected, atol=MOVED[self.dtype]):
-                    raise StoreError(f"{place}: points do not match their keys; run index set --index auto")
+                    raise StoreError(
+                        f"{place}: points do not match their keys; run index set --index auto"
+                    )
                 of_points.count(points, ids)
         known, moved = self.known, self.point_sums
         fit = of_keys.has(known.counts, known.sums)
         if not fit or (moved is not None and not of_points.has(moved.counts, moved.sums)):
             raise StoreError(f"{place}: keys do not match the sums of their classes; {RESTORE}")
         if self.sums is not None and not of_keys.has_second(known.second):
-            raise StoreError(f"{place}: keys do not match the sum of their products; fit the index again")
+            raise StoreError(
+                f"{place}: keys do not match the sum of their products; fit the index again"
+            )
 
 
 def index_kind(factory: str, n: int = 0, c: int = 1) -> tuple[str, int | None]:
@@ -526,7 +598,11 @@ def index_kind(factory: str, n: int = 0, c: int = 1) -> tuple[str, int | None]:
 def check_columns(columns: Iterable[pa.Field]) -> None:
     """Raise InputError if the name of an extra column is reserved or is not allowed."""
     for column in columns:
-        if column.name in (VERSION, VECTOR, "") or column.name.startswith("_") or set(".`") & set(column.name):
+        if (
+            column.name in (VERSION, VECTOR, "")
+            or column.name.startswith("_")
+            or set(".`") & set(column.name)
+        ):
             raise InputError(
                 f"column {column.name!r}: a LanceDB store reserves {VERSION}, {VECTOR} and names that begin with _, "
                 "and does not allow dots or backticks; rename or remove it"

@@ -25,7 +25,16 @@ from retrieval_tip.arrays import IntArray
 from retrieval_tip.data import images
 from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.sources import Source
-from retrieval_tip.errors import InputError, UsageError, command_line, counted, few, one_line, percent, show
+from retrieval_tip.errors import (
+    InputError,
+    UsageError,
+    command_line,
+    counted,
+    few,
+    one_line,
+    percent,
+    show,
+)
 from retrieval_tip.evaluation.audit import AUDITED, audit
 from retrieval_tip.evaluation.calibration import reliability
 from retrieval_tip.evaluation.evaluate import Answers, Evaluation, evaluate
@@ -59,9 +68,16 @@ MISTAKES, PAIRS, EXAMPLES, NEIGHBOURS = 12, 8, 3, 5
 
 
 def write_report(
-    index: Index, test: Source, reader: Reader, out: str | os.PathLike[str], *, abstain: float | None = None,
-    ask: Ask = Ask(), place: Place | None = None, command: str | None = None,
-) -> Evaluation:  # fmt: skip
+    index: Index,
+    test: Source,
+    reader: Reader,
+    out: str | os.PathLike[str],
+    *,
+    abstain: float | None = None,
+    ask: Ask = Ask(),
+    place: Place | None = None,
+    command: str | None = None,
+) -> Evaluation:
     """Evaluate an index on a labelled test source, and write an accuracy report as one HTML file.
 
     Returns the result of :func:`evaluate.evaluate`, whose figures are shown. An existing file ``out`` is replaced once
@@ -83,7 +99,13 @@ def write_report(
     check_out(path)
     every = FeatureBlock.joined(list(reader.blocks(test)))
     evaluation = evaluate(
-        index, test, reader, abstain=abstain, blocks=[every], at_least=ask.at_least, coverage=ask.coverage
+        index,
+        test,
+        reader,
+        abstain=abstain,
+        blocks=[every],
+        at_least=ask.at_least,
+        coverage=ask.coverage,
     )
     block = every.take(np.flatnonzero(np.isin(every.positions, evaluation.answers.positions)))
     named = index.place if place is None else str(place)
@@ -97,14 +119,26 @@ def _page(results: Results) -> str:
     index, evaluation = results.index, results.evaluation
     name = "an index" if results.place is None else f'"{show(Path(results.place).name)}"'
     return render(
-        "report/page.html.j2", title=f'Accuracy of {name} on "{Path(results.test.name).name}"', results=results,
-        index=index, evaluation=evaluation, sentences=list(results.sentences()), actions=list(results.actions()),
-        pairs=list(confusions(results)), mistakes=list(mistakes(results)),
-        matrix=confusion_matrix(evaluation.answers), reliability=list(by_probability(evaluation)),
+        "report/page.html.j2",
+        title=f'Accuracy of {name} on "{Path(results.test.name).name}"',
+        results=results,
+        index=index,
+        evaluation=evaluation,
+        sentences=list(results.sentences()),
+        actions=list(results.actions()),
+        pairs=list(confusions(results)),
+        mistakes=list(mistakes(results)),
+        matrix=confusion_matrix(evaluation.answers),
+        reliability=list(by_probability(evaluation)),
         coverage=list(by_coverage(evaluation)),
-        provenance=provenance(results), counted=counted, few=few, percent=percent, portable=portable, nobreak=_nobreak,
+        provenance=provenance(results),
+        counted=counted,
+        few=few,
+        percent=percent,
+        portable=portable,
+        nobreak=_nobreak,
         thumbnail=remembered(partial(thumbnail, results.test.load)),
-    )  # fmt: skip
+    )
 
 
 def _nobreak(text: str) -> Markup:
@@ -141,7 +175,9 @@ def confusion_matrix(answers: Answers) -> Confusion:
     both = np.isin(truth, chosen) & np.isin(predicted, chosen) & (answers.of_known | wrong)
     counts = np.zeros((len(chosen), len(chosen)), dtype=np.int64)
     np.add.at(counts, tuple(np.searchsorted(chosen, ids[both]) for ids in (truth, predicted)), 1)
-    return Confusion([answers.class_names[i] for i in chosen], counts, totals[chosen], len(occurring))
+    return Confusion(
+        [answers.class_names[i] for i in chosen], counts, totals[chosen], len(occurring)
+    )
 
 
 class Share(NamedTuple):
@@ -165,7 +201,9 @@ def by_probability(evaluation: Evaluation) -> Iterator[Share]:
     """Yield the answers to photos of known classes by their probability, with its mean."""
     answers = evaluation.answers
     known = evaluation.answers.of_known
-    for low, high, n, mean, accuracy in reliability(answers.confidence[known], answers.right[known], 10):
+    for low, high, n, mean, accuracy in reliability(
+        answers.confidence[known], answers.right[known], 10
+    ):
         yield Share(f"{100 * low:.0f} to {100 * high:.0f} %", n, mean, accuracy)
 
 
@@ -175,7 +213,12 @@ def by_coverage(evaluation: Evaluation) -> Iterator[Share]:
     for least in sorted({*MARKS, evaluation.figures.get("abstain", MARKS[0])}):
         right = answers.right[answers.confidence >= least]
         if len(right):
-            yield Share(f"at least {100 * least:g} %", len(right), len(right) / evaluation.n, float(right.mean()))
+            yield Share(
+                f"at least {100 * least:g} %",
+                len(right),
+                len(right) / evaluation.n,
+                float(right.mean()),
+            )
 
 
 def provenance(results: Results) -> dict[str, list[tuple[str, str]]]:
@@ -190,7 +233,9 @@ def provenance(results: Results) -> dict[str, list[tuple[str, str]]]:
         about["last change"] = manifest.change
         for name, value in manifest.settings.shown().items():
             if value != used[name]:
-                used[name] = f"{described(used[name])} (set for this report; the index has {described(value)})"
+                used[name] = (
+                    f"{described(used[name])} (set for this report; the index has {described(value)})"
+                )
     about |= {
         "examples": f"{index.n:,} of {counted(len(index.class_names), 'class')}",
         "vectors": f"{index.d:,} values, {index.dtype}",
@@ -206,10 +251,17 @@ def provenance(results: Results) -> dict[str, list[tuple[str, str]]]:
         "skipped": [str(item) for item in skipped],
     }
     made = index.provenance | {"fit": results.record("fit").get("form")}
-    parts = {"Test": test, "Settings": used, "Index": about, "How it was made": made,
-             "Machine": doctor.examine().facts}  # fmt: skip
+    parts = {
+        "Test": test,
+        "Settings": used,
+        "Index": about,
+        "How it was made": made,
+        "Machine": doctor.examine().facts,
+    }
     return {
-        title: [(name, described(value)) for name, value in facts.items() if value not in (None, [])]
+        title: [
+            (name, described(value)) for name, value in facts.items() if value not in (None, [])
+        ]
         for title, facts in parts.items()
     }
 
@@ -221,7 +273,13 @@ def described(value: object) -> str:
     if isinstance(value, list):
         more = f" ... ({len(value)} in all)" if len(value) > LISTED else ""
         return ", ".join(map(described, value[:LISTED])) + more
-    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else portable(str(value))
+    return (
+        "-"
+        if value is None
+        else f"{value:.4g}"
+        if isinstance(value, float)
+        else portable(str(value))
+    )
 
 
 @dataclass(frozen=True)
@@ -278,7 +336,11 @@ class Results:
         wrong = int((~self.answers.right).sum())
 
         def command(name: str, rest: str = "") -> str:
-            return command_line(*name.split(), portable(self.place), *rest.split()) if self.place else ""
+            return (
+                command_line(*name.split(), portable(self.place), *rest.split())
+                if self.place
+                else ""
+            )
 
         missed = [one for one in self.evaluation.by_class if one.n - one.right > 1]
         weak = [one for one in missed if one.right < WEAK * one.n or one.interval[1] < top1]
@@ -318,7 +380,9 @@ def portable(text: str | os.PathLike[str]) -> str:
         home = Path.home()
         if full.is_relative_to(here):
             return str(full.relative_to(here))
-        return str(Path(*(full.relative_to(home) if full.is_relative_to(home) else full).parts[-2:]))
+        return str(
+            Path(*(full.relative_to(home) if full.is_relative_to(home) else full).parts[-2:])
+        )
 
     return re.sub(r"(?:^|(?<=[\s@:=(',\"])|(?<=://))/(?=[^/\s])[^:,'\"]*", shortened, show(text))
 
@@ -340,15 +404,27 @@ def mistakes(results: Results) -> Iterator[dict[str, object]]:
     names = results.index.class_names
     wrong = np.flatnonzero(answers.of_known & ~answers.held_out & ~answers.right)
     places = wrong[np.argsort(answers.log_truth[wrong], kind="stable")][:MISTAKES].tolist()
-    predictions = results.index.classify(results.block.features[places], "keep", top=3, neighbours=NEIGHBOURS)
+    predictions = results.index.classify(
+        results.block.features[places], "keep", top=3, neighbours=NEIGHBOURS
+    )
     for place, prediction in zip(places, predictions, strict=True):
         truth, answer = names[answers.truth[place]], names[answers.predicted[place]]
         likely = dict(zip(prediction.labels, prediction.probabilities, strict=True))
-        likely |= {truth: math.exp(answers.log_truth[place]), answer: float(answers.confidence[place])}
+        likely |= {
+            truth: math.exp(answers.log_truth[place]),
+            answer: float(answers.confidence[place]),
+        }
         ranked = dict(sorted(likely.items(), key=lambda pair: -pair[1]))
-        keys = _with_pictures(results, [*prediction.neighbours, *filter(None, [prediction.opposing])])
+        keys = _with_pictures(
+            results, [*prediction.neighbours, *filter(None, [prediction.opposing])]
+        )
         item = results.test.sources[int(answers.positions[place])]
-        own = {"item": item, "picture": _of_item(results, place), "probabilities": ranked, "near": keys}
+        own = {
+            "item": item,
+            "picture": _of_item(results, place),
+            "probabilities": ranked,
+            "near": keys,
+        }
         yield own | {"truth": truth, "answer": answer}
 
 
@@ -366,11 +442,22 @@ def confusions(results: Results) -> Iterator[dict[str, object]]:
             own = own[np.argsort(-answers.confidence[own], kind="stable")][:EXAMPLES]
             asking = results.block.features[own[~answers.held_out[own]]]
             predictions = results.index.classify(asking, "keep", neighbours=NEIGHBOURS)
-            near = {key.key_id: key for one in predictions for key in one.neighbours if key.label == answer}
+            near = {
+                key.key_id: key
+                for one in predictions
+                for key in one.neighbours
+                if key.label == answer
+            }
             keys = _with_pictures(results, list(near.values())[:EXAMPLES])
             pictures = [_of_item(results, place) for place in own.tolist()]
-            yield {"truth": truth, "answer": answer, "times": times, "total": int(asked.sum()),
-                   "pictures": pictures, "near": keys}  # fmt: skip
+            yield {
+                "truth": truth,
+                "answer": answer,
+                "times": times,
+                "total": int(asked.sum()),
+                "pictures": pictures,
+                "near": keys,
+            }
 
 
 def _of_item(results: Results, place: int) -> Picture:
@@ -384,7 +471,10 @@ def _of_item(results: Results, place: int) -> Picture:
 def _with_pictures(results: Results, keys: Sequence[Neighbour]) -> list[tuple[Neighbour, Picture]]:
     rows = results.index.rows.where("key_id", [key.key_id for key in keys])
     digests = dict(zip(rows["key_id"].to_pylist(), rows["digest"].to_pylist(), strict=True))
-    return [(key, Picture(key.source, digests.get(key.key_id), f"example of {key.label}")) for key in keys]
+    return [
+        (key, Picture(key.source, digests.get(key.key_id), f"example of {key.label}"))
+        for key in keys
+    ]
 
 
 def thumbnail(read: Callable[[str], bytes], path: str, digest: str | None, side: int) -> str | None:

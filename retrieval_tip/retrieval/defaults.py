@@ -53,7 +53,9 @@ def measure(keys: StoredKeys, class_ids: IntArray) -> Statistics | None:
     if not other.size or not float(other.std(dtype=np.float64)) > 1e-6:
         return None
     shots = len(class_ids) / len(np.unique(class_ids))
-    return Statistics(float(other.mean(dtype=np.float64)), float(other.std(dtype=np.float64)), shots)
+    return Statistics(
+        float(other.mean(dtype=np.float64)), float(other.std(dtype=np.float64)), shots
+    )
 
 
 def untouched_settings(keys: StoredKeys, class_ids: IntArray) -> tuple[float, float]:

@@ -114,7 +114,9 @@ def duplicates(
 
     def remain(x: IntArray, y: IntArray) -> BoolArray:
         """Return which pairs have different classes, excluding identical images, which are already counted."""
-        keep: BoolArray = (class_ids[x] != class_ids[y]) & ((images[x] != images[y]) | (images[x] < 0))
+        keep: BoolArray = (class_ids[x] != class_ids[y]) & (
+            (images[x] != images[y]) | (images[x] < 0)
+        )
         return keep
 
     compared = "digests"
@@ -136,7 +138,9 @@ def duplicates(
 def describe_duplicates(duplicates: Duplicates) -> list[str]:
     """Format a warning that lists the first pairs and counts the others."""
     lines = [
-        one_line(f"{pair.source} ({pair.label}) and {pair.other_source} ({pair.other_label}): {pair.kind}")
+        one_line(
+            f"{pair.source} ({pair.label}) and {pair.other_source} ({pair.other_label}): {pair.kind}"
+        )
         + (f" (affinity {pair.affinity:.4f})" if pair.kind == KINDS[2] else "")
         for pair in duplicates.pairs[:SHOWN]
     ]
@@ -144,7 +148,9 @@ def describe_duplicates(duplicates: Duplicates) -> list[str]:
     return [*lines, f"and {left} more"] if left > 0 else lines
 
 
-def _pairs_of_equal(codes: IntArray, class_ids: IntArray, new: BoolArray, most: int) -> tuple[IntArray, IntArray, int]:
+def _pairs_of_equal(
+    codes: IntArray, class_ids: IntArray, new: BoolArray, most: int
+) -> tuple[IntArray, IntArray, int]:
     """Return up to ``most`` pairs of rows with equal codes and different classes, and the total number of pairs.
 
     Rows with code -1 are ignored, and at least one row of each pair is new. A join in duckdb would take 0.1 s to start,
@@ -178,7 +184,9 @@ def _codes_of_equal(keys: KeyArray) -> IntArray:
     numbers = dict[bytes, int]()
     for part in slices(len(rows), KEY_BLOCK):
         for row, key in zip(rows[part].tolist(), keys[rows[part]], strict=True):
-            exact[row] = numbers.setdefault(blake2b(key.tobytes(), digest_size=16).digest(), len(numbers))
+            exact[row] = numbers.setdefault(
+                blake2b(key.tobytes(), digest_size=16).digest(), len(numbers)
+            )
     return exact
 
 
@@ -222,9 +230,13 @@ def _closest(blocks: Iterable[Near], most: int) -> tuple[IntArray, IntArray, int
     return a, b, total
 
 
-def _describe(keys: KeyArray, labels: pa.Table, a: IntArray, b: IntArray, kinds: IntArray) -> list[Duplicate]:
+def _describe(
+    keys: KeyArray, labels: pa.Table, a: IntArray, b: IntArray, kinds: IntArray
+) -> list[Duplicate]:
     cosine = torch.einsum("nd,nd->n", _unit(keys, a).double(), _unit(keys, b).double()).numpy()
-    kinds = np.where((kinds == 2) & (np.asarray(keys[a]) == np.asarray(keys[b])).all(axis=1), 1, kinds)
+    kinds = np.where(
+        (kinds == 2) & (np.asarray(keys[a]) == np.asarray(keys[b])).all(axis=1), 1, kinds
+    )
     key_ids = labels["key_id"].to_numpy()
     swap = key_ids[a] > key_ids[b]
     a, b = np.where(swap, b, a), np.where(swap, a, b)
@@ -232,6 +244,13 @@ def _describe(keys: KeyArray, labels: pa.Table, a: IntArray, b: IntArray, kinds:
     described = labels.select(["key_id", "source", "label"])
     one, other = (described.take(pa.array(rows[order])).to_pylist() for rows in (a, b))
     return [
-        Duplicate(**x, **{f"other_{name}": value for name, value in y.items()}, affinity=value, kind=KINDS[kind])
-        for x, y, value, kind in zip(one, other, cosine[order].tolist(), kinds[order].tolist(), strict=True)
+        Duplicate(
+            **x,
+            **{f"other_{name}": value for name, value in y.items()},
+            affinity=value,
+            kind=KINDS[kind],
+        )
+        for x, y, value, kind in zip(
+            one, other, cosine[order].tolist(), kinds[order].tolist(), strict=True
+        )
     ]

@@ -82,13 +82,17 @@ class Contributors(NamedTuple):
         return cls(*(Nearest.joined(near) for near in zip(*parts, strict=True)))
 
     @classmethod
-    def among(cls, near: Nearest, winner: Tensor, rival: Tensor, n_classes: int, number: int) -> Contributors:
+    def among(
+        cls, near: Nearest, winner: Tensor, rival: Tensor, n_classes: int, number: int
+    ) -> Contributors:
         """Select ``number`` supporting shots and the opposing shot from the retrieved keys.
 
         ``winner`` and ``rival`` are their contributions to the winning class and to the runner-up.
         """
         there = near.rows >= 0
-        nearest_first = near.affinity.masked_fill(~there, -torch.inf).argsort(dim=1, descending=True, stable=True)
+        nearest_first = near.affinity.masked_fill(~there, -torch.inf).argsort(
+            dim=1, descending=True, stable=True
+        )
         near = near.at(nearest_first)
         there = there.gather(1, nearest_first)
         winner = winner.gather(1, nearest_first)
@@ -96,4 +100,7 @@ class Contributors(NamedTuple):
         lowest, against = winner.masked_fill(~there, torch.inf).min(dim=1, keepdim=True)
         most, elsewhere = rival.masked_fill(~there, 0).max(dim=1, keepdim=True)
         opposing = near.at(torch.where(lowest < 0, against, elsewhere))
-        return cls(near.ordered(winner).first(number), opposing.without((lowest >= 0) & (most <= 0), n_classes))
+        return cls(
+            near.ordered(winner).first(number),
+            opposing.without((lowest >= 0) & (most <= 0), n_classes),
+        )

@@ -50,7 +50,11 @@ def matrix(features: Features, what: str) -> KeyArray:
 
     If the features are not valid, raises InputError with a message that refers to them as ``what``.
     """
-    array = features.detach().cpu().float().numpy() if isinstance(features, Tensor) else numbers(features, what)
+    array = (
+        features.detach().cpu().float().numpy()
+        if isinstance(features, Tensor)
+        else numbers(features, what)
+    )
     if array.ndim != 2 or 0 in array.shape:
         raise InputError(f"{what}: shape {array.shape}; expected a non-empty array of shape [n, d]")
     if not np.issubdtype(array.dtype, np.floating):
@@ -65,18 +69,27 @@ def matrix(features: Features, what: str) -> KeyArray:
 
 def are_several(features: object) -> TypeGuard[Sequence[Features]]:
     """Return whether these are the features of several encoders, and not the rows of one array."""
-    return isinstance(features, list | tuple) and bool(features) and all(np.ndim(one) == 2 for one in features)
+    return (
+        isinstance(features, list | tuple)
+        and bool(features)
+        and all(np.ndim(one) == 2 for one in features)
+    )
 
 
 def parts_of(features: Features | Sequence[Features], blocks: Sequence[int]) -> tuple[Part, ...]:
     """Return the parts of features that come from several encoders, in a list of arrays or in one array."""
     widths = [int(part.shape[1]) for part in features] if are_several(features) else list(blocks)
-    parts = tuple(Part(width, f"feature_{i}" if i > 1 else "feature") for i, width in enumerate(widths, 1))
+    parts = tuple(
+        Part(width, f"feature_{i}" if i > 1 else "feature") for i, width in enumerate(widths, 1)
+    )
     return parts if len(parts) > 1 else ()
 
 
 def joined(
-    features: Features | Sequence[Features], parts: Sequence[Part], what: str, join: Join = side_by_side
+    features: Features | Sequence[Features],
+    parts: Sequence[Part],
+    what: str,
+    join: Join = side_by_side,
 ) -> Features:
     """Join features of several encoders, given as a list of arrays or side by side, after scaling each part to norm 1.
 
@@ -90,8 +103,15 @@ def joined(
     if len(given) == 1 and given[0].shape[1] == sum(widths):
         given = np.split(given[0], np.cumsum(widths)[:-1], axis=1)
     if [one.shape[1] for one in given] != widths or len({len(one) for one in given}) > 1:
-        raise InputError(f"{what}: shapes {', '.join(str(one.shape) for one in given)}; expected {widths} values")
-    return join([one / np.linalg.norm(one.astype(np.float64), axis=1, keepdims=True).clip(1e-30) for one in given])
+        raise InputError(
+            f"{what}: shapes {', '.join(str(one.shape) for one in given)}; expected {widths} values"
+        )
+    return join(
+        [
+            one / np.linalg.norm(one.astype(np.float64), axis=1, keepdims=True).clip(1e-30)
+            for one in given
+        ]
+    )
 
 
 def scale_of(parts: Sequence[Part], shares: Sequence[float]) -> Tensor | None:
@@ -137,7 +157,9 @@ def names(names: Sequence[str]) -> list[str]:
     if not result or not all(isinstance(name, str) and name for name in result):
         raise InputError("class_names: expected at least one name, each a non-empty string")
     if len(set(result)) < len(result):
-        raise InputError(f"class_names: {next(n for n in result if result.count(n) > 1)!r} occurs twice")
+        raise InputError(
+            f"class_names: {next(n for n in result if result.count(n) > 1)!r} occurs twice"
+        )
     return result
 
 
@@ -148,7 +170,9 @@ def ids_of(labels: Labels, class_names: Sequence[str], n: int) -> IntArray:
     """
     array = numbers(labels, "labels")
     if array.shape != (n,):
-        raise InputError(f"labels: shape {array.shape} does not match {n} keys; pass one label per key")
+        raise InputError(
+            f"labels: shape {array.shape} does not match {n} keys; pass one label per key"
+        )
     if np.issubdtype(array.dtype, np.integer):
         bad = np.flatnonzero((array < 0) | (array >= len(class_names)))
         ids = array.astype(np.int64)
@@ -168,7 +192,11 @@ def text_weights(weights: Features | None, c: int, d: int) -> Tensor:
 
     Raises InputError if the shape is wrong.
     """
-    return torch.zeros(c, d) if weights is None else shaped(weights, "text_weights", (c, d), "one per class")
+    return (
+        torch.zeros(c, d)
+        if weights is None
+        else shaped(weights, "text_weights", (c, d), "one per class")
+    )
 
 
 def renamed(class_names: Sequence[str], old: str, new: str) -> tuple[int, list[str]]:
@@ -202,4 +230,6 @@ def shaped(features: Features, what: str, shape: tuple[int, int], meaning: str) 
 def check_shape(what: str, shape: Sequence[int], expected: tuple[int, int], meaning: str) -> None:
     """Raise InputError if ``what`` does not have the expected shape."""
     if tuple(shape) != expected:
-        raise InputError(f"{what}: shape {tuple(shape)}; expected [{expected[0]}, {expected[1]}], {meaning}")
+        raise InputError(
+            f"{what}: shape {tuple(shape)}; expected [{expected[0]}, {expected[1]}], {meaning}"
+        )

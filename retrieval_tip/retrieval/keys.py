@@ -58,7 +58,9 @@ def room_on(device: str) -> int:
     return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
-def auto_for(shape: tuple[int, int], dtype: npt.DTypeLike, n_classes: int, device: str) -> tuple[str, int | None]:
+def auto_for(
+    shape: tuple[int, int], dtype: npt.DTypeLike, n_classes: int, device: str
+) -> tuple[str, int | None]:
     """Select the factory and k for keys on ``device`` (see :func:`vector_index.auto_factory`).
 
     If all keys fit in GPU memory, ``Flat`` is fastest.
@@ -74,7 +76,9 @@ def points_of(metric: tip.Metric | None, keys: KeyArray, device: str) -> KeyArra
         return None
     points = np.empty(keys.shape, dtype=keys.dtype)
     for start in range(0, len(keys), KEY_BLOCK):
-        block = torch.from_numpy(np.array(keys[start : start + KEY_BLOCK], dtype=np.float32)).to(device)
+        block = torch.from_numpy(np.array(keys[start : start + KEY_BLOCK], dtype=np.float32)).to(
+            device
+        )
         points[start : start + KEY_BLOCK] = metric(block).cpu().numpy()
     return points
 
@@ -158,7 +162,9 @@ class KeyStream(ABC):
             if len(rows) < 16 * len(present):
                 sums.index_add_(0, ids, rows.double())
                 continue
-            for class_id, part in zip(present.tolist(), rows.split(counts.tolist()), strict=True):  # 6 times faster
+            for class_id, part in zip(
+                present.tolist(), rows.split(counts.tolist()), strict=True
+            ):  # 6 times faster
                 sums[class_id] += part.sum(0, dtype=torch.float64)
         return sums.float()
 
@@ -215,7 +221,9 @@ class KeyStream(ABC):
         """Look up the class ids of keys by row. Empty slots get the class id ``c`` and affinity 0."""
         raise NotImplementedError
 
-    def class_logits(self, features: Tensor, classes: Tensor, candidates: Tensor, beta: float) -> Tensor:
+    def class_logits(
+        self, features: Tensor, classes: Tensor, candidates: Tensor, beta: float
+    ) -> Tensor:
         """Compute the exact cache logits of each query for its own ``classes``, all of shape ``[q, p]``.
 
         Where ``candidates`` is false, the logit is 0 and no key is read.
@@ -234,7 +242,9 @@ class KeyStream(ABC):
             asked = features[query[own]]
             for keys in block.float().split(max(1, len(memory) // size)):
                 rows, columns = (keys, asked) if size <= FEW else (asked, keys)
-                affinity = tip.affinity(rows, columns, out=memory[: size * len(keys)].view(len(rows), len(columns)))
+                affinity = tip.affinity(
+                    rows, columns, out=memory[: size * len(keys)].view(len(rows), len(columns))
+                )
                 sums[own] += tip.weight(affinity, beta, out=affinity).sum(0 if size <= FEW else 1)
         logits = features.new_zeros(classes.shape)
         logits[query, slot] = sums
@@ -254,7 +264,9 @@ class KeyStream(ABC):
         near.scatter_(1, own[:, None], -torch.inf)
         highest, classes = near.topk(min(SPREAD_CLASSES, self.n_classes), dim=1)
         affinity = self._spread(features, classes).double()
-        excess = ((affinity - affinity.mean(2, keepdim=True)) * beta).exp().mean(2) - 1  # centring prevents underflow
+        excess = ((affinity - affinity.mean(2, keepdim=True)) * beta).exp().mean(
+            2
+        ) - 1  # centring prevents underflow
         excess = excess[highest > -torch.inf].clamp(0, MOST_SLACK)
         self._slack[beta] = float(excess.quantile(SPREAD_QUANTILE)) if len(excess) else 0.0
         return self._slack[beta]
@@ -274,7 +286,9 @@ class KeyStream(ABC):
             rows = counts[place] * steps // SPREAD_KEYS - first[place]
             here = ((rows >= 0) & (rows < len(keys))).nonzero()[:, 0]
             query, slot = (classes == asked[place]).nonzero(as_tuple=True)
-            affinity[query[:, None], slot[:, None], here] = tip.affinity(features[query], keys[rows[here]])
+            affinity[query[:, None], slot[:, None], here] = tip.affinity(
+                features[query], keys[rows[here]]
+            )
             first[place] += len(keys)
         return affinity
 
@@ -287,7 +301,10 @@ class KeyStream(ABC):
         parts = []
         memory = points.new_empty(self.block * min(self.queries, len(points)))
         for own in points.split(self.queries):
-            sums, row = points.new_zeros(self.n_classes, len(own)), 0  # transposed, to read contiguous memory
+            sums, row = (
+                points.new_zeros(self.n_classes, len(own)),
+                0,
+            )  # transposed, to read contiguous memory
             for keys, ids, *_ in self.blocks():
                 affinity = memory[: len(keys) * len(own)].view(len(keys), len(own))
                 tip.affinity(keys.to(own.dtype), own, out=affinity)
@@ -326,18 +343,26 @@ class Keys(KeyStream):
             self.index_type = index.factory
             means = index.vectors if index.by_class else None
             if index.n != (n_classes if index.by_class else len(array)):
-                raise InputError(f"index: has {index.n} vectors for {len(array)} keys of {n_classes} classes")
+                raise InputError(
+                    f"index: has {index.n} vectors for {len(array)} keys of {n_classes} classes"
+                )
         counts = np.bincount(class_ids, minlength=n_classes)
         self.starts = np.concatenate([[0], np.cumsum(counts)])
-        self.class_ids = torch.from_numpy(np.require(class_ids, np.int64, ["W"])).to(device)  # Arrow's is read-only
+        self.class_ids = torch.from_numpy(np.require(class_ids, np.int64, ["W"])).to(
+            device
+        )  # Arrow's is read-only
         total = torch.from_numpy(counts.astype(np.float32)).to(device)
-        super().__init__((int(array.shape[0]), int(array.shape[1])), total, device, metric, values, means)
+        super().__init__(
+            (int(array.shape[0]), int(array.shape[1])), total, device, metric, values, means
+        )
         self._numbers = torch.arange(self.n, device=device)
 
     def blocks(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         ready = self.held.dtype == torch.float32 and self.held.is_cpu == (self.device == "cpu")
         converted = torch.empty(0 if ready else self.block, self.d, device=self.device)
-        columns = (column.split(self.block) for column in (self.held, self.class_ids, self._numbers))
+        columns = (
+            column.split(self.block) for column in (self.held, self.class_ids, self._numbers)
+        )
         for keys, ids, numbers in zip(*columns, strict=True):
             yield keys if ready else converted[: len(keys)].copy_(keys), ids, numbers
 
@@ -366,7 +391,9 @@ class Keys(KeyStream):
         if self.by_class:
             return self.nearest_by_class(points, k)
         affinity, rows = self.index.search_tensor(points, k)
-        return self.described(affinity if self.index.exact_affinity else self.affinity(points, rows), rows)
+        return self.described(
+            affinity if self.index.exact_affinity else self.affinity(points, rows), rows
+        )
 
     def described(self, affinity: Tensor, rows: Tensor) -> Nearest:
         empty = rows < 0
@@ -390,7 +417,9 @@ class Keys(KeyStream):
         """Return the affinities between each query and the keys at its own ``rows``. The affinity of row -1 is 0."""
         step = max(1, GATHERED // max(1, rows.shape[1] * features.shape[1]))
         parts = zip(features.split(step), rows.clamp_min(0).split(step), strict=True)
-        affinity = torch.cat([torch.einsum("qd,qkd->qk", part, self._gathered(own)) for part, own in parts])
+        affinity = torch.cat(
+            [torch.einsum("qd,qkd->qk", part, self._gathered(own)) for part, own in parts]
+        )
         return affinity.masked_fill_(rows < 0, 0)
 
     def _gathered(self, rows: Tensor) -> Tensor:

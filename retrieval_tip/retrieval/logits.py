@@ -46,7 +46,9 @@ class Retrieval:
     keys: KeyStream
     text: Tensor
 
-    def answer(self, features: Tensor, settings: Settings, neighbours: int = 0) -> tuple[AnswerTerms, Tensor]:
+    def answer(
+        self, features: Tensor, settings: Settings, neighbours: int = 0
+    ) -> tuple[AnswerTerms, Tensor]:
         """Return the terms of the logits, and the logits.
 
         By default, all keys are used. If ``k`` is set, about ``k`` keys are used, and the tail counts the other keys at
@@ -84,7 +86,9 @@ class Retrieval:
             if neighbours:
                 two = first_two(own.logits(settings))
                 winner, rival = (self._contributions(near, ids, settings.beta) for ids in two)
-                kept.append(Contributors.among(near, winner, rival, self.keys.n_classes, neighbours))
+                kept.append(
+                    Contributors.among(near, winner, rival, self.keys.n_classes, neighbours)
+                )
         return replace(terms, shots=Contributors.joined(kept) if kept else None)
 
     def _contributions(self, near: Nearest, classes: Tensor, beta: float) -> Tensor:
@@ -97,7 +101,9 @@ class Retrieval:
             )
         return tip.weight(near.affinity, beta) * own
 
-    def contributors(self, points: Tensor, winner: Tensor, rival: Tensor, number: int, beta: float) -> Contributors:
+    def contributors(
+        self, points: Tensor, winner: Tensor, rival: Tensor, number: int, beta: float
+    ) -> Contributors:
         """Find ``number`` shots that contributed most to each answer, if all keys or whole classes were used.
 
         ``winner`` and ``rival`` are the class ids of the answer and the runner-up. If there is no runner-up, its id is
@@ -111,10 +117,17 @@ class Retrieval:
             supporting, opposing = self._extremes(keys.values, points, winner, number, beta)
             none = self._contributions(opposing, winner, beta)[:, 0] >= 0
             if none.any():
-                most, _ = self._extremes(keys.values, points[none], rival[none].clamp_min(0), 1, beta)
-                opposing.put(none, most.without(self._contributions(most, rival[none], beta) <= 0, c))
+                most, _ = self._extremes(
+                    keys.values, points[none], rival[none].clamp_min(0), 1, beta
+                )
+                opposing.put(
+                    none, most.without(self._contributions(most, rival[none], beta) <= 0, c)
+                )
             return Contributors(supporting, opposing)
-        own, opposing = (keys.nearest_of_classes(points, ids[:, None], m) for ids, m in ((winner, number), (rival, 1)))
+        own, opposing = (
+            keys.nearest_of_classes(points, ids[:, None], m)
+            for ids, m in ((winner, number), (rival, 1))
+        )
         few = own.rows[:, -1] < 0
         if few.any():
             others = keys.nearest(points[few], number)
@@ -130,9 +143,14 @@ class Retrieval:
         most: list[Nearest] = []
         least: list[Nearest] = []
         for part in slices(len(points), max(1, min(QUERY_BLOCK, AFFINITIES // self.keys.n))):
-            affinity = torch.cat([tip.affinity(points[part], keys) for keys, *_ in self.keys.blocks()], dim=1)
+            affinity = torch.cat(
+                [tip.affinity(points[part], keys) for keys, *_ in self.keys.blocks()], dim=1
+            )
             shares = tip.weight(affinity, beta).mul_(values.index_select(1, classes[part]).T)
-            for kept, places in ((most, shares.topk(number, dim=1).indices), (least, shares.argmin(1, keepdim=True))):
+            for kept, places in (
+                (most, shares.topk(number, dim=1).indices),
+                (least, shares.argmin(1, keepdim=True)),
+            ):
                 kept.append(self.keys.described(affinity.gather(1, places), places))
         return Nearest.joined(most), Nearest.joined(least)
 
@@ -168,11 +186,17 @@ class Retrieval:
         tail = tip.Totals.of(points, keys.sums, keys.counts) if settings.tail else None
         values = None
         if keys.values is not None:
-            values = tip.Values(keys.values, near.rows.clamp_min(0), keys.value_sums if tail else None)
-        return tip.cache_logits(near.affinity, near.class_ids, keys.n_classes, settings.beta, tail, values)
+            values = tip.Values(
+                keys.values, near.rows.clamp_min(0), keys.value_sums if tail else None
+            )
+        return tip.cache_logits(
+            near.affinity, near.class_ids, keys.n_classes, settings.beta, tail, values
+        )
 
 
-def promising(terms: tip.Terms, settings: Settings, slack: float, most: int) -> tuple[Tensor, Tensor]:
+def promising(
+    terms: tip.Terms, settings: Settings, slack: float, most: int
+) -> tuple[Tensor, Tensor]:
     """Select the classes whose keys each query should visit.
 
     In ``terms``, all keys are counted at the mean affinity of their class (see :func:`tip.at_mean`), so that with
@@ -193,7 +217,9 @@ def promising(terms: tip.Terms, settings: Settings, slack: float, most: int) -> 
 def first_two(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Return the winning class and the runner-up of each query. If there is only one class, the runner-up is -1."""
     classes = logits.topk(min(2, logits.shape[1]), dim=1).indices
-    return classes[:, 0], classes[:, 1] if classes.shape[1] > 1 else torch.full_like(classes[:, 0], -1)
+    return classes[:, 0], classes[:, 1] if classes.shape[1] > 1 else torch.full_like(
+        classes[:, 0], -1
+    )
 
 
 def overflow(terms: tip.Terms, settings: Settings) -> InputError:

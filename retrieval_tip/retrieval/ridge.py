@@ -94,7 +94,9 @@ class Ridge:
 
         Raises InputError if the norms of the keys are too far from 1 for float32.
         """
-        values = self._solve(points, self._gram(points), one_hot(ids, self.n_classes).float(), self._ridges(ids, ids))
+        values = self._solve(
+            points, self._gram(points), one_hot(ids, self.n_classes).float(), self._ridges(ids, ids)
+        )
         return self._neutral(values, ids)
 
     def solved(self, labelled: ArrayRows) -> ArrayRows:
@@ -103,7 +105,9 @@ class Ridge:
         if len(labelled.keys) > SOLVED_AGAIN:
             assert labelled.values is not None
             return replace(labelled, values=self._neutral(labelled.values, ids))
-        return replace(labelled, values=self.values(self._on_device(np.asarray(labelled.vectors)), ids))
+        return replace(
+            labelled, values=self.values(self._on_device(np.asarray(labelled.vectors)), ids)
+        )
 
     def added(self, keys: Keys, points: KeyArray, ids: IntArray) -> Tensor:
         """Return values of shape ``[m, c]`` for new keys at ``points``, given the other keys and their values.
@@ -123,10 +127,14 @@ class Ridge:
             block = own[start : start + KEY_BLOCK]
             left = wanted[start : start + KEY_BLOCK] - keys.cache_logits(block, self.beta)
             left -= tip.weight(tip.affinity(block, own[:start]), self.beta) @ torch.cat(parts)
-            parts.append(self._solve(block, self._gram(block), left, ridges[start : start + KEY_BLOCK]))
+            parts.append(
+                self._solve(block, self._gram(block), left, ridges[start : start + KEY_BLOCK])
+            )
         return torch.cat(parts)
 
-    def relabelled(self, keys: Keys, labelled: ArrayRows, rows: IntArray, class_ids: IntArray) -> ArrayRows:
+    def relabelled(
+        self, keys: Keys, labelled: ArrayRows, rows: IntArray, class_ids: IntArray
+    ) -> ArrayRows:
         """Solve the values of the keys at ``rows`` for their new ``class_ids``, and keep the other values."""
         assert labelled.values is not None
         if len(labelled.keys) <= SOLVED_AGAIN:
@@ -160,18 +168,24 @@ class Ridge:
         empty = torch.bincount(ids, minlength=self.n_classes) == 0
         if not empty.any() or empty.all():
             return values
-        return torch.where(empty, values[:, ~empty].mean(1, keepdim=True) + self.bonus / len(values), values)
+        return torch.where(
+            empty, values[:, ~empty].mean(1, keepdim=True) + self.bonus / len(values), values
+        )
 
     def _on_device(self, points: KeyArray) -> Tensor:
         return torch.from_numpy(points.astype(np.float32)).to(self.device)
 
     def _gram(self, points: Tensor) -> Tensor:
         """Return the lower triangle of the Gram matrix in blocks of rows. The upper triangle is undefined."""
-        gram = points.new_empty(len(points), len(points)).T  # stored by column, so that it is factorised in place
+        gram = points.new_empty(
+            len(points), len(points)
+        ).T  # stored by column, so that it is factorised in place
         for start in range(0, len(points), GRAM_BLOCK):
             stop = start + GRAM_BLOCK
             block = gram[start:stop, :stop]
-            tip.weight(tip.affinity(points[start:stop], points[:stop], out=block), self.beta, out=block)
+            tip.weight(
+                tip.affinity(points[start:stop], points[:stop], out=block), self.beta, out=block
+            )
         return gram
 
     def _ridges(self, ids: Tensor, every: Tensor) -> Tensor:

@@ -97,7 +97,9 @@ class Rows(ABC):
         """Return at most ``m`` evenly spaced stored keys, and their ``key_id`` and ``class_id``."""
 
     @abstractmethod
-    def where(self, column: str, values: Sequence[int | str], columns: Sequence[str] = ()) -> pa.Table:
+    def where(
+        self, column: str, values: Sequence[int | str], columns: Sequence[str] = ()
+    ) -> pa.Table:
         """Return the labels of the rows whose ``column`` has one of the values, or some ``columns`` of the labels."""
 
     @abstractmethod
@@ -142,12 +144,16 @@ class Rows(ABC):
     def added(self, new: ArrayRows) -> Rows:
         """Add keys, and continue the shot numbers of their classes. Raises the errors of :meth:`replaced`."""
         ids = new.class_ids
-        return self.replaced(None, replace(new, labels=shots_after(new.labels, ids, self._next_shots(ids))))
+        return self.replaced(
+            None, replace(new, labels=shots_after(new.labels, ids, self._next_shots(ids)))
+        )
 
     def moved(self, part: ArrayRows, class_ids: IntArray, class_names: Sequence[str]) -> Rows:
         """Move keys to other classes, where they become the last shots. Values do not change."""
         labels = labels_in(part.labels, class_names, class_ids)
-        return self.replaced(part, replace(part, labels=shots_after(labels, class_ids, self._next_shots(class_ids))))
+        return self.replaced(
+            part, replace(part, labels=shots_after(labels, class_ids, self._next_shots(class_ids)))
+        )
 
     def _next_shots(self, class_ids: IntArray) -> npt.NDArray[np.int32]:
         """Return the next shot number of each class, or 0 for classes that are not in ``class_ids``."""
@@ -157,7 +163,9 @@ class Rows(ABC):
         return following
 
     @abstractmethod
-    def fitted(self, metric: tip.Metric | None, values: Tensor | None, factory: str | None, device: str) -> Rows:
+    def fitted(
+        self, metric: tip.Metric | None, values: Tensor | None, factory: str | None, device: str
+    ) -> Rows:
         """Replace the points and the values. ``factory`` is the new type of the index of a table."""
 
     @abstractmethod
@@ -215,7 +223,9 @@ class ArrayRows(Rows):
         return replace(self, sums=sums)
 
     def stream(self, n_classes: int, device: str, metric: tip.Metric | None) -> Keys:
-        return Keys(self.vectors, self.class_ids, n_classes, device, self.index, metric, self.values)
+        return Keys(
+            self.vectors, self.class_ids, n_classes, device, self.index, metric, self.values
+        )
 
     def indexed(self, n_classes: int, factory: str | None = None, device: str = "cpu") -> ArrayRows:
         """Build the FAISS index over these vectors, or over the class means for ``Classes``, by default as before.
@@ -248,7 +258,9 @@ class ArrayRows(Rows):
         rows = spread(self.n, m)
         return np.asarray(self.keys[rows]), self.described(rows, ["key_id", "class_id"])
 
-    def where(self, column: str, values: Sequence[int | str], columns: Sequence[str] = ()) -> pa.Table:
+    def where(
+        self, column: str, values: Sequence[int | str], columns: Sequence[str] = ()
+    ) -> pa.Table:
         wanted = pa.array(values, self.labels.schema.field(column).type)
         labels = self.labels.select([*columns]) if columns else self.labels
         return labels.filter(pc.is_in(self.labels[column], value_set=wanted))
@@ -256,9 +268,16 @@ class ArrayRows(Rows):
     def blocks(
         self, columns: Sequence[str] = (), class_ids: IntArray | None = None
     ) -> Iterator[tuple[pa.Table, KeyArray]]:
-        rows = np.arange(self.n) if class_ids is None else np.flatnonzero(np.isin(self.class_ids, class_ids))
+        rows = (
+            np.arange(self.n)
+            if class_ids is None
+            else np.flatnonzero(np.isin(self.class_ids, class_ids))
+        )
         for part in slices(len(rows), KEY_BLOCK):
-            yield self.described(rows[part], columns or self.labels.column_names), np.asarray(self.keys[rows[part]])
+            yield (
+                self.described(rows[part], columns or self.labels.column_names),
+                np.asarray(self.keys[rows[part]]),
+            )
 
     def rows_of(self, key_ids: IntArray) -> IntArray:
         """Return the row numbers of keys, in the order of their ids. Raises InputError if an id is unknown."""
@@ -286,7 +305,9 @@ class ArrayRows(Rows):
     def take(self, rows: IntArray) -> ArrayRows:
         values = None if self.values is None else self.values[rows]
         points = None if self.points is None else np.asarray(self.points[rows])
-        return ArrayRows(np.asarray(self.keys[rows]), self.labels.take(pa.array(rows)), values, points)
+        return ArrayRows(
+            np.asarray(self.keys[rows]), self.labels.take(pa.array(rows)), values, points
+        )
 
     def replaced(self, gone: ArrayRows | None, new: ArrayRows | None) -> ArrayRows:
         """The rows stay sorted by class and key id."""
@@ -298,11 +319,15 @@ class ArrayRows(Rows):
             sums = None if sums is None else sums.added(gone.keys, gone.class_ids, -1)
         sums = None if sums is None else sums.added(more.keys, more.class_ids)
         if sums is not None and self.sums is not None and not sums.outweighs(self.sums):
-            sums = None  # rounding errors have become too large, so the next fit recomputes the sums
+            sums = (
+                None  # rounding errors have become too large, so the next fit recomputes the sums
+            )
         try:
             labels = pa.concat_tables([self.labels, more.labels], promote_options="default")
         except pa.ArrowException as error:
-            raise InputError(f"labels: columns do not match the columns of the index ({first_line(error)})") from None
+            raise InputError(
+                f"labels: columns do not match the columns of the index ({first_line(error)})"
+            ) from None
         rows = np.append(rows, np.arange(self.n, len(labels)))
         rows = rows[np.lexsort([labels[name].to_numpy()[rows] for name in ("key_id", "class_id")])]
         values, points = self.values, self.points
@@ -318,7 +343,9 @@ class ArrayRows(Rows):
     def _with_pending(self, edit: Callable[[Rows], Rows]) -> tuple[Callable[[Rows], Rows], ...]:
         return () if self.kept_in is None else (*self.pending, edit)
 
-    def fitted(self, metric: tip.Metric | None, values: Tensor | None, factory: str | None, device: str) -> ArrayRows:
+    def fitted(
+        self, metric: tip.Metric | None, values: Tensor | None, factory: str | None, device: str
+    ) -> ArrayRows:
         return replace(self, points=points_of(metric, self.keys, device), values=values)
 
     def renamed(self, class_id: int, name: str) -> ArrayRows:
@@ -331,11 +358,18 @@ class ArrayRows(Rows):
         if values is not None:
             values = functional.pad(values, (0, n_classes - values.shape[1]))
         pending = self._with_pending(lambda table: table.widened(n_classes))
-        return replace(self, values=values, sums=None if sums is None else sums.widened(n_classes), pending=pending)
+        return replace(
+            self,
+            values=values,
+            sums=None if sums is None else sums.widened(n_classes),
+            pending=pending,
+        )
 
     def narrowed(self, class_ids: IntArray, n_classes: int) -> ArrayRows:
         left = np.delete(np.arange(n_classes), class_ids)
-        ids = pa.array(np.searchsorted(left, self.class_ids), self.labels.schema.field("class_id").type)
+        ids = pa.array(
+            np.searchsorted(left, self.class_ids), self.labels.schema.field("class_id").type
+        )
         return replace(
             self,
             labels=with_column(self.labels, "class_id", ids),

@@ -62,7 +62,9 @@ class Sets:
 
     def members(self, probabilities: Tensor) -> Tensor:
         """Return which classes are in the set of each query, as booleans of shape ``[q, c]``."""
-        return (probabilities >= self.least) | torch.from_numpy(self.always).to(probabilities.device)
+        return (probabilities >= self.least) | torch.from_numpy(self.always).to(
+            probabilities.device
+        )
 
     def column(self, probabilities: Tensor, class_names: Sequence[str]) -> pa.Array:
         """Return the classes in the set of each query, most probable first."""
@@ -81,5 +83,7 @@ class Sets:
             few_photos = counted(self.photos, "held-out photo", "does", "do")
             yield f"coverage {self.coverage:g}: {few_photos} not suffice, so every set has all classes; add photos"
         elif untested:
-            some = f"{counted(len(untested), 'class', 'has', 'have')} no photo that could be held out"
+            some = (
+                f"{counted(len(untested), 'class', 'has', 'have')} no photo that could be held out"
+            )
             yield f"coverage: {some}, so every set has {'it' if len(untested) == 1 else 'them'}: {few(untested)}"

@@ -90,7 +90,9 @@ def faiss() -> Any:  # FAISS has no types
         module = importlib.import_module("faiss")
     except ImportError as error:
         raise StoreError(f"faiss cannot be imported ({error}); run retrieval-tip doctor") from error
-    module.cvar.distance_compute_blas_threshold = 1  # otherwise a few queries are searched one by one
+    module.cvar.distance_compute_blas_threshold = (
+        1  # otherwise a few queries are searched one by one
+    )
     return module
 
 
@@ -138,7 +140,9 @@ class VectorIndex:
         n, d = keys.shape
         inner = FLAT_FACTORY if factory == BY_CLASS else factory
         if problem := _factory_problem(inner, n, d):
-            raise UsageError(f"index {factory if len(factory) <= 80 else factory[:80] + '...'!r}: {problem}")
+            raise UsageError(
+                f"index {factory if len(factory) <= 80 else factory[:80] + '...'!r}: {problem}"
+            )
         with _usage_errors(factory):
             index = faiss().index_factory(d, inner, faiss().METRIC_INNER_PRODUCT)
         _set_search_effort(index)
@@ -146,9 +150,13 @@ class VectorIndex:
             sample = np.arange(n)
             lists = _lists(index)
             if lists and n > lists * TRAINING_PER_LIST:
-                sample = np.sort(np.random.default_rng(0).choice(n, lists * TRAINING_PER_LIST, replace=False))
+                sample = np.sort(
+                    np.random.default_rng(0).choice(n, lists * TRAINING_PER_LIST, replace=False)
+                )
             training = np.ascontiguousarray(keys[sample], dtype=np.float32)
-            with _usage_errors(factory, f" (while it was trained on {len(sample)} keys of {d} values)"):
+            with _usage_errors(
+                factory, f" (while it was trained on {len(sample)} keys of {d} values)"
+            ):
                 index.train(training)
         with _usage_errors(factory):
             return cls(_filled(index, keys), factory, device, keys.dtype == np.float16)
@@ -157,11 +165,18 @@ class VectorIndex:
         """Return an index of the same type over other keys. The index is not trained again."""
         index = faiss().deserialize_index(self.to_array())  # a copy that is not memory-mapped
         index.reset()
-        return VectorIndex(_filled(index, keys), self.factory, self._device, self._half, trained=self.trained)
+        return VectorIndex(
+            _filled(index, keys), self.factory, self._device, self._half, trained=self.trained
+        )
 
     @classmethod
     def load(
-        cls, path: Path, factory: str, device: str = "auto", half: bool = False, trained: int | None = None
+        cls,
+        path: Path,
+        factory: str,
+        device: str = "auto",
+        half: bool = False,
+        trained: int | None = None,
     ) -> VectorIndex:
         """Read an index file, and memory-map it if its type supports this.
 
@@ -173,13 +188,17 @@ class VectorIndex:
             except RuntimeError:
                 index = faiss().read_index(str(path))
         except RuntimeError as error:
-            raise StoreError(f"{path}: FAISS cannot read it ({_reason(error)}); rebuild the index") from None
+            raise StoreError(
+                f"{path}: FAISS cannot read it ({_reason(error)}); rebuild the index"
+            ) from None
         return cls(index, factory, device, half, path, trained)
 
     def save(self, path: Path) -> None:
         """Write the CPU version of the index to ``path``. Raises StoreError if the file cannot be written."""
         try:
-            with path.open("wb") as file:  # FAISS would not report a full disk if it opened the file itself
+            with path.open(
+                "wb"
+            ) as file:  # FAISS would not report a full disk if it opened the file itself
                 faiss().write_index(self._cpu, faiss().PyCallbackIOWriter(file.write))
         except RuntimeError as error:
             raise StoreError(f"{path}: FAISS cannot write it ({_reason(error)})") from None
@@ -208,7 +227,9 @@ class VectorIndex:
 
     def search(self, features: FloatArray, k: int) -> tuple[FloatArray, IntArray]:
         """Run :meth:`search_tensor` on an array, and return arrays."""
-        affinity, rows = self.search_tensor(torch.from_numpy(np.asarray(features, dtype=np.float32)), k)
+        affinity, rows = self.search_tensor(
+            torch.from_numpy(np.asarray(features, dtype=np.float32)), k
+        )
         return affinity.numpy(), rows.numpy()
 
     def search_tensor(self, features: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -225,9 +246,13 @@ class VectorIndex:
         except (AssertionError, IndexError, RuntimeError) as error:
             if "alloc fail" in str(error):  # FAISS has run out of scratch memory
                 raise torch.OutOfMemoryError(f"{self._name}: FAISS: {_reason(error)}") from None
-            raise StoreError(f"{self._name}: FAISS cannot search it ({_reason(error)}); rebuild the index") from None
+            raise StoreError(
+                f"{self._name}: FAISS cannot search it ({_reason(error)}); rebuild the index"
+            ) from None
         if rows.is_cpu and rows.numel() and not -1 <= rows.min() <= rows.max() < self.n:
-            raise StoreError(f"{self._name}: damaged (a search returned invalid rows); rebuild the index")
+            raise StoreError(
+                f"{self._name}: damaged (a search returned invalid rows); rebuild the index"
+            )
         return affinity.to(features.device), rows.to(features.device)
 
     @property
@@ -256,14 +281,21 @@ class VectorIndex:
         if copied is None:
             return None
         if k > GPU_MAX_K:
-            warn_once(f"FAISS finds at most {GPU_MAX_K:,} keys on a GPU; larger searches run on the CPU")
+            warn_once(
+                f"FAISS finds at most {GPU_MAX_K:,} keys on a GPU; larger searches run on the CPU"
+            )
             return None
         # A copy that has transforms or is spread over several GPUs only accepts arrays. Such a copy has no getDevice.
         if features.is_cpu or getattr(copied, "getDevice", lambda: None)() != features.device.index:
             with _GPU:
                 return _search(copied, features, k)
-        importlib.import_module("faiss.contrib.torch_utils")  # after this import, FAISS accepts tensors
-        with _GPU, torch.cuda.device(features.device):  # FAISS uses the stream of the current device
+        importlib.import_module(
+            "faiss.contrib.torch_utils"
+        )  # after this import, FAISS accepts tensors
+        with (
+            _GPU,
+            torch.cuda.device(features.device),
+        ):  # FAISS uses the stream of the current device
             found: tuple[Tensor, Tensor] = copied.search(features.contiguous(), k)
         return found
 
@@ -278,14 +310,18 @@ class VectorIndex:
         if not gpus:
             raise RuntimeError("FAISS finds no GPU, but torch does (see retrieval-tip doctor)")
         options = faiss().GpuMultipleClonerOptions()
-        options.useFloat16 = self._half and not _is_uncompressed(index)  # float16 also rounds the queries
+        options.useFloat16 = self._half and not _is_uncompressed(
+            index
+        )  # float16 also rounds the queries
         options.use_cuvs = "CUVS" in faiss().get_compile_options().upper()
         options.shard = size > room
         if size <= room:
             return faiss().index_cpu_to_gpu(resources(), number, index, options)
         if gpus > 1 and not asked:
             return faiss().index_cpu_to_all_gpus(index, options)
-        raise RuntimeError(f"it takes {size:,} bytes, but half of the free GPU memory is {room:,} bytes")
+        raise RuntimeError(
+            f"it takes {size:,} bytes, but half of the free GPU memory is {room:,} bytes"
+        )
 
 
 def flat_search(keys: FloatArray, features: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -332,7 +368,9 @@ def resources() -> object:
     return made
 
 
-def _restored(array: npt.NDArray[np.uint8], factory: str, device: str, half: bool, trained: int) -> VectorIndex:
+def _restored(
+    array: npt.NDArray[np.uint8], factory: str, device: str, half: bool, trained: int
+) -> VectorIndex:
     return VectorIndex(faiss().deserialize_index(array), factory, device, half, trained=trained)
 
 
@@ -361,13 +399,17 @@ def _bytes_on_gpu(index: FaissIndex) -> int:
 def _factory_problem(factory: str, n: int, d: int) -> str | None:
     """Return what is wrong with a factory for ``n`` vectors of length ``d``, or ``None``."""
     if "norm" in factory.lower():
-        return "it normalises vectors, but fine-tuned keys are not unit vectors; use another factory"
+        return (
+            "it normalises vectors, but fine-tuned keys are not unit vectors; use another factory"
+        )
     if not _FACTORY.fullmatch(factory):
         return (
             "this factory is not supported; use Flat, IVF256,Flat, HNSW32, SQ8, PQ16, RaBitQ4 or a combination such as "
             "PCA64,IVF256,PQ16,RFlat"
         )
-    for name, count in re.findall(r"(IVF|HNSW|PQ|PCAW?R?|RR|_)([0-9]+)", factory):  # PQ also matches OPQ
+    for name, count in re.findall(
+        r"(IVF|HNSW|PQ|PCAW?R?|RR|_)([0-9]+)", factory
+    ):  # PQ also matches OPQ
         least, most = {"IVF": (1, n), "HNSW": (2, MOST_LINKS)}.get(name, (1, d))
         if not least <= int(count) <= most:
             return f"{count} is out of range; use {least} to {most:,} for {n:,} vectors of {d:,} values"
@@ -385,7 +427,11 @@ def _usage_errors(factory: str, when: str = "") -> Iterator[None]:
 def _reason(error: Exception) -> str:
     """Return the message of a FAISS error without its location in the FAISS source."""
     text = str(error).strip()
-    return text.rpartition("' failed: ")[2] if "' failed: " in text else text.rpartition(": ")[2] or text
+    return (
+        text.rpartition("' failed: ")[2]
+        if "' failed: " in text
+        else text.rpartition(": ")[2] or text
+    )
 
 
 def _inner(index: FaissIndex) -> Iterator[FaissIndex]:
@@ -404,12 +450,18 @@ def _set_search_effort(index: FaissIndex) -> None:
     """Increase the FAISS defaults of 1 list and 16 candidates, which are too low for a cache."""
     for part in _inner(index):
         if hasattr(part, "cp"):
-            part.cp.min_points_per_centroid = 1  # by default, FAISS prints a warning if there are fewer than 39
+            part.cp.min_points_per_centroid = (
+                1  # by default, FAISS prints a warning if there are fewer than 39
+            )
         if hasattr(part, "nprobe"):
             part.nprobe = min(int(part.nlist), max(8, round(2 * int(part.nlist) ** 0.5)), GPU_MAX_K)
         if hasattr(part, "k_factor"):
-            part.k_factor = 4  # a compressed index recomputes the affinities of 4 k candidates exactly
+            part.k_factor = (
+                4  # a compressed index recomputes the affinities of 4 k candidates exactly
+            )
         if hasattr(part, "hnsw"):
             part.hnsw.efSearch = 128
         if hasattr(part, "do_polysemous_training"):
-            part.do_polysemous_training = False  # it takes seconds and is only used for Hamming distances
+            part.do_polysemous_training = (
+                False  # it takes seconds and is only used for Hamming distances
+            )

@@ -15,7 +15,9 @@ from retrieval_tip.server.problems import Problem
 from retrieval_tip.server.served import Served, Version
 from retrieval_tip.server.service import Service
 
-Token = Annotated[str | None, Header(description='"Bearer TOKEN", where TOKEN is the server\'s token.')]
+Token = Annotated[
+    str | None, Header(description='"Bearer TOKEN", where TOKEN is the server\'s token.')
+]
 
 
 async def _service(request: Request) -> Service:
@@ -29,7 +31,10 @@ TheService = Annotated[Service, Depends(_service)]
 async def _labelling(request: Request) -> Labelling:
     labelling: Labelling | None = request.app.state.labelling
     if labelling is None:
-        raise Problem(404, "there are no photos to label; start the server with retrieval-tip label PHOTOS --out INDEX")
+        raise Problem(
+            404,
+            "there are no photos to label; start the server with retrieval-tip label PHOTOS --out INDEX",
+        )
     return labelling
 
 
@@ -47,7 +52,9 @@ async def _not_labelled(request: Request, one: Named) -> Served:
     """Refuse to take an index away from a labelling session."""
     labelling: Labelling | None = request.app.state.labelling
     if labelling is not None and labelling.name == one.name:
-        raise Problem(409, f"index {one.name!r} is being labelled; stop the labelling session first")
+        raise Problem(
+            409, f"index {one.name!r} is being labelled; stop the labelling session first"
+        )
     return one
 
 
@@ -67,7 +74,11 @@ def _sends(request: Request, token: str | None) -> bool:
     sent = text.strip(" ").encode("latin-1")
     accepted = scheme.lower() == "bearer"
     is_browser = "sec-fetch-site" in request.headers  # browsers repeat the password unasked
-    if scheme.lower() == "basic" and request.url.path.startswith("/label-studio/") and not is_browser:
+    if (
+        scheme.lower() == "basic"
+        and request.url.path.startswith("/label-studio/")
+        and not is_browser
+    ):
         with suppress(binascii.Error):
             sent = base64.b64decode(sent, validate=True).partition(b":")[2]
             accepted = True
@@ -99,7 +110,9 @@ async def may_read(request: Request) -> None:
     if _sends(request, token or request.app.state.token):
         return
     if "cross-site" in request.headers.getlist("sec-fetch-site"):
-        raise Problem(403, "request from another site; send the server's token (Authorization: Bearer TOKEN)")
+        raise Problem(
+            403, "request from another site; send the server's token (Authorization: Bearer TOKEN)"
+        )
     if token is not None:
         name, value = cookie(token)
         sent = request.cookies.get(name, "") if request.method == "GET" else ""
@@ -109,7 +122,9 @@ async def may_read(request: Request) -> None:
 
 async def _allowed(request: Request, authorization: Token = None) -> None:
     if request.app.state.token is None:
-        raise Problem(403, "this server is read-only; restart it with --token TOKEN and send that token")
+        raise Problem(
+            403, "this server is read-only; restart it with --token TOKEN and send that token"
+        )
     if not _sends(request, request.app.state.token):
         raise _refusal(request)
 

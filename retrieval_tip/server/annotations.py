@@ -62,7 +62,9 @@ def database(store: Store, uploads: Path | None) -> Path:
     if store.local is not None:
         return store.local / NAME
     if uploads is None:
-        raise InputError(f"index {store.name!r} is in a bucket; start the server with --uploads FOLDER")
+        raise InputError(
+            f"index {store.name!r} is in a bucket; start the server with --uploads FOLDER"
+        )
     make_folders(uploads)
     return uploads / f"{quote(store.resolved, safe='')}.{NAME}"
 
@@ -91,7 +93,9 @@ def note(path: Path, gone: list[Any], said: list[Any], index: Index) -> list[Any
         if not db.execute("SELECT 1 FROM sqlite_master").fetchone():
             db.execute(_CREATE)
             if COLUMN in index.labels.column_names:
-                db.executemany(_SHOTS, index.labels.select([COLUMN, "digest", "label"]).drop_null().to_pylist())
+                db.executemany(
+                    _SHOTS, index.labels.select([COLUMN, "digest", "label"]).drop_null().to_pylist()
+                )
         db.executemany(_GONE, gone)
         db.executemany(_SAY, said)
         return db.execute(_DUE).fetchall()

@@ -38,16 +38,23 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        async with service.running(), nullcontext() if labelling is None else labelling.running(service):
+        async with (
+            service.running(),
+            nullcontext() if labelling is None else labelling.running(service),
+        ):
             ready()
             yield
 
     app = FastAPI(
-        title="retrieval-tip", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None,
+        title="retrieval-tip",
+        version=__version__,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
         responses={"default": PROBLEM},
         description="Few-shot image classification by retrieval. Errors are returned as application/problem+json "
-                    "(RFC 9457).",
-    )  # fmt: skip
+        "(RFC 9457).",
+    )
     app.state.service = service
     app.state.labelling = labelling
     app.state.token = token
@@ -55,7 +62,13 @@ def create_app(
     app.add_middleware(Guard, limits=service.limits)
     for kind in HANDLED:
         app.add_exception_handler(kind, handle)
-    for router in (routes.reads, routes.about, edits.changes, partners.label_studio, partners.photoprism):
+    for router in (
+        routes.reads,
+        routes.about,
+        edits.changes,
+        partners.label_studio,
+        partners.photoprism,
+    ):
         app.include_router(router)
     app.mount("/page", StaticFiles(directory=PAGE), name="page")
     app.get("/", include_in_schema=False)(_page)

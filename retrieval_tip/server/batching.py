@@ -48,7 +48,9 @@ class Turns:
     @asynccontextmanager
     async def turn(self, client: str, cost: float) -> AsyncIterator[None]:
         """Wait for a turn of a client, which ends with the context."""
-        last = max((turn.place for turn in self._waiting if turn.client == client), default=self._now)
+        last = max(
+            (turn.place for turn in self._waiting if turn.client == client), default=self._now
+        )
         own = _Turn(client, last + cost, cost, asyncio.get_running_loop().create_future())
         insort(self._waiting, own, key=lambda turn: turn.place)
         self._begin()
@@ -88,7 +90,11 @@ class Batches(Generic[K, T, R]):
     """
 
     def __init__(
-        self, name: str, pool: Executor, run: Callable[[K, list[T]], list[R]], most: Callable[[K], int]
+        self,
+        name: str,
+        pool: Executor,
+        run: Callable[[K, list[T]], list[R]],
+        most: Callable[[K], int],
     ) -> None:
         self._name = name
         self._pool = pool
@@ -106,7 +112,9 @@ class Batches(Generic[K, T, R]):
         return await part.result
 
     async def _work(self) -> None:
-        while waiting := [part for part in self._waiting if not part.result.done()]:  # clients can disconnect
+        while waiting := [
+            part for part in self._waiting if not part.result.done()
+        ]:  # clients can disconnect
             key = waiting[0].key
             batch = waiting[:1]
             self._waiting, room = [], self._most(key) - len(waiting[0].items)
@@ -121,7 +129,11 @@ class Batches(Generic[K, T, R]):
         items = [item for part in batch for item in part.items]
         metrics.BATCHES.labels(self._name).observe(len(items))
         try:
-            made = iter(await asyncio.get_running_loop().run_in_executor(self._pool, self._run, batch[0].key, items))
+            made = iter(
+                await asyncio.get_running_loop().run_in_executor(
+                    self._pool, self._run, batch[0].key, items
+                )
+            )
         except Exception as error:
             for part in batch if len(batch) > 1 else ():
                 await self._compute([part])
@@ -141,7 +153,9 @@ class Kept(Generic[K, R]):
     in progress or waiting, further calls are refused.
     """
 
-    def __init__(self, pool: Executor, *, most: int, room: int, size: Callable[[R], int] = lambda _: 1) -> None:
+    def __init__(
+        self, pool: Executor, *, most: int, room: int, size: Callable[[R], int] = lambda _: 1
+    ) -> None:
         self._pool = pool
         self._most = most
         self._room = room
@@ -160,7 +174,11 @@ class Kept(Generic[K, R]):
             return self._results[key]
         if key not in self._making:
             if len(self._making) >= self._room:
-                raise Problem(503, f"{self._room} results are being computed; try again in 5 s", {"Retry-After": "5"})
+                raise Problem(
+                    503,
+                    f"{self._room} results are being computed; try again in 5 s",
+                    {"Retry-After": "5"},
+                )
             made = self._making[key] = asyncio.get_running_loop().run_in_executor(self._pool, make)
             made.add_done_callback(lambda future: self._keep(key, future))
         return await asyncio.shield(self._making[key])

@@ -40,7 +40,9 @@ changes = APIRouter(prefix="/v1", dependencies=CHANGES)
 
 
 @changes.post("/indexes/{name}/keys", status_code=201, openapi_extra=schemas.ADD)
-async def add(request: Request, service: TheService, one: Named, norms: Norms = "check") -> schemas.ChangedIndex:
+async def add(
+    request: Request, service: TheService, one: Named, norms: Norms = "check"
+) -> schemas.ChangedIndex:
     """Add labelled images or features as shots, in a new version of the index.
 
     If a label is new, a new class is added for it.
@@ -48,24 +50,34 @@ async def add(request: Request, service: TheService, one: Named, norms: Norms = 
     sent = await read(request, service.limits, norms, one.now.index.d, labelled=True)
     added, skipped = await service.add(one, sent)
     return _answer(
-        one, key_ids=added.key_ids, classes=added.classes, known=added.known,
+        one,
+        key_ids=added.key_ids,
+        classes=added.classes,
+        known=added.known,
         duplicates=[] if added.duplicates is None else describe_duplicates(added.duplicates),
-        warnings=_of_spelling(added.alike), skipped=skipped,
-    )  # fmt: skip
+        warnings=_of_spelling(added.alike),
+        skipped=skipped,
+    )
 
 
 @changes.delete("/indexes/{name}/keys")
 async def remove(
-    service: TheService, one: Named, key_id: Annotated[list[schemas.KeyId], Query(min_length=1, max_length=1000)]
+    service: TheService,
+    one: Named,
+    key_id: Annotated[list[schemas.KeyId], Query(min_length=1, max_length=1000)],
 ) -> schemas.ChangedIndex:
     """Remove shots, in a new version of the index."""
-    return await _told(service, one, await service.changed(one, index_changes.remove, key_ids=key_id))
+    return await _told(
+        service, one, await service.changed(one, index_changes.remove, key_ids=key_id)
+    )
 
 
 @changes.post("/indexes/{name}/relabel")
 async def relabel(service: TheService, one: Named, change: schemas.Relabel) -> schemas.ChangedIndex:
     """Move shots to other classes, in one new version of the index."""
-    return await _told(service, one, await service.changed(one, index_changes.relabel, change.labels))
+    return await _told(
+        service, one, await service.changed(one, index_changes.relabel, change.labels)
+    )
 
 
 @changes.post("/indexes/{name}/rename")
@@ -76,14 +88,21 @@ async def rename(service: TheService, one: Named, change: schemas.Rename) -> sch
     server has the text encoder.
     """
     index, backbone = one.now.index, one.now.backbone
-    if backbone is None or not backbone.has_text or not index.templates or change.label in index.class_names:
+    if (
+        backbone is None
+        or not backbone.has_text
+        or not index.templates
+        or change.label in index.class_names
+    ):
         backbone = None
     done = await service.changed(one, index_changes.rename, change.of, change.label, backbone)
     return await _told(service, one, done)
 
 
 @changes.post("/indexes/{name}/rollback")
-async def rollback(service: TheService, one: Named, change: schemas.Rollback) -> schemas.ChangedIndex:
+async def rollback(
+    service: TheService, one: Named, change: schemas.Rollback
+) -> schemas.ChangedIndex:
     """Restore an earlier version, as a new version. The current version is kept."""
 
     def call(place: Place, *, base: Index) -> Changed:
@@ -94,7 +113,9 @@ async def rollback(service: TheService, one: Named, change: schemas.Rollback) ->
             raise Problem(409, f"the index has changed: {now}; reload it and try again")
         if change.to not in kept:
             versions = ", ".join(map(str, kept))
-            raise Problem(404, f"index {one.name!r} has no version {change.to}; its versions are {versions}")
+            raise Problem(
+                404, f"index {one.name!r} has no version {change.to}; its versions are {versions}"
+            )
         return index_changes.rollback(place, change.to, expect=change.since)
 
     return await _told(service, one, await service.changed(one, call))
@@ -121,7 +142,9 @@ def _answer(one: Served, **more: Any) -> schemas.ChangedIndex:
 async def create(
     request: Request,
     service: TheService,
-    like: Annotated[str | None, Query(description="Index whose encoder and parent folder are used.")] = None,
+    like: Annotated[
+        str | None, Query(description="Index whose encoder and parent folder are used.")
+    ] = None,
 ) -> schemas.ChangedIndex:
     """Create an index from labelled images, fit it and serve it.
 
@@ -130,19 +153,27 @@ async def create(
     new, sent = await read_form(request, service.limits, schemas.NewIndex)
     (name,), maker = new.name, service.maker
     if maker is None or like is not None:
-        model = service.index(like or next((name for name, one in service.served.items() if one.now.backbone), None))
+        model = service.index(
+            like or next((name for name, one in service.served.items() if one.now.backbone), None)
+        )
         backbone = backbone_of(model.now)
         into = model.beside
         if into is None:
-            raise InputError("the index is in a bucket; to create indexes, restart the server with --out FOLDER")
+            raise InputError(
+                "the index is in a bucket; to create indexes, restart the server with --out FOLDER"
+            )
         maker = Maker(into, lambda: backbone, model.backbones)
     _check_free(service, name, maker.into, another=True)
     used = await service.change(maker.load)
     readable, skipped = await service.read(sent, used)
     place = maker.into / name
     backbones = maker.backbones
-    one = await service.open(lambda: Served(place, backbones, shots.build(place, used, readable, service.uploads)))
-    return _answer(one, warnings=_of_spelling(spelled_alike(one.now.index.class_names)), skipped=skipped)
+    one = await service.open(
+        lambda: Served(place, backbones, shots.build(place, used, readable, service.uploads))
+    )
+    return _answer(
+        one, warnings=_of_spelling(spelled_alike(one.now.index.class_names)), skipped=skipped
+    )
 
 
 @changes.post("/indexes/{name}/fit")
@@ -167,15 +198,21 @@ async def set_groups(
 
 
 @changes.patch("/indexes/{name}")
-async def rename_index(service: TheService, one: NotLabelled, new: schemas.IndexName) -> schemas.ChangedIndex:
+async def rename_index(
+    service: TheService, one: NotLabelled, new: schemas.IndexName
+) -> schemas.ChangedIndex:
     """Rename an index and its folder."""
     _check_free(service, new.name, one.beside)
-    made = await service.open(lambda: Served(manage.rename(one.folder, new.name), one.backbones), one)
+    made = await service.open(
+        lambda: Served(manage.rename(one.folder, new.name), one.backbones), one
+    )
     return _answer(made)
 
 
 @changes.post("/indexes/{name}/duplicate", status_code=201)
-async def duplicate_index(service: TheService, one: Named, new: schemas.IndexName) -> schemas.ChangedIndex:
+async def duplicate_index(
+    service: TheService, one: Named, new: schemas.IndexName
+) -> schemas.ChangedIndex:
     """Copy the current version of an index to a new index next to it."""
     _check_free(service, new.name, one.beside, another=True)
     made = await service.open(lambda: Served(manage.duplicate(one.folder, new.name), one.backbones))
@@ -195,11 +232,17 @@ def _check_free(service: Service, name: str, into: Path | None, *, another: bool
         where = f" in {show(into)}" if into else ""
         raise Problem(409, f"index {name!r} already exists{where}; choose another name")
     if another and len(service.served) >= service.limits.indexes:
-        raise Problem(409, f"the server already has {service.limits.indexes} indexes, which is the limit; delete some")
+        raise Problem(
+            409,
+            f"the server already has {service.limits.indexes} indexes, which is the limit; delete some",
+        )
 
 
 def _of_spelling(alike: Mapping[str, str]) -> list[str]:
-    return [f"{new!r} is spelled almost like {known!r}; rename one to merge them" for new, known in alike.items()]
+    return [
+        f"{new!r} is spelled almost like {known!r}; rename one to merge them"
+        for new, known in alike.items()
+    ]
 
 
 # --- labelling
@@ -213,7 +256,9 @@ async def label(labelling: TheLabelling, change: schemas.SetLabels) -> schemas.R
 
 
 @changes.post("/label/photos", status_code=201, openapi_extra=schemas.KEEP)
-async def label_photos(request: Request, service: TheService, labelling: TheLabelling) -> schemas.Row:
+async def label_photos(
+    request: Request, service: TheService, labelling: TheLabelling
+) -> schemas.Row:
     """Keep images as photos of the labelling session, and return their numbers.
 
     An image that the session already has keeps its number.
@@ -223,11 +268,16 @@ async def label_photos(request: Request, service: TheService, labelling: TheLabe
     assert reader.backbone is not None
     give_time()
     good, skipped = await service.read(sent, reader.backbone, encode=False)
-    return {"photos": await labelling.add(zip(good.names, good.images, strict=True)), "skipped": skipped}
+    return {
+        "photos": await labelling.add(zip(good.names, good.images, strict=True)),
+        "skipped": skipped,
+    }
 
 
 @changes.post("/label/sort")
-async def label_sort(service: TheService, labelling: TheLabelling, change: schemas.SortInto) -> schemas.Row:
+async def label_sort(
+    service: TheService, labelling: TheLabelling, change: schemas.SortInto
+) -> schemas.Row:
     """Sort the photos of the labelling session into folders by class, as `retrieval-tip sort` does, or undo it.
 
     ``undo`` is the command that undoes it. ``folder`` is the absolute path. ``aside`` counts the photos that get no
@@ -256,7 +306,13 @@ async def label_sort(service: TheService, labelling: TheLabelling, change: schem
         action: Action = "copy" if change.action == "xmp" else change.action
         most = change.at_most_wrong
         smooth = not change.labelled and version.index.n <= service.limits.estimated
-        call = partial(sort_photos, action=action, at_most_wrong=most, smooth=smooth, dry_run=xmp or change.dry_run)
+        call = partial(
+            sort_photos,
+            action=action,
+            at_most_wrong=most,
+            smooth=smooth,
+            dry_run=xmp or change.dry_run,
+        )
         done = await run(call, version.index, [known.chosen(some)], reader, folder)
         if xmp and not change.dry_run:
             done = await run(write_planned, done, version.index.groups)
@@ -264,9 +320,16 @@ async def label_sort(service: TheService, labelling: TheLabelling, change: schem
     if xmp:
         inside = [known.path(photo) for photo in every if photo < MOST_PHOTOS]
         folders = [os.path.commonpath(inside or paths), *filter(os.path.isdir, [labelling.dropped])]
-        undo = command_line("classify", absolute(str(labelling.place)), *folders, "--format", "xmp", "--undo")
+        undo = command_line(
+            "classify", absolute(str(labelling.place)), *folders, "--format", "xmp", "--undo"
+        )
     return {
-        "summary": str(done), "undo": undo, "skipped": done.skipped, "folder": show(folder),
-        "photos": len(done.rows), "aside": done.aside, "least": done.threshold and done.threshold.probability,
+        "summary": str(done),
+        "undo": undo,
+        "skipped": done.skipped,
+        "folder": show(folder),
+        "photos": len(done.rows),
+        "aside": done.aside,
+        "least": done.threshold and done.threshold.probability,
         "promise": done.threshold and f"{done.threshold}.",
-    }  # fmt: skip
+    }

@@ -16,7 +16,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from retrieval_tip.server.metrics import IN_FLIGHT, REQUESTS, SECONDS
 from retrieval_tip.server.problems import Problem, answer
 
-CLIENT, _DEADLINE = ContextVar("client", default=""), ContextVar[asyncio.Timeout | None]("deadline", default=None)
+CLIENT, _DEADLINE = (
+    ContextVar("client", default=""),
+    ContextVar[asyncio.Timeout | None]("deadline", default=None),
+)
 """The address of the client of the current request, and the time limit for its answer."""
 PART = 64 << 10
 """Number of bytes of a response to write at a time. The rest is held in memory."""
@@ -74,7 +77,9 @@ class Limits:
 def give_time(seconds: float | None = None) -> None:
     """Give the current request some seconds to be answered, or unlimited time, so that a change is not interrupted."""
     if (deadline := _DEADLINE.get()) is not None:
-        deadline.reschedule(None if seconds is None else asyncio.get_running_loop().time() + seconds)
+        deadline.reschedule(
+            None if seconds is None else asyncio.get_running_loop().time() + seconds
+        )
 
 
 def kind_of(headers: Headers) -> str:
@@ -106,7 +111,9 @@ class Guard:
         finally:
             self.held -= exchange.held
             route = getattr(scope.get("route"), "path", "other")
-            REQUESTS.labels(route, scope["method"] if route != "other" else "", str(exchange.status)).inc()
+            REQUESTS.labels(
+                route, scope["method"] if route != "other" else "", str(exchange.status)
+            ).inc()
             SECONDS.labels(route).observe(time.perf_counter() - start)
 
 
@@ -120,7 +127,11 @@ class _Exchange:
         self._receive = receive
         self._send = send
         self._headers = Headers(scope=scope)
-        self._most = self._limits.bytes if kind_of(self._headers) in (FORM, FLOATS) else self._limits.json_bytes
+        self._most = (
+            self._limits.bytes
+            if kind_of(self._headers) in (FORM, FLOATS)
+            else self._limits.json_bytes
+        )
         announced = self._headers.get("content-length", "")
         self._announced = int(announced) if announced.isdecimal() else 0
         self.held = self.status = self._received = 0
@@ -132,7 +143,9 @@ class _Exchange:
         seconds = f"within {self._limits.seconds:g} s; try again"
         name = re.sub(r":\d*$", "", self._headers.get("host", "").lower())
         if hosts is not None and name not in hosts:  # another site may have resolved it
-            await self._refuse(Problem(421, f"unknown host {name!r}; restart the server with --allow-host {name}"))
+            await self._refuse(
+                Problem(421, f"unknown host {name!r}; restart the server with --allow-host {name}")
+            )
             return
         try:
             async with asyncio.timeout(self._limits.seconds) as self._deadline:
@@ -140,7 +153,11 @@ class _Exchange:
                 await self._guard.app(self._scope, self._read, self._write)
         except TimeoutError:
             if self._waits:
-                await self._refuse(Problem(408, f"the request body did not arrive {seconds}", {"Connection": "close"}))
+                await self._refuse(
+                    Problem(
+                        408, f"the request body did not arrive {seconds}", {"Connection": "close"}
+                    )
+                )
             elif not self.status:
                 await self._refuse(Problem(503, f"no answer {seconds}", {"Retry-After": "5"}))
 
@@ -153,7 +170,10 @@ class _Exchange:
         self._received += size
         self._hold(size)
         if max(self._received, self._announced) > self._most:
-            raise Problem(413, f"the request has more than {self._most:,} bytes, which is the limit; send less at once")
+            raise Problem(
+                413,
+                f"the request has more than {self._most:,} bytes, which is the limit; send less at once",
+            )
         return message
 
     async def _write(self, message: Message) -> None:
@@ -169,7 +189,9 @@ class _Exchange:
         body = message.get("body", b"")
         more = message.get("more_body", False)
         for at in range(PART, len(body), PART):
-            await self._pass({"type": message["type"], "body": body[at - PART : at], "more_body": True})
+            await self._pass(
+                {"type": message["type"], "body": body[at - PART : at], "more_body": True}
+            )
             message = {"type": message["type"], "body": body[at : at + PART], "more_body": more}
         await self._pass(message)
 
@@ -191,6 +213,10 @@ class _Exchange:
     def _hold(self, size: int) -> None:
         """Count ``size`` bytes. Raises Problem 503 if they do not fit, unless no other request holds any."""
         if self._guard.held + size > self._limits.held and self._guard.held > self.held:
-            raise Problem(503, "too many large requests and responses at once; try again in 1 s", {"Retry-After": "1"})
+            raise Problem(
+                503,
+                "too many large requests and responses at once; try again in 1 s",
+                {"Retry-After": "1"},
+            )
         self._guard.held += size
         self.held += size

@@ -91,7 +91,9 @@ class Labelling:
     labelled already, so a session can be continued at any time.
     """
 
-    def __init__(self, place: places.Place, paths: Sequence[str], reader: Reader, classes: Sequence[str] = ()) -> None:
+    def __init__(
+        self, place: places.Place, paths: Sequence[str], reader: Reader, classes: Sequence[str] = ()
+    ) -> None:
         """Prepare a session for the photos of :func:`paths_of`. ``classes`` are names of classes without labels.
 
         Photos that were dropped on earlier sessions belong to this one. Labels that earlier sessions could not save are
@@ -108,8 +110,12 @@ class Labelling:
         seen = set(own.values())
         own |= enumerate(path for path in paths if absolute(path) not in seen)
         unsaved = dict(enumerate(self._journal.entries.values(), EARLIER))
-        self.photos = SessionPhotos(own | {photo: str(one["path"]) for photo, one in unsaved.items()}, reader)
-        self.photos.recognise({photo: digest for photo, one in unsaved.items() if (digest := one["digest"])})
+        self.photos = SessionPhotos(
+            own | {photo: str(one["path"]) for photo, one in unsaved.items()}, reader
+        )
+        self.photos.recognise(
+            {photo: digest for photo, one in unsaved.items() if (digest := one["digest"])}
+        )
         self._classes = list(classes)
         self._queue = Queue([*own])
         self._unread = asyncio.Queue[Sequence[int]]()
@@ -118,7 +124,9 @@ class Labelling:
         self._in_turn = asyncio.Lock()
         self._seen: Version | None = None
         self._known: dict[int, LabelledPhoto] = {}
-        self._unsaved = {photo: Label(one["label"], picked_of(one["picked"])) for photo, one in unsaved.items()}
+        self._unsaved = {
+            photo: Label(one["label"], picked_of(one["picked"])) for photo, one in unsaved.items()
+        }
         self._refused: dict[int, str] = {}  # reasons by photo, for labels that could not be saved
         self._steps: dict[str, _Step] = {}
         self._made: set[str] = set()  # classes that this session has created
@@ -150,12 +158,17 @@ class Labelling:
             for task in others:
                 task.cancel()
             await asyncio.gather(*others, return_exceptions=True)
-            self._journal.close(_entry(self.photos, photo, label) for photo, label in self._unsaved.items())
+            self._journal.close(
+                _entry(self.photos, photo, label) for photo, label in self._unsaved.items()
+            )
 
     def check_saved(self) -> None:
         """Raise StoreError if the session has ended and some labels could not be saved."""
         if self._unsaved:
-            some = next(iter(self._refused.values()), self._trouble or self._problem or "the session has ended")
+            some = next(
+                iter(self._refused.values()),
+                self._trouble or self._problem or "the session has ended",
+            )
             raise StoreError(
                 f"{show(self._journal.path)}: has {counted(len(self._unsaved), 'label')} that could not be saved "
                 f"({some}); to save them, label these photos again with the same command"
@@ -179,28 +192,51 @@ class Labelling:
         for one in self._queue.show(taken):
             guessed, others = self._facts.get(one.photo, (None, []))
             similar = [photo for photo in others if photo not in taken]
-            more = {"name": self.photos.name(one.photo), "guesses": guessed or [], "similar": similar}
+            more = {
+                "name": self.photos.name(one.photo),
+                "guesses": guessed or [],
+                "similar": similar,
+            }
             shown.append(vars(one) | more)
         unmeasured = version is not None and self._measured != self._chosen
         busy = self._choice_due() or unmeasured or self._waiting()
         refused: list[Row] = [
-            {"photo": photo, "name": self.photos.name(photo), "label": self._unsaved[photo].label, "reason": reason}
+            {
+                "photo": photo,
+                "name": self.photos.name(photo),
+                "label": self._unsaved[photo].label,
+                "reason": reason,
+            }
             for photo, reason in self._refused.items()
         ]
         steps: list[Row] = [
-            {"step": name, "photos": [*one.after] or [x.photo for x in one.queued], "labels": [*one.after.values()]}
+            {
+                "step": name,
+                "photos": [*one.after] or [x.photo for x in one.queued],
+                "labels": [*one.after.values()],
+            }
             for name, one in self._steps.items()
         ]
         right = [one.right for one in self._steps.values() if one.right is not None][-LAST:]
         return {
-            "index": self.name, "version": None if version is None else version.manifest.version,
-            "photos": readable, "encoded": len(own(self.photos.encoded)), "labelled": labelled,
-            "unsaved": len(self._unsaved), "classes": self._class_counts(), "queue": shown, "steps": steps,
-            "guessed": right, "refused": refused, "progress": self._progress,
+            "index": self.name,
+            "version": None if version is None else version.manifest.version,
+            "photos": readable,
+            "encoded": len(own(self.photos.encoded)),
+            "labelled": labelled,
+            "unsaved": len(self._unsaved),
+            "classes": self._class_counts(),
+            "queue": shown,
+            "steps": steps,
+            "guessed": right,
+            "refused": refused,
+            "progress": self._progress,
             "others": found.of_others(readable - labelled) if isinstance(found, Estimate) else "",
             "busy": bool(busy) and self._problem is None,
-            "problem": self._problem or self._trouble or (None if readable else "none of the photos can be read"),
-        }  # fmt: skip
+            "problem": self._problem
+            or self._trouble
+            or (None if readable else "none of the photos can be read"),
+        }
 
     async def label(self, change: schemas.SetLabels) -> None:
         """Set or remove labels, skip photos, or undo a step. The labels are saved in the index in the background.
@@ -211,7 +247,9 @@ class Labelling:
         photos = [one.photo for one in change.labels]
         for photo in (*photos, *change.skip):
             self.path(photo)
-        async with self._in_turn:  # copies of a photo have the same label, so their digests must be known
+        async with (
+            self._in_turn
+        ):  # copies of a photo have the same label, so their digests must be known
             unknown = [photo for photo in photos if photo not in self.photos.digests]
             if unknown:
                 self.photos.recognise(await asyncio.to_thread(self.photos.hashed, unknown))
@@ -255,11 +293,14 @@ class Labelling:
     def _label(self, change: schemas.SetLabels) -> None:
         labels = self.labels()
         shown = {one.photo: one for one in self._queue.show(self._taken())}
-        wanted = {self.photos.copies(one.photo)[0]: one for one in change.labels}.values()  # the last copy counts
+        wanted = {
+            self.photos.copies(one.photo)[0]: one for one in change.labels
+        }.values()  # the last copy counts
         asked = {} if change.reviewed else shown
         unlabelled = Queued(-1, "reviewed" if change.reviewed else "similar")
         before = {
-            one.photo: labels.get(one.photo, Label(None, asked.get(one.photo, unlabelled).picked)) for one in wanted
+            one.photo: labels.get(one.photo, Label(None, asked.get(one.photo, unlabelled).picked))
+            for one in wanted
         }
         changed = {one.photo: one.label for one in wanted if one.label != before[one.photo].label}
         self._set({photo: Label(label, before[photo].picked) for photo, label in changed.items()})
@@ -269,13 +310,23 @@ class Labelling:
             if label is None:
                 self._queue.put_first(Queued(photo, before[photo].picked))
         if change.step is not None:
-            gone = [photo for photo, label in before.items() if label.label is None and not change.reviewed]
+            gone = [
+                photo
+                for photo, label in before.items()
+                if label.label is None and not change.reviewed
+            ]
             gone += change.skip
             queued = [shown.get(photo, Queued(photo, "similar")) for photo in gone]
             first = next((one for one in wanted if one.photo in asked), None)
             guessed = None if first is None else self._facts.get(first.photo, (None, []))[0]
-            right = None if guessed is None or first is None else [x["label"] for x in guessed[:1]] == [first.label]
-            self._steps[change.step] = _Step({photo: before[photo] for photo in changed}, changed, queued, right)
+            right = (
+                None
+                if guessed is None or first is None
+                else [x["label"] for x in guessed[:1]] == [first.label]
+            )
+            self._steps[change.step] = _Step(
+                {photo: before[photo] for photo in changed}, changed, queued, right
+            )
             if len(self._steps) > STEPS:
                 del self._steps[next(iter(self._steps))]
 
@@ -322,7 +373,10 @@ class Labelling:
 
     def labels(self) -> dict[int, Label]:
         """Return the labels of photos. Unsaved changes are included."""
-        labels = {photo: Label(known.label, known.picked or "suggested") for photo, known in self._known.items()}
+        labels = {
+            photo: Label(known.label, known.picked or "suggested")
+            for photo, known in self._known.items()
+        }
         for photo, label in self._unsaved.items():
             for copy in self.photos.copies(photo):
                 if label.label is None:
@@ -356,7 +410,9 @@ class Labelling:
                 await asyncio.sleep(0 if self._closing else RETRY)
 
     def _waiting(self) -> dict[int, Label]:
-        return {photo: label for photo, label in self._unsaved.items() if photo not in self._refused}
+        return {
+            photo: label for photo, label in self._unsaved.items() if photo not in self._refused
+        }
 
     async def _changed(self) -> None:
         await self._due.wait()
@@ -387,16 +443,27 @@ class Labelling:
         if self.version() is None and self._store.exists():  # another process has just built it
             await service.open(lambda: Served(place, backbones))
         version = self.version()
-        items = [item for photo, label in labels.items() if (item := self._item(photo, label)) is not None]
+        items = [
+            item
+            for photo, label in labels.items()
+            if (item := self._item(photo, label)) is not None
+        ]
         first = [item for item in items if item.label is not None]
         if items and version is not None:
-            unwanted = self._made - {*self._classes, *(label.label for label in self._unsaved.values())}
+            unwanted = self._made - {
+                *self._classes,
+                *(label.label for label in self._unsaved.values()),
+            }
             one = service.served[self.name]
-            self._last = await service.changed(one, changes.label, items, reader, unwanted, self._last)
+            self._last = await service.changed(
+                one, changes.label, items, reader, unwanted, self._last
+            )
             self._made.update(self._last.classes)
         elif first:
             own = self._classes
-            one = await service.open(lambda: Served(place, backbones, build_from_labels(place, first, reader, own)))
+            one = await service.open(
+                lambda: Served(place, backbones, build_from_labels(place, first, reader, own))
+            )
             self._made.update(one.now.index.class_names)
         self.version()
         self._forget(labels)
@@ -418,7 +485,10 @@ class Labelling:
         for photo in done:
             del self._unsaved[photo]
             self._refused.pop(photo, None)
-        self._journal.saved([_entry(self.photos, photo, labels[photo]) for photo in done], all_saved=not self._unsaved)
+        self._journal.saved(
+            [_entry(self.photos, photo, labels[photo]) for photo in done],
+            all_saved=not self._unsaved,
+        )
 
     async def _work(self, step: Callable[[], Awaitable[None]]) -> None:
         """Run a step of the background work. If it fails, keep the error for the page."""
@@ -468,21 +538,35 @@ class Labelling:
         rows = sorted(self.photos.encoded - self._taken())
         if rows:
             picks = await self.service.run(self._thinking, _suggested, self.photos, rows, index)
-            queued = sum(label.picked in ("random", "suggested") for label in self.labels().values())
+            queued = sum(
+                label.picked in ("random", "suggested") for label in self.labels().values()
+            )
             self._queue.suggest(picks, self._taken(), queued)
-            shown = [one.photo for one in self._queue.show(self._taken()) if one.photo in self.photos.encoded]
-            self._facts = await self.service.run(self._thinking, _facts_of, self.photos, shown, rows, index)
+            shown = [
+                one.photo
+                for one in self._queue.show(self._taken())
+                if one.photo in self.photos.encoded
+            ]
+            self._facts = await self.service.run(
+                self._thinking, _facts_of, self.photos, shown, rows, index
+            )
         self._chosen = version, encoded
 
     async def _measure(self, version: Version) -> None:
-        picked = {one.key_id: one.picked for one in self._known.values() if one.picked not in (None, "similar")}
+        picked = {
+            one.key_id: one.picked
+            for one in self._known.values()
+            if one.picked not in (None, "similar")
+        }
         drawn = sum(how == "random" for how in picked.values())
         measured = self._chosen
         rest = sorted(self.photos.encoded - self._taken())
         progress = None
         if drawn >= DRAWN and rest and version.index.n <= self.service.limits.estimated:
             features = self.photos.rows(rest)
-            progress = await self.service.run(self._thinking, _measured_on, features, version.index, list(picked))
+            progress = await self.service.run(
+                self._thinking, _measured_on, features, version.index, list(picked)
+            )
         self._progress = progress
         self._measured = measured
 
@@ -494,11 +578,19 @@ def paths_of(sources: Sequence[Source]) -> list[str]:
     """
     for source in sources:
         if source.paths is None:
-            raise InputError(f"{source.name}: has features, but labelling needs photos; give a folder of photos")
+            raise InputError(
+                f"{source.name}: has features, but labelling needs photos; give a folder of photos"
+            )
     paths = list(dict.fromkeys(path for source in sources for path in source.paths or ()))
     if len(paths) > MOST_PHOTOS:
-        log.warning("using %s photos, which were drawn at random from %s", f"{MOST_PHOTOS:,}", f"{len(paths):,}")
-        paths = [paths[row] for row in np.random.default_rng(0).permutation(len(paths))[:MOST_PHOTOS]]
+        log.warning(
+            "using %s photos, which were drawn at random from %s",
+            f"{MOST_PHOTOS:,}",
+            f"{len(paths):,}",
+        )
+        paths = [
+            paths[row] for row in np.random.default_rng(0).permutation(len(paths))[:MOST_PHOTOS]
+        ]
     return paths
 
 
@@ -506,7 +598,9 @@ def _entry(photos: SessionPhotos, photo: int, label: Label) -> Entry:
     return {"path": photos.path(photo), "digest": photos.digests.get(photo), **vars(label)}
 
 
-def _suggested(photos: SessionPhotos, rows: Sequence[int], index: Index | None) -> list[tuple[int, str]]:
+def _suggested(
+    photos: SessionPhotos, rows: Sequence[int], index: Index | None
+) -> list[tuple[int, str]]:
     pool = Pool([str(row) for row in rows], photos.rows(rows), [None] * len(rows))
     table = suggest_features(pool, QUEUED, index).table
     return [(int(row["input"]), row["why"]) for row in table.select(["input", "why"]).to_pylist()]
@@ -521,7 +615,11 @@ def _facts_of(
     features = photos.rows(rows)
     own = [places[photo] for photo in shown]
     near = alike(features, own)
-    found = [] if index is None else guesses(index.classify(features[own], "keep", **vars(ASK)), none=False)
+    found = (
+        []
+        if index is None
+        else guesses(index.classify(features[own], "keep", **vars(ASK)), none=False)
+    )
     probable = [one["guesses"] for one in found] or [None] * len(shown)
     similar = ([rows[place] for place in one] for one in near)
     return dict(zip(shown, zip(probable, similar, strict=True), strict=True))

@@ -62,7 +62,9 @@ class Interface(NamedTuple):
 def interface_of(config: object) -> Interface:
     """Parse a labelling interface. Raises InputError if it is not one, or has no choices for an image."""
     if not isinstance(config, str) or len(config) > LONGEST_CONFIG or "<!DOCTYPE" in config:
-        raise InputError(f"label_config: must be XML of at most {LONGEST_CONFIG:,} characters without a DOCTYPE")
+        raise InputError(
+            f"label_config: must be XML of at most {LONGEST_CONFIG:,} characters without a DOCTYPE"
+        )
     try:
         tags = list(ElementTree.fromstring(config).iter())  # noqa: S314  # only a DOCTYPE can define entities
     except (ElementTree.ParseError, ValueError) as error:
@@ -71,10 +73,18 @@ def interface_of(config: object) -> Interface:
     for tag in tags:
         name = tag.get("name", "")
         image = tag.get("toName", "")
-        if tag.tag == "Choices" and tag.get("perRegion") != "true" and fields.get(image, "").startswith("$"):
-            choices = (choice.get("alias", choice.get("value", "")) for choice in tag.iter("Choice"))
+        if (
+            tag.tag == "Choices"
+            and tag.get("perRegion") != "true"
+            and fields.get(image, "").startswith("$")
+        ):
+            choices = (
+                choice.get("alias", choice.get("value", "")) for choice in tag.iter("Choice")
+            )
             return Interface(name, image, fields[image][1:], frozenset(choices))
-    raise InputError('label_config: has no Choices tag whose toName is an Image tag with a value "$..."; add one')
+    raise InputError(
+        'label_config: has no Choices tag whose toName is an Image tag with a value "$..."; add one'
+    )
 
 
 @label_studio.get("/health", dependencies=READS)
@@ -105,7 +115,11 @@ async def predict(service: TheService, one: Named, sent: Json) -> Response:
     give_time(PREDICT_SECONDS)
     interface = interface_of(sent.get("label_config"))
     tasks = sent.get("tasks")
-    if not isinstance(tasks, list) or len(tasks) > MOST_TASKS or not all(isinstance(task, dict) for task in tasks):
+    if (
+        not isinstance(tasks, list)
+        or len(tasks) > MOST_TASKS
+        or not all(isinstance(task, dict) for task in tasks)
+    ):
         raise InputError(f"tasks: must be a list of at most {MOST_TASKS:,} objects")
     version = one.now
     name = _version_of(one)
@@ -113,22 +127,40 @@ async def predict(service: TheService, one: Named, sent: Json) -> Response:
     async def prediction(task: Json) -> tuple[Json, str]:
         found: Json = {"result": [], "score": 0.0, "model_version": name}
         try:
-            photo = Sent(["its photo"], images=[await service.photos.read(_address(task, interface))])
+            photo = Sent(
+                ["its photo"], images=[await service.photos.read(_address(task, interface))]
+            )
             best: Json = (await service.classify(version, BEST, photo)).results[0]
         except InputError as error:
             return found, str(error)
         if not best.get("no_match") and best["label"] in interface.choices:
-            names = {"from_name": interface.from_name, "to_name": interface.to_name, "type": "choices"}
-            found |= {"result": [names | {"value": {"choices": [best["label"]]}}], "score": best["probability"]}
+            names = {
+                "from_name": interface.from_name,
+                "to_name": interface.to_name,
+                "type": "choices",
+            }
+            found |= {
+                "result": [names | {"value": {"choices": [best["label"]]}}],
+                "score": best["probability"],
+            }
         return found, ""
 
     made: list[tuple[Json, str]] = []
     for start in range(0, len(tasks), AT_ONCE):
         made += await asyncio.gather(*map(prediction, tasks[start : start + AT_ONCE]))
     pairs = zip(tasks, made, strict=True)
-    skipped = [{"input": show(f"task {task.get('id')}"), "reason": reason} for task, (_, reason) in pairs if reason]
+    skipped = [
+        {"input": show(f"task {task.get('id')}"), "reason": reason}
+        for task, (_, reason) in pairs
+        if reason
+    ]
     if skipped:
-        log.warning("%s: %s without a prediction: %s", one.name, counted(len(skipped), "task"), skipped[0]["reason"])
+        log.warning(
+            "%s: %s without a prediction: %s",
+            one.name,
+            counted(len(skipped), "task"),
+            skipped[0]["reason"],
+        )
     return json_of({"results": [found for found, _ in made], "skipped": skipped})
 
 
@@ -141,13 +173,22 @@ async def webhook(service: TheService, one: Named, sent: Json) -> Response:
     give_time()
     names = _named(sent)
     key_ids = list[int]()
-    async with service.annotating:  # the next event about an annotation may arrive before this one is done
+    async with (
+        service.annotating
+    ):  # the next event about an annotation may arrive before this one is done
         reasons = await _learn(service, one, names, sent, key_ids) if names else [NOT_LEARNT]
     what = f"annotation {few(names)}" if names else show(str(sent.get("action")))
     if names and reasons:  # Label Studio does not show the answer
         log.warning("%s: %s: %s", one.name, what, reasons[0])
     skipped = [{"input": what, "reason": reason} for reason in reasons]
-    return json_of({"index": one.name, "version": one.now.manifest.version, "key_ids": key_ids, "skipped": skipped})
+    return json_of(
+        {
+            "index": one.name,
+            "version": one.now.manifest.version,
+            "key_ids": key_ids,
+            "skipped": skipped,
+        }
+    )
 
 
 def _named(sent: Json) -> list[str]:
@@ -167,11 +208,15 @@ def _named(sent: Json) -> list[str]:
             of = "of task "
         case _:
             return []
-    project, *numbers = (item.get("id") if isinstance(item, dict) else None for item in [sent.get("project"), *items])
+    project, *numbers = (
+        item.get("id") if isinstance(item, dict) else None for item in [sent.get("project"), *items]
+    )
     return [f"{of}{project}/{number}" for number in numbers if type(project) is type(number) is int]
 
 
-async def _learn(service: Service, one: Served, names: list[str], sent: Json, key_ids: list[int]) -> list[str]:
+async def _learn(
+    service: Service, one: Served, names: list[str], sent: Json, key_ids: list[int]
+) -> list[str]:
     """Note what an event says, and make the shots follow. Add the ids of changed keys, and return what is skipped."""
     said = list[Any]()
     until = "~"
@@ -184,7 +229,9 @@ async def _learn(service: Service, one: Served, names: list[str], sent: Json, ke
         chosen = set[str]()
         try:
             interface = interface_of(sent["project"]["label_config"])
-            chosen = set(map(class_name, choices_of({"annotations": [annotation]}, interface.from_name)))
+            chosen = set(
+                map(class_name, choices_of({"annotations": [annotation]}, interface.from_name))
+            )
             if chosen:
                 address = _address(task, interface)
                 digest = hashlib.sha256(await service.photos.read(address)).hexdigest()
@@ -196,7 +243,9 @@ async def _learn(service: Service, one: Served, names: list[str], sent: Json, ke
         of = show(f"of task {sent['project']['id']}/{task.get('id')}")
         said = [(names[0], of, until, digest, json.dumps(address), json.dumps([*chosen]))]
     path = database(one.place, service.uploads)
-    for due in await service.find(note, path, [(name, until) for name in names], said, one.now.index):
+    for due in await service.find(
+        note, path, [(name, until) for name in names], said, one.now.index
+    ):
         reasons += await _follow(service, one, due, key_ids)
     await service.find(done, path)
     return reasons
@@ -208,7 +257,9 @@ async def _follow(service: Service, one: Served, due: Any, key_ids: list[int]) -
     A key that no annotation made was in the index before, and stays as it is.
     """
     digest, choices, annotation, address = due
-    while True:  # until there is nothing to change, because others may change the index after each look
+    while (
+        True
+    ):  # until there is nothing to change, because others may change the index after each look
         await service.find(one.follow)
         index = one.now.index
         rows = (await service.find(index.having, "digest", [digest])).to_pylist()
@@ -217,14 +268,22 @@ async def _follow(service: Service, one: Served, due: Any, key_ids: list[int]) -
         several = len(labels) > 1 and bool(labels - before)
         wanted = "" if several else "".join(labels - before)
         if wrong := [row["key_id"] for row in rows if row.get(COLUMN) and row["label"] != wanted]:
-            change = partial(changes.relabel, label=wanted) if wanted in index.class_names else changes.remove
+            change = (
+                partial(changes.relabel, label=wanted)
+                if wanted in index.class_names
+                else changes.remove
+            )
             key_ids += (await service.changed(one, change, key_ids=wrong)).key_ids
         elif wanted and not rows:
             try:
                 data = await service.photos.read(json.loads(address))
                 if hashlib.sha256(data).hexdigest() != digest:
-                    raise InputError("another photo is now at its address, so it is no shot; update the annotation")
-                key_ids += (await service.add(one, Sent(["its photo"], [wanted], [data]), annotation))[0].key_ids
+                    raise InputError(
+                        "another photo is now at its address, so it is no shot; update the annotation"
+                    )
+                key_ids += (
+                    await service.add(one, Sent(["its photo"], [wanted], [data]), annotation)
+                )[0].key_ids
             except InputError as error:
                 return [str(error)]
         elif several:
@@ -261,6 +320,16 @@ async def labels(service: TheService, sent: Json, index: str | None = None) -> R
     for found in answers:
         if not found.get("no_match"):
             best[found["label"]] = max(best.get(found["label"], 0.0), found["probability"])
-    made = [{"name": name, "source": "image", "confidence": p, "topicality": p} for name, p in best.items()]
+    made = [
+        {"name": name, "source": "image", "confidence": p, "topicality": p}
+        for name, p in best.items()
+    ]
     model = {"type": "labels", "name": version.name, "version": str(version.manifest.version)}
-    return json_of({"id": show(str(sent.get("id", ""))), "code": 200, "model": model, "result": {"labels": made}})
+    return json_of(
+        {
+            "id": show(str(sent.get("id", ""))),
+            "code": 200,
+            "model": model,
+            "result": {"labels": made},
+        }
+    )

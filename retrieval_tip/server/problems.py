@@ -31,7 +31,12 @@ def answer(problem: HTTPException) -> Response:
     """Convert a problem into a response."""
     status = problem.status_code
     detail = one_line(problem.detail)
-    body = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status, "detail": detail}
+    body = {
+        "type": "about:blank",
+        "title": HTTPStatus(status).phrase,
+        "status": status,
+        "detail": detail,
+    }
     return Response(orjson.dumps(body), status, problem.headers, MEDIA)
 
 
@@ -39,7 +44,11 @@ def _problem(error: Exception) -> HTTPException:
     if isinstance(error, HTTPException):
         return error
     if isinstance(error, RequestValidationError):
-        return Problem(422, "; ".join(map(_line, error.errors()[:NAMED])) or "the request does not match /openapi.json")
+        return Problem(
+            422,
+            "; ".join(map(_line, error.errors()[:NAMED]))
+            or "the request does not match /openapi.json",
+        )
     if isinstance(error, InputError | UsageError):
         return Problem(422, str(error))
     if isinstance(error, RetrievalTipError):  # the index cannot be read or written at the moment

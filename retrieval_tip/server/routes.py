@@ -41,7 +41,9 @@ SUSPICIOUS = 1000
 COMPARED, LISTED = 50_000, 24
 """Maximum number of keys of two versions that are compared, and of photos of each kind to list then."""
 PICTURE: dict[int | str, dict[str, object]] = {200: {"content": {"image/jpeg": {}}}}
-PICTURE_OR_BYTES: dict[int | str, dict[str, object]] = {200: {"content": {"image/jpeg": {}, FLOATS: {}}}}
+PICTURE_OR_BYTES: dict[int | str, dict[str, object]] = {
+    200: {"content": {"image/jpeg": {}, FLOATS: {}}}
+}
 
 Norms = Annotated[settings.Norms, Query(description=schemas.NORMS)]
 Size = Annotated[int, Query(ge=16, le=1024, description="Length of the longer side, in pixels.")]
@@ -63,11 +65,15 @@ async def classify(
     sent = await read(request, service.limits, question.norms, version.index.d)
     ask = Ask(**question.model_dump(exclude={"index", "features", "norms"}))
     looks = not (question.features or question.without)
-    return json_of(await service.classify(version, ask, sent, features=question.features, looks=looks))
+    return json_of(
+        await service.classify(version, ask, sent, features=question.features, looks=looks)
+    )
 
 
 @reads.post("/indexes/{name}/groups", openapi_extra=schemas.GROUP)
-async def groups(request: Request, service: TheService, version: Now, norms: Norms = "check") -> list[list[int]]:
+async def groups(
+    request: Request, service: TheService, version: Now, norms: Norms = "check"
+) -> list[list[int]]:
     """Group similar features, for example of images without a match, so that each group can be named at once.
 
     Each group lists the positions of its features in the request. The largest group comes first.
@@ -75,7 +81,9 @@ async def groups(request: Request, service: TheService, version: Now, norms: Nor
     index, limits = version.index, service.limits
     features = (await read(request, replace(limits, rows=limits.grouped), norms, index.d)).features
     if features is None:
-        raise InputError("images: are not accepted here; send features, as /v1/classify?features=true returns them")
+        raise InputError(
+            "images: are not accepted here; send features, as /v1/classify?features=true returns them"
+        )
     found = await service.find(lambda: group(features, threshold_of(index), index.metric))
     return [rows.tolist() for rows in found]
 
@@ -86,7 +94,12 @@ async def health(service: TheService) -> dict[str, str | int]:
     return {"status": "ok", "version": __version__, "indexes": len(service.served)}
 
 
-@about.get("/metrics", dependencies=READS, response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+@about.get(
+    "/metrics",
+    dependencies=READS,
+    response_class=Response,
+    responses={200: {"content": {"text/plain": {}}}},
+)
 async def prometheus() -> Response:
     """Return metrics in the Prometheus text format."""
     return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
@@ -98,10 +111,16 @@ async def indexes(request: Request, response: Response, service: TheService) -> 
     changes = request.app.state.token is not None
     if token := request.app.state.private:
         secure = request.url.scheme == "https"
-        response.set_cookie(*cookie(token), path="/v1", secure=secure, httponly=True, samesite="strict")
-    makes = changes and (service.maker is not None or any(one.now.backbone for one in service.served.values()))
+        response.set_cookie(
+            *cookie(token), path="/v1", secure=secure, httponly=True, samesite="strict"
+        )
+    makes = changes and (
+        service.maker is not None or any(one.now.backbone for one in service.served.values())
+    )
     labels = request.app.state.labelling is not None
-    return schemas.Indexes(indexes=list(service.served), changes=changes, makes=makes, labels=labels)
+    return schemas.Indexes(
+        indexes=list(service.served), changes=changes, makes=makes, labels=labels
+    )
 
 
 @reads.get("/indexes/{name}", response_model=Row)
@@ -111,11 +130,15 @@ async def index(request: Request, version: Now) -> Response:
     fitted = version.index.fitted
     own = "one-hot" if index.values is None else "trained"
     more = {
-        "name": version.name, "counts": list(index.counts), "changes": request.app.state.token is not None,
-        "backbone": str(index.backbone) if index.backbone else None, "images": version.backbone is not None,
-        "text": index.has_text, "values": fitted.values if fitted else own,
+        "name": version.name,
+        "counts": list(index.counts),
+        "changes": request.app.state.token is not None,
+        "backbone": str(index.backbone) if index.backbone else None,
+        "images": version.backbone is not None,
+        "text": index.has_text,
+        "values": fitted.values if fitted else own,
         "levels": list(index.groups.levels) if index.groups else [],
-    }  # fmt: skip
+    }
     return json_of(version.manifest.described() | more)
 
 
@@ -123,9 +146,16 @@ async def index(request: Request, version: Now) -> Response:
 async def keys(
     service: TheService,
     version: Now,
-    label: Annotated[list[str], Query(default_factory=list, description="Class to list. Can be repeated.")],
-    key_id: Annotated[list[schemas.KeyId], Query(default_factory=list, description="Key to list. Can be repeated.")],
-    source: Annotated[str | None, Query(description="Text in the sources to list, in any case.")] = None,
+    label: Annotated[
+        list[str], Query(default_factory=list, description="Class to list. Can be repeated.")
+    ],
+    key_id: Annotated[
+        list[schemas.KeyId],
+        Query(default_factory=list, description="Key to list. Can be repeated."),
+    ],
+    source: Annotated[
+        str | None, Query(description="Text in the sources to list, in any case.")
+    ] = None,
     offset: Annotated[int, Query(ge=0, le=10**9)] = 0,
     limit: Annotated[int, Query(ge=1, le=10_000)] = 50,
 ) -> Response:
@@ -135,7 +165,9 @@ async def keys(
     return json_of({"total": len(found), "keys": page})
 
 
-def _pictured(service: Service, one: Version | Served, keys: pa.Table, past: str = "") -> Iterator[dict[str, Any]]:
+def _pictured(
+    service: Service, one: Version | Served, keys: pa.Table, past: str = ""
+) -> Iterator[dict[str, Any]]:
     address = f"/v1/indexes/{quote(one.name, safe='')}/keys"
     for row in keys.to_pylist():
         has_image = service.image_of(row["source"]) is not None
@@ -148,7 +180,9 @@ async def image(
     one: Named,
     key_id: schemas.KeyId,
     size: Size = 160,
-    version: Annotated[schemas.VersionNumber | None, Query(description="Version that has the key.")] = None,
+    version: Annotated[
+        schemas.VersionNumber | None, Query(description="Version that has the key.")
+    ] = None,
 ) -> Response:
     """Return a thumbnail of a shot as a JPEG image."""
     if version is None:
@@ -162,14 +196,19 @@ async def image(
     if photo is None:
         raise Problem(404, f"key {key_id}: its source is not an image on this machine")
     name = (photo, row["digest"])
-    return jpeg(await service.thumbnail(name, partial(read_image, photo[0], row["digest"]), size), seconds=60)
+    return jpeg(
+        await service.thumbnail(name, partial(read_image, photo[0], row["digest"]), size),
+        seconds=60,
+    )
 
 
 @reads.get("/indexes/{name}/map", response_model=Row)
 async def map_of(
     service: TheService,
     version: Now,
-    method: Annotated[Method, Query(description="pca, or tsne if the server has scikit-learn.")] = "pca",
+    method: Annotated[
+        Method, Query(description="pca, or tsne if the server has scikit-learn.")
+    ] = "pca",
     limit: Annotated[int, Query(ge=1, le=100_000, description="Maximum number of keys.")] = 5000,
 ) -> Response:
     """Project the keys to two dimensions, by one of the ``methods``. ``total`` is the number of all keys.
@@ -180,7 +219,9 @@ async def map_of(
     index = version.index
     limit = min(limit, index.n, max(1, service.limits.mapped // index.d))
 
-    found = await service.once(version, ("map", method, limit), lambda: projected(index, method, limit))
+    found = await service.once(
+        version, ("map", method, limit), lambda: projected(index, method, limit)
+    )
     return json_of({"methods": methods(), "total": index.n} | vars(found))
 
 
@@ -198,7 +239,9 @@ async def audit(
         raise InputError(f"{many}; run {command_line('index', 'audit', index.place)}")
 
     call = partial(audited, index.in_memory(), borderline=borderline)
-    return json_of((await service.once(version, ("audit", borderline), call)).slice(0, limit).to_pylist())
+    return json_of(
+        (await service.once(version, ("audit", borderline), call)).slice(0, limit).to_pylist()
+    )
 
 
 @reads.get("/indexes/{name}/accuracy")
@@ -225,7 +268,9 @@ async def past(
     service: TheService,
     one: Named,
     version: schemas.VersionNumber,
-    since: Annotated[schemas.VersionNumber | None, Query(description="Version to compare with.")] = None,
+    since: Annotated[
+        schemas.VersionNumber | None, Query(description="Version to compare with.")
+    ] = None,
 ) -> list[Row]:
     """Tell how the photos of a version differ from those of the version ``since``, or else from no photos.
 
@@ -236,9 +281,15 @@ async def past(
     def call() -> list[Row]:
         after = _labels_at(one, version)
         before = after.slice(0, 0) if since is None else _labels_at(one, since)
-        kinds: dict[str, dict[int, tuple[str | None, str | None]]] = {"added": {}, "moved": {}, "removed": {}}
+        kinds: dict[str, dict[int, tuple[str | None, str | None]]] = {
+            "added": {},
+            "moved": {},
+            "removed": {},
+        }
         for key_id, (old, new) in edits_between(before, after).items():
-            kinds["added" if old is None else "moved" if new else "removed"][key_id] = (old, new) if new else (new, old)
+            kinds["added" if old is None else "moved" if new else "removed"][key_id] = (
+                (old, new) if new else (new, old)
+            )
         found: list[Row] = []
         for what, edits in kinds.items():
             if edits:
@@ -257,7 +308,9 @@ def _labels_at(one: Served, version: int) -> pa.Table:
     try:
         manifest = one.place.manifest(version)
         if manifest.n > COMPARED:
-            raise InputError(f"version {version} has {manifest.n:,} photos, but at most {COMPARED:,} can be compared")
+            raise InputError(
+                f"version {version} has {manifest.n:,} photos, but at most {COMPARED:,} can be compared"
+            )
         return one.place.read_labels(manifest)
     except StoreError as error:
         raise Problem(404, str(error)) from None
@@ -268,7 +321,9 @@ async def exemplars(service: TheService, version: Now) -> Response:
     """Return a typical shot of each class, which is the one that is closest to the mean of its class."""
 
     def call() -> list[Row]:
-        return list(_pictured(service, version, version.index.find(key_ids=typical_keys(version.index))))
+        return list(
+            _pictured(service, version, version.index.find(key_ids=typical_keys(version.index)))
+        )
 
     return json_of(await service.once(version, "exemplars", call))
 
@@ -311,16 +366,28 @@ async def label_answers(service: TheService, labelling: TheLabelling) -> Respons
         read = [one for one in shown if one in photos.encoded]
         pool = Pool([photos.name(one) for one in read], photos.rows(read), [])
         if index.n <= service.limits.estimated:
-            answers, _ = await service.once(version, ("smoothed", len(read)), partial(pool.smoothed, index, ASK))
+            answers, _ = await service.once(
+                version, ("smoothed", len(read)), partial(pool.smoothed, index, ASK)
+            )
         else:  # holding out photos would take too long
-            answers = await service.find(partial(index.classify, pool.features, "keep", **vars(ASK)))
+            answers = await service.find(
+                partial(index.classify, pool.features, "keep", **vars(ASK))
+            )
         found = dict(zip(read, guesses(answers), strict=True))
         no_match = [photo for photo in rows if found[photo]["no_match"]][: service.limits.grouped]
         if len(no_match) > 1:
-            alike = await service.find(group, photos.rows(no_match), threshold_of(index), index.metric)
+            alike = await service.find(
+                group, photos.rows(no_match), threshold_of(index), index.metric
+            )
             groups = [[no_match[row] for row in own] for own in alike]
-    found |= {photo: {"label": label.label, "guesses": [], "no_match": False} for photo, label in labels.items()}
-    listed = [{"photo": photo, "name": photos.name(photo), "label": None} | found[photo] for photo in shown]
+    found |= {
+        photo: {"label": label.label, "guesses": [], "no_match": False}
+        for photo, label in labels.items()
+    }
+    listed = [
+        {"photo": photo, "name": photos.name(photo), "label": None} | found[photo]
+        for photo in shown
+    ]
     return json_of({"photos": listed, "groups": groups})
 
 
@@ -348,7 +415,9 @@ async def label_photo(
 
 def jpeg(data: bytes, seconds: int) -> Response:
     """Return an image, which the browser may keep for some seconds."""
-    return Response(data, headers={"cache-control": f"private, max-age={seconds}"}, media_type="image/jpeg")
+    return Response(
+        data, headers={"cache-control": f"private, max-age={seconds}"}, media_type="image/jpeg"
+    )
 
 
 def json_of(answer: object) -> Response:

@@ -38,12 +38,16 @@ LOOPBACK = frozenset({"localhost", "127.0.0.1", "[::1]"})
 def listen(host: str, port: int) -> socket.socket:
     """Return a listening socket. Raises UsageError if the address is invalid or the port is in use."""
     try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        family, _, _, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
         return socket.create_server(address[:2], family=family, backlog=BACKLOG)
     except (OSError, OverflowError, UnicodeError) as error:
         number = error.errno if isinstance(error, OSError) else None
         reason = os.strerror(number) if number and number > 0 else str(error)
-        raise UsageError(f"--host {host} --port {port}: {reason}; choose another address or port") from None
+        raise UsageError(
+            f"--host {host} --port {port}: {reason}; choose another address or port"
+        ) from None
 
 
 def is_local(listening: socket.socket) -> bool:
@@ -66,7 +70,10 @@ class LastServer:
     """
 
     def __init__(self, command: str, places: Iterable[Path | str]) -> None:
-        names = [command, *(str(real(place) if isinstance(place, Path) else place) for place in places)]
+        names = [
+            command,
+            *(str(real(place) if isinstance(place, Path) else place) for place in places),
+        ]
         name = hashlib.sha256(repr(names).encode()).hexdigest()
         self.file = (cache_folder() or Path(os.devnull)) / "servers" / name
         self.port = 0
@@ -110,7 +117,9 @@ class Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Start the timer for the first request."""
         super().connection_made(transport)
-        self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+        self.timeout_keep_alive_task = self.loop.call_later(
+            self.timeout_keep_alive, self.timeout_keep_alive_handler
+        )
 
     def data_received(self, data: bytes) -> None:
         """Handle data, and stop the timer only if a request is being answered."""
@@ -131,22 +140,41 @@ def configured(app: FastAPI, proxies: Sequence[str] = ()) -> uvicorn.Config:
     ``proxies`` are the addresses and networks of trusted proxies, which forward the addresses of their clients.
     """
     return uvicorn.Config(
-        app, http=Connection, h11_max_incomplete_event_size=HEAD_BYTES, limit_concurrency=CONNECTIONS,
-        timeout_keep_alive=IDLE_SECONDS, timeout_graceful_shutdown=int(Limits.seconds) + 1, ws="none", lifespan="on",
-        log_config=None, access_log=False, server_header=False, proxy_headers=bool(proxies),
+        app,
+        http=Connection,
+        h11_max_incomplete_event_size=HEAD_BYTES,
+        limit_concurrency=CONNECTIONS,
+        timeout_keep_alive=IDLE_SECONDS,
+        timeout_graceful_shutdown=int(Limits.seconds) + 1,
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=bool(proxies),
         forwarded_allow_ips=list(proxies),
-    )  # fmt: skip
+    )
 
 
 def serve(app: FastAPI, listening: socket.socket, proxies: Sequence[str] = ()) -> None:
     """Serve requests until SIGINT or SIGTERM is received. See :func:`configured`."""
-    for name in ("uvicorn", "python_multipart"):  # malformed requests are reported to the client, not logged
+    for name in (
+        "uvicorn",
+        "python_multipart",
+    ):  # malformed requests are reported to the client, not logged
         logging.getLogger(name).setLevel(logging.ERROR)
     # uvicorn rejects a malformed request twice. The second time raises an error, which ends the connection anyway.
-    logging.getLogger("asyncio").addFilter(lambda record: LocalProtocolError not in (record.exc_info or ()))
+    logging.getLogger("asyncio").addFilter(
+        lambda record: LocalProtocolError not in (record.exc_info or ())
+    )
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (FILES if soft == resource.RLIM_INFINITY else min(soft, FILES), hard))
-    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
+    resource.setrlimit(
+        resource.RLIMIT_NOFILE,
+        (FILES if soft == resource.RLIM_INFINITY else min(soft, FILES), hard),
+    )
+    before = {
+        number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         uvicorn.Server(configured(app, proxies)).run([listening])  # finally sends the signal again
     finally:

@@ -30,7 +30,9 @@ def index_name(value: str) -> str:
     """Return a name for an index and its folder. Raises InputError if the name is not valid."""
     name = value.strip()
     if not NAME.fullmatch(name):
-        expected = "1 to 64 letters, digits, spaces, dots, hyphens or underscores, starting with a letter"
+        expected = (
+            "1 to 64 letters, digits, spaces, dots, hyphens or underscores, starting with a letter"
+        )
         raise InputError(f"{name[:64]!r} is not valid; use {expected}")
     if photos.is_reserved(name):  # deleting this index would delete the photos of another
         raise InputError(f"{name!r} ends like a folder of photos; choose another name")
@@ -52,7 +54,10 @@ VersionNumber = Annotated[int, Field(ge=1, le=2**31)]
 PhotoNumber = Annotated[int, Field(ge=0, le=2**31)]
 Number = Annotated[int, Field(ge=1, lt=10**9)]
 NORMS = "How to treat the norms of features: check that they are 1, scale them to 1 (unit), or keep any norm."
-Override = Annotated[float | None, Field(ge=0, allow_inf_nan=False, description="Overrides the setting of the index.")]
+Override = Annotated[
+    float | None,
+    Field(ge=0, allow_inf_nan=False, description="Overrides the setting of the index."),
+]
 
 
 class ClassifyOptions(BaseModel):
@@ -165,7 +170,9 @@ class Shots(Images):
 class NewIndex(Images):
     """Images, the class of each image in the same order, and the name of the new index and its folder."""
 
-    name: Annotated[list[Annotated[Text, AfterValidator(index_name)]], Field(min_length=1, max_length=1)]
+    name: Annotated[
+        list[Annotated[Text, AfterValidator(index_name)]], Field(min_length=1, max_length=1)
+    ]
     label: list[ClassName]
 
 
@@ -175,7 +182,9 @@ Numbers = Annotated[list[Annotated[float, Field(allow_inf_nan=False)]], FailFast
 class Features(BaseModel, extra="forbid", strict=True):
     """Features of norm 1, as one list per input, and the names of the inputs."""
 
-    model_config = ConfigDict(json_schema_extra={"example": {"features": [[0.6, 0.8]], "inputs": ["camera-3/0001"]}})
+    model_config = ConfigDict(
+        json_schema_extra={"example": {"features": [[0.6, 0.8]], "inputs": ["camera-3/0001"]}}
+    )
     features: Annotated[list[Numbers], Field(min_length=1), FailFast()]
     inputs: list[Text] | None = None
 
@@ -183,13 +192,18 @@ class Features(BaseModel, extra="forbid", strict=True):
 class LabelledFeatures(Features):
     """Features of norm 1, as one list per shot, their labels, and the names of the shots."""
 
-    model_config = ConfigDict(json_schema_extra={"example": {"features": [[0.6, 0.8]], "labels": ["cat"]}})
+    model_config = ConfigDict(
+        json_schema_extra={"example": {"features": [[0.6, 0.8]], "labels": ["cat"]}}
+    )
     labels: list[ClassName]
 
 
 def _body(*kinds: type[BaseModel], floats: bool = False) -> Row:
     """Describe a request body, which can be a form, JSON or binary."""
-    content = {FORM if issubclass(kind, Images) else JSON: {"schema": kind.model_json_schema()} for kind in kinds}
+    content = {
+        FORM if issubclass(kind, Images) else JSON: {"schema": kind.model_json_schema()}
+        for kind in kinds
+    }
     if floats:
         text = "Features as little-endian float32, row by row."
         content[FLOATS] = {"schema": {"type": "string", "format": "binary", "description": text}}
@@ -219,16 +233,28 @@ class ProblemAnswer(BaseModel):
     detail: str
 
 
-PROBLEM = {"description": "Problem (RFC 9457)", "content": {MEDIA: {"schema": ProblemAnswer.model_json_schema()}}}
+PROBLEM = {
+    "description": "Problem (RFC 9457)",
+    "content": {MEDIA: {"schema": ProblemAnswer.model_json_schema()}},
+}
 """Description of every response that is not described otherwise."""
 
 
 def _schema_of(kind: pa.DataType) -> Row:
     if pa.types.is_struct(kind):
-        return {"type": "object", "properties": {field.name: _schema_of(field.type) for field in kind}}
+        return {
+            "type": "object",
+            "properties": {field.name: _schema_of(field.type) for field in kind},
+        }
     if pa.types.is_list(kind):
         return _list_of(_schema_of(kind.value_type))
-    number = "integer" if pa.types.is_integer(kind) else "number" if pa.types.is_floating(kind) else "string"
+    number = (
+        "integer"
+        if pa.types.is_integer(kind)
+        else "number"
+        if pa.types.is_floating(kind)
+        else "string"
+    )
     return {"type": "boolean" if pa.types.is_boolean(kind) else number}
 
 
@@ -241,7 +267,12 @@ def _row(columns: Iterable[pa.Field], **more: Row) -> WithJsonSchema:
 
 HISTORY = ("version", "parent", "created_at", "change", "keys", "classes", "current")
 """Columns of :data:`VERSIONS_SCHEMA` that responses contain."""
-Key = Annotated[Row, _row(LABEL_SCHEMA, image={"type": ["string", "null"], "description": "Address of the thumbnail."})]
+Key = Annotated[
+    Row,
+    _row(
+        LABEL_SCHEMA, image={"type": ["string", "null"], "description": "Address of the thumbnail."}
+    ),
+]
 PastVersion = Annotated[Row, _row(VERSIONS_SCHEMA.field(name) for name in HISTORY)]
 Result = Annotated[
     Row,
@@ -251,7 +282,10 @@ Result = Annotated[
         shot_logits=_NUMBERS | {"description": "What the shots add to the logit of each label."},
         feature=_NUMBERS | {"description": "The feature, if features is true."},
         similar=_list_of(
-            {"type": "object", "properties": {"key_id": {"type": "integer"}, "affinity": {"type": "number"}}},
+            {
+                "type": "object",
+                "properties": {"key_id": {"type": "integer"}, "affinity": {"type": "number"}},
+            },
             description="The most similar shots, most similar first, if features is true.",
         ),
     ),

@@ -72,12 +72,19 @@ class Version:
         c = len(self.index.class_names)
         neighbours = NEIGHBOUR_CELLS * min(ask.neighbours, index.n)
         number = 0 if ask.k is None or ask.k == "all" else min(ask.k, index.n)
-        return 4 * min(ask.top, c) + neighbours + c * (ask.logits + (ask.coverage is not None)) + number
+        return (
+            4 * min(ask.top, c)
+            + neighbours
+            + c * (ask.logits + (ask.coverage is not None))
+            + number
+        )
 
     def at_once(self, ask: Ask) -> int:
         """Return the number of queries that can be answered at once within the memory limits."""
         number = min(ask.settings(self.index.settings).k or 0, self.index.n)
-        return max(1, min(VALUES // max(self.cells(ask), number), LOGITS // len(self.index.class_names)))
+        return max(
+            1, min(VALUES // max(self.cells(ask), number), LOGITS // len(self.index.class_names))
+        )
 
     def recognised(self, block: FeatureBlock, images: Sequence[bytes]) -> FeatureBlock:
         """Return queries with the key ids of those whose images are shots."""
@@ -100,8 +107,13 @@ class Version:
     def located(self, features: FloatArray) -> list[Row]:
         """Return each feature with the shots that are most similar to it, most similar first."""
         near = self.index.similar(features, SIMILAR, norms="keep")
-        similar = ([{"key_id": shot.key_id, "affinity": shot.affinity} for shot in own] for own in near)
-        return [{"feature": feature, "similar": own} for feature, own in zip(features, similar, strict=True)]
+        similar = (
+            [{"key_id": shot.key_id, "affinity": shot.affinity} for shot in own] for own in near
+        )
+        return [
+            {"feature": feature, "similar": own}
+            for feature, own in zip(features, similar, strict=True)
+        ]
 
 
 class Backbones:
@@ -111,7 +123,9 @@ class Backbones:
     indexes.
     """
 
-    def __init__(self, device: str, precision: Precision, verify: Verify | None, *known: Backbone) -> None:
+    def __init__(
+        self, device: str, precision: Precision, verify: Verify | None, *known: Backbone
+    ) -> None:
         self.device = device
         self.precision = precision
         self.verify = verify
@@ -131,14 +145,18 @@ class Backbones:
             backbone = self.load(spelled(identity.model, identity.pretrained))
             check_backbone(identity, index.d, backbone, [])
         except (BackboneError, UsageError) as error:
-            log.warning("%s: cannot load the encoder, so only features are accepted: %s", name, error)
+            log.warning(
+                "%s: cannot load the encoder, so only features are accepted: %s", name, error
+            )
             return None
         return backbone
 
     def load(self, model: str | None) -> Backbone:
         """Load a backbone, which is then open. Raises the errors of :func:`loading.load_backbone`."""
         backbone = load_backbone(model, device=self.device, precision=self.precision)
-        backbone.encode_images(backbone.preprocess(Image.new("RGB", (8, 8)))[None])  # warms up the backbone
+        backbone.encode_images(
+            backbone.preprocess(Image.new("RGB", (8, 8)))[None]
+        )  # warms up the backbone
         self._open[backbone.identity.fingerprint] = backbone
         return backbone
 
@@ -146,7 +164,9 @@ class Backbones:
 class Served:
     """An index that is served under its ``name``. ``now`` is the version that is open."""
 
-    def __init__(self, folder: places.Place, backbones: Backbones, index: Index | None = None) -> None:
+    def __init__(
+        self, folder: places.Place, backbones: Backbones, index: Index | None = None
+    ) -> None:
         """Open an index, unless it was just built. Raises StoreError if the index cannot be opened."""
         self.folder = folder
         self.place = places.at(folder)
@@ -157,7 +177,9 @@ class Served:
         self._seen = None if index else self.place.stamp()
         self._looked_at = time.monotonic()
         self._retry_at = math.inf
-        self.now = self._opened(index or self.place.load(device=backbones.device, verify=backbones.verify))
+        self.now = self._opened(
+            index or self.place.load(device=backbones.device, verify=backbones.verify)
+        )
 
     @property
     def beside(self) -> Path | None:
@@ -169,7 +191,9 @@ class Served:
         manifest = index.manifest
         assert manifest is not None
         version = Version(self.name, index, manifest, self.backbones.of(index, self.name))
-        version.answer(Ask(), FeatureBlock.of(index.rows.some(1)[0].astype(np.float32)))  # warms up the index
+        version.answer(
+            Ask(), FeatureBlock.of(index.rows.some(1)[0].astype(np.float32))
+        )  # warms up the index
         metrics.VERSION.labels(self.name).set(manifest.version)
         metrics.KEYS.labels(self.name).set(index.n)
         return version
@@ -197,7 +221,12 @@ class Served:
                     metrics.RELOADS.labels(self.name, "taken").inc()
             except RetrievalTipError as error:
                 version = self.now.manifest.version
-                log.warning("%s: cannot open the new version; still serving version %s: %s", self.name, version, error)
+                log.warning(
+                    "%s: cannot open the new version; still serving version %s: %s",
+                    self.name,
+                    version,
+                    error,
+                )
                 metrics.RELOADS.labels(self.name, "failed").inc()
                 self._retry_at = time.monotonic() + RETRY_SECONDS
 
@@ -233,6 +262,8 @@ def open_all(folders: Sequence[places.Place], backbones: Backbones) -> dict[str,
     for folder in folders:
         one = Served(folder, backbones)
         if one.name in served:
-            raise UsageError(f"{folder}: another index is also named {one.name!r}; rename one of the folders")
+            raise UsageError(
+                f"{folder}: another index is also named {one.name!r}; rename one of the folders"
+            )
         served[one.name] = one
     return served

@@ -79,11 +79,15 @@ class Service:
             Turns(name, limits.queue / 8) for name in ("images", "large images", "features")
         ]
         self._pools: list[ThreadPoolExecutor] = []
-        self._decoding = {turns: self.pool("decode", threads) for turns in (self._images, self._large)}
+        self._decoding = {
+            turns: self.pool("decode", threads) for turns in (self._images, self._large)
+        }
         self._encode: Batches[Backbone, torch.Tensor, FloatArray] = Batches(
             "encode",
             self.pool("encode"),
-            lambda backbone, pixels: list(unit_of(backbone, backbone.encode_images(torch.stack(pixels)))),
+            lambda backbone, pixels: list(
+                unit_of(backbone, backbone.encode_images(torch.stack(pixels)))
+            ),
             most=lambda backbone: backbone.batch_size,
         )
         self._answer: Batches[tuple[Version, Ask], FloatArray, Row] = Batches(
@@ -96,7 +100,10 @@ class Service:
             self.pool, ("weigh", "find", "follow", "change")
         )
         self._drawn: Kept[Hashable, bytes] = Kept(
-            self.pool("draw", threads), most=KEPT_BYTES, room=AT_ONCE, size=lambda data: len(data) + OVERHEAD
+            self.pool("draw", threads),
+            most=KEPT_BYTES,
+            room=AT_ONCE,
+            size=lambda data: len(data) + OVERHEAD,
         )
         self._slow = self.pool("slow", 2)
         self._made: Kept[Hashable, Any] = Kept(self._slow, most=SLOW_KEPT, room=SLOW_AT_ONCE)
@@ -143,7 +150,9 @@ class Service:
         """Run a short query of an index. Queries do not wait for changes."""
         return await self.run(self._finding, call, *arguments)
 
-    async def changed(self, one: Served, call: Callable[..., Result], *arguments: Any, **options: Any) -> Result:
+    async def changed(
+        self, one: Served, call: Callable[..., Result], *arguments: Any, **options: Any
+    ) -> Result:
         """Run a change of an index, and open the new version. See :meth:`served.Served.change`."""
         return await self.change(partial(one.change, call, *arguments, **options))
 
@@ -172,10 +181,15 @@ class Service:
             if not self.served:
                 raise Problem(404, "no index is served yet; create one first")
             if len(self.served) > 1:
-                raise InputError(f"index: the name is missing; give one of {', '.join(self.served)}")
+                raise InputError(
+                    f"index: the name is missing; give one of {', '.join(self.served)}"
+                )
             return next(iter(self.served.values()))
         if name not in self.served:
-            raise Problem(404, f"index {name!r} not found; the served indexes are {', '.join(self.served) or 'none'}")
+            raise Problem(
+                404,
+                f"index {name!r} not found; the served indexes are {', '.join(self.served) or 'none'}",
+            )
         return self.served[name]
 
     async def classify(
@@ -185,12 +199,16 @@ class Service:
 
         With ``looks``, images that are shots of the index are classified without themselves, unless it is large.
         """
-        cells = version.cells(ask) + (version.index.d + 2 * min(SIMILAR, version.index.n) if features else 0)
+        cells = version.cells(ask) + (
+            version.index.d + 2 * min(SIMILAR, version.index.n) if features else 0
+        )
         rows = len(sent.names)
         if rows > 1 and rows * cells > self.limits.cells:
             size = f"{rows * cells:,} numbers (a neighbour counts as {NEIGHBOUR_CELLS}), above {self.limits.cells:,}"
             most = f"{self.limits.cells // cells or 1} at once, or reduce features, logits, neighbours, top or k"
-            raise InputError(f"{rows} inputs: the answers would contain {size}; send at most {most}")
+            raise InputError(
+                f"{rows} inputs: the answers would contain {size}; send at most {most}"
+            )
         skipped: list[Skipped] = []
         if sent.features is None:
             sent, skipped = await self.read(sent, backbone_of(version))
@@ -206,16 +224,24 @@ class Service:
                 results = await self.run(self._slow, version.answer, ask, block)
             else:
                 results = await self._answer((version, ask), queries)
-        located = await self.find(version.located, block.features) if features else [{}] * len(queries)
+        located = (
+            await self.find(version.located, block.features) if features else [{}] * len(queries)
+        )
         for name, result, more in zip(sent.names, results, located, strict=True):
             result |= {"input": name} | more
         metrics.CLASSIFIED.labels(version.name).inc(len(results))
         return schemas.Classified(
-            **ask.settings(version.index.settings).shown(), index=version.name, version=version.manifest.version,
-            results=results, warnings=[*version.index.cautions(ask)], skipped=skipped,
-        )  # fmt: skip
+            **ask.settings(version.index.settings).shown(),
+            index=version.name,
+            version=version.manifest.version,
+            results=results,
+            warnings=[*version.index.cautions(ask)],
+            skipped=skipped,
+        )
 
-    async def add(self, one: Served, sent: Sent, annotation: str | None = None) -> tuple[Changed, list[Skipped]]:
+    async def add(
+        self, one: Served, sent: Sent, annotation: str | None = None
+    ) -> tuple[Changed, list[Skipped]]:
         """Add images of one class, or features, as shots. Return what was added and the unreadable images."""
         give_time()
         skipped = list[Skipped]()
@@ -225,7 +251,9 @@ class Service:
             sent, skipped = await self.read(sent, backbone)
         return await self.changed(one, shots.add, backbone, sent, self.uploads, annotation), skipped
 
-    async def read(self, sent: Sent, backbone: Backbone, *, encode: bool = True) -> tuple[Sent, list[Skipped]]:
+    async def read(
+        self, sent: Sent, backbone: Backbone, *, encode: bool = True
+    ) -> tuple[Sent, list[Skipped]]:
         """Return the images that can be decoded, with their features unless ``encode`` is false, and the others."""
 
         async def found(data: bytes, area: int) -> FloatArray | torch.Tensor | InputError:
@@ -245,12 +273,18 @@ class Service:
         self._admit()
         made: list[Any] = await asyncio.gather(*map(found, sent.images, areas))
         good = [place for place, one in enumerate(made) if not isinstance(one, InputError)]
-        skipped = [Skipped(sent.names[place], str(one)) for place, one in enumerate(made) if place not in good]
+        skipped = [
+            Skipped(sent.names[place], str(one))
+            for place, one in enumerate(made)
+            if place not in good
+        ]
         if not good:
             more = f"; and {len(skipped) - NAMED} more" if skipped[NAMED:] else ""
             raise InputError("; ".join(map(str, skipped[:NAMED])) + more)
         kept = {name: [own[place] for place in good] for name, own in vars(sent).items() if own}
-        return Sent(**kept, features=np.stack([made[place] for place in good]) if encode else None), skipped
+        return Sent(
+            **kept, features=np.stack([made[place] for place in good]) if encode else None
+        ), skipped
 
     def _admit(self) -> None:
         """Raise Problem 429 if the waiting turns of the client fill more than a quarter of the queue."""
@@ -269,16 +303,22 @@ class Service:
         """Return the result of ``call``, run once per version. Raises Problem 202 after ``limits.patience``."""
         try:
             async with asyncio.timeout(self.limits.patience):
-                answer: T = await self._made((weakref.ref(version), what), call)  # does not keep the version alive
+                answer: T = await self._made(
+                    (weakref.ref(version), what), call
+                )  # does not keep the version alive
                 return answer
         except TimeoutError:
-            raise Problem(202, "the result is still being computed; try again in 5 s", {"Retry-After": "5"}) from None
+            raise Problem(
+                202, "the result is still being computed; try again in 5 s", {"Retry-After": "5"}
+            ) from None
 
     def image_of(self, source: str) -> tuple[Path, int, int] | None:
         """Return the path of the image file that the source of a shot names, its time and its size, if it exists."""
         path = self.root / source
         try:
-            if path.suffix.lower() in images.extensions() and stat.S_ISREG((found := path.stat()).st_mode):
+            if path.suffix.lower() in images.extensions() and stat.S_ISREG(
+                (found := path.stat()).st_mode
+            ):
                 return path, found.st_mtime_ns, found.st_size
         except (OSError, ValueError):  # the source is not a valid file name
             pass
@@ -290,7 +330,9 @@ class Service:
         Raises Problem 404 if the image cannot be read.
         """
         try:
-            return await self._drawn((name, size), lambda: images.thumbnail(read(), size, most=self.limits.pixels))
+            return await self._drawn(
+                (name, size), lambda: images.thumbnail(read(), size, most=self.limits.pixels)
+            )
         except (OSError, InputError) as error:
             raise Problem(404, f"the photo cannot be read: {error}") from None
 
@@ -306,5 +348,7 @@ def read_image(path: Path, digest: str | None) -> bytes:
 def backbone_of(version: Version) -> Backbone:
     """Return the encoder of a version. Raises InputError if this server does not have it."""
     if version.asked is None:
-        raise InputError(f"index {version.name!r} only accepts features: this server does not have its encoder")
+        raise InputError(
+            f"index {version.name!r} only accepts features: this server does not have its encoder"
+        )
     return version.asked

@@ -26,7 +26,13 @@ from retrieval_tip.server.uploads import Sent
 
 
 def add(
-    place: Place, backbone: Backbone | None, sent: Sent, uploads: Path | None, annotation: str | None, *, base: Index
+    place: Place,
+    backbone: Backbone | None,
+    sent: Sent,
+    uploads: Path | None,
+    annotation: str | None,
+    *,
+    base: Index,
 ) -> Changed:
     """Add encoded images of one class, or features, as shots. A single image may belong to an ``annotation``.
 
@@ -34,12 +40,16 @@ def add(
     """
     assert sent.features is not None
     if not sent.images:
-        source = of_features([f"api:{name}" for name in sent.names], sent.labels, sent.features, base.parts)
+        source = of_features(
+            [f"api:{name}" for name in sent.names], sent.labels, sent.features, base.parts
+        )
         return changes.add(place, source, Reader(backbone, norms="keep"), base=base)
     store = places.at(place)
     folder = uploads or photos.folder_of(store)
     if folder is None:
-        raise InputError(f"index {store.name!r} is in a bucket; to add images, start the server with --uploads FOLDER")
+        raise InputError(
+            f"index {store.name!r} is in a bucket; to add images, start the server with --uploads FOLDER"
+        )
     with _saved(f"shots of {sent.labels[0]}", folder, sent, backbone) as (source, reader, fresh):
         if annotation is not None:
             source = replace(source, items=source.items.append_column(COLUMN, [[annotation]]))
@@ -68,12 +78,16 @@ def _saved(
     labels = tuple(dict.fromkeys(sent.labels))
     features = sent.features
     fresh = list[Path]()
-    folders = [photos.class_folder(folder, label) for label in labels] + ([] if folder.exists() else [folder])
+    folders = [photos.class_folder(folder, label) for label in labels] + (
+        [] if folder.exists() else [folder]
+    )
     assert features is not None
     kept: dict[tuple[str, Path], int] = {}
     try:
         with photos.adding(folder):
-            for place, label in sorted(enumerate(sent.labels), key=lambda pair: labels.index(pair[1])):
+            for place, label in sorted(
+                enumerate(sent.labels), key=lambda pair: labels.index(pair[1])
+            ):
                 path = photos.file_of(folder, label, sent.images[place])
                 kept[label, path] = place  # keeps one entry even if the image was sent twice
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -82,9 +96,13 @@ def _saved(
                     with replacing(path) as temporary:
                         temporary.write_bytes(sent.images[place])
             rows = [*kept.values()]
-            digests: list[str | None] = [hashlib.sha256(sent.images[row]).hexdigest() for row in rows]
+            digests: list[str | None] = [
+                hashlib.sha256(sent.images[row]).hexdigest() for row in rows
+            ]
             block = replace(FeatureBlock.of(features[rows]), digests=digests)
-            source = of_images([str(path) for _, path in kept], name, [label for label, _ in kept], labels)
+            source = of_images(
+                [str(path) for _, path in kept], name, [label for label, _ in kept], labels
+            )
             yield source, Remembered(backbone, known=(block,)), fresh
     except BaseException as error:
         _remove(fresh)
@@ -92,7 +110,9 @@ def _saved(
             with suppress(OSError):
                 own.rmdir()
         if isinstance(error, OSError):
-            raise StoreError(f"{error.filename or folder}: cannot write: {error.strerror or error}") from error
+            raise StoreError(
+                f"{error.filename or folder}: cannot write: {error.strerror or error}"
+            ) from error
         raise
 
 

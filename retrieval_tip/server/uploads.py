@@ -56,7 +56,9 @@ F = TypeVar("F", bound=Images)
 T = TypeVar("T", bound=BaseModel)
 
 
-async def read(request: Request, limits: Limits, norms: Norms, d: int, *, labelled: bool = False) -> Sent:
+async def read(
+    request: Request, limits: Limits, norms: Norms, d: int, *, labelled: bool = False
+) -> Sent:
     """Read the images or features in a request to an index whose features have ``d`` values.
 
     The problems have status 400 if a form is malformed, 413 if the body is too large, 415 if its content type is not
@@ -79,7 +81,9 @@ async def read(request: Request, limits: Limits, norms: Norms, d: int, *, labell
         raise Problem(415, f"content type {kind!r}: send images as {FORM}, or features as {JSON}")
     rows = len(features)
     if rows > limits.rows:
-        raise Problem(413, f"features: {rows:,} rows given; send at most {limits.rows:,} rows at once")
+        raise Problem(
+            413, f"features: {rows:,} rows given; send at most {limits.rows:,} rows at once"
+        )
     if {*map(len, features)} != {d}:
         raise InputError(f"features: each must be a list of {d} numbers, which this index needs")
     if any(texts is not None and len(texts) != rows for texts in (names, labels)):
@@ -103,11 +107,18 @@ async def read_form(request: Request, limits: Limits, fields: type[F]) -> tuple[
         message = await request.receive()
         end = (end + message.get("body", b""))[-len(last) - 4 :]
         if message["type"] == "http.request" and not message.get("more_body") and last not in end:
-            raise Problem(400, f"content type {FORM}: the form ends before its last boundary; send the whole form")
+            raise Problem(
+                400,
+                f"content type {FORM}: the form ends before its last boundary; send the whole form",
+            )
         return message
 
     sent = defaultdict[str, list[str | UploadFile]](list)
-    most = {"max_files": limits.images, "max_fields": limits.images + 8, "max_part_size": LONGEST_FIELD}
+    most = {
+        "max_files": limits.images,
+        "max_fields": limits.images + 8,
+        "max_part_size": LONGEST_FIELD,
+    }
     async with Request(request.scope, receive).form(**most) as form:
         for field, value in form.multi_items():
             sent[field].append(value)
@@ -131,7 +142,9 @@ def _checked(check: Callable[[Any], T], sent: object) -> T:
 def _floats(body: bytes, d: int) -> FloatArray:
     rows, rest = divmod(len(body), 4 * d)
     if rest or not rows:
-        raise InputError(f"features: {len(body):,} bytes given; send {d} float32 numbers for each feature")
+        raise InputError(
+            f"features: {len(body):,} bytes given; send {d} float32 numbers for each feature"
+        )
     return np.frombuffer(body, "<f4").reshape(rows, d)
 
 
@@ -173,28 +186,54 @@ class Photos:
             if address.startswith("data:"):
                 return of_data_url(address)
             if address.startswith(LOCAL) and self._root is not None:
-                return await asyncio.to_thread(_file, below_document_root(address), self._root, self._most)
+                return await asyncio.to_thread(
+                    _file, below_document_root(address), self._root, self._most
+                )
             if self._key:
                 return await self._fetch(address)
-            raise InputError("needs serve --root FOLDER (a local file), or LABEL_STUDIO_URL and LABEL_STUDIO_API_KEY")
+            raise InputError(
+                "needs serve --root FOLDER (a local file), or LABEL_STUDIO_URL and LABEL_STUDIO_API_KEY"
+            )
         except InputError as error:
             raise InputError(f"{show(address[:80])}: {error}") from None
-        except (httpx2.HTTPError, httpx2.InvalidURL, LookupError, TimeoutError, TypeError, ValueError) as error:
-            raise InputError(f"{show(address[:80])}: cannot be fetched ({type(error).__name__})") from None
+        except (
+            httpx2.HTTPError,
+            httpx2.InvalidURL,
+            LookupError,
+            TimeoutError,
+            TypeError,
+            ValueError,
+        ) as error:
+            raise InputError(
+                f"{show(address[:80])}: cannot be fetched ({type(error).__name__})"
+            ) from None
 
     async def _fetch(self, address: str) -> bytes:
         own = self._url
         url = self._url.join(address)
         data = bytearray()
-        inside = url.path.startswith(f"{own.path}data/") and ".." not in url.path.split("/")  # also if it was encoded
+        inside = url.path.startswith(f"{own.path}data/") and ".." not in url.path.split(
+            "/"
+        )  # also if it was encoded
         if url.copy_with(raw_path=own.raw_path) != own or not inside:
-            raise InputError("is not an upload of LABEL_STUDIO_URL (/data/...), and nothing else is fetched")
+            raise InputError(
+                "is not an upload of LABEL_STUDIO_URL (/data/...), and nothing else is fetched"
+            )
         # Redirects are not followed, and neither a proxy nor a password of this machine is used.
-        async with asyncio.timeout(SECONDS), httpx2.AsyncClient(trust_env=False, timeout=SECONDS) as client:
+        async with (
+            asyncio.timeout(SECONDS),
+            httpx2.AsyncClient(trust_env=False, timeout=SECONDS) as client,
+        ):
             permission = f"Token {self._key}"
-            if self._key.count(".") == 2:  # a personal access token, which is exchanged for one that expires
-                exchanged = await client.post(own.join("api/token/refresh/"), json={"refresh": self._key})
-                permission = f"Bearer {exchanged.json()['access']}" if exchanged.status_code == 200 else ""
+            if (
+                self._key.count(".") == 2
+            ):  # a personal access token, which is exchanged for one that expires
+                exchanged = await client.post(
+                    own.join("api/token/refresh/"), json={"refresh": self._key}
+                )
+                permission = (
+                    f"Bearer {exchanged.json()['access']}" if exchanged.status_code == 200 else ""
+                )
             headers = {"authorization": permission, "accept-encoding": "identity"}
             async with client.stream("GET", url, headers=headers) as answer:
                 if answer.status_code != 200:

@@ -59,19 +59,29 @@ class Address:
         local = scheme == "lance"
         first = rest.partition("/")[0]
         if re.search(r"^[^/@]*:[^@]*@", rest) or ("@" in first and not local):
-            raise UsageError(f"{scheme}://...: remove the user and password; {set_credentials(scheme)}")
+            raise UsageError(
+                f"{scheme}://...: remove the user and password; {set_credentials(scheme)}"
+            )
         if ":" in first and not local:
-            raise UsageError(f"{scheme}://...: an address cannot name a server; set AWS_ENDPOINT_URL instead")
+            raise UsageError(
+                f"{scheme}://...: an address cannot name a server; set AWS_ENDPOINT_URL instead"
+            )
         rest, query, _ = rest.partition("?")
         shown = one_line(f"{scheme}://{rest}")
         if query:
-            raise UsageError(f"{shown}?...: remove the query from the address; set options in the environment")
+            raise UsageError(
+                f"{shown}?...: remove the query from the address; set options in the environment"
+            )
         if any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in rest):
-            raise UsageError(f"{shown}: the address contains control characters or invalid UTF-8; remove them")
+            raise UsageError(
+                f"{shown}: the address contains control characters or invalid UTF-8; remove them"
+            )
         if local:
             path = Path(re.sub(r"^/+", "/", rest)).as_posix()
             if not rest or Path(path).name in ("", ".."):
-                raise UsageError(f"{shown}: the address has no path; give lance://PATH, or lance:///PATH from the root")
+                raise UsageError(
+                    f"{shown}: the address has no path; give lance://PATH, or lance:///PATH from the root"
+                )
             return cls("lance", "", path)
         bucket, _, prefix = rest.partition("/")
         parts = [part for part in prefix.split("/") if part]
@@ -132,7 +142,9 @@ def storage_options(address: Address) -> dict[str, str]:
 def set_credentials(scheme: str) -> str:
     """Return a hint that tells the user how to provide credentials."""
     if scheme == "gs":
-        return "set GOOGLE_APPLICATION_CREDENTIALS to the file of a service account in the environment"
+        return (
+            "set GOOGLE_APPLICATION_CREDENTIALS to the file of a service account in the environment"
+        )
     return "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment"
 
 
@@ -140,9 +152,13 @@ def _endpoint(address: Address, variable: str) -> str:
     endpoint = os.environ[variable]
     place = one_line(str(address))
     if not re.fullmatch(r"https?://[^\s/@\[\]]+/*", endpoint):
-        raise StoreError(f"{place}: {variable} is not a server address; set it to https://HOST, without a user")
+        raise StoreError(
+            f"{place}: {variable} is not a server address; set it to https://HOST, without a user"
+        )
     if endpoint.startswith("http:") and not _allow_http():
-        raise StoreError(f"{place}: {variable} names a server without TLS; set AWS_ALLOW_HTTP=true to allow that")
+        raise StoreError(
+            f"{place}: {variable} names a server without TLS; set AWS_ALLOW_HTTP=true to allow that"
+        )
     return endpoint.rstrip("/")
 
 

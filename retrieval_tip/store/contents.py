@@ -48,18 +48,31 @@ def read(folder: Path, manifest: Manifest) -> dict[str, Any]:
     keys = read_array(folder, files["keys"], (n, d), (np.dtype(manifest.dtype),))
     labels = read_labels(folder, manifest)
     rows = {kind: file.rows for kind, file in files.items()}
-    shapes = {"text": (c, d), "values": (n, c), "metric": (rows.get("metric", 0), d), "points": (n, d),
-              "sums": (c + d, 1 + d), "prior": (d, d), "scores": (rows.get("scores", 0), 3)}  # fmt: skip
+    shapes = {
+        "text": (c, d),
+        "values": (n, c),
+        "metric": (rows.get("metric", 0), d),
+        "points": (n, d),
+        "sums": (c + d, 1 + d),
+        "prior": (d, d),
+        "scores": (rows.get("scores", 0), 3),
+    }
     contents: dict[str, Any] = {"keys": keys, "labels": labels}
     for kind, shape in shapes.items():
         if kind in files:
-            contents[kind] = read_array(folder, files[kind], shape, _DTYPES.get(kind, (np.float32,)))
+            contents[kind] = read_array(
+                folder, files[kind], shape, _DTYPES.get(kind, (np.float32,))
+            )
     if "metric" in contents:
         contents["metric"] = metric_of(contents["metric"])
     if "sums" in contents:
-        if not np.array_equal(contents["sums"][:c, 0], np.bincount(labels["class_id"].to_numpy(), minlength=c)):
+        if not np.array_equal(
+            contents["sums"][:c, 0], np.bincount(labels["class_id"].to_numpy(), minlength=c)
+        ):
             name = folder / files["sums"].name
-            raise StoreError(f"{name}: does not match the keys; restore an earlier version or build again")
+            raise StoreError(
+                f"{name}: does not match the keys; restore an earlier version or build again"
+            )
         contents["sums"] = Sums.of_array(contents["sums"], c)
     if "curve" in files:
         contents["curve"] = read_curve(folder, files["curve"])
@@ -75,9 +88,15 @@ def write(contents: Contents, writer: Writer, stored: Stored | None) -> None:
     same = set[str]() if stored is None else stored.same(contents, writer)
     writer.keep(*same)
     check = None
-    if stored is not None:  # files are mapped, so damage on the disk is copied, and must not get a valid digest
+    if (
+        stored is not None
+    ):  # files are mapped, so damage on the disk is copied, and must not get a valid digest
         known = {stored.manifest.files[kind] for kind in same}
-        known |= {file for file in stored.manifest.data_files if not (stored.store.folder / file.name).exists()}
+        known |= {
+            file
+            for file in stored.manifest.data_files
+            if not (stored.store.folder / file.name).exists()
+        }
         check = Check(stored.store.files, stored.manifest, known=known)
     writer.begin()
     with ThreadPoolExecutor(SEALED_AT_ONCE, thread_name_prefix="seal") as pool:
@@ -110,7 +129,10 @@ def array_of(held: KeyArray | torch.Tensor | tip.Metric | Sums) -> KeyArray:
 def metric_of(array: KeyArray) -> tip.Metric:
     """Convert a float32 array to a metric. Row 0 is the mean, the rest is the transform or, if shorter, its factor."""
     whole = torch.from_numpy(np.array(array))
-    mean, rest = whole[0].clone(), whole[1:].clone()  # a pickle of a view would have the whole array
+    mean, rest = (
+        whole[0].clone(),
+        whole[1:].clone(),
+    )  # a pickle of a view would have the whole array
     return tip.Metric(mean, rest) if len(rest) == len(mean) else tip.Metric(mean, factor=rest)
 
 
@@ -130,9 +152,17 @@ class Stored(Origin):
         """Return the kinds of ``contents`` that this version has a file of, if it is the parent of the next version."""
         parent = writer.parent
         files = self.manifest.files
-        if parent is None or parent.version != self.manifest.version or self.store.resolved != writer.store.resolved:
+        if (
+            parent is None
+            or parent.version != self.manifest.version
+            or self.store.resolved != writer.store.resolved
+        ):
             return set()
-        kinds = {kind for kind in contents.keys() & files.keys() if contents[kind] is self.contents.get(kind)}
+        kinds = {
+            kind
+            for kind in contents.keys() & files.keys()
+            if contents[kind] is self.contents.get(kind)
+        }
         if "index" in kinds and contents["index"].path != self.store.folder / files["index"].name:
             kinds.discard("index")
         return kinds

@@ -23,7 +23,15 @@ import numpy.typing as npt
 
 from retrieval_tip.arrays import KeyArray
 from retrieval_tip.errors import StoreError, UsageError, first_line, install, one_line
-from retrieval_tip.files import NotAFileError, lock, make_folders, open_regular, sha256_of, sync, temporary
+from retrieval_tip.files import (
+    NotAFileError,
+    lock,
+    make_folders,
+    open_regular,
+    sha256_of,
+    sync,
+    temporary,
+)
 from retrieval_tip.store.address import Address, set_credentials, storage_options
 from retrieval_tip.store.manifest import SUFFIXES, DataFile
 
@@ -45,7 +53,9 @@ OBJECT_BYTES = 1 << 34
 CLOCK = "clock"
 """Name of an empty object, which is written to ask a service for the time."""
 
-_first_process = functools.cache(os.getpid)  # runs the threads of obstore, which a forked process does not have
+_first_process = functools.cache(
+    os.getpid
+)  # runs the threads of obstore, which a forked process does not have
 FILE_NAME = re.compile(rf"({'|'.join(SUFFIXES)})-[0-9a-f]{{16}}\.(npy|parquet|faiss)")
 
 
@@ -69,7 +79,9 @@ class LocalFiles:
         path = self.folder / name
         shown = f"{self.place}/{name}"
         if not lies_in(self.folder, path):
-            raise StoreError(f"{shown}: is a link that leads out of the index; replace it with the file itself")
+            raise StoreError(
+                f"{shown}: is a link that leads out of the index; replace it with the file itself"
+            )
         try:
             with open_regular(path) as file:
                 raw = file.read(most + 1)
@@ -80,7 +92,9 @@ class LocalFiles:
         except OSError as error:
             raise StoreError(f"{shown}: cannot be read: {error.strerror}") from None
         if len(raw) > most:
-            raise StoreError(f"{shown}: damaged (more than {most:,} bytes); restore it, or build the index again")
+            raise StoreError(
+                f"{shown}: damaged (more than {most:,} bytes); restore it, or build the index again"
+            )
         return raw
 
     def put(self, name: str, *parts: bytes | memoryview) -> None:
@@ -172,7 +186,9 @@ class BucketFiles:
         try:
             import obstore  # noqa: F401 - only checks that obstore is installed
         except ImportError:
-            raise UsageError(f"{one_line(str(place))}: obstore is not installed; run {install('lance')}") from None
+            raise UsageError(
+                f"{one_line(str(place))}: obstore is not installed; run {install('lance')}"
+            ) from None
         self._client = self._connected()
 
     def get(self, name: str, most: int = OBJECT_BYTES) -> bytes:
@@ -183,7 +199,9 @@ class BucketFiles:
             if result.meta["size"] > most:
                 shown = one_line(f"{self.address}/{name}")
                 size = result.meta["size"]
-                raise StoreError(f"{shown}: has {size:,} bytes, but at most {most:,} are expected; is it another file?")
+                raise StoreError(
+                    f"{shown}: has {size:,} bytes, but at most {most:,} are expected; is it another file?"
+                )
             return bytes(result.bytes())
 
     def put(self, name: str, *parts: bytes | memoryview) -> None:
@@ -198,7 +216,13 @@ class BucketFiles:
             return False
         return True
 
-    def _put(self, name: str, data: bytes, mode: Literal["create", "overwrite"], *expected: type[Exception]) -> None:
+    def _put(
+        self,
+        name: str,
+        data: bytes,
+        mode: Literal["create", "overwrite"],
+        *expected: type[Exception],
+    ) -> None:
         import obstore
 
         client = self._client if len(data) <= PATIENT_BYTES else self._connected(PATIENT)
@@ -228,7 +252,9 @@ class BucketFiles:
 
         names = list(names)
         # In GCS, deletion stops at the first missing object. S3 ignores missing objects.
-        for part in [names] if names and self.address.scheme == "s3" else [[name] for name in names]:
+        for part in (
+            [names] if names and self.address.scheme == "s3" else [[name] for name in names]
+        ):
             with suppress(FileNotFoundError), self._asking(part[0], FileNotFoundError):
                 obstore.delete(self._client, part)
 
@@ -254,15 +280,20 @@ class BucketFiles:
             "connect_timeout": options["connect_timeout"],
             "read_timeout": timeout or options["read_timeout"],
             "timeout": "600s",
-            "allow_http": options["allow_http"] == "true",  # set here, because options override the environment
+            "allow_http": options["allow_http"]
+            == "true",  # set here, because options override the environment
         }
         retry: RetryConfig = {
             "max_retries": int(options["client_max_retries"]),
             "retry_timeout": timedelta(seconds=int(options["client_retry_timeout"])),
         }
-        config = cast("S3Config", {name: value for name, value in options.items() if name.startswith("aws_")})
+        config = cast(
+            "S3Config", {name: value for name, value in options.items() if name.startswith("aws_")}
+        )
         try:
-            return from_url(str(self.address), config=config, client_options=client, retry_config=retry)
+            return from_url(
+                str(self.address), config=config, client_options=client, retry_config=retry
+            )
         except (BaseError, ValueError, OSError) as error:  # for example, a damaged credentials file
             raise self._explained("", error) from None
 
@@ -290,22 +321,33 @@ class BucketFiles:
         account = set_credentials(scheme)
         if code == "NoSuchBucket":
             why = f"no such bucket; create {self.address.bucket}, or give another address"
-        elif re.search(r"^https?://[^/]+/(latest/(api/token|meta-data)|computeMetadata)\b", url) or (
-            not url and re.search(r"Missing ?(AccessKeyId|SecretAccessKey)|service account|credential", text, re.I)
+        elif re.search(
+            r"^https?://[^/]+/(latest/(api/token|meta-data)|computeMetadata)\b", url
+        ) or (
+            not url
+            and re.search(
+                r"Missing ?(AccessKeyId|SecretAccessKey)|service account|credential", text, re.I
+            )
         ):
             why = f"no credentials; {account}"
-        elif "Redirect" in code or code == "AuthorizationHeaderMalformed" or "redirect without LOCATION" in text:
+        elif (
+            "Redirect" in code
+            or code == "AuthorizationHeaderMalformed"
+            or "redirect without LOCATION" in text
+        ):
             why = "the bucket is in another region; set AWS_REGION to its own"
-        elif status in ("401", "403"):  # the client has an exception for this, but does not raise it when it lists
+        elif status in (
+            "401",
+            "403",
+        ):  # the client has an exception for this, but does not raise it when it lists
             why = f"access denied ({said}); {account}, for an account with access"
         elif status:
             why = f"the service answered {said}; try later, or ask its operator"
         elif url:
             silent = "kind: Timeout" in text or "TimedOut" in text
             why = "no answer from" if silent else "cannot connect to"
-            why += (
-                f" {urlsplit(url).netloc.rpartition('@')[2]}; is it the right server (AWS_ENDPOINT_URL), and running?"
-            )
+            host = urlsplit(url).netloc.rpartition("@")[2]
+            why += f" {host}; is it the right server (AWS_ENDPOINT_URL), and running?"
         else:
             line = text.partition("\n")[0].partition("<")[0].strip() or type(error).__name__
             why = re.sub(r"//[^/\s]*@", "//", line)[:200]
@@ -315,7 +357,9 @@ class BucketFiles:
 def check_process(address: Address) -> None:
     """Raise StoreError in a forked process."""
     if os.getpid() != _first_process():
-        raise StoreError(f"{one_line(str(address))}: this process was forked after using a store; use spawn")
+        raise StoreError(
+            f"{one_line(str(address))}: this process was forked after using a store; use spawn"
+        )
 
 
 def _found(pattern: str, text: str) -> str:
@@ -336,7 +380,10 @@ def lies_in(folder: Path, path: Path) -> bool:
 
 
 def read_array(
-    folder: Path, file: DataFile, shape: tuple[int, int], dtypes: Sequence[npt.DTypeLike] = (np.float32, np.float16)
+    folder: Path,
+    file: DataFile,
+    shape: tuple[int, int],
+    dtypes: Sequence[npt.DTypeLike] = (np.float32, np.float16),
 ) -> KeyArray:
     """Memory-map a ``.npy`` file in copy-on-write mode, so that torch can share the memory."""
     path = folder / file.name
@@ -345,7 +392,9 @@ def read_array(
     except Exception as error:  # a damaged header can make numpy raise any error
         raise StoreError(f"{path}: cannot be read ({first_line(error)})") from None
     if array.shape != shape or array.dtype not in dtypes:
-        raise StoreError(f"{path}: an array of {array.dtype} {array.shape} does not match {shape} in the manifest")
+        raise StoreError(
+            f"{path}: an array of {array.dtype} {array.shape} does not match {shape} in the manifest"
+        )
     return array
 
 
@@ -355,7 +404,9 @@ def check_name(folder: Path) -> None:
         str(folder).encode()
     except UnicodeEncodeError:
         shown = str(folder).encode("utf-8", "backslashreplace").decode()
-        raise StoreError(f"{shown}: the folder's name is not UTF-8, which FAISS needs; use another name") from None
+        raise StoreError(
+            f"{shown}: the folder's name is not UTF-8, which FAISS needs; use another name"
+        ) from None
 
 
 @contextmanager
@@ -377,9 +428,13 @@ def locked(folder: Path, place: object) -> Iterator[None]:
             held = lock(path, os.O_RDWR | os.O_CREAT, wait=LOCK_WAIT)
             break
         except OSError as error:
-            if not left or not isinstance(error, FileNotFoundError | FileExistsError):  # else it was just removed
+            if not left or not isinstance(
+                error, FileNotFoundError | FileExistsError
+            ):  # else it was just removed
                 reason = error.strerror or type(error).__name__
-                raise StoreError(one_line(f"{place}: cannot be written: {reason}; nothing was changed")) from None
+                raise StoreError(
+                    one_line(f"{place}: cannot be written: {reason}; nothing was changed")
+                ) from None
     if held is None:
         owner = _owner(path) or "another process"
         raise StoreError(one_line(f"{place}: is being written by {owner}; try later"))

@@ -62,9 +62,15 @@ def noun_of(backbone: object) -> str:
 
 def edits_between(before: pa.Table, after: pa.Table) -> LabelChanges:
     """Compare two label stores."""
-    columns = ([table[name].to_pylist() for name in ("key_id", "label")] for table in (before, after))
+    columns = (
+        [table[name].to_pylist() for name in ("key_id", "label")] for table in (before, after)
+    )
     old, new = (dict(zip(*own, strict=True)) for own in columns)
-    return {key_id: (old.get(key_id), new.get(key_id)) for key_id in old | new if old.get(key_id) != new.get(key_id)}
+    return {
+        key_id: (old.get(key_id), new.get(key_id))
+        for key_id in old | new
+        if old.get(key_id) != new.get(key_id)
+    }
 
 
 def in_words(pairs: Iterable[tuple[str | None, str | None]], backbone: object) -> str:
@@ -83,7 +89,8 @@ def in_words(pairs: Iterable[tuple[str | None, str | None]], backbone: object) -
     for prefix, found in (("", added), ("", moved), ("removed ", removed)):
         if found:
             names = [
-                f"{n:,} {name}" if len(found) > 1 or found is not moved else name for name, n in found.most_common()
+                f"{n:,} {name}" if len(found) > 1 or found is not moved else name
+                for name, n in found.most_common()
             ]
             said.append(f"{prefix}{counted(found.total(), noun_of(backbone))}: {few(names)}")
     return "; ".join(said)
@@ -109,7 +116,9 @@ def label_table(
         raise InputError(f"extra: column {own[0]!r} is reserved by the label store; rename it")
     ids = np.arange(n) if key_ids is None else key_ids
     if not isinstance(sources, pa.ChunkedArray):
-        sources = pa.array([f"key {i}" for i in ids] if sources is None else list(sources), pa.string())
+        sources = pa.array(
+            [f"key {i}" for i in ids] if sources is None else list(sources), pa.string()
+        )
     columns = {
         "key_id": pa.array(ids, pa.int64()),
         "class_id": pa.array(class_ids, pa.int32()),
@@ -156,7 +165,10 @@ def shots_after(added: pa.Table, ids: IntArray, following: npt.NDArray[np.int32]
 
 
 def rows_with(
-    table: pa.Table, labels: Sequence[str] = (), source: str | None = None, key_ids: Sequence[int] = ()
+    table: pa.Table,
+    labels: Sequence[str] = (),
+    source: str | None = None,
+    key_ids: Sequence[int] = (),
 ) -> pa.Table:
     """Select rows by label, by key id, and by text that occurs in the source, ignoring case.
 
@@ -213,13 +225,19 @@ def read_labels(folder: Path, manifest: Manifest) -> pa.Table:
     own = table.schema.names[: len(LABEL_SCHEMA)] == LABEL_SCHEMA.names and all(
         table.schema.field(i).type == LABEL_SCHEMA.field(i).type for i in range(len(LABEL_SCHEMA))
     )
-    if not own or len(table) != file.rows or any(table[name].null_count for name in ("key_id", "class_id", "label")):
+    if (
+        not own
+        or len(table) != file.rows
+        or any(table[name].null_count for name in ("key_id", "class_id", "label"))
+    ):
         raise StoreError(f"{path}: does not match the manifest's {file.rows} keys")
     ids = table["class_id"].to_numpy()
     if ids.min() < 0 or ids.max() >= len(manifest.class_names) or (ids[1:] < ids[:-1]).any():
         raise StoreError(f"{path}: class ids are out of range or not grouped by class")
     if pc.max(table["key_id"]).as_py() >= manifest.next_key_id:
-        raise StoreError(f"{folder}: the next_key_id of its manifest is in use; restore it, or build the index again")
+        raise StoreError(
+            f"{folder}: the next_key_id of its manifest is in use; restore it, or build the index again"
+        )
     return table
 
 

@@ -22,9 +22,21 @@ FORMAT = "retrieval-tip index"
 FORMAT_VERSION = 11
 """Version of the manifest format. No other version is read."""
 
-SUFFIXES = {"keys": ".npy", "index": ".faiss", "labels": ".parquet", "text": ".npy", "values": ".npy",
-            "curve": ".parquet", "metric": ".npy", "points": ".npy", "sums": ".npy",
-            "prior": ".npy", "scores": ".npy", "classes": ".parquet", "second": ".npy"}  # fmt: skip
+SUFFIXES = {
+    "keys": ".npy",
+    "index": ".faiss",
+    "labels": ".parquet",
+    "text": ".npy",
+    "values": ".npy",
+    "curve": ".parquet",
+    "metric": ".npy",
+    "points": ".npy",
+    "sums": ".npy",
+    "prior": ".npy",
+    "scores": ".npy",
+    "classes": ".parquet",
+    "second": ".npy",
+}
 """Kinds of data files. :meth:`Manifest.expected` says which of them a version has.
 
 - ``text`` are the text weights, of shape ``[c, d]``. ``index`` is a FAISS index over the keys, the points or the class
@@ -117,7 +129,9 @@ class Manifest:
     @property
     def identity(self) -> Identity | None:
         """The backbone that made the features, or several joined ones, if they are known."""
-        return identity_of(self.parts) or (Identity.from_dict(self.backbone) if self.backbone else None)
+        return identity_of(self.parts) or (
+            Identity.from_dict(self.backbone) if self.backbone else None
+        )
 
     @property
     def data_files(self) -> list[DataFile]:
@@ -127,7 +141,10 @@ class Manifest:
     @property
     def digested(self) -> list[DataFile]:
         """All files with a digest, including those of a table, whose size is not known and given as 0."""
-        return [*self.data_files, *(DataFile(name, 0, 0, digest) for name, digest in self.digests.items())]
+        return [
+            *self.data_files,
+            *(DataFile(name, 0, 0, digest) for name, digest in self.digests.items()),
+        ]
 
     @property
     def has_points(self) -> bool:
@@ -141,15 +158,23 @@ class Manifest:
         if len(self.parts) > 1:
             shares = (self.fitted and self.fitted.shares) or equal_shares(self.parts)
             del facts["backbone"]
-            facts["encoders"] = {part.names[-1]: share for part, share in zip(self.parts, shares, strict=True)}
+            facts["encoders"] = {
+                part.names[-1]: share for part, share in zip(self.parts, shares, strict=True)
+            }
         if self.groups is not None:
             own = self.groups.of(self.class_names)
             facts["groups"] = {level: len(set(names) - {None}) for level, names in own.items()}
-        return facts | asdict(self.settings) | {"k": self.settings.k or "all", "classes": len(self.class_names)}
+        return (
+            facts
+            | asdict(self.settings)
+            | {"k": self.settings.k or "all", "classes": len(self.class_names)}
+        )
 
     def to_bytes(self) -> bytes:
         """Convert the manifest to JSON. The last entry is the SHA-256 of the other entries."""
-        body: dict[str, object] = {"format": FORMAT, "format_version": FORMAT_VERSION} | asdict(self)
+        body: dict[str, object] = {"format": FORMAT, "format_version": FORMAT_VERSION} | asdict(
+            self
+        )
         del body["settings"]
         body |= asdict(self.settings)
         return _seal(body)
@@ -173,18 +198,32 @@ class Manifest:
             )
         try:
             sealed = _seal({key: value for key, value in body.items() if key != "sha256"}) == raw
-        except (ValueError, RecursionError):  # an unpaired surrogate, or JSON that is nested too deeply
+        except (
+            ValueError,
+            RecursionError,
+        ):  # an unpaired surrogate, or JSON that is nested too deeply
             sealed = False
         if not sealed:
             raise StoreError(f"{damaged} (its checksum does not match); {remedy}")
         if type(version) is int and 0 < version < FORMAT_VERSION:
-            raise EarlierFormatError(f"{name}: index format {version}, which is no longer read; build the index again")
+            raise EarlierFormatError(
+                f"{name}: index format {version}, which is no longer read; build the index again"
+            )
         if unknown := body.keys() - _ENTRIES:  # an unknown entry may change every answer
-            raise StoreError(f"{name}: has unknown entries ({ascii(sorted(unknown))[:100]}); install {writer}")
+            raise StoreError(
+                f"{name}: has unknown entries ({ascii(sorted(unknown))[:100]}); install {writer}"
+            )
         try:
             _need(_whole(version, FORMAT_VERSION), "format_version")
             return cls.parse(body)
-        except (AttributeError, KeyError, TypeError, ValueError, OverflowError, BackboneError) as error:
+        except (
+            AttributeError,
+            KeyError,
+            TypeError,
+            ValueError,
+            OverflowError,
+            BackboneError,
+        ) as error:
             raise StoreError(f"{damaged} ({error!r}); {remedy}") from None
 
     @classmethod
@@ -198,10 +237,16 @@ class Manifest:
         _need(isinstance(stated["tail"], bool), "tail")
         files = {kind: DataFile(**entry) for kind, entry in body["files"].items()}
         records = {"table": Table, "fitted": Fitted, "built": Built, "groups": Levels}
-        body |= {name: None if body[name] is None else kind(**body[name]) for name, kind in records.items()}
+        body |= {
+            name: None if body[name] is None else kind(**body[name])
+            for name, kind in records.items()
+        }
         body |= {"settings": settings, "files": files}
         parts = [
-            Part(**part | {"identity": Identity.from_dict(part["identity"]) if part["identity"] else None})
+            Part(
+                **part
+                | {"identity": Identity.from_dict(part["identity"]) if part["identity"] else None}
+            )
             for part in stated["parts"]
         ]
         manifest = cls(**body, parts=parts)
@@ -211,28 +256,38 @@ class Manifest:
 
     def _check(self) -> None:
         texts = (self.created_by, self.dtype, self.index, self.change)
-        made = datetime.fromisoformat(self.created_at).astimezone(UTC)  # fails for the first and last hours of time
+        made = datetime.fromisoformat(self.created_at).astimezone(
+            UTC
+        )  # fails for the first and last hours of time
         lists = (self.class_names, self.templates)
         table = self.table
         if self.backbone is not None:
             Identity.from_dict(self.backbone)
         for name, valid in {
             "version": _whole(self.version, 1),
-            "parent": self.parent is None or (_whole(self.parent, 1) and self.parent < self.version),
+            "parent": self.parent is None
+            or (_whole(self.parent, 1) and self.parent < self.version),
             "created_at": made.isoformat(timespec="seconds") == self.created_at,
             "text": all(isinstance(text, str) for text in texts),
             "n or d": _whole(self.n, 1) and _whole(self.d, 1),
             "dtype": self.dtype in ("float32", "float16"),
-            "names": all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in lists),
+            "names": all(
+                isinstance(names, list) and all(isinstance(name, str) for name in names)
+                for names in lists
+            ),
             "class_names": len(set(self.class_names)) == len(self.class_names) > 0,
-            "provenance": isinstance(self.provenance, dict) and _shallow(self.provenance, MAX_DEPTH),
-            "parts": all(_whole(part.width, 1) and isinstance(part.column, str) for part in self.parts)
+            "provenance": isinstance(self.provenance, dict)
+            and _shallow(self.provenance, MAX_DEPTH),
+            "parts": all(
+                _whole(part.width, 1) and isinstance(part.column, str) for part in self.parts
+            )
             and (not self.parts or sum(part.width for part in self.parts) == self.d),
             "shares": self.fitted is None or len(self.fitted.shares) in (0, len(self.parts)),
             "next_key_id": _whole(self.next_key_id, 1),
             "built": isinstance(self.built, Built),
             "table.name": table is None or re.fullmatch(r"\w{1,64}", table.name) is not None,
-            "table": table is None or (_whole(table.version, 1) and _whole(table.rows, 1) and table.rows == self.n),
+            "table": table is None
+            or (_whole(table.version, 1) and _whole(table.rows, 1) and table.rows == self.n),
             "digests": isinstance(self.digests, dict)
             and all(
                 _TABLE_FILE.fullmatch(name) is not None and _SHA256.fullmatch(digest) is not None
@@ -253,27 +308,46 @@ class Manifest:
         if self.table is not None:
             solved = self.fitted is not None and self.fitted.solved
             return {
-                "classes": (c, True), "second": (d, None), "metric": (None, moved), "values": (n, solved),
-                "prior": (d, None), "scores": (None, None),
-            }  # fmt: skip
+                "classes": (c, True),
+                "second": (d, None),
+                "metric": (None, moved),
+                "values": (n, solved),
+                "prior": (d, None),
+                "scores": (None, None),
+            }
         return {
-            "keys": (n, True), "labels": (n, True), "text": (c, True), "index": (None, self.index != FLAT or None),
-            "values": (n, None), "curve": (None, None),
-            "metric": (None, moved), "points": (n, moved and None), "sums": (c + d, None), "prior": (d, None),
+            "keys": (n, True),
+            "labels": (n, True),
+            "text": (c, True),
+            "index": (None, self.index != FLAT or None),
+            "values": (n, None),
+            "curve": (None, None),
+            "metric": (None, moved),
+            "points": (n, moved and None),
+            "sums": (c + d, None),
+            "prior": (d, None),
             "scores": (None, None),
-        }  # fmt: skip
+        }
 
     def _check_files(self) -> None:
         expected = self.expected()
         _need(self.files.keys() <= expected.keys(), "files")
         for kind, (rows, needed) in expected.items():
             _need(needed is None or (kind in self.files) == needed, f"files.{kind}")
-            _need(rows is None or kind not in self.files or self.files[kind].rows == rows, f"files.{kind}.rows")
-        _need("metric" not in self.files or 1 < self.files["metric"].rows <= 1 + self.d, "files.metric.rows")
+            _need(
+                rows is None or kind not in self.files or self.files[kind].rows == rows,
+                f"files.{kind}.rows",
+            )
+        _need(
+            "metric" not in self.files or 1 < self.files["metric"].rows <= 1 + self.d,
+            "files.metric.rows",
+        )
         _need(self.table is not None or not self.digests, "digests")
         for kind, file in self.files.items():
             _need(_SHA256.fullmatch(file.sha256) is not None, f"files.{kind}.sha256")
-            _need(file.name == f"data/{kind}-{file.sha256[:16]}{SUFFIXES[kind]}", f"files.{kind}.name")
+            _need(
+                file.name == f"data/{kind}-{file.sha256[:16]}{SUFFIXES[kind]}", f"files.{kind}.name"
+            )
             _need(_whole(file.bytes, 1), f"files.{kind}.bytes")
             _need(_whole(file.rows, 0 if kind == "scores" else 1), f"files.{kind}.rows")
 
@@ -288,7 +362,13 @@ def _whole(value: object, least: int) -> bool:
 
 
 _FIELDS = {field.name for field in fields(Manifest)}
-_ENTRIES = {"format", "format_version", "sha256", *_FIELDS, *(field.name for field in fields(Settings))} - {"settings"}
+_ENTRIES = {
+    "format",
+    "format_version",
+    "sha256",
+    *_FIELDS,
+    *(field.name for field in fields(Settings)),
+} - {"settings"}
 
 
 def manifest_name(version: int) -> str:

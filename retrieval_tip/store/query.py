@@ -41,7 +41,9 @@ def ask(tables: Mapping[str, pa.Table], sql: str, timeout: float = TIMEOUT) -> p
     seconds or if it needs too much memory. Raises InputError if duckdb cannot store a table.
     """
     if not 0 < timeout <= LONGEST:
-        raise UsageError(f"timeout is {timeout}: expected more than 0 and at most {LONGEST} seconds")
+        raise UsageError(
+            f"timeout is {timeout}: expected more than 0 and at most {LONGEST} seconds"
+        )
     refusal = "query: expected a single SELECT; a query cannot change the label store"
     return _run("query", tables, sql, lambda database: _one_select(database, sql, refusal), timeout)
 
@@ -61,8 +63,14 @@ def rows_where(labels: pa.Table, condition: str) -> IntArray:
 
     def select(database: DuckDBPyConnection) -> Statement:
         # The condition must parse both bare and in parentheses, so that it cannot close them or open a comment.
-        asked = (condition, f"({condition}) FROM labels", f"{position} FROM labels WHERE ({condition})")
-        _, value, rows = (_one_select(database, f"SELECT {part}", f"where: {expected}") for part in asked)
+        asked = (
+            condition,
+            f"({condition}) FROM labels",
+            f"{position} FROM labels WHERE ({condition})",
+        )
+        _, value, rows = (
+            _one_select(database, f"SELECT {part}", f"where: {expected}") for part in asked
+        )
         types = [str(kind) for kind in database.sql(value).types]
         if types != ["BOOLEAN"]:
             raise UsageError(f"where: the condition is {', '.join(types)}; {expected}")
@@ -86,10 +94,16 @@ def _run(
     if text != text.encode(errors="replace").decode():
         raise UsageError(f"{what}: the text is not UTF-8")
     if len(text) > MAX_TEXT or text.count("(") - text.count(")") > MAX_OPEN:
-        raise UsageError(f"{what}: has more than {MAX_TEXT:,} characters or {MAX_OPEN} open parentheses; shorten it")
+        raise UsageError(
+            f"{what}: has more than {MAX_TEXT:,} characters or {MAX_OPEN} open parentheses; shorten it"
+        )
     threads = min(4, os.cpu_count() or 1)
     held = 2 * sum(table.nbytes for table in tables.values())
-    closed = {"enable_external_access": "false", "python_enable_replacements": "false", "temp_directory": ""}
+    closed = {
+        "enable_external_access": "false",
+        "python_enable_replacements": "false",
+        "temp_directory": "",
+    }
     limits = {"threads": str(threads), "memory_limit": f"{MEMORY + held} bytes"}
     database = duckdb.connect(":memory:", config={**closed, **limits})
     for name, table in tables.items():
@@ -118,18 +132,28 @@ def _run(
 
 
 def _fetch(
-    database: DuckDBPyConnection, what: str, select: Callable[[DuckDBPyConnection], Statement], most: int, hint: str
+    database: DuckDBPyConnection,
+    what: str,
+    select: Callable[[DuckDBPyConnection], Statement],
+    most: int,
+    hint: str,
 ) -> pa.Table:
     import duckdb
 
     size = 0
     batches = []
     try:
-        answer = pa.RecordBatchReader.from_stream(database.sql(select(database)).select("*"))  # renames repeats
+        answer = pa.RecordBatchReader.from_stream(
+            database.sql(select(database)).select("*")
+        )  # renames repeats
         for batch in answer:
-            size += max(batch.nbytes, 8 * batch.num_rows)  # rows without columns take time but no memory
+            size += max(
+                batch.nbytes, 8 * batch.num_rows
+            )  # rows without columns take time but no memory
             if size > most:
-                raise UsageError(f"{what}: the answer exceeds {most >> 20} MiB; add a LIMIT or select less")
+                raise UsageError(
+                    f"{what}: the answer exceeds {most >> 20} MiB; add a LIMIT or select less"
+                )
             batches.append(batch)
         return pa.Table.from_batches(batches, answer.schema)
     except (duckdb.Error, OSError, MemoryError, pa.ArrowException) as error:
@@ -143,7 +167,8 @@ def _create(database: DuckDBPyConnection, name: str, table: pa.Table) -> None:
 
     try:
         database.register(
-            "from Arrow", table.cast(pa.schema([f.with_type(_duckdb_type(f.type)) for f in table.schema]))
+            "from Arrow",
+            table.cast(pa.schema([f.with_type(_duckdb_type(f.type)) for f in table.schema])),
         )
         database.execute(f'CREATE TABLE "{name}" AS FROM "from Arrow"')
         database.unregister("from Arrow")
@@ -158,7 +183,12 @@ def _duckdb_type(kind: pa.DataType) -> pa.DataType:
     if pa.types.is_float16(kind):
         return pa.float32()
     if pa.types.is_struct(kind):
-        return pa.struct([kind.field(i).with_type(_duckdb_type(kind.field(i).type)) for i in range(kind.num_fields)])
+        return pa.struct(
+            [
+                kind.field(i).with_type(_duckdb_type(kind.field(i).type))
+                for i in range(kind.num_fields)
+            ]
+        )
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
         return pa.large_list(_duckdb_type(kind.value_type))
     if pa.types.is_fixed_size_list(kind):

@@ -95,11 +95,15 @@ class Sums:
     def widened(self, c: int) -> Sums:
         """Return the sums with empty classes appended, up to ``c`` classes."""
         more = c - len(self.counts)
-        return Sums(np.pad(self.counts, (0, more)), np.pad(self.sums, ((0, more), (0, 0))), self.second)
+        return Sums(
+            np.pad(self.counts, (0, more)), np.pad(self.sums, ((0, more), (0, 0))), self.second
+        )
 
     def without(self, class_ids: IntArray | int) -> Sums:
         """Return the sums after removing empty classes."""
-        return Sums(np.delete(self.counts, class_ids), np.delete(self.sums, class_ids, axis=0), self.second)
+        return Sums(
+            np.delete(self.counts, class_ids), np.delete(self.sums, class_ids, axis=0), self.second
+        )
 
     def are_of(self, blocks: Blocks) -> bool:
         """Check with :class:`Along` that these are the sums of the keys in ``blocks``."""
@@ -118,7 +122,9 @@ class Sums:
 
         The first ``c`` rows are the per-class sums of ``(1, k_i)``. The other rows are the sum of ``k_i (1, k_i)``.
         """
-        return np.block([[self.counts[:, None], self.sums], [self.sums.sum(0)[:, None], self.second]])
+        return np.block(
+            [[self.counts[:, None], self.sums], [self.sums.sum(0)[:, None], self.second]]
+        )
 
 
 class Along:
@@ -156,9 +162,17 @@ class Along:
         return self._fit(second, self._second, every, every / self._counts.sum())
 
     def _fit(
-        self, known: DoubleArray, found: DoubleArray, every: IntArray | DoubleArray, one: float | DoubleArray
+        self,
+        known: DoubleArray,
+        found: DoubleArray,
+        every: IntArray | DoubleArray,
+        one: float | DoubleArray,
     ) -> bool:
         """Compare sums, with a tolerance relative to their Cauchy-Schwarz bound ``(every sum_i (k_i . r)^2)^(1/2)``."""
         most = np.sqrt(every * self._squares)
         least = np.sqrt(one * self._squares / self._counts.sum())
-        return bool((np.abs(known @ self._direction - found) <= TOLERANCE * most + self._least * least).all())
+        return bool(
+            (
+                np.abs(known @ self._direction - found) <= TOLERANCE * most + self._least * least
+            ).all()
+        )

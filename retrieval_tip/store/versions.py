@@ -44,9 +44,24 @@ from retrieval_tip.arrays import IntArray, KeyArray
 from retrieval_tip.errors import InputError, StoreError, UsageError, first_line, warn_once
 from retrieval_tip.files import TEMPORARY, real, remove_leftovers, sha256_of
 from retrieval_tip.settings import Verify, check_choice
-from retrieval_tip.store.files import FILE_NAME, BucketFiles, LocalFiles, check_name, lies_in, locked, read_array
+from retrieval_tip.store.files import (
+    FILE_NAME,
+    BucketFiles,
+    LocalFiles,
+    check_name,
+    lies_in,
+    locked,
+    read_array,
+)
 from retrieval_tip.store.labels import VERSIONS_SCHEMA, read_curve, read_labels
-from retrieval_tip.store.manifest import SUFFIXES, DataFile, EarlierFormatError, Manifest, manifest_name, named_in
+from retrieval_tip.store.manifest import (
+    SUFFIXES,
+    DataFile,
+    EarlierFormatError,
+    Manifest,
+    manifest_name,
+    named_in,
+)
 from retrieval_tip.store.newest import FOLDER as NEWEST
 from retrieval_tip.store.newest import Newest
 from retrieval_tip.store.query import TIMEOUT, ask
@@ -107,7 +122,13 @@ class Writer:
     @property
     def before(self) -> int | None:
         """Number of the last version that is kept before this one."""
-        return None if self.parent is None else self.parent.parent if self.replaces else self.parent.version
+        return (
+            None
+            if self.parent is None
+            else self.parent.parent
+            if self.replaces
+            else self.parent.version
+        )
 
     def begin(self) -> None:
         """Remove what killed writers have left. Call this when the change is accepted, before the first write.
@@ -138,14 +159,20 @@ class Writer:
         self.files[kind] = own
         if self.store.local is None:
             self.sent[own.name] = parts
-        if self.store.local is not None or self.parent is None or self.parent.files.get(kind) != own:
+        if (
+            self.store.local is not None
+            or self.parent is None
+            or self.parent.files.get(kind) != own
+        ):
             self.store.files.put(own.name, *parts)
 
     def put_array(self, kind: str, array: KeyArray) -> None:
         """Write a two-dimensional array as the data file of this kind."""
         array = np.ascontiguousarray(array)
         header = BytesIO()
-        np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
+        np.lib.format.write_array_header_1_0(
+            header, np.lib.format.header_data_from_array_1_0(array)
+        )
         self.put(kind, len(array), header.getvalue(), array.reshape(-1).view(np.uint8).data)
 
     def put_table(self, kind: str, table: pa.Table) -> None:
@@ -159,10 +186,14 @@ class Writer:
 
     def stage(self, kind: str) -> Path:
         """Return a temporary path for a data file of this kind. Write the file there before you call :meth:`seal`."""
-        self._staged.append(self.store.folder / "data" / f".{kind}{SUFFIXES[kind]}.{uuid.uuid4().hex[:8]}.tmp")
+        self._staged.append(
+            self.store.folder / "data" / f".{kind}{SUFFIXES[kind]}.{uuid.uuid4().hex[:8]}.tmp"
+        )
         return self._staged[-1]
 
-    def stage_array(self, kind: str, shape: tuple[int, int], dtype: npt.DTypeLike) -> np.memmap[Any, Any]:
+    def stage_array(
+        self, kind: str, shape: tuple[int, int], dtype: npt.DTypeLike
+    ) -> np.memmap[Any, Any]:
         """Stage a writable memory-mapped array.
 
         The disk space is reserved in advance, because a full disk would otherwise cause a SIGBUS. A large array is
@@ -216,7 +247,9 @@ class Writer:
             raw = manifest.to_bytes()
             Manifest.parse(json.loads(raw))
         except (TypeError, ValueError, OverflowError, RecursionError) as error:
-            raise InputError(f"{self.store}: the manifest cannot be stored ({error}); nothing was changed") from None
+            raise InputError(
+                f"{self.store}: the manifest cannot be stored ({error}); nothing was changed"
+            ) from None
         self.begin()
         self.store.publish(self, manifest, raw)
         # The new version is committed, so nothing below may raise an error. The next writer completes the rest.
@@ -314,10 +347,16 @@ class Versions:
         """Return the tables of a version that :meth:`query` can read, by name."""
         if not self.in_table:
             self.check_files(manifest)
-        curve = {"curve": read_curve(self.folder, manifest.files["curve"])} if "curve" in manifest.files else {}
+        curve = (
+            {"curve": read_curve(self.folder, manifest.files["curve"])}
+            if "curve" in manifest.files
+            else {}
+        )
         return {"labels": self.read_labels(manifest)} | curve
 
-    def facts(self, manifest: Manifest, earlier: list[Manifest]) -> tuple[IntArray, dict[str, object]]:
+    def facts(
+        self, manifest: Manifest, earlier: list[Manifest]
+    ) -> tuple[IntArray, dict[str, object]]:
         """Return the number of keys per class, and further facts for :meth:`describe`."""
         Check(self.files, manifest, "fast").wait()
         labels = self.read_labels(manifest)
@@ -327,7 +366,9 @@ class Versions:
             "bytes": sum(own.values()),
             "bytes_of_earlier": sum(size for name, size in before.items() if name not in own),
         }
-        return np.bincount(labels["class_id"].to_numpy(), minlength=len(manifest.class_names)), sizes
+        return np.bincount(
+            labels["class_id"].to_numpy(), minlength=len(manifest.class_names)
+        ), sizes
 
     def manifest(self, version: int | None = None) -> Manifest:
         """Return the manifest of the current version, or of an earlier one. Warns if the newest version is lost."""
@@ -335,16 +376,24 @@ class Versions:
             check_name(self.local)
 
         def read() -> Manifest:
-            newest = Newest.read(self.files)  # before the manifests, because a commit may come in between
+            newest = Newest.read(
+                self.files
+            )  # before the manifests, because a commit may come in between
             names = self.names()
             loss = newest.loss(self, max(names, default=0))
             if loss:
                 warn_once(loss)
             if not names:
-                what = "no such folder" if self.local is not None and not self.local.exists() else "not an index"
+                what = (
+                    "no such folder"
+                    if self.local is not None and not self.local.exists()
+                    else "not an index"
+                )
                 if self.local is not None and (self.local / OLD).exists():
                     what = "in an earlier format, which is no longer read"
-                raise StoreError(f"{self}: {what}; make one with retrieval-tip index build SOURCE --out INDEX")
+                raise StoreError(
+                    f"{self}: {what}; make one with retrieval-tip index build SOURCE --out INDEX"
+                )
             if version is not None and version not in names:
                 there = ", ".join(map(str, names))
                 raise StoreError(f"{self}: has no version {version}; use one of {there}")
@@ -356,7 +405,9 @@ class Versions:
         """Read a manifest. Raises FileNotFoundError if it is missing."""
         manifest = Manifest.from_bytes(self.files.get(name, MANIFEST_BYTES), f"{self}/{name}")
         if (manifest.table is not None) != self.in_table:
-            raise StoreError(f"{self}/{name}: is the manifest of another kind of store; restore the right one")
+            raise StoreError(
+                f"{self}/{name}: is the manifest of another kind of store; restore the right one"
+            )
         if name != manifest_name(manifest.version):
             raise StoreError(f"{self}/{name}: is the manifest of another version; restore it")
         return manifest
@@ -368,7 +419,12 @@ class Versions:
                 return read()
         raise StoreError(f"{self}: keeps changing while it is opened; try again")
 
-    def opened(self, read: Callable[[Manifest], T], version: int | None = None, first: Manifest | None = None) -> T:
+    def opened(
+        self,
+        read: Callable[[Manifest], T],
+        version: int | None = None,
+        first: Manifest | None = None,
+    ) -> T:
         """Call ``read`` with the manifest of the current or an earlier version, and return the result.
 
         If a writer deletes the version in the meantime, the call is repeated. Pass the manifest as ``first`` if it has
@@ -437,9 +493,16 @@ class Versions:
         """
         current = self.manifest()
         known = [*self.earlier(current), current]
-        rows = [{"version": number, "change": UNREAD} for number in self.names() if number < known[0].version]
+        rows = [
+            {"version": number, "change": UNREAD}
+            for number in self.names()
+            if number < known[0].version
+        ]
         rows += [
-            {name: getattr(manifest, name) for name in ("version", "parent", "created_by", "change")}
+            {
+                name: getattr(manifest, name)
+                for name in ("version", "parent", "created_by", "change")
+            }
             | {
                 "created_at": datetime.datetime.fromisoformat(manifest.created_at),
                 "keys": manifest.n,
@@ -454,9 +517,17 @@ class Versions:
     def describe(self) -> dict[str, Any]:
         """Return the facts that ``index info`` prints."""
         manifest, earlier, (counts, more) = self.opened(
-            lambda manifest: (manifest, earlier := self.earlier(manifest), self.facts(manifest, earlier))
+            lambda manifest: (
+                manifest,
+                earlier := self.earlier(manifest),
+                self.facts(manifest, earlier),
+            )
         )
-        per_class = {"least": int(counts.min()), "median": float(np.median(counts)), "most": int(counts.max())}
+        per_class = {
+            "least": int(counts.min()),
+            "median": float(np.median(counts)),
+            "most": int(counts.max()),
+        }
         return (
             {"folder": str(self)}
             | manifest.described()
@@ -482,13 +553,17 @@ class Versions:
         if self.local is None:  # a slow upload would otherwise look like one that was left over
             writer.send_again(self.files.old("data", UNFINISHED / 2) & writer.sent.keys())
         created = self.files.create(name, raw)
-        with suppress(FileNotFoundError):  # it may exist because the server's answer was lost; its content shows whose
+        with suppress(
+            FileNotFoundError
+        ):  # it may exist because the server's answer was lost; its content shows whose
             created = created or self.files.get(name, MANIFEST_BYTES) == raw
         if not created:
             raise changed_meanwhile(self)
         try:
             if writer.restored is not None and not self.keeps(writer.restored):
-                raise changed_meanwhile(self)  # another process has deleted the version, and maybe also its rows
+                raise changed_meanwhile(
+                    self
+                )  # another process has deleted the version, and maybe also its rows
             if self.local is None:
                 writer.complete(manifest)
         except StoreError:
@@ -512,7 +587,9 @@ class Versions:
         check_name(folder)
         for name in self.own:
             if not lies_in(folder, folder / name):
-                raise StoreError(f"{folder / name}: is a link that leads out of the index; nothing was changed")
+                raise StoreError(
+                    f"{folder / name}: is a link that leads out of the index; nothing was changed"
+                )
         try:
             made += [path for path in (folder, *folder.parents) if not path.exists()]
             if folder.is_file():
@@ -520,7 +597,9 @@ class Versions:
             # Another writer may create an index between these two lines, but not remove one.
             others = {path.name for path in paths_in(folder)} - set(self.own)
             if not all(map(TEMPORARY.fullmatch, others)) and not self.exists():
-                raise StoreError(f"{self}: is not an index and not empty; give an empty or new folder")
+                raise StoreError(
+                    f"{self}: is not an index and not empty; give an empty or new folder"
+                )
             with locked(folder, self):
                 yield from self._exclusively(folder, accepts)
         except OSError as error:
@@ -571,7 +650,9 @@ class Versions:
                 raise changed_meanwhile(self)
             wanted = version if version is not None else current.parent
             if wanted is None:
-                raise StoreError(f"{self}: no version before {current.version}; there is nothing to go back to")
+                raise StoreError(
+                    f"{self}: no version before {current.version}; there is nothing to go back to"
+                )
             if wanted == current.version >= writer.newest.version:
                 return current.version
             old = writer.restored = self.manifest(wanted)
@@ -580,7 +661,9 @@ class Versions:
                 old,
                 version=writer.number,
                 parent=current.version,
-                next_key_id=max(old.next_key_id, current.next_key_id, writer.newest.next_key_id),  # never used again
+                next_key_id=max(
+                    old.next_key_id, current.next_key_id, writer.newest.next_key_id
+                ),  # never used again
                 change=f"restored version {old.version}",
                 **created(),
             )
@@ -595,7 +678,9 @@ class Versions:
         ``keep`` is below 1.
         """
         if keep < 1:
-            raise UsageError(f"keep is {keep}: give at least 1, because the current version is always kept")
+            raise UsageError(
+                f"keep is {keep}: give at least 1, because the current version is always kept"
+            )
         self.manifest()  # before a writer creates a folder
         with self.write() as writer:
             before = self._bytes()
@@ -603,7 +688,9 @@ class Versions:
             return gone, before - self._bytes()
 
     def _bytes(self) -> int:
-        return sum(size for folder in ("data", "manifests") for size in self.files.sizes(folder).values())
+        return sum(
+            size for folder in ("data", "manifests") for size in self.files.sizes(folder).values()
+        )
 
     def forget(self, keep: int, current: Manifest, prune: bool = True) -> list[int]:
         """Delete all but the last ``keep`` versions, with their rows if ``prune`` is set, and return their numbers."""
@@ -622,8 +709,16 @@ class Versions:
         for name in ("", "data", "manifests", NEWEST) if self.local is not None else ():
             remove_leftovers(self.folder / name)
         with suppress(OSError, StoreError):
-            old = self.files.old("data", UNFINISHED)  # before the manifests, which may name them in the meantime
-            self.remove_unnamed({name for name in old.difference(kept) if FILE_NAME.fullmatch(name.partition("/")[2])})
+            old = self.files.old(
+                "data", UNFINISHED
+            )  # before the manifests, which may name them in the meantime
+            self.remove_unnamed(
+                {
+                    name
+                    for name in old.difference(kept)
+                    if FILE_NAME.fullmatch(name.partition("/")[2])
+                }
+            )
 
     def remove_unnamed(self, files: set[str]) -> None:
         """Remove those of the given data files to which no manifest refers, if all manifests can be read."""
@@ -647,7 +742,11 @@ class Check:
     """A check of a version's data files against its manifest, which runs in background threads."""
 
     def __init__(
-        self, files: Files, manifest: Manifest, verify: Verify = "full", known: Collection[DataFile] = ()
+        self,
+        files: Files,
+        manifest: Manifest,
+        verify: Verify = "full",
+        known: Collection[DataFile] = (),
     ) -> None:
         """Start the check.
 
@@ -667,7 +766,9 @@ class Check:
         """Wait until all files are verified. Raises StoreError naming the first file that differs from the manifest."""
         for future in self._problems:
             if problem := future.result():
-                raise StoreError(f"{problem}; restore the file or an earlier version, or build the index again")
+                raise StoreError(
+                    f"{problem}; restore the file or an earlier version, or build the index again"
+                )
 
 
 def created() -> dict[str, Any]:
