@@ -7,19 +7,18 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import InitVar, dataclass, field, fields, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self, Unpack, cast
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from retrieval_tip import tip
-from retrieval_tip.arrays import DoubleArray, FloatArray, IntArray, KeyArray
+from retrieval_tip.answers import AnswerBlock
+from retrieval_tip.arrays import FloatArray, IntArray, KeyArray
 from retrieval_tip.backbones.base import (
     Identity,
     Part,
@@ -35,12 +34,11 @@ from retrieval_tip.data.tables import is_frame
 from retrieval_tip.editing import apply
 from retrieval_tip.errors import InputError, StoreError, UsageError, check_count, warn_once
 from retrieval_tip.html import markup, table
-from retrieval_tip.predictions import PREDICTIONS, SCHEMA, Predictions, SimilarShot, lists
+from retrieval_tip.predictions import Predictions, SimilarShot
 from retrieval_tip.retrieval import inputs
-from retrieval_tip.retrieval.evidence import Nearest
 from retrieval_tip.retrieval.inputs import Features, KeysInPlace, Labels
 from retrieval_tip.retrieval.keys import KEY_BLOCK, Keys, auto_for, points_of
-from retrieval_tip.retrieval.logits import LOGITS, AnswerTerms, Retrieval, first_two, slices
+from retrieval_tip.retrieval.logits import LOGITS, AnswerTerms, Retrieval, slices
 from retrieval_tip.retrieval.ridge import MOST_SOLVED, Ridge
 from retrieval_tip.retrieval.rows import ArrayRows, Rows
 from retrieval_tip.retrieval.sets import Scores, Sets
@@ -1018,162 +1016,6 @@ class Index:
             digests=digests or {},
             groups=self.groups,
         )
-
-
-@dataclass(frozen=True, eq=False)
-class AnswerBlock:
-    """The answers to a block of queries.
-
-    Attributes:
-        index: the index, with the settings of the question.
-        ask: the question.
-        sets: the rule for sets of classes, if the question has a coverage.
-        block: the queries.
-        features: the features of the queries, of shape ``[q, d]``, as a float32 tensor on the device.
-        terms: the terms of the logits.
-        logits: the logits of all classes, of shape ``[q, c]``.
-    """
-
-    index: Index
-    ask: Ask
-    sets: Sets | None
-    block: FeatureBlock
-    features: Tensor
-    terms: AnswerTerms
-    logits: Tensor
-
-    @cached_property
-    def ranked(self) -> Tensor:
-        """The class ids of the most probable classes, of shape ``[q, m]``, most probable first."""
-        return self._scores.topk(min(self.ask.top, self.logits.shape[1]), dim=1).indices
-
-    @cached_property
-    def probabilities(self) -> Tensor:
-        """The probabilities of all classes, of shape ``[q, c]``."""
-        if self.block.mixed is not None:
-            return self.block.mixed.to(self.logits.device)
-        return tip.probabilities(self.logits, self.index.settings.temperature)
-
-    @property
-    def _scores(self) -> Tensor:
-        return self.logits if self.block.mixed is None else self.probabilities
-
-    def predictions(self) -> Predictions:
-        """Return one prediction per query. The queries are named by their positions."""
-        settings = self.index.settings
-        terms = self.terms
-        logits = self.logits
-        ranked = self.ranked  # at any temperature
-        chances = _doubles(self.probabilities.gather(1, ranked))
-        winner = ranked[:, :1]
-        m = ranked.shape[1]
-        names = pa.array(self.index.class_names, pa.string())
-        labels = names.take(pa.array(ranked.cpu().numpy().reshape(-1)))
-        columns = {
-            "input": pa.array(self.block.positions).cast(pa.string()),
-            "label": labels if m == 1 else names.take(pa.array(ranked[:, 0].cpu().numpy())),
-            "probability": chances[:, 0],
-            "labels": lists(labels, m),
-            "probabilities": lists(chances, m),
-            "text_logit": _doubles(terms.text.gather(1, winner))[:, 0],
-            "cache_logit": settings.alpha * _doubles(terms.cache.gather(1, winner))[:, 0],
-            "shot": pa.array(
-                self.block.shots, mask=np.full(len(ranked), self.block.key_ids is None)
-            ),
-            "neighbours": pa.array([[]] * len(ranked), PREDICTIONS["neighbours"]),
-            "opposing": pa.nulls(len(ranked), PREDICTIONS["opposing"]),
-        }
-        if self.ask.at_least is not None and self.index.groups is not None:
-            columns |= narrowest(
-                self.probabilities, self.index.class_names, self.index.groups, self.ask.at_least
-            )
-        shots = terms.shots
-        retrieval = self.index.retrieval
-        if shots is None and self.ask.neighbours:
-            points = retrieval.keys.phi(self.features)
-            shots = retrieval.contributors(
-                points, *first_two(self._scores), self.ask.neighbours, settings.beta
-            )
-        if shots is not None:
-            there = shots.supporting.rows >= 0
-            ends = np.concatenate([[0], there.sum(dim=1).cumsum(dim=0).cpu().numpy()]).astype(
-                np.int32
-            )
-            supporting = self._described(shots.supporting, ranked)
-            columns["neighbours"] = pa.ListArray.from_arrays(pa.array(ends), supporting)
-            against = (shots.opposing.rows[:, 0] >= 0).cpu().numpy()
-            places = pa.array(against.cumsum() - 1, mask=~against)
-            columns["opposing"] = self._described(shots.opposing, ranked).take(places)
-        if self.ask.logits:
-            columns["logits"] = lists(logits.cpu().numpy(), logits.shape[1])
-        if terms.discriminant is not None:
-            factor = settings.alpha * settings.gamma
-            columns["discriminant_logit"] = (
-                factor * _doubles(terms.discriminant.gather(1, winner))[:, 0]
-            )
-        columns["no_match"] = pa.nulls(len(ranked), pa.bool_())
-        if settings.least_cache is not None:
-            strongest = terms.strongest(retrieval.keys.counts)
-            columns["no_match"] = pa.array((strongest < settings.least_cache).cpu().numpy())
-        if self.sets is not None:
-            sets = self.sets.column(self.probabilities, self.index.class_names)
-            matched = columns["no_match"]
-            columns["set"] = pc.if_else(matched.fill_null(False), None, sets)
-        known = [column for column in PREDICTIONS if column in columns]
-        schema = pa.schema([SCHEMA.field(column) for column in known])
-        return Predictions(pa.table([columns[column] for column in known], schema=schema))
-
-    def _described(self, near: Nearest, classes: Tensor) -> pa.StructArray:
-        there = near.rows >= 0
-        every = self.index.retrieval.keys.values
-        weight = tip.weight(near.affinity, self.index.settings.beta)
-        if every is None:
-            values = (near.class_ids[:, :, None] == classes[:, None]).float()
-        else:
-            values = every[near.rows.clamp_min(0)[:, :, None], classes[:, None]]
-        used, places = np.unique(near.rows[there].cpu().numpy(), return_inverse=True)
-        described = self.index.rows.described(used, ["key_id", "source", "label"]).take(
-            pa.array(places)
-        )
-        named = [column.combine_chunks() for column in described.columns]
-        figures = [pa.array(_doubles(figure[there])) for figure in (near.affinity, weight)]
-        gives = lists(_doubles((weight[:, :, None] * values)[there]), classes.shape[1])
-        return pa.StructArray.from_arrays(
-            [*named, *figures, gives], fields=list(PREDICTIONS["opposing"])
-        )
-
-
-def narrowest(
-    probabilities: Tensor, class_names: Sequence[str], groups: Levels, least: float
-) -> dict[str, pa.Array]:
-    """Return the columns of answers that name the class, or else the narrowest group, whose probability is ``least``.
-
-    The probability of a group is the sum over its classes (``[q, c]``). If no level reaches ``least``, the label is
-    null, and the most probable class gives the probability.
-    """
-    every = probabilities.double()
-    found = np.full((2, len(every)), None, dtype=object)
-    chances = _doubles(every.amax(1))
-    open_ = np.ones(len(every), dtype=bool)
-    for level, own in groups.of(class_names).items():
-        if names := list(dict.fromkeys(filter(None, own))):
-            position = {name: place for place, name in enumerate(names)}
-            at = torch.tensor([position.get(name or "", len(names)) for name in own]).to(
-                every.device
-            )
-            sums = every.new_zeros(len(every), len(names) + 1).index_add_(1, at, every)[:, :-1]
-            best, places = (part.cpu().numpy() for part in sums.max(1))
-            now = open_ & (best >= least)
-            found[0, now] = np.array(names, dtype=object)[places[now]]
-            found[1, now] = level
-            chances[now] = best[now].clip(max=1)
-            open_ = open_ & ~now
-    label, level_ = (pa.array(part, pa.string()) for part in found)
-    return {"label": label, "level": level_, "probability": pa.array(chances)}
-
-
-def _doubles(values: Tensor) -> DoubleArray:
-    return np.asarray(values.double().cpu())
 
 
 def _not_mapped(array: Any) -> Any:

@@ -17,13 +17,14 @@ from stored import made, source
 from tables import unit, write_table
 
 from retrieval_tip import tip
+from retrieval_tip.answers import narrowest
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.tables import read_groups
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.index import changes
 from retrieval_tip.index.build import build_index
 from retrieval_tip.index.places import at
-from retrieval_tip.model import Index, narrowest
+from retrieval_tip.model import Index
 from retrieval_tip.server.guard import Limits
 from retrieval_tip.settings import Levels
 

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
+from retrieval_tip.answers import AnswerBlock, narrowest
 from retrieval_tip.arrays import BoolArray, DoubleArray, IntArray, KeyArray
 from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.sources import Source
@@ -20,7 +21,7 @@ from retrieval_tip.errors import InputError, Skipped, UsageError
 from retrieval_tip.evaluation.calibration import expected_calibration_error
 from retrieval_tip.evaluation.held_out import judged, known_shots
 from retrieval_tip.fit.folds import wilson
-from retrieval_tip.model import AnswerBlock, Index, narrowest
+from retrieval_tip.model import Index
 from retrieval_tip.settings import Ask, AskOptions, Levels, Settings
 
 log = logging.getLogger(__name__)

@@ -12,12 +12,13 @@ import pyarrow as pa
 import torch
 
 from retrieval_tip import tip
+from retrieval_tip.answers import AnswerBlock
 from retrieval_tip.arrays import BoolArray, FloatArray, IntArray
 from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import InputError, UsageError, counted
 from retrieval_tip.fit.folds import wilson, without_parts
-from retrieval_tip.model import MOST_COPIED, AnswerBlock, Index
+from retrieval_tip.model import MOST_COPIED, Index
 from retrieval_tip.predictions import Predictions
 from retrieval_tip.retrieval.inputs import Features
 from retrieval_tip.settings import Ask
