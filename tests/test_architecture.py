@@ -16,7 +16,7 @@ def test_each_package_has_an_import_contract():  # make lint checks the contract
     covered = {
         container
         for contract in contracts
-        if contract["exhaustive"]
+        if contract.get("exhaustive")
         for container in contract["containers"]
     }
     packages = {

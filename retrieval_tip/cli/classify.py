@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from retrieval_tip.data.sources import Source
     from retrieval_tip.model import Index
     from retrieval_tip.predictions import Abstain
-    from retrieval_tip.settings import Levels
 
 DOCUMENTS = ("coco", "fiftyone", "label-studio")
 """Formats for other programs that list whole photos (see :data:`exchange.FORMATS`)."""
@@ -41,6 +40,8 @@ MEGADETECTOR, CAMTRAP_DP = "megadetector", "camtrap-dp"
 """Formats for programs that manage photos of camera traps (see :mod:`camera_traps`)."""
 XMP = "xmp"
 """Format for programs that manage photos: a sidecar beside each photo."""
+OF_FORMATS = {"timezone": CAMTRAP_DP, "deployments": CAMTRAP_DP, "uncertain": XMP, "undo": XMP}
+"""The options that belong to a single format."""
 
 
 @dataclass(frozen=True)
@@ -86,9 +87,11 @@ class RowOptions:
     def asking(self, ask: Ask, printing: OutputOptions) -> RowOptions:
         """Return the options for a question and a format. Raises UsageError if an option does not fit the format."""
         style = printing.named
-        for name, own in ((CAMTRAP_DP, ("timezone", "deployments")), (XMP, ("uncertain", "undo"))):
-            if style != name and (given := [one for one in own if getattr(self, one)]):
-                raise UsageError(f"--{given[0]}: only applies to --format {name}; leave it out")
+        for option_name, its_format in OF_FORMATS.items():
+            if getattr(self, option_name) and style != its_format:
+                raise UsageError(
+                    f"--{option_name}: only applies to --format {its_format}; leave it out"
+                )
         if style == CAMTRAP_DP and (self.timezone is None or printing.output is None):
             raise UsageError(
                 f"--format {CAMTRAP_DP}: needs --out FOLDER and --timezone ZONE, such as Europe/Berlin"
@@ -99,9 +102,13 @@ class RowOptions:
             return replace(self, ask=ask)
         from retrieval_tip.data.camera_traps import ANIMAL, TOP
 
-        categories = self.categories or [ANIMAL] * (self.boxes is not None)
-        ask = replace(ask, top=TOP) if style == MEGADETECTOR else ask
-        return replace(self, categories=categories, exif=self.exif or style == CAMTRAP_DP, ask=ask)
+        categories = self.categories
+        if not categories and self.boxes is not None:
+            categories = [ANIMAL]
+        if style == MEGADETECTOR:
+            ask = replace(ask, top=TOP)
+        exif = self.exif or style == CAMTRAP_DP
+        return replace(self, categories=categories, exif=exif, ask=ask)
 
     def check(self, index: Index, style: str) -> None:
         """Raise UsageError if options exclude each other, or if the index cannot group photos or give sets."""
@@ -114,15 +121,10 @@ class RowOptions:
             "--coverage": self.ask.coverage is not None,
             "--group-no-match": self.group_no_match,
         }
-        burst = alone | {"--explain": self.explain, "--smooth": self.smooth}
-        for name, mixes, others in (
-            ("smooth", self.smooth, alone),
-            ("burst", self.burst is not None, burst),
-        ):
-            if mixes and (given := [other for other, value in others.items() if value]):
-                raise UsageError(
-                    f"--{name}: mixes the answers to several photos; leave out {given[0]}"
-                )
+        if self.smooth:
+            _refuse_beside("--smooth", alone)
+        if self.burst is not None:
+            _refuse_beside("--burst", alone | {"--explain": self.explain, "--smooth": self.smooth})
         if self.boxes is None and self.categories:
             raise UsageError("--categories: selects boxes; add --boxes FILE, or leave it out")
         if self.boxes is not None and style in DOCUMENTS:
@@ -135,10 +137,9 @@ class RowOptions:
 
     def labels(self, index: Index) -> list[str]:
         """Return the labels that answers can have."""
-        own = index.class_names
-        return (
-            own if self.ask.at_least is None or index.groups is None else index.groups.labels(own)
-        )
+        if self.ask.at_least is None or index.groups is None:
+            return index.class_names
+        return index.groups.labels(index.class_names)
 
     def schema(self, index: Index) -> pa.Schema:
         """Return the columns and their types."""
@@ -187,46 +188,36 @@ class RowOptions:
         detected = cut.detected | dict.fromkeys(map(show, cut.empty), EMPTY)
         if self.exif or self.burst is not None or self.boxes is not None:
             sources = [replace(source, load=noting) for source in sources]
-        for table in chain(
-            self._answers(index, sources, reader, noting), self._others(cut, noting)
-        ):
+        answers = self._answers(index, sources, reader, noting)
+        for table in chain(answers, self._others(cut, noting)):
             names = table["input"].to_pylist()
-            known = {
-                **dict(zip(table.column_names, table.columns, strict=True)),
-                "detected": pa.array(map(detected.get, names), pa.string()),
-                **(noting.columns(names) if self.exif else {}),
-            }
-            yield pa.table(
-                [known.get(one.name, pa.nulls(len(names), one.type)) for one in schema],
-                schema=schema,
-            )
+            columns = dict(zip(table.column_names, table.columns, strict=True))
+            columns["detected"] = pa.array(map(detected.get, names), pa.string())
+            if self.exif:
+                columns |= noting.columns(names)
+            unknown = {field.name: pa.nulls(len(names), field.type) for field in schema}
+            yield pa.table([(unknown | columns)[name] for name in schema.names], schema=schema)
 
     def _answers(
         self, index: Index, sources: Sequence[Source], reader: Reader, noting: Noting
     ) -> Iterator[pa.Table]:
+        """Yield the answers to all photos, which are mixed or grouped as the options say."""
         from retrieval_tip.predictions import PREDICTIONS
 
         columns = [name for name in self.schema(index).names if name in PREDICTIONS]
-        ask = replace(self.ask, neighbours=self.ask.neighbours if self.explain else 0)
-        some = any(map(len, sources))  # all photos may be empty
-        if some and self.group_no_match:
-            from retrieval_tip.labelling.groups import MOST, classify_in_groups
-            from retrieval_tip.labelling.photos import Pool
-
-            table = classify_in_groups(index, Pool.of(sources, reader), ask).written(
-                columns, self.abstain
-            )
-            if (no_match := table["no_match"].to_pylist().count(True)) > MOST:
-                drawn = f"Grouped {MOST:,} of {no_match:,} images without a match, drawn at random"
-                say(f"{drawn}; the others joined these groups")
-            yield table
-        elif some and self.smooth:
+        shown = self.ask.neighbours if self.explain else 0
+        ask = replace(self.ask, neighbours=shown)
+        if not any(map(len, sources)):  # all photos may be empty
+            return
+        if self.group_no_match:
+            yield _in_groups(index, sources, reader, ask, self.abstain).select(columns)
+        elif self.smooth:
             from retrieval_tip.labelling.photos import Pool
 
             answers, words = Pool.of(sources, reader).smoothed(index, ask)
             say(words)
             yield answers.written(columns, self.abstain)
-        elif some and self.burst is not None:
+        elif self.burst is not None:
             from retrieval_tip.labelling.bursts import classify_in_bursts
 
             answers, bursts = classify_in_bursts(index, sources, reader, noting, self.burst, ask)
@@ -241,11 +232,36 @@ class RowOptions:
         """Yield the names of unclassified inputs, after noting when and where the photos were taken."""
         import pyarrow as pa
 
-        if names := [*cut.others, *cut.empty]:
-            for name in names if self.exif else ():
+        names = [*cut.others, *cut.empty]
+        if self.exif:
+            for name in names:
                 with suppress(InputError):
                     noting.note(name)
+        if names:
             yield pa.table({"input": list(map(show, names))})
+
+
+def _refuse_beside(mixing: str, others: Mapping[str, bool]) -> None:
+    """Raise UsageError if an option is given beside one that mixes the answers to several photos."""
+    for name, is_given in others.items():
+        if is_given:
+            raise UsageError(f"{mixing}: mixes the answers to several photos; leave out {name}")
+
+
+def _in_groups(
+    index: Index, sources: Sequence[Source], reader: Reader, ask: Ask, abstain: Abstain
+) -> pa.Table:
+    from retrieval_tip.labelling.groups import MOST, classify_in_groups
+    from retrieval_tip.labelling.photos import Pool
+    from retrieval_tip.predictions import PREDICTIONS
+
+    answers = classify_in_groups(index, Pool.of(sources, reader), ask)
+    table = answers.written(list(PREDICTIONS), abstain)
+    no_match = table["no_match"].to_pylist().count(True)
+    if no_match > MOST:
+        drawn = f"Grouped {MOST:,} of {no_match:,} images without a match, drawn at random"
+        say(f"{drawn}; the others joined these groups")
+    return table
 
 
 def count_rows(tables: Iterable[pa.Table], counts: Counter[str]) -> Iterator[pa.Table]:
@@ -264,13 +280,99 @@ def _restore(inputs: Sequence[str]) -> None:
     finish(undone.skipped, "restored")
 
 
-def _write_sidecars(
-    rows: Iterable[Mapping[str, Any]],
-    photos: Sequence[Source],
-    cut: Cut,
-    uncertain: str | None,
-    groups: Levels | None,
-) -> list[Skipped]:
+# Formats
+
+
+@dataclass(frozen=True)
+class Answered:
+    """The answers to write, and what the formats say about them.
+
+    Attributes:
+        index: the index that has answered.
+        options: the columns, and the options of formats.
+        tables: the answers. They are computed while they are read, which is possible once.
+        inputs: the names of the inputs on the command line.
+        photos: the sources that they name.
+        cut: the boxes of the photos.
+        deployments: the rows of the table of deployments.
+        unread: the photos that cannot be read. It grows while the answers are read.
+    """
+
+    index: Index
+    options: RowOptions
+    tables: Iterator[pa.Table]
+    inputs: Sequence[str]
+    photos: Sequence[Source]
+    cut: Cut
+    deployments: Mapping[str, dict[str, Any]]
+    unread: list[Skipped]
+
+    @property
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """The answers as dictionaries."""
+        return chain.from_iterable(table.to_pylist() for table in self.tables)
+
+    @property
+    def labels(self) -> list[str]:
+        """The labels that answers can have."""
+        return self.options.labels(self.index)
+
+    @property
+    def by(self) -> str:
+        """The name of the index, its version, and the version of this program."""
+        from retrieval_tip import __version__
+
+        name = Path(self.index.place or "").name
+        return f"{name}@{self.index.version} (retrieval-tip {__version__})"
+
+
+def _write_tables(answered: Answered, printing: OutputOptions) -> Sequence[Skipped]:
+    from retrieval_tip.cli.output import write_tables
+
+    sources = answered.cut.sources
+    texts = {
+        "input": chain.from_iterable(source.sources for source in sources),
+        "label": answered.labels,
+    }
+    schema = answered.options.schema(answered.index)
+    write_tables(answered.tables, schema, printing.style, printing.output, texts, predictions=True)
+    return ()
+
+
+def _write_document(answered: Answered, printing: OutputOptions) -> Sequence[Skipped]:
+    from retrieval_tip.cli.output import write_document
+    from retrieval_tip.data.exchange import FORMATS
+
+    make = partial(FORMATS[printing.style], answered.rows, answered.labels)
+    write_document(make, printing.output)
+    return ()
+
+
+def _write_megadetector(answered: Answered, printing: OutputOptions) -> Sequence[Skipped]:
+    from retrieval_tip.cli.output import write_document
+    from retrieval_tip.data.camera_traps import megadetector, root_of
+
+    root = root_of(answered.inputs, answered.photos)
+    known = (answered.rows, answered.cut, answered.by, root, answered.labels, answered.unread)
+    write_document(partial(megadetector, *known), printing.output)
+    return ()
+
+
+def _write_camtrap_dp(answered: Answered, printing: OutputOptions) -> Sequence[Skipped]:
+    from retrieval_tip.cli.output import write_folder
+    from retrieval_tip.data.camera_traps import camtrap_dp, root_of
+
+    zone = answered.options.timezone
+    assert zone is not None
+    assert printing.output is not None  # see RowOptions.asking
+    root = root_of(answered.inputs, answered.photos)
+    known = (answered.rows, answered.cut, answered.by, root)
+    make = partial(camtrap_dp, *known, zone, answered.deployments, answered.unread)
+    write_folder(make, printing.output)
+    return ()
+
+
+def _write_sidecars(answered: Answered, _: OutputOptions) -> Sequence[Skipped]:
     """Write the labels of each photo and its boxes as keywords, and return the sidecars that were skipped."""
     from retrieval_tip.labelling.labels import NONE
     from retrieval_tip.labelling.sidecars import write_labels
@@ -279,14 +381,25 @@ def _write_sidecars(
     def keyword(row: Mapping[str, Any]) -> str | None:
         if row["probability"] is None:  # it was not classified
             return None
-        return uncertain if row["label"] in (None, NONE) or row["no_match"] else row["label"]
+        label: str | None = row["label"]
+        return answered.options.uncertain if label in (None, NONE) or row["no_match"] else label
 
-    check_files(photos, f"--format {XMP}", "they have no sidecars")
-    paths = {show(path): path for source in photos for path in source.paths or ()}
-    paths |= {show(name): path for name, (path, _) in cut.boxes.items()}
-    written = write_labels(((paths[row["input"]], keyword(row)) for row in rows), groups)
+    check_files(answered.photos, f"--format {XMP}", "they have no sidecars")
+    paths = {show(path): path for source in answered.photos for path in source.paths or ()}
+    paths |= {show(name): path for name, (path, _) in answered.cut.boxes.items()}
+    keywords = ((paths[row["input"]], keyword(row)) for row in answered.rows)
+    written = write_labels(keywords, answered.index.groups)
     click.echo(f"{str(written).capitalize()}; --undo restores them")
     return written.skipped
+
+
+WRITERS: Mapping[str, Callable[[Answered, OutputOptions], Sequence[Skipped]]] = {
+    **dict.fromkeys(DOCUMENTS, _write_document),
+    MEGADETECTOR: _write_megadetector,
+    CAMTRAP_DP: _write_camtrap_dp,
+    XMP: _write_sidecars,
+}
+"""Functions that write answers in the formats for other programs, and return what they have skipped."""
 
 
 _ASK = {
@@ -300,7 +413,7 @@ _ASK = {
 }
 _PRINTING = {
     "named": option(
-        click.Choice([*options.FORMATS, *DOCUMENTS, MEGADETECTOR, CAMTRAP_DP, XMP]),
+        click.Choice([*options.FORMATS, *WRITERS]),
         "--format",
         **options.OUTPUTS,
     ),
@@ -331,68 +444,34 @@ def classify(
         classify indexes/things new/*.jpg --explain
         classify indexes/things new --top 3 --out answers.csv
     """
-    from retrieval_tip import __version__
-    from retrieval_tip.cli.output import write_document, write_folder, write_tables
     from retrieval_tip.data import camera_traps
     from retrieval_tip.data.boxes import Cut, cut_boxes
-    from retrieval_tip.data.exchange import FORMATS
 
     rows = rows.asking(ask, printing)
     if rows.undo:
         _restore(inputs)
         return
-    zone = rows.timezone
-    deployments = camera_traps.read_deployments(rows.deployments, zone) if rows.deployments else {}
+    deployments = {}
+    if rows.deployments is not None:
+        deployments = camera_traps.read_deployments(rows.deployments, rows.timezone)
     loaded = index_with(folder, encoding, opening, ask)
     rows.check(loaded, printing.style)
     photos = inputs_of(inputs)
-    cut = Cut()
-    counts = Counter[str]()
-    skipped = list[Skipped]()
-    sources = photos
+    cut = Cut(photos)
     if rows.boxes is not None:
         cut = cut_boxes(rows.boxes, photos, rows.categories)
-        sources = cut.sources
         if printing.named == MEGADETECTOR:
             camera_traps.clear(cut.document, show(rows.boxes))
+    counts = Counter[str]()
     with reader_for(loaded, photos, encoding) as reader:
-        tables = count_rows(rows.tables(loaded, sources, reader, cut), counts)
-        answers = chain.from_iterable(table.to_pylist() for table in tables)
-        labels = rows.labels(loaded)
-        by = f"{Path(loaded.place or '').name}@{loaded.version} (retrieval-tip {__version__})"
-        is_of_traps = printing.style in (MEGADETECTOR, CAMTRAP_DP)
-        known = (answers, cut, by, camera_traps.root_of(inputs, photos) if is_of_traps else "")
-        if printing.style in DOCUMENTS:
-            write_document(partial(FORMATS[printing.style], answers, labels), printing.output)
-        elif printing.style == MEGADETECTOR:
-            write_document(
-                partial(camera_traps.megadetector, *known, labels, reader.skipped), printing.output
-            )
-        elif printing.style == CAMTRAP_DP and printing.output is not None and zone is not None:
-            make = partial(camera_traps.camtrap_dp, *known, zone, deployments, reader.skipped)
-            write_folder(make, printing.output)
-        elif printing.style == XMP:
-            skipped += _write_sidecars(answers, photos, cut, rows.uncertain, loaded.groups)
-        else:
-            texts = {
-                "input": chain.from_iterable(source.sources for source in sources),
-                "label": labels,
-            }
-            write_tables(
-                tables,
-                rows.schema(loaded),
-                printing.style,
-                printing.output,
-                texts,
-                predictions=True,
-            )
+        tables = count_rows(rows.tables(loaded, cut.sources, reader, cut), counts)
+        answered = Answered(loaded, rows, tables, inputs, photos, cut, deployments, reader.skipped)
+        skipped = WRITERS.get(printing.style, _write_tables)(answered, printing)
     if printing.output is not None:
-        no_match = (
-            f", {counts['no_match']:,} with no match"
-            if loaded.settings.least_cache is not None
-            else ""
-        )
-        empty = f", {len(cut.empty):,} empty" if rows.boxes is not None else ""
-        answered_inputs = counted(counts["rows"] - len(cut.empty) - len(cut.others), "input")
-        note(f"{show(printing.output)}: classified {answered_inputs}{no_match}{empty}")
+        said = counted(counts["rows"] - len(cut.empty) - len(cut.others), "input")
+        if loaded.settings.least_cache is not None:
+            said += f", {counts['no_match']:,} with no match"
+        if rows.boxes is not None:
+            said += f", {len(cut.empty):,} empty"
+        note(f"{show(printing.output)}: classified {said}")
     finish([*reader.skipped, *skipped], "read or changed" if skipped else "read")
