@@ -75,17 +75,18 @@ class AnswerBlock:
         m = ranked.shape[1]
         names = pa.array(self.index.class_names, pa.string())
         labels = names.take(pa.array(ranked.cpu().numpy().reshape(-1)))
+        shots = pa.array(self.block.shots, pa.bool_())
+        if self.block.key_ids is None:
+            shots = pa.nulls(len(ranked), pa.bool_())
         columns = {
             "input": pa.array(self.block.positions).cast(pa.string()),
-            "label": labels if m == 1 else names.take(pa.array(ranked[:, 0].cpu().numpy())),
+            "label": names.take(pa.array(ranked[:, 0].cpu().numpy())),
             "probability": chances[:, 0],
             "labels": lists(labels, m),
             "probabilities": lists(chances, m),
             "text_logit": _doubles(terms.text.gather(1, winner))[:, 0],
             "cache_logit": settings.alpha * _doubles(terms.cache.gather(1, winner))[:, 0],
-            "shot": pa.array(
-                self.block.shots, mask=np.full(len(ranked), self.block.key_ids is None)
-            ),
+            "shot": shots,
         }
         if self.ask.at_least is not None and self.index.groups is not None:
             columns |= narrowest(

@@ -230,7 +230,8 @@ class OpenIndex:
         """
         if label is not None:
             several = isinstance(what, str | os.PathLike) and Path(what).is_dir()
-            source = open_images(images.find(Path(what)) if several else what, label)
+            paths = images.find(Path(what)) if several else what
+            source = open_images(paths, label)
         elif isinstance(what, Source) or _is_source(what):
             source = _opened(what, "train")
         else:
@@ -264,7 +265,8 @@ class OpenIndex:
         """
         if encode and self.reader.backbone is None:
             raise UsageError("encode: the index has no encoder; rename without it")
-        return self._change(changes.rename, old, new, self.reader.backbone if encode else None)
+        backbone = self.reader.backbone if encode else None
+        return self._change(changes.rename, old, new, backbone)
 
     def history(self) -> pa.Table:
         """Return a table that has one row per version of the index, oldest first."""
@@ -339,7 +341,8 @@ class OpenIndex:
             )
         index = self._in_folder()
         held_out = None if val is None else _opened(val, "val")
-        shots = shots_of(index, None if source is None else _opened(source, "train"))
+        given = None if source is None else _opened(source, "train")
+        shots = shots_of(index, given)
         temporary, place = _new_place(out)
         tuned = finetune_into(place, index, shots, self.reader, recipe, val=held_out)
         self._use(places.at(place).load(device=self.index.device))

@@ -74,7 +74,8 @@ def _append_classes(made: Index, classes: Mapping[str, Features | None]) -> None
         raise InputError(
             f"classes: {names[0]!r} has no text weight; pass one, because the index has text"
         )
-    weights = inputs.text_weights(np.stack(given) if given else None, len(names), made.d)
+    rows = np.stack(given) if given else None
+    weights = inputs.text_weights(rows, len(names), made.d)
     made.class_names = [*made.class_names, *names]
     made.text_weights = torch.cat([made.text_weights, weights.to(made.text_weights)])
     made.rows = made.rows.widened(len(made.class_names))

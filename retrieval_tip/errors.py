@@ -98,19 +98,18 @@ def _shortened(text: str) -> str:
 
 def few(names: Sequence[str], total: int | None = None) -> str:
     """Join the first few of ``total`` names, by default all given names, and add the number of remaining names."""
-    more = (len(names) if total is None else total) - SHOWN
-    return ", ".join(names[:SHOWN]) + (f" and {more:,} more" if more > 0 else "")
+    if total is None:
+        total = len(names)
+    shown = ", ".join(names[:SHOWN])
+    return shown if total <= SHOWN else f"{shown} and {total - SHOWN:,} more"
 
 
 def first_line(error: BaseException) -> str:
     """Return the first line of an error message, or the type of the error if the message is empty."""
     line = one_line(str(error).strip().partition("\n")[0]) or type(error).__name__
-    unsafe = re.search(
-        "weights.only", line, re.IGNORECASE
-    )  # torch and timm advise to run the code in the file
-    return (
-        "it is damaged, or contains code, which is never run; use another copy" if unsafe else line
-    )
+    if re.search("weights.only", line, re.IGNORECASE):  # torch and timm advise to run the code
+        return "it is damaged, or contains code, which is never run; use another copy"
+    return line
 
 
 @cache
@@ -121,20 +120,20 @@ def warn_once(text: str) -> None:
 
 def counted(number: int, what: str, does: str = "", do: str = "") -> str:
     """Format a number with a noun and an optional verb, for example ``2 keys`` or ``1 class has``."""
-    things = f"{number:,} {what}" + ("" if number == 1 else "es" if what.endswith("s") else "s")
-    return f"{things} {does if number == 1 else do}".rstrip()
+    if number == 1:
+        return f"1 {what} {does}".rstrip()
+    ending = "es" if what.endswith("s") else "s"
+    return f"{number:,} {what}{ending} {do}".rstrip()
 
 
 def percent(share: float) -> str:
     """Format a share, for example ``92.5 %``. A share is never rounded to 0 or 100 %."""
     shown = f"{100 * share:.1f} %"
-    return (
-        ">99.9 %"
-        if shown == "100.0 %" and share < 1
-        else "<0.1 %"
-        if shown == "0.0 %" and share > 0
-        else shown
-    )
+    if shown == "100.0 %" and share < 1:
+        return ">99.9 %"
+    if shown == "0.0 %" and share > 0:
+        return "<0.1 %"
+    return shown
 
 
 def version_of(name: str) -> str | None:
@@ -207,12 +206,9 @@ def check_count(name: str, value: object, least: int = 1) -> None:
     most = MOST.get(name, MANY)
     if isinstance(value, Integral) and least <= int(value) <= most:
         return
-    too_long = (
-        isinstance(value, Integral) and abs(int(value)) > 2**64
-    )  # Python cannot print very long integers
-    raise UsageError(
-        f"{name} is {'too large' if too_long else value}: expected a whole number from {least} to {most}"
-    )
+    if isinstance(value, Integral) and abs(int(value)) > 2**64:
+        value = "too large"  # Python cannot print very long integers
+    raise UsageError(f"{name} is {value}: expected a whole number from {least} to {most}")
 
 
 def check_memory(needed: int, what: str, remedy: str) -> None:

@@ -157,9 +157,8 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
         If two classes are tied, the class that sorts first is returned.
         """
         scores = self.decision_function(X)
-        labels: Array = self.classes_[
-            (scores > 0).astype(int) if scores.ndim == 1 else scores.argmax(axis=1)
-        ]
+        winners = (scores > 0).astype(int) if scores.ndim == 1 else scores.argmax(axis=1)
+        labels: Array = self.classes_[winners]
         return labels
 
     def kneighbors(self, X: npt.ArrayLike, n_neighbors: int = 5) -> tuple[FloatArray, IntArray]:
@@ -200,9 +199,9 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
             )
         alpha = Settings.alpha if auto else cast(float, self.alpha)
         beta = self.beta
-        settings = Settings(
-            alpha, Settings.beta if beta is None else beta, self.logit_scale, self.k, self.tail
-        )
+        if beta is None:
+            beta = Settings.beta
+        settings = Settings(alpha, beta, self.logit_scale, self.k, self.tail)
         classes, order = _classes(
             own if labels is None else labels, once=self.class_names is not None
         )

@@ -32,7 +32,7 @@ from retrieval_tip.data.source import spread
 from retrieval_tip.data.sources import Source, open_items
 from retrieval_tip.data.tables import is_frame
 from retrieval_tip.editing import apply
-from retrieval_tip.errors import InputError, StoreError, UsageError, check_count, warn_once
+from retrieval_tip.errors import InputError, StoreError, UsageError, check_count, few, warn_once
 from retrieval_tip.html import markup, table
 from retrieval_tip.predictions import Predictions, SimilarShot
 from retrieval_tip.retrieval import inputs
@@ -61,9 +61,6 @@ from retrieval_tip.store.files import read_array
 from retrieval_tip.store.labels import label_table, rows_with
 from retrieval_tip.store.manifest import SUFFIXES, Manifest, Table
 from retrieval_tip.store.versions import Check, Origin, Versions, Writer, created
-
-SHOWN_CLASSES = 8
-"""Number of classes shown in a notebook."""
 
 SUMS_FROM = 8
 """The sums are only saved if they are at most an eighth of the size of the keys. Otherwise, a fit recomputes them."""
@@ -189,21 +186,14 @@ class Index:
 
     def follow(self) -> None:
         """Compute again what follows from the rows, the classes and the text."""
-        rows = self.rows
         c = len(self.class_names)
-        if (
-            isinstance(rows, ArrayRows)
-            and rows.index is not None
-            and rows.index.by_class
-            and rows.index.n != c
-        ):
-            self.rows = rows.indexed(c, device=self.device)
-        scale = inputs.scale_of(self.parts, self.shares) if self.parts else None
-        text = (
-            self.text_weights
-            if scale is None
-            else self.text_weights * scale.square().to(self.text_weights)
-        )
+        index = self.rows.index
+        if index is not None and index.by_class and index.n != c:
+            self.rows = self.rows.in_memory().indexed(c, device=self.device)
+        text = self.text_weights
+        if self.parts:
+            scale = inputs.scale_of(self.parts, self.shares)
+            text = text if scale is None else text * scale.square().to(text)
         self.retrieval = Retrieval(self.rows.stream(c, self.device, self.metric), text)
 
     @property
@@ -288,14 +278,12 @@ class Index:
         By default, all classes and key ids match. ``source`` matches any source that contains it, ignoring case.
         """
         if key_ids:
-            return rows_with(
-                self.rows.where("key_id", list(dict.fromkeys(key_ids))), labels, source
-            )
-        return rows_with(
-            self.rows.where("label", list(dict.fromkeys(labels))) if labels else self.labels,
-            (),
-            source,
-        )
+            rows = self.rows.where("key_id", list(dict.fromkeys(key_ids)))
+        elif labels:
+            rows = self.rows.where("label", list(dict.fromkeys(labels)))
+        else:
+            rows = self.labels
+        return rows_with(rows, labels, source)
 
     def having(self, column: Literal["digest", "source"], values: Iterable[str | None]) -> pa.Table:
         """Return the rows of the label store that have one of the given digests or sources."""
@@ -429,11 +417,9 @@ class Index:
     @property
     def current_scores(self) -> Scores | None:
         """The scores of the last fit, or ``None`` if keys, labels, text or settings have changed since."""
-        return (
-            self.scores
-            if self.scores is not None and self.scores.settings == self.settings
-            else None
-        )
+        if self.scores is None or self.scores.settings != self.settings:
+            return None
+        return self.scores
 
     def sets(self, ask: Ask) -> Sets | None:
         """Return the rule for the sets of classes that a question asks for.
@@ -508,16 +494,12 @@ class Index:
         affinity, rows = self.nearest(f, min(n, self.n))
         used, places = np.unique(rows.clip(min=0), return_inverse=True)
         described = self.rows.described(used, ["key_id", "source", "label"]).to_pylist()
-        return [
-            [
-                SimilarShot(**described[i], affinity=float(x))
-                for row, i, x in zip(*one, strict=True)
-                if row >= 0
-            ]
-            for one in zip(
-                rows, places.reshape(rows.shape), affinity.double().cpu().numpy(), strict=True
-            )
-        ]
+        places = places.reshape(rows.shape)
+        similar: list[list[SimilarShot]] = [[] for _ in rows]
+        for query, rank in np.argwhere(rows >= 0):
+            shot = described[places[query, rank]]
+            similar[query].append(SimilarShot(**shot, affinity=float(affinity[query, rank])))
+        return similar
 
     def ids_of(self, source: Source) -> IntArray:
         """Return the class id of each item in a labelled source. Raises InputError if a label is not a class."""
@@ -541,14 +523,9 @@ class Index:
     def on(self, device: str) -> Index:
         """Return the same version on ``auto``, ``cpu``, ``cuda`` or ``cuda:N``. Another device reads it again."""
         device = resolve_device(device)
-        own = self.stored
-        if device == self.device or own is None:
+        if device == self.device or self.stored is None:
             return self
-        if not isinstance(own, Stored):
-            return cast("Index", own.store.load(device=device, version=own.manifest.version))
-        return type(self).load(
-            own.store.folder, device=device, verify="fast", version=own.manifest.version
-        )
+        return self._opened_again(device, self.stored.manifest)
 
     def check_answers(self) -> None:
         """Classify a few keys as if they were queries, and raise InputError if their logits overflow."""
@@ -715,23 +692,18 @@ class Index:
                 f"sources: there are {len(sources)} sources for {len(ids)} keys; pass one source per key"
             )
         order = np.argsort(ids, kind="stable")
-        table = label_table(
-            names,
-            ids[order],
-            None if sources is None else [sources[i] for i in order],
-            key_ids=order,
-        )
+        if sources is not None:
+            sources = [sources[i] for i in order]
+        table = label_table(names, ids[order], sources, key_ids=order)
         ordered = np.ascontiguousarray(matrix[order])
         settings = Settings() if settings is None else settings
         if index == "auto":
             index, k = auto_for(matrix.shape, matrix.dtype, len(names), device)
             settings = replace(settings, k=k)
-        shape = len(ids), len(names)
-        trained = (
-            None
-            if values is None
-            else inputs.shaped(values, "values", shape, "one row per key")[order]
-        )
+        trained = None
+        if values is not None:
+            shape = len(ids), len(names)
+            trained = inputs.shaped(values, "values", shape, "one row per key")[order]
         return cls(
             ArrayRows(ordered, table, trained),
             names,
@@ -770,32 +742,25 @@ class Index:
         )
 
     def _repr_html_(self) -> str:
-        shown = zip(self.class_names[:SHOWN_CLASSES], self.counts, strict=False)
-        few = ", ".join(f"{name} {number}" for name, number in shown)
-        more = (
-            f" and {len(self.class_names) - SHOWN_CLASSES:,} more"
-            if len(self.class_names) > SHOWN_CLASSES
-            else ""
-        )
+        counts = zip(self.class_names, self.counts, strict=True)
+        classes = few([f"{name} {number}" for name, number in counts])
         own = self.settings
         settings = f"alpha {own.alpha:.4g}, beta {own.beta:.4g}, k {own.k or 'all'}, "
         settings += f"{'with' if own.tail else 'without'} tail, temperature {own.temperature:.4g}"
+        text = "none: only the cache is used"
+        if self.has_text:
+            text = f"logit scale {own.logit_scale:.4g}"
+        place = "not from a folder"
+        if self.place:
+            place = f"{self.place}, version {self.version}"
         rows: list[tuple[str, object]] = [
             ("keys", f"{self.n:,} of {self.d:,} values, {self.dtype}"),
-            ("classes and their keys", f"{len(self.class_names):,}: {few}{more}"),
+            ("classes and their keys", f"{len(self.class_names):,}: {classes}"),
             ("settings", settings),
-            (
-                "text",
-                f"logit scale {own.logit_scale:.4g}"
-                if self.has_text
-                else "none: only the cache is used",
-            ),
+            ("text", text),
             ("index", f"{self.index_type} on {self.device}"),
             ("backbone", self.backbone or "unnamed"),
-            (
-                "folder",
-                f"{self.place}, version {self.version}" if self.place else "not from a folder",
-            ),
+            ("folder", place),
         ]
         return table((), rows, markup(f"<b>{type(self).__name__}</b>"))
 
@@ -888,16 +853,20 @@ class Index:
         """
         if self.stored is None:
             raise UsageError("reload: the index has no folder; save it first")
-        store = self.stored.store
         manifest = self.stored.store.manifest()
         if manifest == self.stored.manifest:
             return self
+        return self._opened_again(self.device, manifest)
+
+    def _opened_again(self, device: str, manifest: Manifest) -> Index:
+        """Open a version of the same store. Files that this index has open are not checked again."""
+        assert self.stored is not None
+        store = self.stored.store
         if not isinstance(self.stored, Stored):
-            return cast("Index", store.load(device=self.device))
-        check = Check(
-            store.files, manifest, self.stored.verify, set(self.stored.manifest.data_files)
-        )
-        return type(self).load(store.folder, device=self.device, check=check)
+            return cast("Index", store.load(device=device, version=manifest.version))
+        known = set(self.stored.manifest.data_files)
+        check = Check(store.files, manifest, self.stored.verify, known)
+        return type(self).load(store.folder, device=device, check=check)
 
     def save(self, folder: str | os.PathLike[str], change: str = "save") -> Self:
         """Write the next version of an index folder, or the first version of a new folder (see :meth:`Versions.write`).
@@ -927,7 +896,8 @@ class Index:
 
         Raises the errors of :meth:`save`.
         """
-        write(self._contents(), writer, self.stored if isinstance(self.stored, Stored) else None)
+        stored = self.stored if isinstance(self.stored, Stored) else None
+        write(self._contents(), writer, stored)
         self.check_answers()
         made = self.altered(rows=self._mapped(writer))
         manifest = made.manifest_of(writer, change)
@@ -940,13 +910,11 @@ class Index:
         rows = self.rows.in_memory()
         held: dict[str, Any] = {"keys": rows.keys, "points": rows.points, "values": rows.values}
         for kind, array in held.items():
-            if (
-                array is not None
-                and kind in writer.files
-                and not (isinstance(array, Tensor) and array.is_cuda)
-            ):
-                mapped = read_array(writer.store.folder, writer.files[kind], array.shape)
-                held[kind] = torch.from_numpy(mapped) if isinstance(array, Tensor) else mapped
+            on_gpu = isinstance(array, Tensor) and array.is_cuda
+            if array is None or on_gpu or kind not in writer.files:
+                continue
+            mapped = read_array(writer.store.folder, writer.files[kind], array.shape)
+            held[kind] = torch.from_numpy(mapped) if isinstance(array, Tensor) else mapped
         return replace(rows, **held, kept_in=None, pending=())
 
     def _check_current(self, writer: Writer) -> None:
@@ -958,8 +926,6 @@ class Index:
 
     def _contents(self) -> dict[str, Any]:
         rows = self.rows.in_memory()
-        sums = rows.sums
-        derived = self.metric is not None and self.metric.factor is not None
         contents = self.fit_contents() | {
             "keys": rows.keys,
             "labels": rows.labels,
@@ -967,11 +933,11 @@ class Index:
             "values": rows.values,
             "curve": self.curve,
             "index": rows.index,
-            "points": None if derived else rows.points,
-            "sums": sums
-            if sums is not None and sums.nbytes * SUMS_FROM <= rows.keys.nbytes
-            else None,
         }
+        if self.metric is None or self.metric.factor is None:  # else points are computed again
+            contents["points"] = rows.points
+        if rows.sums is not None and rows.sums.nbytes * SUMS_FROM <= rows.keys.nbytes:
+            contents["sums"] = rows.sums
         return {kind: held for kind, held in contents.items() if held is not None}
 
     def fit_contents(self) -> dict[str, Any]:

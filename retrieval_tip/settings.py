@@ -90,9 +90,8 @@ class Settings:
             value = getattr(self, name)
             above = name in ("logit_scale", "temperature")
             if not _is_finite(value) or value < 0 or (above and value == 0):
-                raise UsageError(
-                    f"{name} is {value}: expected a finite number{' above 0' if above else ', 0 or more'}"
-                )
+                range_ = " above 0" if above else ", 0 or more"
+                raise UsageError(f"{name} is {value}: expected a finite number{range_}")
             object.__setattr__(self, name, float(value))
         if self.k is not None:
             if not _is_whole(self.k) or self.k < 1:
@@ -412,9 +411,10 @@ class Levels:
 
     def at(self, level: int, label: str) -> str | None:
         """Return the group of a class at a level, which is the class itself at level 0."""
-        return (
-            label if level == 0 else self.paths[label][level - 1] if label in self.paths else None
-        )
+        if level == 0:
+            return label
+        path = self.paths.get(label)
+        return None if path is None else path[level - 1]
 
     def of(self, class_names: Sequence[str]) -> dict[str, list[str | None]]:
         """Return the group of each class at each level."""
@@ -445,8 +445,10 @@ class Levels:
 
     def renamed(self, old: str, new: str) -> Levels:
         """Return the groups after a class was renamed. If the new name has groups, it keeps them."""
+        if old not in self.paths:
+            return self
         rest = {name: path for name, path in self.paths.items() if name != old}
-        return replace(self, paths={new: self.paths[old], **rest} if old in self.paths else rest)
+        return replace(self, paths={new: self.paths[old], **rest})
 
 
 def _is_finite(value: object) -> bool:

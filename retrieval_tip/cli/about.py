@@ -71,11 +71,11 @@ def models_command(
 def _list_encoders(word: str, printing: OutputOptions) -> None:
     from retrieval_tip.backbones.catalogue import search
 
-    sizes = [(one, None if one.bytes is None else amount(one.bytes)) for one in search(word)]
-    rows = [
-        (one.model, size, one.licence, one.words, one.cached, list(one.weights))
-        for one, size in sizes
-    ]
+    rows = []
+    for encoder in search(word):
+        size = None if encoder.bytes is None else amount(encoder.bytes)
+        facts = (encoder.licence, encoder.words, encoder.cached, list(encoder.weights))
+        rows.append((encoder.model, size, *facts))
     types = {
         "model": str,
         "size": str,
@@ -104,9 +104,8 @@ def _try_encoders(
     names = list(dict.fromkeys([*given, *here]))
     more = "to download more, give --model, for example --model clip+dinov2"
     if not names:
-        raise UsageError(
-            f"models: no encoder{f' named {word}' if word else ''} is on this machine; {more}"
-        )
+        wanted = f"encoder named {word}" if word else "encoder"
+        raise UsageError(f"models: no {wanted} is on this machine; {more}")
 
     tried = try_encoders(
         photos,
@@ -132,7 +131,10 @@ def _try_encoders(
         for one in tried.trials
     )
     printing.write_rows(rows, types | {"recommended": bool})
-    say(f"only one encoder is on this machine; {more}" if len(tried.trials) == 1 else str(tried))
+    if len(tried.trials) == 1:
+        say(f"only one encoder is on this machine; {more}")
+    else:
+        say(str(tried))
     finish(tried.skipped)
 
 

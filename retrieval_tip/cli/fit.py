@@ -48,9 +48,8 @@ def fit_command(
         _calibrate(folder, val, form, encoding)
         return
     source = None if val is None else source_of(val, encoding, "val")
-    with reader_for(
-        store_of(folder).manifest(), [] if source is None else [source], encoding
-    ) as reader:
+    sources = [] if source is None else [source]
+    with reader_for(store_of(folder).manifest(), sources, encoding) as reader:
         choice = fit_index(folder, **form, validation=source, reader=reader).fit
     assert choice is not None
     warn(choice.warnings)
@@ -101,7 +100,8 @@ def search_command(
 
     index = store_of(folder).load(device=encoding.device)
     source = None if val is None else source_of(val, encoding, "val")
-    with reader_for(index, [] if source is None else [source], encoding) as reader:
+    sources = [] if source is None else [source]
+    with reader_for(index, sources, encoding) as reader:
         queries = (
             Queries.leave_one_out(index)
             if source is None
@@ -163,7 +163,8 @@ def finetune_command(
     from retrieval_tip.fit.finetune import finetune_into, shots_of
 
     index = store_of(folder).load(device=encoding.device)
-    shots = shots_of(index, None if source is None else source_of(source, encoding, "train"))
+    given = None if source is None else source_of(source, encoding, "train")
+    shots = shots_of(index, given)
     unseen = None if val is None else source_of(val, replace(encoding, split=None), "val")
     sources = [shots] if unseen is None else [shots, unseen]
     with reader_for(index, sources, encoding) as reader:

@@ -59,7 +59,9 @@ SYNONYMS = {
 
 def _set_level(_: click.Context, option: click.Parameter, times: int) -> None:
     if times:
-        level = logging.ERROR if option is QUIET else logging.INFO if times == 1 else logging.DEBUG
+        level = logging.INFO if times == 1 else logging.DEBUG
+        if option is QUIET:
+            level = logging.ERROR
         logging.getLogger("retrieval_tip").setLevel(level)
 
 
@@ -256,17 +258,12 @@ class Group(click.Group):
             return super().resolve_command(ctx, args)
         except click.NoSuchCommand as error:
             name = args[0]
-            everywhere = [
-                *SYNONYMS.get(name, ()),
-                *(
-                    path
-                    for path, _ in commands_of(ctx.find_root().command)
-                    if path.split()[-1] == name
-                ),
-            ]
-            if not everywhere:
+            paths = [path for path, _ in commands_of(ctx.find_root().command)]
+            meant = list(SYNONYMS.get(name, ()))
+            meant += [path for path in paths if path.split()[-1] == name]
+            if not meant:
                 raise
-            shown = " or ".join(dict.fromkeys([*everywhere, *(error.possibilities or ())]))
+            shown = " or ".join(dict.fromkeys([*meant, *(error.possibilities or ())]))
             raise click.UsageError(
                 f"No such command {name!r}. Did you mean {shown}?", ctx
             ) from None
@@ -277,9 +274,10 @@ command = partial(click.command, cls=Command)
 
 def commands_of(group: click.Command, prefix: str = "") -> Iterator[tuple[str, click.Command]]:
     """Yield the commands of a group and of its subgroups, and their names."""
-    for name, own in group.commands.items() if isinstance(group, click.Group) else ():
-        yield f"{prefix}{name}", own
-        yield from commands_of(own, f"{prefix}{name} ")
+    if isinstance(group, click.Group):
+        for name, own in group.commands.items():
+            yield f"{prefix}{name}", own
+            yield from commands_of(own, f"{prefix}{name} ")
 
 
 @contextmanager

@@ -98,7 +98,8 @@ def find_command(
             done = f"found {counted(found.total, 'pair')}, showing {len(table):,}{only}"
         else:
             table, total = find_photos(sources, reader, query, number, index)
-            done = f"searched {counted(total, 'photo')} for {'the text' if text else 'photos like'} {show(query)}"
+            what = "the text" if text else "photos like"
+            done = f"searched {counted(total, 'photo')} for {what} {show(query)}"
     printing.write_table(table)
     note(done)
     finish(reader.skipped)
@@ -152,7 +153,9 @@ def sort_command(
         sources = inputs_of(photos)
         index = index_with(folder, encoding)
         with reader_for(index, sources, encoding) as reader:
-            action: Action = "link" if link else "move" if move else "copy"
+            action: Action = "copy"
+            if link or move:
+                action = "link" if link else "move"
             result = sort_photos(
                 index,
                 sources,

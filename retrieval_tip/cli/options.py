@@ -133,6 +133,10 @@ _SUFFIXES = {
 }
 
 
+def _joined(cell: object) -> object:
+    return ", ".join(cell) if isinstance(cell, list) else cell
+
+
 @dataclass(frozen=True)
 class OutputOptions:
     """Output format and output file. ``None`` means the default format and standard output.
@@ -162,7 +166,6 @@ class OutputOptions:
         """Write rows whose columns have these types. Lists contain texts, which a table joins with commas."""
         import pyarrow as pa
 
-        joined = self.style == "table"
         known = {
             str: pa.string(),
             int: pa.int64(),
@@ -170,19 +173,12 @@ class OutputOptions:
             bool: pa.bool_(),
             list: pa.list_(pa.string()),
         }
-        schema = pa.schema(
-            [
-                (name, known[str if joined and kind is list else kind])
-                for name, kind in types.items()
-            ]
-        )
-        cells = (
-            (", ".join(cell) if joined and isinstance(cell, list) else cell for cell in row)
-            for row in rows
-        )
-        self.write_table(
-            pa.Table.from_pylist([dict(zip(types, row, strict=True)) for row in cells], schema)
-        )
+        if self.style == "table":
+            known[list] = pa.string()
+            rows = [[_joined(cell) for cell in row] for row in rows]
+        schema = pa.schema([(name, known[kind]) for name, kind in types.items()])
+        cells = [dict(zip(types, row, strict=True)) for row in rows]
+        self.write_table(pa.Table.from_pylist(cells, schema))
 
     def write_table(self, table: pa.Table, *, predictions: bool = False) -> None:
         """Write a table, which may have ``predictions`` (see :func:`output.write_tables`)."""

@@ -93,10 +93,11 @@ def write_tables(
 def _details(row: Row) -> Iterator[str]:
     """Yield the lines to print below a prediction, which show its evidence and the class probabilities."""
     if row.get("neighbours"):
-        shots = [*row["neighbours"], *([row["opposing"]] if row.get("opposing") else [])]
-        rows = [
-            shot | {"contribution": shot["gives"][0]} for shot in shots
-        ]  # contribution to the answer
+        shots = list(row["neighbours"])
+        if row.get("opposing"):
+            shots.append(row["opposing"])
+        # The first class that a shot gives to is the answer.
+        rows = [shot | {"contribution": shot["gives"][0]} for shot in shots]
         lines = _lines(
             rows, contribution=True, affinity=True, label=False, source=False, key_id=True
         )
@@ -182,10 +183,10 @@ def _aligned(
     lines: Iterable[Sequence[str]], right: Iterable[bool], widths: Sequence[int]
 ) -> Iterator[str]:
     for line in lines:
-        gaps = [" " * (width - wcswidth(text)) for text, width in zip(line, widths, strict=True)]
-        padded = [
-            gap + text if r else text + gap for text, gap, r in zip(line, gaps, right, strict=True)
-        ]
+        padded = []
+        for text, width, is_right in zip(line, widths, right, strict=True):
+            gap = " " * (width - wcswidth(text))
+            padded.append(gap + text if is_right else text + gap)
         yield "  ".join(padded).rstrip()
 
 
@@ -201,10 +202,10 @@ def _table(
     ``right`` are the columns, and whether each is aligned to the right.
     """
     heading = list(map(one_line, right))
-    widths = [
-        _width([name, *(_cell(text, column) for text in known.get(column, ()))])
-        for name, column in zip(heading, right, strict=True)
-    ]
+    widths = []
+    for name, column in zip(heading, right, strict=True):
+        cells_to_come = [_cell(text, column) for text in known.get(column, ())]
+        widths.append(_width([name, *cells_to_come]))
     head = [heading]
     for rows in filter(None, blocks):
         cells = [[_cell(row.get(column), column) for column in right] for row in rows]
@@ -216,7 +217,8 @@ def _table(
         text.writelines(f"{line}\n" for line in _aligned(head, right.values(), widths))
         for row, line in zip(rows, _aligned(cells, right.values(), widths), strict=True):
             text.write(f"{line}\n")
-            text.writelines(f"{below}\n" for below in (_details(row) if predictions else ()))
+            if predictions:
+                text.writelines(f"{below}\n" for below in _details(row))
         head = []
         yield text.getvalue()
 

@@ -212,12 +212,9 @@ class _Handler(logging.Handler):
             level = record.levelname
             text = message(self.format(record))
             colour = {"warning": "yellow", "ERROR": "red"}.get(level)  # on a terminal only
-            click.echo(
-                text
-                if colour is None
-                else click.style(level, fg=colour) + text.removeprefix(level),
-                err=True,
-            )
+            if colour is not None:
+                text = click.style(level, fg=colour) + text.removeprefix(level)
+            click.echo(text, err=True)
         except Exception:  # as in logging's own handlers
             self.handleError(record)
 

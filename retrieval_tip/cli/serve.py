@@ -89,16 +89,15 @@ def serve_command(
         named = (f"{name} ({counted(one.now.index.n, 'shot')})" for name, one in served.items())
         what = ", ".join(named) or "no index yet"
         at = address(listening)
-        opened = (
-            f" open {at}/#token={key} to view{'' if read_only else ' and change'} it;"
-            if key != token
-            else ""
-        )
+        opened = ""
+        if key != token:
+            use = "view" if read_only else "view and change"
+            opened = f" open {at}/#token={key} to {use} it;"
         ready = partial(say, f"Serving {what} at {at};{opened} Ctrl+C stops the server")
         service = Service(served, Limits(hosts=hosts), uploads, root, maker)
-        app = create_app(
-            service, token=None if read_only else key, private=key if private else None, ready=ready
-        )
+        token_of_changes = None if read_only else key
+        token_of_answers = key if private else None
+        app = create_app(service, token=token_of_changes, private=token_of_answers, ready=ready)
         serve(app, listening, trusted_proxy)
 
 
@@ -136,7 +135,8 @@ def label_command(
     store = store_of(out)
     paths = paths_of(sources)
     known = store.exists()
-    opened = reader_for(store.manifest() if known else None, sources, encoding)
+    manifest = store.manifest() if known else None
+    opened = reader_for(manifest, sources, encoding)
     kept = LastServer("label", [out])
     with (
         opened as reader,
