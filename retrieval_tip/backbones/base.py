@@ -73,9 +73,8 @@ class Identity:
         return digest_of(what, sort_keys=True)[:16]
 
     def __str__(self) -> str:
-        return (
-            f"{self.model}{f'/{self.pretrained}' if self.pretrained else ''} ({self.fingerprint})"
-        )
+        name = f"{self.model}/{self.pretrained}" if self.pretrained else self.model
+        return f"{name} ({self.fingerprint})"
 
     def to_dict(self) -> dict[str, object]:
         """Return the identity as it is stored in manifests and feature tables."""
@@ -213,10 +212,11 @@ def without_unused(backbone: Loaded, shares: Sequence[float]) -> Loaded:
 
 def parts_of(backbone: Backbone) -> tuple[Part, ...]:
     """Return the parts of a feature, with names for their columns in a feature table."""
-    own = enumerate(encoders_of(backbone), 1)
-    return tuple(
-        Part(one.dim, f"feature_{i}" if i > 1 else "feature", one.identity) for i, (one, _) in own
-    )
+    parts = []
+    for number, (encoder, _) in enumerate(encoders_of(backbone), 1):
+        column = "feature" if number == 1 else f"feature_{number}"
+        parts.append(Part(encoder.dim, column, encoder.identity))
+    return tuple(parts)
 
 
 def side_by_side(parts: Sequence[FloatArray]) -> FloatArray:
@@ -309,16 +309,13 @@ def _unusable() -> str | None:
 
 def runs_on(capability: tuple[int, int], arches: Sequence[str]) -> bool:
     """Return whether a torch build for ``arches`` (such as ``sm_86``) runs on a GPU with this compute capability."""
-    major, minor = capability
     matches = [re.fullmatch(r"(sm|compute)_([0-9]+)([0-9])[a-z]?", arch) for arch in arches]
-    known = [
-        (kind, int(m), int(n)) for kind, m, n in (match.groups() for match in matches if match)
-    ]
-    runs = any(
-        (major == m and minor >= n) if kind == "sm" else (major, minor) >= (m, n)
-        for kind, m, n in known
-    )
-    return runs or not known
+    known = [match.groups() for match in matches if match]
+    for kind, m, n in known:
+        oldest = (int(m), int(n))
+        if oldest <= capability and (kind == "compute" or oldest[0] == capability[0]):
+            return True
+    return not known
 
 
 def resolve_execution(device: str = "auto", precision: Precision = "auto") -> tuple[str, Precision]:
@@ -328,4 +325,6 @@ def resolve_execution(device: str = "auto", precision: Precision = "auto") -> tu
     if precision == "int8" and device != "cpu":
         raise UsageError("precision int8: requires a CPU; use float16 on a GPU")
     automatic: Precision = "float32" if device == "cpu" else "float16"
-    return device, automatic if precision == "auto" else precision
+    if precision == "auto":
+        precision = automatic
+    return device, precision

@@ -308,11 +308,10 @@ def ask_hub(repository: str) -> None:
 
 def downloaded(repository: str) -> list[Path]:
     """Return the paths that hold the revision of a repository on this machine, which may be missing."""
-    ref = _hub_folder(repository) / "refs" / "main"
-    return [
-        ref,
-        _hub_folder(repository) / "snapshots" / (ref.read_text() if ref.is_file() else "missing"),
-    ]
+    folder = _hub_folder(repository)
+    ref = folder / "refs" / "main"
+    revision = ref.read_text() if ref.is_file() else "missing"
+    return [ref, folder / "snapshots" / revision]
 
 
 @contextmanager

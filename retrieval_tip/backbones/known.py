@@ -46,11 +46,10 @@ class Files:
         stamps: list[object] = [(name, version_of(name)) for name in PACKAGES]
         try:
             for place in map(Path, paths):
-                for path in (
-                    sorted(file for file in place.iterdir() if file.is_file())
-                    if place.is_dir()
-                    else [place]
-                ):
+                files = [place]
+                if place.is_dir():
+                    files = sorted(file for file in place.iterdir() if file.is_file())
+                for path in files:
                     facts = path.stat()
                     changed = facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns
                     stamps.append((str(path), os.path.realpath(path), *changed))

@@ -62,12 +62,12 @@ def each_text(
     backbone: Backbone, c: int, weights_of: Callable[[Backbone], FloatArray]
 ) -> FloatArray:
     """Join the text weights of each encoder that has text (see :func:`base.text_side_by_side`)."""
-    encoders = [one for one, _ in encoders_of(backbone)]
-    some = backbone.has_text
-    weights = [
-        weights_of(one) if one.has_text or not some else np.zeros((c, one.dim), np.float32)
-        for one in encoders
-    ]
+    weights = []
+    for encoder, _ in encoders_of(backbone):
+        if encoder.has_text or not backbone.has_text:
+            weights.append(weights_of(encoder))
+        else:
+            weights.append(np.zeros((c, encoder.dim), np.float32))
     return text_side_by_side(weights)
 
 

@@ -27,9 +27,9 @@ def open_model(name: str, pretrained: str | None, device: torch.device) -> Opene
     config = timm.get_pretrained_cfg(name)
     repository = "" if file is not None or config is None else config.hf_hub_id
     with opening(f"timm:{name}", repository, f"--model timm:{name}@FILE (a copy of its weights)"):
-        files = (
-            Files.of(file) if file else Files.of(*downloaded(repository)) if repository else None
-        )
+        files = Files.of(file) if file else None
+        if repository:
+            files = Files.of(*downloaded(repository))
         tower = timm.create_model(name, pretrained=file is None, num_classes=0)
     if file is not None:
         _fill(tower, file, name)

@@ -42,7 +42,8 @@ def open_model(place: str, device: torch.device) -> Opened:
     from open_clip.transform import image_transform_v2
 
     here = Path(place).is_dir() or catalogue.has_weights(place)
-    files = Files.of(*([place] if Path(place).is_dir() else catalogue.downloaded(place)))
+    paths = [Path(place)] if Path(place).is_dir() else catalogue.downloaded(place)
+    files = Files.of(*paths)
 
     def read(kind: Any, **options: Any) -> Any:
         asked = place if kind is AutoConfig and not here else None

@@ -135,9 +135,8 @@ class KeyTable:
     @classmethod
     def at(cls, address: Address, name: str, version: int | None = None) -> KeyTable:
         """Open a version of the table, by default the newest one, even if no manifest refers to it."""
-        with _store_errors(
-            address, f"opening {'' if version is None else f'version {version} of '}its table"
-        ):
+        what = "its table" if version is None else f"version {version} of its table"
+        with _store_errors(address, f"opening {what}"):
             table = _connected(address).open_table(name)
             if version is not None:
                 table.checkout(version)

@@ -139,7 +139,8 @@ class LanceStore(Store):
     def publish(self, writer: TableWriter, manifest: Manifest, raw: bytes) -> None:
         assert manifest.table is not None
         table = KeyTable.at(self.address, manifest.table.name, manifest.table.version)
-        if (table.rows if self.local is None else table.rows_on_disk()) != manifest.n:
+        there = table.rows if self.local is None else table.rows_on_disk()
+        if there != manifest.n:
             raise changed_meanwhile(self)
         writer.flush()
         super().publish(writer, manifest, raw)
@@ -249,9 +250,8 @@ class LanceStore(Store):
             if material.fit is not None:
                 index, choice = closed_form.fit(index, material.fit, factory=asked)
                 warn(choice.warnings)
-            return self.commit(
-                writer, index, "build", asked if material.fit is not None else None
-            ).on(material.device)
+            factory = None if material.fit is None else asked
+            return self.commit(writer, index, "build", factory).on(material.device)
 
     def copy_from(self, index: Index, what: str) -> Index:
         """Raises InputError if the index has trained values."""
@@ -302,23 +302,20 @@ class LanceStore(Store):
             for kind, file in files
             if kind != "classes"
         }
-        held |= {"text": _matrix(classes["text"])} | (
-            {"metric": metric_of(held["metric"])} if "metric" in held else {}
-        )
+        held["text"] = _matrix(classes["text"])
+        if "metric" in held:
+            held["metric"] = metric_of(held["metric"])
         counts = classes["keys"].to_numpy()
         none = np.zeros((0, 0))
-        sums = {
-            name: _matrix(classes[name])
-            for name in ("sum", "point_sum")
-            if name in classes.column_names
-        }
+        point_sums = None
+        if "point_sum" in classes.column_names:
+            point_sums = Sums(counts, _matrix(classes["point_sum"]), none)
+        is_by_class = manifest.index == CLASSES  # earlier programs also used vector indexes
         rows = TableRows(
             table=self.table(manifest),
-            known=Sums(counts, sums["sum"], held.get("second", none)),
-            point_sums=Sums(counts, sums["point_sum"], none) if "point_sum" in sums else None,
-            kind=CLASSES
-            if manifest.index == CLASSES
-            else FLAT,  # earlier programs also used vector indexes
+            known=Sums(counts, _matrix(classes["sum"]), held.get("second", none)),
+            point_sums=point_sums,
+            kind=CLASSES if is_by_class else FLAT,
             automatic=manifest.built.auto_index,
         )
         used: Rows = rows
@@ -332,20 +329,23 @@ class LanceStore(Store):
     def current(self, writer: TableWriter, base: Index | None) -> Index:
         assert writer.parent is not None
         assert writer.table is not None
-        kept = base is not None and base.manifest == writer.parent
-        index = base.on("cpu") if base is not None and kept else self._index(writer.parent, "cpu")
+        if base is not None and base.manifest == writer.parent:
+            index = base.on("cpu")
+        else:
+            index = self._index(writer.parent, "cpu")
         table = replace(_table_of(index), table=writer.table, writer=writer)
         return index.altered(rows=_kept_in(table, index.rows))
 
     def rebuilt(self, index: Index, factory: str | None, dtype: Dtype | None) -> Index:
         """Every row is rewritten, except removed ones."""
         solved = index.values is not None
-        table = _table_of(index).rewritten(None if solved else index.metric, factory, dtype)
+        metric = None if solved else index.metric
+        table = _table_of(index).rewritten(metric, factory, dtype)
         made = index.rebuilt(table.kind, dtype) if solved else index
         made = made.altered(rows=_kept_in(table, made.rows))
-        return (
-            made if factory is None else made.altered(settings=made.settings.override(k=table.few))
-        )
+        if factory is None:
+            return made
+        return made.altered(settings=made.settings.override(k=table.few))
 
     def commit(
         self, writer: TableWriter, index: Index, what: str, factory: str | None = None
@@ -387,22 +387,19 @@ class LanceStore(Store):
         classes = {
             "label": pa.array(index.class_names, pa.string()),
             "keys": pa.array(rows.known.counts),
-        }
-        classes |= {
             "text": vectors(index.text_weights.cpu().numpy()),
             "sum": vectors(rows.known.sums),
         }
-        classes |= {} if rows.point_sums is None else {"point_sum": vectors(rows.point_sums.sums)}
+        if rows.point_sums is not None:
+            classes["point_sum"] = vectors(rows.point_sums.sums)
+        held = index.fit_contents() | {"classes": pa.table(classes)}
         size = rows.n * rows.d * np.dtype(rows.dtype).itemsize
         second = rows.known.second
-        values = index.values
-        held = index.fit_contents() | {
-            "classes": pa.table(classes),
-            "second": second if 0 < second.nbytes * SUMS_FROM <= size else None,
-            "values": None
-            if values is None
-            else values[np.argsort(index.labels["key_id"].to_numpy())],
-        }
+        if 0 < second.nbytes * SUMS_FROM <= size:
+            held["second"] = second
+        if index.values is not None:
+            order = np.argsort(index.labels["key_id"].to_numpy())
+            held["values"] = index.values[order]
         write({kind: own for kind, own in held.items() if own is not None}, writer, None)
         table = Table(rows.table.name, rows.table.version, rows.n)
         manifest = index.altered(built=built, rows=rows).manifest_of(

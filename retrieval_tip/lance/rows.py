@@ -440,9 +440,8 @@ class TableRows(Rows):
             self._changed.delete(gone.key_ids.tolist())
         if new is not None:
             own = new.take(np.argsort(new.class_ids, kind="stable"))
-            self._changed.append(
-                rows_of(own.labels, own.keys, own.points if self.table.has_points else None)
-            )
+            new_points = own.points if self.table.has_points else None
+            self._changed.append(rows_of(own.labels, own.keys, new_points))
         for part, sign in ((gone, -1), (new, 1)):
             if part is not None:
                 sums = sums.added(part.keys, part.class_ids, sign)
@@ -466,9 +465,9 @@ class TableRows(Rows):
 
     def _with_sums(self, change: Callable[[Sums], Sums]) -> TableRows:
         points = self.point_sums
-        return replace(
-            self, known=change(self.known), point_sums=None if points is None else change(points)
-        )
+        if points is not None:
+            points = change(points)
+        return replace(self, known=change(self.known), point_sums=points)
 
     def fitted(
         self, metric: tip.Metric | None, values: Tensor | None, factory: str | None, device: str

@@ -95,7 +95,8 @@ class Address:
         return cls(scheme, bucket, "/".join(parts))
 
     def __str__(self) -> str:
-        return f"{self.scheme}://{self.bucket}{'/' if self.bucket else ''}{self.path}"
+        place = f"{self.bucket}/{self.path}" if self.bucket else self.path
+        return f"{self.scheme}://{place}"
 
     @property
     def local(self) -> Path | None:

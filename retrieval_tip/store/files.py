@@ -250,13 +250,13 @@ class BucketFiles:
     def delete(self, names: Iterable[str]) -> None:
         import obstore
 
-        names = list(names)
-        # In GCS, deletion stops at the first missing object. S3 ignores missing objects.
-        for part in (
-            [names] if names and self.address.scheme == "s3" else [[name] for name in names]
-        ):
-            with suppress(FileNotFoundError), self._asking(part[0], FileNotFoundError):
-                obstore.delete(self._client, part)
+        every = list(names)
+        batches = [[name] for name in every]
+        if every and self.address.scheme == "s3":
+            batches = [every]  # in GCS, deletion stops at the first missing object
+        for batch in batches:
+            with suppress(FileNotFoundError), self._asking(batch[0], FileNotFoundError):
+                obstore.delete(self._client, batch)
 
     def flush(self, *folders: str) -> None:
         """Do nothing, because a service keeps what it has acknowledged."""
@@ -351,7 +351,8 @@ class BucketFiles:
         else:
             line = text.partition("\n")[0].partition("<")[0].strip() or type(error).__name__
             why = re.sub(r"//[^/\s]*@", "//", line)[:200]
-        return StoreError(one_line(f"{self.address}{'/' if name else ''}{name}: {why}"))
+        place = f"{self.address}/{name}" if name else self.address
+        return StoreError(one_line(f"{place}: {why}"))
 
 
 def check_process(address: Address) -> None:

@@ -87,11 +87,10 @@ def in_words(pairs: Iterable[tuple[str | None, str | None]], backbone: object) -
             moved[f"{before} became {after}"] = n
     said = []
     for prefix, found in (("", added), ("", moved), ("removed ", removed)):
+        names = [f"{n:,} {name}" for name, n in found.most_common()]
+        if found is moved and len(moved) == 1:
+            names = list(moved)  # the number stands before the colon
         if found:
-            names = [
-                f"{n:,} {name}" if len(found) > 1 or found is not moved else name
-                for name, n in found.most_common()
-            ]
             said.append(f"{prefix}{counted(found.total(), noun_of(backbone))}: {few(names)}")
     return "; ".join(said)
 
@@ -115,19 +114,23 @@ def label_table(
     if extra is not None and (own := sorted(set(extra.column_names) & set(LABEL_SCHEMA.names))):
         raise InputError(f"extra: column {own[0]!r} is reserved by the label store; rename it")
     ids = np.arange(n) if key_ids is None else key_ids
+    if sources is None:
+        sources = [f"key {i}" for i in ids]
     if not isinstance(sources, pa.ChunkedArray):
-        sources = pa.array(
-            [f"key {i}" for i in ids] if sources is None else list(sources), pa.string()
-        )
+        sources = pa.array(list(sources), pa.string())
+    if digests is None:
+        digests = [None] * n
+    views = np.broadcast_to(np.asarray(views, dtype=np.int32), n)
+    now = datetime.datetime.now(datetime.UTC)
     columns = {
         "key_id": pa.array(ids, pa.int64()),
         "class_id": pa.array(class_ids, pa.int32()),
         "label": pa.array(class_names, pa.string()).take(pa.array(class_ids)),
         "source": sources,
         "shot": pa.array(shots_of(class_ids)),
-        "views": pa.array(np.broadcast_to(np.asarray(views, dtype=np.int32), n)),
-        "digest": pa.array(digests if digests is not None else [None] * n, pa.string()),
-        "added_at": pa.array([datetime.datetime.now(datetime.UTC)] * n, pa.timestamp("us", "UTC")),
+        "views": pa.array(views),
+        "digest": pa.array(digests, pa.string()),
+        "added_at": pa.array([now] * n, pa.timestamp("us", "UTC")),
     }
     table = pa.table(columns, schema=LABEL_SCHEMA)
     if extra is not None:
@@ -222,11 +225,10 @@ def read_labels(folder: Path, manifest: Manifest) -> pa.Table:
     file = manifest.files["labels"]
     path = folder / file.name
     table = _read_table(path)
-    own = table.schema.names[: len(LABEL_SCHEMA)] == LABEL_SCHEMA.names and all(
-        table.schema.field(i).type == LABEL_SCHEMA.field(i).type for i in range(len(LABEL_SCHEMA))
-    )
+    columns = list(zip(table.schema.names, table.schema.types, strict=True))
+    known = list(zip(LABEL_SCHEMA.names, LABEL_SCHEMA.types, strict=True))
     if (
-        not own
+        columns[: len(known)] != known
         or len(table) != file.rows
         or any(table[name].null_count for name in ("key_id", "class_id", "label"))
     ):

@@ -129,9 +129,10 @@ class Manifest:
     @property
     def identity(self) -> Identity | None:
         """The backbone that made the features, or several joined ones, if they are known."""
-        return identity_of(self.parts) or (
-            Identity.from_dict(self.backbone) if self.backbone else None
-        )
+        identity = identity_of(self.parts)
+        if identity is None and self.backbone:
+            return Identity.from_dict(self.backbone)
+        return identity
 
     @property
     def data_files(self) -> list[DataFile]:
@@ -237,18 +238,14 @@ class Manifest:
         _need(isinstance(stated["tail"], bool), "tail")
         files = {kind: DataFile(**entry) for kind, entry in body["files"].items()}
         records = {"table": Table, "fitted": Fitted, "built": Built, "groups": Levels}
-        body |= {
-            name: None if body[name] is None else kind(**body[name])
-            for name, kind in records.items()
-        }
+        for name, kind in records.items():
+            if body[name] is not None:
+                body[name] = kind(**body[name])
         body |= {"settings": settings, "files": files}
-        parts = [
-            Part(
-                **part
-                | {"identity": Identity.from_dict(part["identity"]) if part["identity"] else None}
-            )
-            for part in stated["parts"]
-        ]
+        parts = []
+        for part in stated["parts"]:
+            identity = part["identity"] and Identity.from_dict(part["identity"])
+            parts.append(Part(**{**part, "identity": identity or None}))
         manifest = cls(**body, parts=parts)
         manifest._check()
         manifest._check_files()
@@ -390,8 +387,11 @@ def named_in(raw: bytes) -> set[str] | None:
 
 def _shallow(value: object, depth: int) -> bool:
     """Return whether JSON has at most ``depth`` nested levels."""
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return depth > 0 and all(_shallow(part, depth - 1) for part in parts)
+    if isinstance(value, dict):
+        value = list(value.values())
+    if not isinstance(value, list):
+        return depth > 0
+    return depth > 0 and all(_shallow(part, depth - 1) for part in value)
 
 
 def _seal(body: Mapping[str, object]) -> bytes:

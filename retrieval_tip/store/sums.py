@@ -42,7 +42,8 @@ class Sums:
     @classmethod
     def of(cls, blocks: Blocks, c: int, d: int, second: bool = True) -> Sums:
         """Compute the sums of blocks of float32 or float16 keys and their class ids, by default with ``second``."""
-        made = cls(np.zeros(c, np.int64), np.zeros((c, d)), np.zeros((d, d) if second else (0, 0)))
+        side = d if second else 0
+        made = cls(np.zeros(c, np.int64), np.zeros((c, d)), np.zeros((side, side)))
         for keys, ids in blocks:
             made.count(keys, ids)
         return made

@@ -117,18 +117,15 @@ class Writer:
     @property
     def number(self) -> int:
         """Number of the version that is being written."""
-        return 1 + max(self.newest.version, self.parent.version if self.parent else 0)
+        parent = 0 if self.parent is None else self.parent.version
+        return 1 + max(self.newest.version, parent)
 
     @property
     def before(self) -> int | None:
         """Number of the last version that is kept before this one."""
-        return (
-            None
-            if self.parent is None
-            else self.parent.parent
-            if self.replaces
-            else self.parent.version
-        )
+        if self.parent is None:
+            return None
+        return self.parent.parent if self.replaces else self.parent.version
 
     def begin(self) -> None:
         """Remove what killed writers have left. Call this when the change is accepted, before the first write.
@@ -460,8 +457,9 @@ class Versions:
         def read() -> list[Manifest]:
             found = []
             for number, name in self.names().items():
-                with suppress(EarlierFormatError):
-                    found += [self.parse(name)] if number < current.version else []
+                if number < current.version:
+                    with suppress(EarlierFormatError):
+                        found.append(self.parse(name))
             return found
 
         return self._steady(read)
@@ -493,25 +491,24 @@ class Versions:
         """
         current = self.manifest()
         known = [*self.earlier(current), current]
-        rows = [
+        rows: list[dict[str, Any]] = [
             {"version": number, "change": UNREAD}
             for number in self.names()
             if number < known[0].version
         ]
-        rows += [
-            {
-                name: getattr(manifest, name)
-                for name in ("version", "parent", "created_by", "change")
-            }
-            | {
+        for manifest in known:
+            row: dict[str, Any] = {
+                "version": manifest.version,
+                "parent": manifest.parent,
                 "created_at": datetime.datetime.fromisoformat(manifest.created_at),
+                "created_by": manifest.created_by,
+                "change": manifest.change,
                 "keys": manifest.n,
                 "classes": len(manifest.class_names),
                 "bytes": sum(sizes_of(manifest).values()),
                 "current": manifest is current,
             }
-            for manifest in known
-        ]
+            rows.append(row)
         return pa.Table.from_pylist(rows, schema=VERSIONS_SCHEMA)
 
     def describe(self) -> dict[str, Any]:
@@ -528,16 +525,15 @@ class Versions:
             "median": float(np.median(counts)),
             "most": int(counts.max()),
         }
-        return (
-            {"folder": str(self)}
-            | manifest.described()
-            | {"keys_per_class": per_class, "precision": manifest.provenance.get("precision")}
-            | more
-            | {
-                "files": {kind: file.name for kind, file in manifest.files.items()},
-                "earlier_versions": [old.version for old in earlier],
-            }
-        )
+        return {
+            "folder": str(self),
+            **manifest.described(),
+            "keys_per_class": per_class,
+            "precision": manifest.provenance.get("precision"),
+            **more,
+            "files": {kind: file.name for kind, file in manifest.files.items()},
+            "earlier_versions": [old.version for old in earlier],
+        }
 
     def query(self, sql: str, timeout: float = TIMEOUT) -> pa.Table:
         """Run a SELECT query over the :meth:`tables` of the current version and its :meth:`history` as ``versions``."""
@@ -609,8 +605,9 @@ class Versions:
             ) from error
         finally:
             with suppress(OSError):  # a folder that contains files of another writer is kept
-                for path in made if not self.exists() else ():
-                    path.rmdir()
+                if not self.exists():
+                    for path in made:
+                        path.rmdir()
 
     def _exclusively(self, folder: Path, accepts: int | None) -> Iterator[Writer]:
         """Yield a writer to the owner of the lock, and remove its files if it fails."""
@@ -706,23 +703,20 @@ class Versions:
 
         In a folder, the caller must hold its lock.
         """
-        for name in ("", "data", "manifests", NEWEST) if self.local is not None else ():
-            remove_leftovers(self.folder / name)
+        if self.local is not None:
+            for name in ("", "data", "manifests", NEWEST):
+                remove_leftovers(self.folder / name)
         with suppress(OSError, StoreError):
-            old = self.files.old(
-                "data", UNFINISHED
-            )  # before the manifests, which may name them in the meantime
-            self.remove_unnamed(
-                {
-                    name
-                    for name in old.difference(kept)
-                    if FILE_NAME.fullmatch(name.partition("/")[2])
-                }
-            )
+            # List files before manifests, which may name them in the meantime.
+            old = self.files.old("data", UNFINISHED).difference(kept)
+            names = {name for name in old if FILE_NAME.fullmatch(name.partition("/")[2])}
+            self.remove_unnamed(names)
 
     def remove_unnamed(self, files: set[str]) -> None:
         """Remove those of the given data files to which no manifest refers, if all manifests can be read."""
-        for name in self.names().values() if files else ():
+        if not files:
+            return
+        for name in self.names().values():
             named = named_in(self.files.get(name, MANIFEST_BYTES))
             if named is None:
                 return  # a damaged manifest may refer to any of the files
