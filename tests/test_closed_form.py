@@ -26,10 +26,12 @@ from retrieval_tip.backbones.base import Identity, Part
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.evaluation.held_out import held_out_probabilities
 from retrieval_tip.fit import closed_form
+from retrieval_tip.fit.blend import HeldTerms
 from retrieval_tip.fit.closed_form import Fit
-from retrieval_tip.fit.folds import Folds, HeldTerms, Queries, ranks_within
+from retrieval_tip.fit.folds import Folds, ranks_within
 from retrieval_tip.fit.forms import DEFAULT_FORM, FORMS, ONE_SHOT, Form, Scatter, Within
 from retrieval_tip.fit.scatter import FewScatter, dimensions, known_prior, pooled
+from retrieval_tip.fit.visible import Queries
 from retrieval_tip.index import places as stores
 from retrieval_tip.retrieval import ridge
 from retrieval_tip.settings import Settings

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from retrieval_tip import tip
 from retrieval_tip.fit.closed_form import unfitted
-from retrieval_tip.fit.folds import Queries, Visible
+from retrieval_tip.fit.visible import Queries, Visible
 from retrieval_tip.model import Index
 from retrieval_tip.retrieval.defaults import untouched_settings
 from retrieval_tip.retrieval.duplicates import NEAR

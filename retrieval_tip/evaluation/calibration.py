@@ -19,7 +19,7 @@ from retrieval_tip import tip
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import Source
 from retrieval_tip.evaluation.held_out import judged
-from retrieval_tip.fit.folds import HeldTerms
+from retrieval_tip.fit.blend import HeldTerms
 from retrieval_tip.model import Index
 from retrieval_tip.retrieval.logits import slices
 from retrieval_tip.settings import Ask
@@ -81,7 +81,7 @@ def expected_calibration_error(confidence: npt.ArrayLike, right: npt.ArrayLike) 
 def fit_temperature(logits: npt.ArrayLike | Tensor, labels: npt.ArrayLike | Tensor) -> float:
     """Return the temperature T > 0 that maximises the likelihood of ``softmax(logits / T)`` (Guo et al., section 4.2).
 
-    ``1 / T`` is the weight that :class:`folds.HeldTerms` fits, within bounds: the best T tends to 0 if every answer is
+    ``1 / T`` is the weight that :class:`blend.HeldTerms` fits, within bounds: the best T tends to 0 if every answer is
     right, and to infinity if the logits are no better than chance. If the logits are scaled, T is scaled by the same
     factor. The temperature does not change the predictions. If all logits are equal, T is 1.
 

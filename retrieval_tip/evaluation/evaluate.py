@@ -19,7 +19,7 @@ from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import InputError, Skipped, UsageError
 from retrieval_tip.evaluation.calibration import expected_calibration_error
 from retrieval_tip.evaluation.held_out import judged, known_shots
-from retrieval_tip.fit.folds import wilson
+from retrieval_tip.fit.confidence import wilson
 from retrieval_tip.model import AnswerBlock, Index, narrowest
 from retrieval_tip.settings import Ask, AskOptions, Levels, Settings
 

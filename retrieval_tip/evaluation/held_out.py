@@ -16,7 +16,8 @@ from retrieval_tip.arrays import BoolArray, FloatArray, IntArray
 from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import InputError, UsageError, counted
-from retrieval_tip.fit.folds import wilson, without_parts
+from retrieval_tip.fit.confidence import wilson
+from retrieval_tip.fit.visible import without_parts
 from retrieval_tip.model import MOST_COPIED, AnswerBlock, Index
 from retrieval_tip.predictions import Predictions
 from retrieval_tip.retrieval.inputs import Features
@@ -219,7 +220,7 @@ def _windows(
 def answered(index: Index, block: FeatureBlock, ask: Ask) -> Iterator[AnswerBlock]:
     """Classify the items of a block that are not shots, and then each shot with an index that lacks it.
 
-    The shots are split into the parts of :func:`folds.without_parts`. An index without some shots gives the same sets.
+    The shots are split into the parts of :func:`visible.without_parts`. Without some shots, sets stay the same.
     Shots that cannot be hidden are left out (see :func:`hides`).
     """
     known = block.shots

@@ -28,17 +28,9 @@ from retrieval_tip.arrays import BoolArray, DoubleArray
 from retrieval_tip.backbones.base import equal_shares
 from retrieval_tip.data.source import spread
 from retrieval_tip.errors import InputError, UsageError, counted
-from retrieval_tip.fit.folds import (
-    LEAST_JUDGED,
-    Blend,
-    Folds,
-    Held,
-    HeldTerms,
-    Queries,
-    ranks_within,
-    taken_keys,
-    wilson,
-)
+from retrieval_tip.fit.blend import Blend, HeldTerms
+from retrieval_tip.fit.confidence import wilson
+from retrieval_tip.fit.folds import LEAST_JUDGED, Folds, Held, ranks_within, taken_keys
 from retrieval_tip.fit.forms import (
     DEFAULT_FORM,
     FORMS,
@@ -49,6 +41,7 @@ from retrieval_tip.fit.forms import (
 )
 from retrieval_tip.fit.scatter import dimensions
 from retrieval_tip.fit.shares import shares_of, shares_without_folds
+from retrieval_tip.fit.visible import Queries
 from retrieval_tip.model import Index
 from retrieval_tip.retrieval.defaults import untouched_settings
 from retrieval_tip.retrieval.ridge import MOST_SOLVED
@@ -264,7 +257,7 @@ def fit(
     ``validation`` images. The first form is kept unless another form is at least as accurate and lowers the
     cross-entropy by more than two standard errors of the difference. This prevents overfitting when there are few
     shots. Classes that have a single photo are used to fit but not to evaluate. If fewer than two classes have several
-    photos, nothing can be evaluated, so predetermined settings are used. :class:`folds.HeldTerms` determines the
+    photos, nothing can be evaluated, so predetermined settings are used. :class:`blend.HeldTerms` determines the
     weights of the terms and the temperature.
 
     Args:

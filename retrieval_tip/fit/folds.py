@@ -1,6 +1,6 @@
-"""Hold out some of the shots, fit a form to the others, and blend the terms of its logits.
+"""Hold out some of the shots, and fit a form to the others.
 
-:class:`Folds` fits a form again without each fold. :class:`Queries` hides keys from queries, but keeps the fit.
+:class:`Folds` fits a form again without each fold. :mod:`fit.blend` weights the terms of its logits.
 """
 
 from __future__ import annotations
@@ -18,18 +18,17 @@ import torch
 from torch import Tensor
 
 from retrieval_tip import tip
-from retrieval_tip.arrays import DoubleArray, IntArray, KeyArray
+from retrieval_tip.arrays import DoubleArray, IntArray
 from retrieval_tip.backbones.base import Part, equal_shares
-from retrieval_tip.errors import UsageError
+from retrieval_tip.fit.blend import Blend, HeldTerms
 from retrieval_tip.fit.forms import Form
 from retrieval_tip.fit.scatter import FewScatter, Scatter, known_prior
 from retrieval_tip.model import Index
 from retrieval_tip.retrieval.inputs import KeysInPlace, StoredKeys, scale_of
-from retrieval_tip.retrieval.keys import KEY_BLOCK, QUERY_BLOCK
+from retrieval_tip.retrieval.keys import KEY_BLOCK
 from retrieval_tip.retrieval.logits import slices
 from retrieval_tip.retrieval.ridge import Ridge, class_weights
-from retrieval_tip.retrieval.rows import ArrayRows
-from retrieval_tip.settings import ClassPrior, Settings
+from retrieval_tip.settings import ClassPrior
 from retrieval_tip.store.labels import images_of
 from retrieval_tip.store.sums import Sums
 
@@ -43,192 +42,8 @@ LEAST_OF_A_FOLD = 0.1
 """Smallest fraction of another fold to evaluate. Below it, solving the values for the fold is not worthwhile."""
 LEAST_JUDGED = 8
 """Minimum number of held-out photos to select a form."""
-WRONG, REPEATS, CONVERGED = 0.2, 12, 1e-3
-"""First estimate of the share of wrong labels, maximum number of estimates, and smallest difference between two."""
-SMOOTHING = 0.5
-"""Number of photos by which the labels are smoothed."""
-STEPS, REACH = 60, 4.0
-"""Maximum number of Newton steps, and default bound on the logarithms for logits of unit spread."""
-BLOCK = 1 << 16
-"""Number of logits of each term to process at once, so that they stay in the processor's cache."""
-PARTS, MANY_KEYS = 8, 4096
-"""Number of parts of the photos in :func:`without_parts`, and number of keys above which it is halved. The fit is
-repeated for each part.
-"""
 WIDEST = 4096
 """Maximum number of values of joined features if only some of the encoders have a known prior."""
-VALUES = 1 << 23
-"""Number of affinities of :class:`Queries` in memory at a time. They take 32 MiB in float32."""
-
-
-@dataclass(frozen=True)
-class Blend:
-    """Weights that maximise the likelihood of ``softmax(a text + b cache + g discriminant)`` on held-out photos.
-
-    The weight of a term that does not exist is 0. ``losses`` are in nats, ``right`` marks correct answers, and
-    ``weights`` are the query weights, which have mean 1. All three have shape ``[q]``.
-    """
-
-    a: float
-    b: float
-    g: float
-    losses: Tensor
-    right: Tensor
-    weights: Tensor
-
-    @property
-    def loss(self) -> float:
-        """Mean cross-entropy in nats."""
-        return float((self.weights * self.losses).mean())
-
-    @property
-    def accuracy(self) -> float:
-        """Fraction of correct answers."""
-        return float((self.weights * self.right).mean())
-
-    def settings(self, settings: Settings, beta: float) -> Settings:
-        """Return the settings of this blend: ``alpha = b / a``, ``gamma = g / b`` and ``temperature = 1 / a``."""
-        unit = self.a or 1.0
-        return replace(
-            settings, alpha=self.b / unit, beta=beta, gamma=self.g / self.b, temperature=1 / unit
-        )
-
-
-class HeldTerms:
-    """The terms of held-out queries that have the class ``ids``, to be weighted as in :class:`Blend`.
-
-    ``parts`` ``[t, q, c]`` are the terms that exist, as float64 with mean 0 and unit spread. As in Platt scaling
-    (1999), the target of the correct class is ``(q + s) / (q + 2 s)`` with ``s`` = ``smoothing``, and the other classes
-    share the rest. This keeps the weights of the terms finite even if all answers are right. ``reach`` bounds their
-    logarithms.
-    """
-
-    def __init__(
-        self,
-        text: Tensor | None,
-        cache: Tensor,
-        discriminant: Tensor | None,
-        ids: Tensor,
-        *,
-        smoothing: float = SMOOTHING,
-        reach: float = REACH,
-    ) -> None:
-        self.given = [part is not None for part in (text, cache, discriminant)]
-        parts = torch.stack(
-            [part.double() for part in (text, cache, discriminant) if part is not None]
-        )
-        parts -= parts.mean(2, keepdim=True)
-        self.scales = parts.flatten(1).std(1).clamp_min(1e-12)
-        self.parts = parts.div_(self.scales[:, None, None])
-        self.ids = ids
-        self.own = parts.gather(2, ids.expand(len(parts), -1)[:, :, None])[:, :, 0]
-        rest = smoothing / (len(ids) + 2 * smoothing)
-        self.reach = reach
-        # Each part sums to 0 over the classes, so only the amount by which the target of the correct class exceeds the
-        # other targets matters.
-        self.sure = 1 - rest - rest / max(cache.shape[1] - 1, 1)
-
-    def blend(self, weights: Tensor | None = None, start: Blend | None = None) -> Blend:
-        """Fit the weights of the terms. ``weights`` are query weights of mean 1.
-
-        Newton's method minimises the cross-entropy, which is convex in the weights of the terms. Its steps change their
-        logarithms, so they stay positive. It starts from equal weights, or from another blend of these terms.
-        """
-        weights = torch.ones(len(self.ids), dtype=torch.float64) if weights is None else weights
-        logs = torch.zeros(len(self.parts), dtype=torch.float64)
-        if start is not None:
-            factors = [
-                one
-                for one, given in zip((start.a, start.b, start.g), self.given, strict=True)
-                if given
-            ]
-            logs = (
-                (torch.tensor(factors, dtype=torch.float64) * self.scales)
-                .log()
-                .clamp(-self.reach, self.reach)
-            )
-        now = self._at(logs, weights)
-        for _ in range(STEPS):
-            curvature = now.curvature + torch.diag(now.gradient.clamp_min(0) + 1e-9)
-            step = torch.linalg.solve(curvature, now.gradient).clamp(-2, 2)
-            size = 1.0
-            while True:
-                following = (logs - size * step).clamp(-self.reach, self.reach)
-                new = self._at(following, weights)
-                if new.loss <= now.loss or size < 1e-3:
-                    break
-                size /= 2
-            done = now.loss - new.loss < 1e-7
-            if new.loss <= now.loss:
-                logs, now = following, new
-            if done:
-                break
-        found = iter((logs.exp() / self.scales).tolist())
-        a, b, g = (next(found) if given else 0.0 for given in self.given)
-        return Blend(a, b, g, now.losses, now.right, weights)
-
-    def robust(self, found: Blend) -> Blend:
-        """Improve a blend that :meth:`blend` has ``found``, if some labels of the queries may be wrong.
-
-        A few wrong labels would make all answers uncertain. Labels are therefore assumed to be random with probability
-        ``e``: ``P(y) = (1 - e) p_y + e / c``. Expectation-maximisation estimates ``e``, which becomes 0 if the labels
-        are right, and gives each query the weight ``(1 - e) p_y / P(y)``. Wrong labels still count in ``losses`` and
-        ``right``.
-        """
-        every = found.weights
-        c = self.parts.shape[2]
-        share = WRONG
-        for _ in range(REPEATS):
-            right = (1 - share) * (-found.losses).exp()
-            right = right / (right + share / c)
-            kept = every * right
-            before = share
-            share = float((every * (1 - right)).mean().clamp(1e-4, 0.5))
-            found = replace(self.blend(kept / kept.mean(), found), weights=every)
-            if abs(share - before) < CONVERGED:
-                break
-        return found
-
-    def _at(self, logs: Tensor, weights: Tensor) -> _Loss:
-        """Return the loss if the logarithms of the weights are ``logs``, of shape ``[t]``."""
-        q = len(self.ids)
-        t = len(logs)
-        factor = logs.exp()
-        loss, gradient, curvature = (
-            torch.zeros(shape, dtype=torch.float64) for shape in ((), (t,), (t, t))
-        )
-        losses, right = [], []
-        for rows in slices(q, max(1, BLOCK // self.parts.shape[2])):
-            parts = self.parts[:, rows]
-            w = weights[rows]
-            own = self.own[:, rows]
-            p = torch.tensordot(factor, parts, 1)
-            right.append(p.argmax(1) == self.ids[rows])
-            top = p.amax(1, keepdim=True)
-            sums = p.sub_(top).exp_().sum(1, keepdim=True)
-            total = (top + sums.log())[:, 0]
-            products = p.div_(sums) * parts
-            means = products.sum(2)
-            losses.append(total - factor @ own)
-            loss += w @ (total - self.sure * (factor @ own))
-            gradient += (means - self.sure * own) @ w
-            curvature += (
-                products.mul_(w[:, None]).flatten(1) @ parts.flatten(1).T - (w * means) @ means.T
-            )
-        curvature *= factor[:, None] * factor / q
-        return _Loss(
-            float(loss / q), gradient * factor / q, curvature, torch.cat(losses), torch.cat(right)
-        )
-
-
-class _Loss(NamedTuple):
-    """Mean loss, its gradient ``[t]`` and curvature ``[t, t]`` in the logarithms of the weights. See :class:`Blend`."""
-
-    loss: float
-    gradient: Tensor
-    curvature: Tensor
-    losses: Tensor
-    right: Tensor
 
 
 @dataclass(frozen=True)
@@ -692,131 +507,6 @@ class Folds:
         return cache, tip.Discriminant.of(sums.float(), counts.float())(queries)
 
 
-@dataclass(frozen=True)
-class Queries:
-    """Labelled queries, with ``features`` of shape ``[q, d]`` and class ``ids`` of shape ``[q]``.
-
-    If they are shots, ``images`` has the image of each (see :func:`labels.images_of`), whose keys it does not see.
-    """
-
-    features: KeyArray
-    ids: IntArray
-    name: str
-    images: IntArray | None = None
-
-    @classmethod
-    def leave_one_out(cls, index: Index) -> Self:
-        """Return the shots as queries that do not see the keys of their own image.
-
-        Raises UsageError if a class has a single image, or if the values of the index were solved.
-        """
-        if index.fitted is not None and index.fitted.solved:
-            raise UsageError(
-                "leave-one-out: the values of this index were solved from all its shots; run retrieval-tip fit INDEX, "
-                "which solves them again without each fold, or give --val SOURCE"
-            )
-        images = images_of(index.labels)
-        ids = index.class_ids.cpu().numpy()
-        _, first = np.unique(images, return_index=True)  # one query per image
-        single = np.flatnonzero(np.bincount(ids[first], minlength=len(index.class_names)) == 1)
-        if single.size:
-            raise UsageError(
-                f"leave-one-out: class {index.class_names[single[0]]!r} has one image; give every class at least 2, or "
-                "give --val SOURCE"
-            )
-        features = np.asarray(index.keys[first], dtype=np.float32)
-        return cls(features, ids[first], "its own shots, each held out in turn", images[first])
-
-    def blocks(self, index: Index, k: int | None = None) -> Iterator[tuple[slice, Visible]]:
-        """Yield the queries in blocks, with the keys that they see: all, or those among the ``k`` nearest."""
-        c = len(index.class_names)
-        every = index.class_ids.cpu().numpy()
-        images = None if self.images is None else images_of(index.labels)
-        most = max(c, index.n if k is None else min(k, index.n))
-        for part in slices(len(self.ids), max(1, min(QUERY_BLOCK, VALUES // most))):
-            features = torch.from_numpy(np.asarray(self.features[part], dtype=np.float32)).to(
-                index.device
-            )
-            retrieval = index.retrieval
-            points = retrieval.keys.phi(features)
-            counts = retrieval.keys.counts.expand(len(features), -1)
-            if k is None:
-                rows = torch.arange(index.n, device=index.device)
-                affinity = torch.cat(
-                    [tip.affinity(keys, points) for keys, *_ in retrieval.keys.blocks()]
-                ).T
-                unseen = affinity.new_zeros(1, 1, dtype=torch.bool)
-            else:
-                near = retrieval.keys.nearest(points, k)
-                affinity = near.affinity
-                rows = near.rows
-                unseen = near.rows < 0
-            if self.images is not None and images is not None:
-                hidden, place = np.unique(self.images[part], return_inverse=True)
-                at = np.searchsorted(hidden, images).clip(max=len(hidden) - 1)
-                own = hidden[at] == images
-                gone = np.bincount(at[own] * c + every[own], minlength=len(hidden) * c).reshape(
-                    -1, c
-                )[place]
-                counts = counts - torch.from_numpy(gone).to(counts)
-                shown = torch.from_numpy(images).to(index.device)[rows]
-                unseen = unseen | (
-                    shown == torch.from_numpy(self.images[part]).to(index.device)[:, None]
-                )
-            yield part, Visible(index, features, points, affinity, rows, unseen, counts)
-
-
-@dataclass(frozen=True)
-class Visible:
-    """The ``affinity`` ``[q, m]`` of queries to the keys at some ``rows``, which of them are ``unseen``, and counts.
-
-    ``rows`` has the shape ``[m]``, or ``[q, m]`` if each query has its own keys, where -1 stands for no key. ``counts``
-    ``[q, c]`` are the numbers of visible keys of each class, whether they are among the rows or not.
-    """
-
-    index: Index
-    features: Tensor
-    points: Tensor
-    affinity: Tensor
-    rows: Tensor
-    unseen: Tensor
-    counts: Tensor
-
-    @property
-    def ids(self) -> Tensor:
-        """The class ids of the keys, or ``c`` where there is no key."""
-        ids = self.index.class_ids[self.rows.clamp_min(0)]
-        return ids.masked_fill(self.rows < 0, len(self.index.class_names))
-
-    def terms(self, betas: Sequence[float]) -> Iterator[tip.Terms]:
-        """Yield the terms of the logits over all visible keys, for each beta.
-
-        If a query sees ``m`` of the ``n`` keys of a class, their weights are multiplied by ``n / m``, so that settings
-        for these terms suit the whole index. The discriminant has the offsets of all keys.
-        """
-        retrieval = self.index.retrieval
-        ids = self.ids
-        c = len(self.index.class_names)
-        settings = self.index.settings
-        values = retrieval.keys.values
-        own = retrieval.keys.discriminant
-        text = tip.text_logits(self.features, retrieval.text, settings.logit_scale)
-        factor = torch.where(self.counts > 0, retrieval.keys.counts / self.counts.clamp_min(1), 0)
-        discriminant = None
-        if settings.gamma:
-            means = tip.sum_by_class(
-                self.affinity.masked_fill(self.unseen, 0), ids, c
-            ) / self.counts.clamp_min(1)
-            discriminant = torch.where(self.counts > 0, means + own.offsets, own(self.points))
-        for beta in betas:
-            weights = tip.weight(self.affinity, beta).masked_fill_(self.unseen, 0)
-            if values is None:
-                cache = tip.sum_by_class(weights, ids, c) * factor
-            else:
-                cache = tip.Values(values).weighted(weights.mul_(factor[:, ids]))
-            yield tip.Terms(text, tip.log_cache(cache, settings.log_offset), discriminant)
-
-
 def ranks_within(ids: IntArray, draw: np.random.Generator) -> IntArray:
     """Return the rank of each item within its class, in random order."""
     order = draw.permutation(len(ids))
@@ -824,42 +514,6 @@ def ranks_within(ids: IntArray, draw: np.random.Generator) -> IntArray:
     ranks = np.empty(len(ids), dtype=np.int64)
     ranks[order] = np.arange(len(ids)) - np.searchsorted(ids[order], ids[order])
     return ranks
-
-
-def without_parts(
-    index: Index, rows: IntArray, kept: IntArray | None = None
-) -> Iterator[tuple[IntArray, Index]]:
-    """Split photos into at most :data:`PARTS` parts, and yield each part with an index that lacks its photos.
-
-    ``rows`` has a key of each photo, and a part is given as positions in ``rows``. It has few photos of the same
-    class. The index has those of the ``kept`` keys, all by default, that show none of its photos. Its metric and values
-    are refitted to these keys, unless they were trained, and it has the settings of ``index``. It compares a query with
-    every key, unless ``index`` is of the type ``Classes``. A part is left out if no key remains.
-    """
-    folds = Folds.of(index)
-    fitted = index.fitted
-    ids = folds.ids.numpy()
-    images = folds.images
-    kept = np.arange(index.n) if kept is None else kept
-    factory = index.index_type if index.retrieval.keys.by_class else "Flat"
-    number = min(PARTS if index.n <= MANY_KEYS else PARTS // 2, len(rows))
-    order = folds.order_of(torch.from_numpy(rows)).numpy()
-    for fold in range(number):
-        part = order[fold::number]
-        others = kept[~np.isin(images[kept], images[rows[part]])]
-        if not len(others):
-            continue
-        others = others[np.argsort(ids[others], kind="stable")]
-        metric = index.metric
-        values = None if index.values is None else index.values[torch.from_numpy(others)]
-        if fitted is not None:
-            metric, values = folds.fitted(
-                Form.of(fitted, index.settings.beta), torch.from_numpy(others), fold
-            )
-        left = ArrayRows(
-            np.asarray(index.keys[others]), index.labels.take(pa.array(others)), values
-        )
-        yield part, replace(index, rows=left, metric=metric, factory=factory)
 
 
 def _blocks(keys: StoredKeys, rows: IntArray) -> Iterator[tuple[npt.NDArray[Any], IntArray]]:
@@ -873,11 +527,3 @@ def _blocks(keys: StoredKeys, rows: IntArray) -> Iterator[tuple[npt.NDArray[Any]
 def taken_keys(keys: StoredKeys, rows: Tensor) -> Tensor:
     """Return some of the keys as float32."""
     return torch.from_numpy(np.asarray(keys[rows.numpy()], dtype=np.float32))
-
-
-def wilson(share: float, n: float) -> tuple[float, float]:
-    """Return the 95 % confidence interval of a share that was measured on ``n`` items (Wilson, 1927)."""
-    z = 1.96
-    centre = share + z * z / (2 * n)
-    half = z * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
-    return max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))

@@ -19,7 +19,8 @@ from retrieval_tip.arrays import BoolArray, DoubleArray
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import InputError
-from retrieval_tip.fit.folds import Queries, wilson
+from retrieval_tip.fit.confidence import wilson
+from retrieval_tip.fit.visible import Queries
 from retrieval_tip.model import Index
 from retrieval_tip.settings import Settings
 
@@ -98,7 +99,7 @@ def search(index: Index, queries: Queries) -> HyperparameterChoice:
     The settings of the index stay unless the best settings are significantly better (paired test, 95 %). Ties go to the
     widest interval of alpha, measured as a ratio. :data:`BETAS` are tried, or only the present beta if values were
     solved for it. If queries do not see all keys, the settings are valid for the whole index (see
-    :meth:`folds.Visible.terms`).
+    :meth:`visible.Visible.terms`).
 
     ``queries`` come from :func:`on_validation`, or are shots of the index without themselves. Raises InputError if
     there are none, or if their shape is not ``[q, d]``.

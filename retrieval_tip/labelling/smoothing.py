@@ -30,7 +30,7 @@ from retrieval_tip.data.reader import FeatureBlock
 from retrieval_tip.data.source import spread
 from retrieval_tip.errors import check_memory, counted
 from retrieval_tip.evaluation.held_out import SAME, HeldOut, photo_rows, probabilities_of
-from retrieval_tip.fit.folds import without_parts
+from retrieval_tip.fit.visible import without_parts
 from retrieval_tip.labelling.suggest import BLOCK, points_of
 from retrieval_tip.model import Index
 from retrieval_tip.predictions import SIMILAR, lists

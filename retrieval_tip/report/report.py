@@ -39,7 +39,7 @@ from retrieval_tip.evaluation.audit import AUDITED, audit
 from retrieval_tip.evaluation.calibration import reliability
 from retrieval_tip.evaluation.evaluate import Answers, Evaluation, evaluate
 from retrieval_tip.files import check_out, replacing
-from retrieval_tip.fit.folds import wilson
+from retrieval_tip.fit.confidence import wilson
 from retrieval_tip.html import markup, render
 from retrieval_tip.index import places
 from retrieval_tip.index.places import Place
