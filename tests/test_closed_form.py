@@ -354,7 +354,7 @@ def test_each_fold_is_judged_by_a_fit_without_it():
     keys, ids, images = np.asarray(cache.keys), cache.class_ids.numpy(), np.arange(cache.n)
     folds = Folds(keys, torch.from_numpy(ids), 20, cache.text_weights, images)
     folds = folds.with_shots(4, 10**6).with_classes(10**6)
-    found = folds.terms(DEFAULT_FORM)[1].split([len(held.ids) for held in folds.held])
+    found = folds.terms(DEFAULT_FORM).cache.split([len(held.ids) for held in folds.held])
     for held, logits in zip(folds.held, found, strict=True):
         rows = held.rows.numpy()
         some, own = np.unique(ids[rows], return_inverse=True)
@@ -1104,11 +1104,10 @@ def test_the_temperature_of_a_fit_comes_from_photos_that_meet_almost_all_shots(
     )
     folds = closed_form._folds_of(index)
     assert folds.halves == (shots == 2)
-    words, cache, third = folds.terms(Form.of(index.fitted, 1.0))
-    linked = tip.log_cache(cache, index.settings.log_offset)
-    logits = tip.Terms(torch.zeros_like(cache) if words is None else words, linked, third).logits(
-        index.settings
-    )
+    terms = folds.terms(Form.of(index.fitted, 1.0))
+    linked = tip.log_cache(terms.cache.clone(), index.settings.log_offset)
+    words = torch.zeros_like(linked) if terms.text is None else terms.text
+    logits = tip.Terms(words, linked, terms.discriminant).logits(index.settings)
     sure = float((logits / index.settings.temperature).softmax(1).amax(1)[folds.held_of(of)].mean())
     assert sure == pytest.approx((choice.both * index.n + 0.5) / (index.n + 1), abs=2e-3)
 

@@ -57,7 +57,7 @@ class Blend:
 class HeldTerms:
     """The terms of held-out queries that have the class ``ids``, to be weighted as in :class:`Blend`.
 
-    ``parts`` ``[t, q, c]`` are the terms that exist, as float64 with mean 0 and unit spread. As in Platt scaling
+    ``terms`` ``[t, q, c]`` are the terms that exist, as float64 with mean 0 and unit spread. As in Platt scaling
     (1999), the target of the correct class is ``(q + s) / (q + 2 s)`` with ``s`` = ``smoothing``, and the other classes
     share the rest. This keeps the weights of the terms finite even if all answers are right. ``reach`` bounds their
     logarithms.
@@ -73,18 +73,17 @@ class HeldTerms:
         smoothing: float = SMOOTHING,
         reach: float = REACH,
     ) -> None:
-        self.given = [part is not None for part in (text, cache, discriminant)]
-        parts = torch.stack(
-            [part.double() for part in (text, cache, discriminant) if part is not None]
-        )
-        parts -= parts.mean(2, keepdim=True)
-        self.scales = parts.flatten(1).std(1).clamp_min(1e-12)
-        self.parts = parts.div_(self.scales[:, None, None])
+        given = (text, cache, discriminant)
+        self.present = torch.tensor([term is not None for term in given])
+        terms = torch.stack([term.double() for term in given if term is not None])
+        terms -= terms.mean(2, keepdim=True)
+        self.scales = terms.flatten(1).std(1).clamp_min(1e-12)
+        self.terms = terms.div_(self.scales[:, None, None])
         self.ids = ids
-        self.own = parts.gather(2, ids.expand(len(parts), -1)[:, :, None])[:, :, 0]
+        self.correct = terms.gather(2, ids.expand(len(terms), -1)[:, :, None])[:, :, 0]
         rest = smoothing / (len(ids) + 2 * smoothing)
         self.reach = reach
-        # Each part sums to 0 over the classes, so only the amount by which the target of the correct class exceeds the
+        # Each term sums to 0 over the classes, so only the amount by which the target of the correct class exceeds the
         # other targets matters.
         self.sure = 1 - rest - rest / max(cache.shape[1] - 1, 1)
 
@@ -94,19 +93,12 @@ class HeldTerms:
         Newton's method minimises the cross-entropy, which is convex in the weights of the terms. Its steps change their
         logarithms, so they stay positive. It starts from equal weights, or from another blend of these terms.
         """
-        weights = torch.ones(len(self.ids), dtype=torch.float64) if weights is None else weights
-        logs = torch.zeros(len(self.parts), dtype=torch.float64)
+        if weights is None:
+            weights = torch.ones(len(self.ids), dtype=torch.float64)
+        logs = torch.zeros(len(self.terms), dtype=torch.float64)
         if start is not None:
-            factors = [
-                one
-                for one, given in zip((start.a, start.b, start.g), self.given, strict=True)
-                if given
-            ]
-            logs = (
-                (torch.tensor(factors, dtype=torch.float64) * self.scales)
-                .log()
-                .clamp(-self.reach, self.reach)
-            )
+            factors = torch.tensor((start.a, start.b, start.g), dtype=torch.float64)
+            logs = (factors[self.present] * self.scales).log().clamp(-self.reach, self.reach)
         now = self._at(logs, weights)
         for _ in range(STEPS):
             curvature = now.curvature + torch.diag(now.gradient.clamp_min(0) + 1e-9)
@@ -118,67 +110,69 @@ class HeldTerms:
                 if new.loss <= now.loss or size < 1e-3:
                     break
                 size /= 2
-            done = now.loss - new.loss < 1e-7
-            if new.loss <= now.loss:
-                logs, now = following, new
-            if done:
+            if not new.loss <= now.loss:
                 break
-        found = iter((logs.exp() / self.scales).tolist())
-        a, b, g = (next(found) if given else 0.0 for given in self.given)
+            gain = now.loss - new.loss
+            logs = following
+            now = new
+            if gain < 1e-7:
+                break
+        factors = torch.zeros(3, dtype=torch.float64)
+        factors[self.present] = logs.exp() / self.scales
+        a, b, g = factors.tolist()
         return Blend(a, b, g, now.losses, now.right, weights)
 
-    def robust(self, found: Blend) -> Blend:
-        """Improve a blend that :meth:`blend` has ``found``, if some labels of the queries may be wrong.
+    def robust(self, blend: Blend) -> Blend:
+        """Improve a result of :meth:`blend`, if some labels of the queries may be wrong.
 
         A few wrong labels would make all answers uncertain. Labels are therefore assumed to be random with probability
         ``e``: ``P(y) = (1 - e) p_y + e / c``. Expectation-maximisation estimates ``e``, which becomes 0 if the labels
         are right, and gives each query the weight ``(1 - e) p_y / P(y)``. Wrong labels still count in ``losses`` and
         ``right``.
         """
-        every = found.weights
-        c = self.parts.shape[2]
-        share = WRONG
+        weights = blend.weights
+        c = self.terms.shape[2]
+        wrong = WRONG
         for _ in range(REPEATS):
-            right = (1 - share) * (-found.losses).exp()
-            right = right / (right + share / c)
-            kept = every * right
-            before = share
-            share = float((every * (1 - right)).mean().clamp(1e-4, 0.5))
-            found = replace(self.blend(kept / kept.mean(), found), weights=every)
-            if abs(share - before) < CONVERGED:
+            likely = (1 - wrong) * (-blend.losses).exp()
+            trust = likely / (likely + wrong / c)
+            trusted = weights * trust
+            before = wrong
+            wrong = float((weights * (1 - trust)).mean().clamp(1e-4, 0.5))
+            blend = replace(self.blend(trusted / trusted.mean(), blend), weights=weights)
+            if abs(wrong - before) < CONVERGED:
                 break
-        return found
+        return blend
 
     def _at(self, logs: Tensor, weights: Tensor) -> _Loss:
         """Return the loss if the logarithms of the weights are ``logs``, of shape ``[t]``."""
         q = len(self.ids)
         t = len(logs)
         factor = logs.exp()
-        loss, gradient, curvature = (
-            torch.zeros(shape, dtype=torch.float64) for shape in ((), (t,), (t, t))
-        )
-        losses, right = [], []
-        for rows in slices(q, max(1, BLOCK // self.parts.shape[2])):
-            parts = self.parts[:, rows]
+        loss = torch.zeros((), dtype=torch.float64)
+        gradient = torch.zeros(t, dtype=torch.float64)
+        curvature = torch.zeros(t, t, dtype=torch.float64)
+        losses = []
+        right = []
+        for rows in slices(q, max(1, BLOCK // self.terms.shape[2])):
+            terms = self.terms[:, rows]
             w = weights[rows]
-            own = self.own[:, rows]
-            p = torch.tensordot(factor, parts, 1)
+            correct = self.correct[:, rows]
+            p = torch.tensordot(factor, terms, 1)
             right.append(p.argmax(1) == self.ids[rows])
             top = p.amax(1, keepdim=True)
             sums = p.sub_(top).exp_().sum(1, keepdim=True)
             total = (top + sums.log())[:, 0]
-            products = p.div_(sums) * parts
+            products = p.div_(sums) * terms
             means = products.sum(2)
-            losses.append(total - factor @ own)
-            loss += w @ (total - self.sure * (factor @ own))
-            gradient += (means - self.sure * own) @ w
-            curvature += (
-                products.mul_(w[:, None]).flatten(1) @ parts.flatten(1).T - (w * means) @ means.T
-            )
+            losses.append(total - factor @ correct)
+            loss += w @ (total - self.sure * (factor @ correct))
+            gradient += (means - self.sure * correct) @ w
+            squares = products.mul_(w[:, None]).flatten(1) @ terms.flatten(1).T
+            curvature += squares - (w * means) @ means.T
+        gradient = gradient * factor / q
         curvature *= factor[:, None] * factor / q
-        return _Loss(
-            float(loss / q), gradient * factor / q, curvature, torch.cat(losses), torch.cat(right)
-        )
+        return _Loss(float(loss / q), gradient, curvature, torch.cat(losses), torch.cat(right))
 
 
 class _Loss(NamedTuple):

@@ -62,6 +62,26 @@ class Held:
     own: Tensor | None = None
 
 
+class FoldTerms(NamedTuple):
+    """The terms of the logits of held-out photos, each of shape ``[q, c]``. A term that does not exist is ``None``.
+
+    The ``discriminant`` cannot compare classes that have shots with classes that have none. If there are such classes,
+    ``bonus`` takes its place: by how much a further bonus of 1 raises the cache logits (see
+    :class:`retrieval.ridge.Ridge`), if whole classes are held out to fit it.
+    """
+
+    text: Tensor | None
+    cache: Tensor
+    discriminant: Tensor | None
+    bonus: Tensor | None
+
+    def held(self, ids: Tensor, offset: float | None = None) -> HeldTerms:
+        """Return the terms to blend, for queries of these classes. The cache logits are linked with the ``offset``."""
+        cache = tip.log_cache(self.cache.clone(), offset)
+        third = self.discriminant if self.bonus is None else self.bonus
+        return HeldTerms(self.text, cache, third, ids)
+
+
 class Order(NamedTuple):
     """All rows and all class ids, in an order that depends on the photos and the class names only.
 
@@ -126,9 +146,7 @@ class Folds:
     shares: Sequence[float] = ()
     order: Order | None = None
     _scatters: dict[int | None, Scatter | FewScatter] = field(default_factory=dict, init=False)
-    _terms: dict[Form, tuple[Tensor | None, Tensor, Tensor]] = field(
-        default_factory=dict, init=False
-    )
+    _terms: dict[Form, FoldTerms] = field(default_factory=dict, init=False)
 
     @classmethod
     def of(
@@ -255,6 +273,11 @@ class Folds:
         return torch.cat([torch.full((len(held.ids),), held.of == what) for held in self.held])
 
     @property
+    def holds_classes(self) -> bool:
+        """Whether whole classes are held out."""
+        return any(held.of == "classes" for held in self.held)
+
+    @property
     def weights(self) -> Tensor:
         """Query weights of mean 1.
 
@@ -322,20 +345,18 @@ class Folds:
         """
         if self.given is not None:
             return self._scaled_square(self.given)
-        known = [(share, part.width, known_prior(part)) for part, share in self._used]
-        needed = (
-            all
-            if len(self.ids.unique()) < len(self.ids)
-            or sum(width for _, width, _ in known) > WIDEST
-            else any
-        )
-        if not known or not needed(prior is not None for *_, prior in known):
+        priors = [known_prior(part) for part, _ in self._used]
+        unknown = sum(prior is None for prior in priors)
+        has_pairs = len(self.ids.unique()) < len(self.ids)
+        is_wide = sum(part.width for part, _ in self._used) > WIDEST
+        if unknown == len(priors) or (unknown and (has_pairs or is_wide)):
             return None
-        blocks = [
-            share * (np.eye(width) / width if prior is None else prior)
-            for share, width, prior in known
-        ]
-        return np.asarray(torch.block_diag(*map(torch.from_numpy, blocks)))
+        blocks = []
+        for (part, share), prior in zip(self._used, priors, strict=True):
+            if prior is None:
+                prior = np.eye(part.width) / part.width
+            blocks.append(torch.from_numpy(share * prior))
+        return np.asarray(torch.block_diag(*blocks))
 
     @property
     def _used(self) -> list[tuple[Part, float]]:
@@ -404,33 +425,26 @@ class Folds:
 
     def judge(self, form: Form) -> Blend:
         """Fit a form to all shots except each fold in turn, and return the blend on these folds."""
-        return HeldTerms(*self.terms(form), self.ids_held).blend(self.weights)
+        return self.terms(form).held(self.ids_held).blend(self.weights)
 
-    def terms(self, form: Form) -> tuple[Tensor | None, Tensor, Tensor | None]:
-        """Fit a form to the other photos. Return text logits, cache logits and a third term of held-out photos.
+    def terms(self, form: Form) -> FoldTerms:
+        """Fit a form to the other photos, and return the terms of held-out photos.
 
-        The third term is the discriminant. It cannot compare classes that have shots with classes that have none. If
-        there are such classes, the cache logits contain the ``bonus`` of the form, and the third term is therefore the
-        effect of a further bonus of 1 (see :class:`retrieval.ridge.Ridge`), or ``None`` if it cannot be fitted.
+        The cache logits include the ``bonus`` of the form. Do not change the terms, because they are kept.
         """
         if form not in self._terms:
-            answers = (
-                self._answers(replace(form, bonus=0.0), held, fold)
-                for fold, held in enumerate(self.held)
-            )
-            photos, more = (torch.cat(parts) for parts in zip(*answers, strict=True))
+            plain = replace(form, bonus=0.0)
+            answers = [self._answers(plain, held, fold) for fold, held in enumerate(self.held)]
+            cache, discriminant, bonus = zip(*answers, strict=True)
             features = torch.cat([held.features for held in self.held])
-            words = self.words
-            self._terms[form] = (
-                None if words is None else tip.affinity(features, words),
-                photos,
-                more,
-            )
-        text, cache, third = self._terms[form]
-        if self.covered == 1:
-            return text, cache.clone(), third
-        fits_bonus = form.ridge is not None and bool(self.held_of("classes").any())
-        return text, cache + form.bonus * third, third if fits_bonus else None
+            text = None if self.words is None else tip.affinity(features, self.words)
+            self._terms[form] = FoldTerms(text, torch.cat(cache), _cat(discriminant), _cat(bonus))
+        terms = self._terms[form]
+        if terms.bonus is None:
+            return terms
+        cache_with_bonus = terms.cache + form.bonus * terms.bonus
+        fitted_bonus = terms.bonus if self.holds_classes else None
+        return terms._replace(cache=cache_with_bonus, bonus=fitted_bonus)
 
     @property
     def ids_held(self) -> Tensor:
@@ -482,29 +496,32 @@ class Folds:
         back = order.argsort()
         return metric, ridge.values(points, ids)[back], points[back]
 
-    def _answers(self, form: Form, held: Held, fold: int) -> tuple[Tensor, Tensor]:
-        """Return the cache logits and the third term of held-out photos, from an index over the other keys."""
+    def _answers(
+        self, form: Form, held: Held, fold: int
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Return cache, discriminant and bonus of held-out photos (:class:`FoldTerms`), from an index without them."""
         metric, values, points = self._fitted(form, held.rows, fold)
         features = self.scaled(held.features)
         queries = features if metric is None else metric(features)
-        cache = torch.zeros(len(queries), self.c)
-        sums = torch.zeros(self.c, queries.shape[1], dtype=torch.float64)
         counts = torch.bincount(self.ids[held.rows], minlength=self.c)
+        sums = torch.zeros(self.c, queries.shape[1], dtype=torch.float64)
+        bonus = None
         if values is not None and points is not None:
             weights = tip.weight(tip.affinity(queries, points), form.beta)
             cache = weights @ values
-            if self.covered < 1:
-                return cache, weights.mean(1, keepdim=True) * (counts == 0)
+            bonus = weights.mean(1, keepdim=True) * (counts == 0)
             tip.add_rows(sums, self.ids[held.rows], points.double())
-        for block, rows in (
-            _blocks(self.keys, held.rows.numpy()) if values is None else ()
-        ):  # may be very many
-            keys = self.scaled(torch.from_numpy(np.array(block, dtype=np.float32)))
-            points = keys if metric is None else metric(keys)
-            ids = self.ids[torch.from_numpy(rows)]
-            cache += tip.cache_logits(tip.affinity(queries, points), ids, self.c, form.beta)
-            tip.add_rows(sums, ids, points.double())
-        return cache, tip.Discriminant.of(sums.float(), counts.float())(queries)
+        else:
+            cache = torch.zeros(len(queries), self.c)
+            for block, rows in _blocks(self.keys, held.rows.numpy()):  # may be very many
+                keys = self.scaled(torch.from_numpy(np.array(block, dtype=np.float32)))
+                points = keys if metric is None else metric(keys)
+                ids = self.ids[torch.from_numpy(rows)]
+                cache += tip.cache_logits(tip.affinity(queries, points), ids, self.c, form.beta)
+                tip.add_rows(sums, ids, points.double())
+        if self.covered < 1:
+            return cache, None, bonus
+        return cache, tip.Discriminant.of(sums.float(), counts.float())(queries), None
 
 
 def ranks_within(ids: IntArray, draw: np.random.Generator) -> IntArray:
@@ -522,6 +539,12 @@ def _blocks(keys: StoredKeys, rows: IntArray) -> Iterator[tuple[npt.NDArray[Any]
         return keys.blocks(rows)
     parts = (rows[part] for part in slices(len(rows), KEY_BLOCK))
     return ((np.asarray(keys[part]), part) for part in parts)
+
+
+def _cat(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """Concatenate a term of all folds, which no fold or every fold has."""
+    some = [part for part in parts if part is not None]
+    return torch.cat(some) if some else None
 
 
 def taken_keys(keys: StoredKeys, rows: Tensor) -> Tensor:
