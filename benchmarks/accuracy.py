@@ -113,10 +113,12 @@ METHODS: dict[str, Method] = {
     PROBE: lambda shots: linear_probe(shots.index),
     "nearest class mean": lambda shots: class_means(shots.index),
     GDA: lambda shots: discriminant(shots.index),
-    "ProKeR's form": lambda shots: closed(shots, closed_form.Fit(metric="none", values="solved")),
+    "ProKeR's form": lambda shots: closed(
+        shots, closed_form.FitRequest(metric="none", values="solved")
+    ),
     DEFAULT: closed,
     GROWN: grown,
-    WITH_PRIOR: lambda shots: closed(shots, closed_form.Fit(prior=shots.prior)),
+    WITH_PRIOR: lambda shots: closed(shots, closed_form.FitRequest(prior=shots.prior)),
 }
 COMPARED = (ZERO, PAPER, PROBE, GDA, DEFAULT)
 

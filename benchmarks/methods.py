@@ -120,5 +120,5 @@ def fine_tuned(shots: Shots) -> Answering:
     ).index
 
 
-def closed(shots: Shots, asked: closed_form.Fit | None = None) -> Answering:
+def closed(shots: Shots, asked: closed_form.FitRequest | None = None) -> Answering:
     return closed_form.fit(shots.index, asked)[0]

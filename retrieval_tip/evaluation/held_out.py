@@ -44,7 +44,7 @@ def photo_rows(index: Index, key_ids: Sequence[int] | None = None) -> IntArray:
     return rows[np.sort(first)]
 
 
-class HeldOut(NamedTuple):
+class HeldOutAnswers(NamedTuple):
     """Held-out probabilities ``[n, c]`` of ``n`` photos, the class ids of their labels, and the id of a key of each.
 
     The first two are the ``pred_probs`` and ``labels`` of cleanlab.
@@ -62,7 +62,7 @@ class HeldOut(NamedTuple):
         return right
 
 
-def held_out_probabilities(index: Index, rows: IntArray | None = None) -> HeldOut:
+def held_out_probabilities(index: Index, rows: IntArray | None = None) -> HeldOutAnswers:
     """Classify the photo of each row by all keys except the keys of photos in its own part.
 
     The metric and the values are refitted to the other keys, while alpha, beta and the temperature stay. The index does
@@ -79,7 +79,7 @@ def held_out_probabilities(index: Index, rows: IntArray | None = None) -> HeldOu
     for part, others in without_parts(index, rows):
         probabilities[part] = probabilities_of(others, index.keys[rows[part]])
     labels = index.class_ids.cpu().numpy()[rows].astype(np.int64)
-    return HeldOut(probabilities.numpy(), labels, index.labels["key_id"].to_numpy()[rows])
+    return HeldOutAnswers(probabilities.numpy(), labels, index.labels["key_id"].to_numpy()[rows])
 
 
 def probabilities_of(index: Index, features: Features) -> torch.Tensor:
@@ -111,7 +111,7 @@ class Threshold(NamedTuple):
         )
 
 
-def threshold_of(held: HeldOut, most: float) -> Threshold:
+def threshold_of(held: HeldOutAnswers, most: float) -> Threshold:
     """Return the lowest probability at which at most the share ``most`` of held-out photos is classified wrongly.
 
     Raises InputError if not even the most probable answers are good enough.

@@ -44,10 +44,10 @@ from retrieval_tip.fit.scatter import dimensions
 from retrieval_tip.fit.shares import Shares, shares_of, shares_without_folds
 from retrieval_tip.fit.visible import Queries
 from retrieval_tip.model import Index
+from retrieval_tip.retrieval.conformal import Scores
 from retrieval_tip.retrieval.defaults import untouched_settings
 from retrieval_tip.retrieval.ridge import MOST_SOLVED
 from retrieval_tip.retrieval.rows import ArrayRows
-from retrieval_tip.retrieval.sets import Scores
 from retrieval_tip.retrieval.vector_index import BY_CLASS
 from retrieval_tip.settings import ClassPrior, MetricName, Settings, ValuesName, check_choice
 from retrieval_tip.store.labels import PICKED, RANDOM
@@ -90,7 +90,7 @@ larger, the weights exp(beta (A - 1)) outgrow any ridge.
 LEAST_NORM = 1e-9
 """Minimum norm of the longest key. torch normalises shorter vectors to 0."""
 NO_SCORES = np.zeros((0, 3))
-"""Rows of :class:`sets.Scores` if no photo can be held out."""
+"""Rows of :class:`conformal.Scores` if no photo can be held out."""
 ONE_SHOT_ALPHA, ONE_SHOT_MOST, ONE_SHOT_ALONE, ONE_SHOT_DOUBT = 13.0, 50.0, 70.0, 25
 """Cache weight for one shot per class, where no shot can be held out. The constants are the weight for well-calibrated
 text, the upper bound for any text, and the weight if there is no text. They were selected on CLIP features of four
@@ -107,7 +107,7 @@ Caltech101.
 """
 
 
-class Fit(NamedTuple):
+class FitRequest(NamedTuple):
     """A request for a fit.
 
     Attributes:
@@ -259,7 +259,7 @@ class FormChoice:
 
 
 class _Found(NamedTuple):
-    """The settings and the form that a fit has found, the rows of its :class:`sets.Scores`, and in words, how."""
+    """The settings and the form that a fit has found, the rows of its :class:`conformal.Scores`, and in words, how."""
 
     settings: Settings
     choice: FormChoice
@@ -269,7 +269,7 @@ class _Found(NamedTuple):
 
 def fit(
     index: Index,
-    asked: Fit | None = None,
+    asked: FitRequest | None = None,
     *,
     validation: Queries | None = None,
     factory: str | None = None,
@@ -295,7 +295,7 @@ def fit(
         UsageError: if the metric or the values are unknown, or if this index cannot have solved values.
         InputError: if the index is fine-tuned, or if its keys are too long or too short.
     """
-    asked = asked or Fit()
+    asked = asked or FitRequest()
     by_class = (factory or index.index_type) == BY_CLASS
     if index.n <= MOST_SOLVED and not isinstance(index.rows, ArrayRows):
         index = index.in_memory()
@@ -607,7 +607,7 @@ def _like_new(folds: Folds) -> tuple[Tensor, float]:
 
 
 def _scores(folds: Folds, logits: Tensor, temperature: float, photos: Tensor) -> DoubleArray:
-    """Return the rows of :class:`sets.Scores` for some of the held-out photos."""
+    """Return the rows of :class:`conformal.Scores` for some of the held-out photos."""
     ids = folds.ids_held
     chances = tip.probabilities(logits, temperature).double()
     own_chance = chances.gather(1, ids[:, None])[:, 0]

@@ -32,7 +32,7 @@ from retrieval_tip.settings import ClassPrior
 from retrieval_tip.store.labels import images_of
 from retrieval_tip.store.sums import Sums
 
-HeldOut = Literal["shots", "small", "classes"]
+HeldOutKind = Literal["shots", "small", "classes"]
 
 SMALL_FOLDS, SMALL_SHARE = 8, 0.2
 """Number of the small folds that are added if the other folds contain half of the shots, and their weight."""
@@ -58,7 +58,7 @@ class Held:
     features: Tensor
     ids: Tensor
     rows: Tensor
-    of: HeldOut = "shots"
+    of: HeldOutKind = "shots"
     own: Tensor | None = None
 
 
@@ -236,7 +236,7 @@ class Folds:
         return replace(self, held=[*self.held, *whole])
 
     def _held(
-        self, folds: IntArray, most: int, of: HeldOut = "shots", groups: IntArray | None = None
+        self, folds: IntArray, most: int, of: HeldOutKind = "shots", groups: IntArray | None = None
     ) -> Iterator[Held]:
         """Yield about ``most`` held-out photos, one fold at a time, given the fold of each photo, or -1.
 

@@ -39,7 +39,7 @@ from retrieval_tip.lance.key_table import (
 from retrieval_tip.retrieval.duplicates import Duplicates, duplicates
 from retrieval_tip.retrieval.evidence import Nearest
 from retrieval_tip.retrieval.inputs import KeysInPlace
-from retrieval_tip.retrieval.keys import SPREAD_CLASSES, SPREAD_QUERIES, KeyStream, points_of
+from retrieval_tip.retrieval.keys import SPREAD_CLASSES, SPREAD_QUERIES, KeyStream, transformed
 from retrieval_tip.retrieval.rows import FRESH_PAIRS, ArrayRows, Rows
 from retrieval_tip.retrieval.vector_index import auto_k
 from retrieval_tip.settings import Dtype
@@ -272,7 +272,7 @@ class TableRows(Rows):
                     own = own.astype(dtype)
                 if not np.isfinite(own).all():
                     raise InputError(f"keys: some values are too large for {dtype}; use float32")
-                points = points_of(metric, own, "cpu")
+                points = transformed(metric, own, "cpu")
                 if known is None:
                     sums.count(own, ids)
                 if points is not None and point_sums is not None:
@@ -566,7 +566,7 @@ class TableRows(Rows):
             of_keys.count(keys, ids)
             if self.table.has_points:
                 points = self.table.matrix(batch[POINT])
-                expected = points_of(metric, keys, "cpu")
+                expected = transformed(metric, keys, "cpu")
                 if expected is None or not np.allclose(points, expected, atol=MOVED[self.dtype]):
                     raise StoreError(
                         f"{place}: points do not match their keys; run index set --index auto"

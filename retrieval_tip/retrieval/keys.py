@@ -70,7 +70,7 @@ def auto_for(
     return auto_factory(shape[0], n_classes)
 
 
-def points_of(metric: tip.Metric | None, keys: KeyArray, device: str) -> KeyArray | None:
+def transformed(metric: tip.Metric | None, keys: KeyArray, device: str) -> KeyArray | None:
     """Apply a metric to keys, and return the points in the dtype of the keys. Return ``None`` if there is no metric."""
     if metric is None:
         return None

@@ -21,7 +21,7 @@ from retrieval_tip.errors import InputError, first_line
 from retrieval_tip.retrieval.defaults import Statistics, measure
 from retrieval_tip.retrieval.duplicates import Duplicates, duplicates
 from retrieval_tip.retrieval.inputs import KeysInPlace
-from retrieval_tip.retrieval.keys import KEY_BLOCK, Keys, KeyStream, points_of
+from retrieval_tip.retrieval.keys import KEY_BLOCK, Keys, KeyStream, transformed
 from retrieval_tip.retrieval.logits import slices
 from retrieval_tip.retrieval.vector_index import BY_CLASS, FLAT_FACTORY, VectorIndex
 from retrieval_tip.settings import Dtype
@@ -346,7 +346,7 @@ class ArrayRows(Rows):
     def fitted(
         self, metric: tip.Metric | None, values: Tensor | None, factory: str | None, device: str
     ) -> ArrayRows:
-        return replace(self, points=points_of(metric, self.keys, device), values=values)
+        return replace(self, points=transformed(metric, self.keys, device), values=values)
 
     def renamed(self, class_id: int, name: str) -> ArrayRows:
         column = pc.if_else(pc.equal(self.labels["class_id"], class_id), name, self.labels["label"])
