@@ -42,12 +42,8 @@ GATHERED = 1 << 23
 FEW = 8
 """If there are more queries per class than this, the rows of the matrix product are queries instead of keys."""
 
-SPREAD_QUERIES, SPREAD_CLASSES, SPREAD_KEYS = 256, 8, 64
-"""Sample sizes for :meth:`KeyStream.slack`: number of queries, nearest classes per query, and keys per class."""
-
-SPREAD_QUANTILE = 0.999
-MOST_SLACK = 1e9
-"""Upper limit for the slack. At this value, every class can win."""
+SAMPLE = 256
+"""Maximum number of keys in :meth:`KeyStream.sample`."""
 
 _COPYING = threading.Lock()
 
@@ -111,7 +107,6 @@ class KeyStream(ABC):
         self.values = values
         self._known_means = means
         self.phi: Callable[[Tensor], Tensor] = metric or (lambda features: features)
-        self._slack: dict[float, float] = {}
         times = 1 if device == "cpu" else GPU_BLOCKS
         self.queries, self.block = QUERY_BLOCK * times, min(self.n, KEY_BLOCK * times)
 
@@ -250,47 +245,9 @@ class KeyStream(ABC):
         logits[query, slot] = sums
         return logits
 
-    def slack(self, beta: float) -> float:
-        """Estimate by how much the cache logit of a class can exceed its value at the mean affinity.
-
-        The relative excess is ``mean of exp(beta a_i) / exp(beta mean of a_i) - 1`` over the keys of a class. It is
-        measured once, for a sample of keys that are used as queries and the classes nearest to each query. The result
-        is the quantile :data:`SPREAD_QUANTILE` of the measured values.
-        """
-        if beta in self._slack:
-            return self._slack[beta]
-        features, own = self._sample()
-        near = tip.affinity(features, self.means).masked_fill_(self.counts == 0, -torch.inf)
-        near.scatter_(1, own[:, None], -torch.inf)
-        highest, classes = near.topk(min(SPREAD_CLASSES, self.n_classes), dim=1)
-        affinity = self._spread(features, classes).double()
-        excess = ((affinity - affinity.mean(2, keepdim=True)) * beta).exp().mean(
-            2
-        ) - 1  # centring prevents underflow
-        excess = excess[highest > -torch.inf].clamp(0, MOST_SLACK)
-        self._slack[beta] = float(excess.quantile(SPREAD_QUANTILE)) if len(excess) else 0.0
-        return self._slack[beta]
-
-    def _sample(self) -> tuple[Tensor, Tensor]:
-        """Return at most :data:`SPREAD_QUERIES` keys, which are used as queries, and their class ids."""
+    def sample(self) -> tuple[Tensor, Tensor]:
+        """Return at most :data:`SAMPLE` evenly spaced keys, and their class ids."""
         raise NotImplementedError
-
-    def _spread(self, features: Tensor, classes: Tensor) -> Tensor:
-        """Return the affinities of each query to a sample of keys of each of its ``classes``."""
-        affinity = features.new_zeros(*classes.shape, SPREAD_KEYS)
-        asked = classes.unique()
-        counts = self.counts[asked].long().tolist()
-        first = [0] * len(asked)
-        steps = torch.arange(SPREAD_KEYS, device=self.device)
-        for place, keys, _ in self.of_classes(asked.cpu().numpy()):
-            rows = counts[place] * steps // SPREAD_KEYS - first[place]
-            here = ((rows >= 0) & (rows < len(keys))).nonzero()[:, 0]
-            query, slot = (classes == asked[place]).nonzero(as_tuple=True)
-            affinity[query[:, None], slot[:, None], here] = tip.affinity(
-                features[query], keys[rows[here]]
-            )
-            first[place] += len(keys)
-        return affinity
 
     def cache_logits(self, points: Tensor, beta: float) -> Tensor:
         """Compute cache logits over all keys, ``C[:, c] = sum over i of exp(-beta (1 - A[:, i])) V_ic``.
@@ -425,8 +382,9 @@ class Keys(KeyStream):
     def _gathered(self, rows: Tensor) -> Tensor:
         return self.held[rows.to(self.held.device)].to(self.device).float()
 
-    def _sample(self) -> tuple[Tensor, Tensor]:
-        rows = torch.linspace(
-            0, self.n - 1, min(self.n, SPREAD_QUERIES), dtype=torch.float64, device=self.device
-        ).long()  # from 16,777,220 keys on, float32 would round the last row to n
+    def sample(self) -> tuple[Tensor, Tensor]:
+        number = min(self.n, SAMPLE)
+        # From 16,777,220 keys on, float32 would round the last row to n.
+        places = torch.linspace(0, self.n - 1, number, dtype=torch.float64, device=self.device)
+        rows = places.long()
         return self._gathered(rows), self.class_ids[rows]
