@@ -52,18 +52,14 @@ def reliability(confidence: npt.ArrayLike, right: npt.ArrayLike, bins: int) -> l
     p = np.asarray(confidence, dtype=np.float64)
     hit = np.asarray(right, dtype=np.float64)
     edges = np.linspace(0, 1, bins + 1)
-    of = np.searchsorted(edges[1:-1], p, side="left")
-    inside = [(m, of == m) for m in np.unique(of).tolist()]
-    return [
-        Bin(
-            float(edges[m]),
-            float(edges[m + 1]),
-            int(own.sum()),
-            float(p[own].mean()),
-            float(hit[own].mean()),
-        )
-        for m, own in inside
-    ]
+    bin_of = np.searchsorted(edges[1:-1], p, side="left")
+    curve = []
+    for m in np.unique(bin_of).tolist():
+        inside = bin_of == m
+        low, high = edges[m : m + 2].tolist()
+        n = int(inside.sum())
+        curve.append(Bin(low, high, n, float(p[inside].mean()), float(hit[inside].mean())))
+    return curve
 
 
 def expected_calibration_error(confidence: npt.ArrayLike, right: npt.ArrayLike) -> float:
@@ -72,10 +68,8 @@ def expected_calibration_error(confidence: npt.ArrayLike, right: npt.ArrayLike) 
     See :func:`reliability` for the bins. The estimate is biased upwards if the bins contain few answers.
     """
     curve = reliability(confidence, right, BINS)
-    return float(
-        sum(own.n * abs(own.accuracy - own.confidence) for own in curve)
-        / sum(own.n for own in curve)
-    )
+    errors = sum(part.n * abs(part.accuracy - part.confidence) for part in curve)
+    return float(errors / sum(part.n for part in curve))
 
 
 def fit_temperature(logits: npt.ArrayLike | Tensor, labels: npt.ArrayLike | Tensor) -> float:
@@ -137,6 +131,5 @@ def calibrate(index: Index, source: Source, reader: Reader) -> tuple[Index, Cali
     made = index.with_settings(replace(index.settings, temperature=fitted), chosen=True)
     provenance = index.provenance | {"temperature": f"fitted on {source.name}, n={len(y)}"}
     made = made.altered(provenance=provenance).save(index.folder, "calibrate")
-    return made, Calibration(
-        fitted, len(y), float(right.double().mean()), error(before), error(fitted)
-    )
+    accuracy = float(right.double().mean())
+    return made, Calibration(fitted, len(y), accuracy, error(before), error(fitted))

@@ -124,15 +124,15 @@ def threshold_of(held: HeldOutAnswers, most: float) -> Threshold:
         np.diff(probability[order]) < 0, True
     )  # equal probabilities are on the same side
     good = np.flatnonzero((wrong <= most * number) & last)
-    if not len(good):
+    if not good.size:
         raise InputError(
             f"at most {100 * most:g} % wrong: no probability is high enough on held-out photos; label more"
         )
-    kept = int(number[good[-1]])
-    share = float(wrong[good[-1]] / number[good[-1]])
-    return Threshold(
-        float(probability[order][good[-1]]), share, wilson(share, kept)[1], kept, len(order)
-    )
+    lowest = good[-1]
+    kept = int(number[lowest])
+    share = float(wrong[lowest] / number[lowest])
+    highest = wilson(share, kept)[1]
+    return Threshold(float(probability[order][lowest]), share, highest, kept, len(order))
 
 
 def judged(
@@ -147,9 +147,8 @@ def judged(
     If shots cannot be hidden, a warning is logged. Raises InputError if no item remains.
     """
     total = shots = 0
-    blocks = (
-        reader.for_queries(index.parts, index.shares).blocks(source) if blocks is None else blocks
-    )
+    if blocks is None:
+        blocks = reader.for_queries(index.parts, index.shares).blocks(source)
     for block in _windows(index, source.items["source"], blocks):
         total = total + len(block.positions)
         shots = shots + int(block.shots.sum())
@@ -191,8 +190,10 @@ def classified(
         for block in _windows(index, names, blocks) if looks else blocks:
             total = total + len(block.positions)
             shots = shots + int(block.shots.sum())
-            answers = (one.predictions() for one in answered(index, block, ask))
-            for part in [Predictions.joined(answers).in_order()] if block.shots.any() else answers:
+            answers = (answer.predictions() for answer in answered(index, block, ask))
+            if block.shots.any():
+                answers = iter([Predictions.joined(answers).in_order()])
+            for part in answers:
                 yield part.named(names.take(part.positions))
     if shots:
         log.warning(known_shots(shots, total))
