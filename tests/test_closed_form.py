@@ -348,6 +348,13 @@ def partly(covered, c=20, shots=4, noise=1.0, spread=0.6):
     )
 
 
+def test_an_estimate_does_not_take_a_bonus_for_a_discriminant():
+    """Without shots of some classes, folds have no discriminant, whose weight is gamma."""
+    index, _ = closed_form.fit(partly(8))
+    weighted = index.with_settings(replace(index.settings, gamma=1e3))
+    assert closed_form.estimate(weighted).both == closed_form.estimate(index).both > 0.3
+
+
 def test_each_fold_is_judged_by_a_fit_without_it():
     """A fold holds out shots of each class, or whole classes, which then have the mean of the other classes."""
     cache = partly(8)

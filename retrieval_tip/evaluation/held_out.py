@@ -190,6 +190,7 @@ def classified(
         for block in _windows(index, names, blocks) if looks else blocks:
             total = total + len(block.positions)
             shots = shots + int(block.shots.sum())
+            answers: Iterator[Predictions]
             answers = (answer.predictions() for answer in answered(index, block, ask))
             if block.shots.any():
                 answers = iter([Predictions.joined(answers).in_order()])
