@@ -72,10 +72,9 @@ def transformed(metric: tip.Metric | None, keys: KeyArray, device: str) -> KeyAr
         return None
     points = np.empty(keys.shape, dtype=keys.dtype)
     for start in range(0, len(keys), KEY_BLOCK):
-        block = torch.from_numpy(np.array(keys[start : start + KEY_BLOCK], dtype=np.float32)).to(
-            device
-        )
-        points[start : start + KEY_BLOCK] = metric(block).cpu().numpy()
+        part = slice(start, start + KEY_BLOCK)
+        block = torch.from_numpy(np.array(keys[part], dtype=np.float32))
+        points[part] = metric(block.to(device)).cpu().numpy()
     return points
 
 
@@ -258,10 +257,8 @@ class KeyStream(ABC):
         parts = []
         memory = points.new_empty(self.block * min(self.queries, len(points)))
         for own in points.split(self.queries):
-            sums, row = (
-                points.new_zeros(self.n_classes, len(own)),
-                0,
-            )  # transposed, to read contiguous memory
+            row = 0
+            sums = points.new_zeros(self.n_classes, len(own))  # transposed: contiguous memory
             for keys, ids, *_ in self.blocks():
                 affinity = memory[: len(keys) * len(own)].view(len(keys), len(own))
                 tip.affinity(keys.to(own.dtype), own, out=affinity)
@@ -348,9 +345,9 @@ class Keys(KeyStream):
         if self.by_class:
             return self.nearest_by_class(points, k)
         affinity, rows = self.index.search_tensor(points, k)
-        return self.described(
-            affinity if self.index.exact_affinity else self.affinity(points, rows), rows
-        )
+        if not self.index.exact_affinity:
+            affinity = self.affinity(points, rows)
+        return self.described(affinity, rows)
 
     def described(self, affinity: Tensor, rows: Tensor) -> Nearest:
         empty = rows < 0

@@ -101,12 +101,12 @@ class Retrieval:
     def _contributions(self, near: Nearest, classes: Tensor, beta: float) -> Tensor:
         """Return each key's contribution to one class per query. A class id of -1 stands for no class."""
         if self.keys.values is None:
-            own = near.class_ids == classes[:, None]
+            values: Tensor = near.class_ids == classes[:, None]
         else:
-            own = self.keys.values[near.rows.clamp_min(0), classes.clamp_min(0)[:, None]].where(
-                classes[:, None] >= 0, 0
-            )
-        return tip.weight(near.affinity, beta) * own
+            columns = classes[:, None]
+            values = self.keys.values[near.rows.clamp_min(0), columns.clamp_min(0)]
+            values = values.where(columns >= 0, 0)
+        return tip.weight(near.affinity, beta) * values
 
     def contributors(
         self, points: Tensor, winner: Tensor, rival: Tensor, number: int, beta: float
@@ -124,17 +124,13 @@ class Retrieval:
             supporting, opposing = self._extremes(keys.values, points, winner, number, beta)
             none = self._contributions(opposing, winner, beta)[:, 0] >= 0
             if none.any():
-                most, _ = self._extremes(
-                    keys.values, points[none], rival[none].clamp_min(0), 1, beta
-                )
-                opposing.put(
-                    none, most.without(self._contributions(most, rival[none], beta) <= 0, c)
-                )
+                rivals = rival[none]
+                most, _ = self._extremes(keys.values, points[none], rivals.clamp_min(0), 1, beta)
+                not_against = self._contributions(most, rivals, beta) <= 0
+                opposing.put(none, most.without(not_against, c))
             return Contributors(supporting, opposing)
-        own, opposing = (
-            keys.nearest_of_classes(points, ids[:, None], m)
-            for ids, m in ((winner, number), (rival, 1))
-        )
+        own = keys.nearest_of_classes(points, winner[:, None], number)
+        opposing = keys.nearest_of_classes(points, rival[:, None], 1)
         few = own.rows[:, -1] < 0
         if few.any():
             others = keys.nearest(points[few], number)
@@ -154,11 +150,10 @@ class Retrieval:
                 [tip.affinity(points[part], keys) for keys, *_ in self.keys.blocks()], dim=1
             )
             shares = tip.weight(affinity, beta).mul_(values.index_select(1, classes[part]).T)
-            for kept, places in (
-                (most, shares.topk(number, dim=1).indices),
-                (least, shares.argmin(1, keepdim=True)),
-            ):
-                kept.append(self.keys.described(affinity.gather(1, places), places))
+            largest = shares.topk(number, dim=1).indices
+            smallest = shares.argmin(1, keepdim=True)
+            most.append(self.keys.described(affinity.gather(1, largest), largest))
+            least.append(self.keys.described(affinity.gather(1, smallest), smallest))
         return Nearest.joined(most), Nearest.joined(least)
 
     def _over_classes(self, points: Tensor, settings: Settings, k: int, terms: AnswerTerms) -> None:
@@ -205,9 +200,10 @@ class Retrieval:
 def first_two(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Return the winning class and the runner-up of each query. If there is only one class, the runner-up is -1."""
     classes = logits.topk(min(2, logits.shape[1]), dim=1).indices
-    return classes[:, 0], classes[:, 1] if classes.shape[1] > 1 else torch.full_like(
-        classes[:, 0], -1
-    )
+    winner = classes[:, 0]
+    if classes.shape[1] == 1:
+        return winner, torch.full_like(winner, -1)
+    return winner, classes[:, 1]
 
 
 def overflow(terms: tip.Terms, settings: Settings) -> InputError:

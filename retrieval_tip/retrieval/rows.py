@@ -319,9 +319,7 @@ class ArrayRows(Rows):
             sums = None if sums is None else sums.added(gone.keys, gone.class_ids, -1)
         sums = None if sums is None else sums.added(more.keys, more.class_ids)
         if sums is not None and self.sums is not None and not sums.outweighs(self.sums):
-            sums = (
-                None  # rounding errors have become too large, so the next fit recomputes the sums
-            )
+            sums = None  # rounding errors have become too large, so the next fit recomputes them
         try:
             labels = pa.concat_tables([self.labels, more.labels], promote_options="default")
         except pa.ArrowException as error:
