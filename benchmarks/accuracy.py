@@ -48,11 +48,12 @@ from methods import (
 from prior import TABLES, sums_of
 
 from retrieval_tip import EncodingCache, Index, Reader, build_index, load_backbone, open_source, tip
+from retrieval_tip.arrays import DoubleArray
 from retrieval_tip.data.sources import Source
 from retrieval_tip.data.tables import vectors
 from retrieval_tip.evaluation.calibration import expected_calibration_error
 from retrieval_tip.fit import closed_form
-from retrieval_tip.fit.scatter import FloatArray, pooled
+from retrieval_tip.fit.scatter import pooled
 from retrieval_tip.index import changes
 
 SHOTS = (1, 2, 4, 8, 16)
@@ -112,10 +113,12 @@ METHODS: dict[str, Method] = {
     PROBE: lambda shots: linear_probe(shots.index),
     "nearest class mean": lambda shots: class_means(shots.index),
     GDA: lambda shots: discriminant(shots.index),
-    "ProKeR's form": lambda shots: closed(shots, closed_form.Fit(metric="none", values="solved")),
+    "ProKeR's form": lambda shots: closed(
+        shots, closed_form.FitRequest(metric="none", values="solved")
+    ),
     DEFAULT: closed,
     GROWN: grown,
-    WITH_PRIOR: lambda shots: closed(shots, closed_form.Fit(prior=shots.prior)),
+    WITH_PRIOR: lambda shots: closed(shots, closed_form.FitRequest(prior=shots.prior)),
 }
 COMPARED = (ZERO, PAPER, PROBE, GDA, DEFAULT)
 
@@ -315,7 +318,7 @@ SHAPES: dict[str, Shape] = {
 
 
 @functools.cache
-def prior_without(folder: str, shared: Path) -> FloatArray:
+def prior_without(folder: str, shared: Path) -> DoubleArray:
     """Return the pooled scatter of all datasets except the one in ``folder``."""
     tables = [name for name in TABLES if Path(name).parent.name != Path(folder).name]
     return pooled([sums_of(shared / "data/clip-vitb32" / f"{name}.parquet") for name in tables])

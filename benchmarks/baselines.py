@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
+from retrieval_tip.fit.blend import HeldTerms
 from retrieval_tip.fit.closed_form import FOLDS
-from retrieval_tip.fit.folds import Folds, HeldTerms
+from retrieval_tip.fit.folds import Folds
 from retrieval_tip.fit.forms import Within
 from retrieval_tip.model import Index
 from retrieval_tip.retrieval.inputs import Features

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 
 from retrieval_tip import Index, Reader
+from retrieval_tip.arrays import DoubleArray
 from retrieval_tip.data.source import few_shot
 from retrieval_tip.data.sources import Source
 from retrieval_tip.fit import closed_form, search_hp
 from retrieval_tip.fit.finetune import finetune, shots_of
-from retrieval_tip.fit.folds import Queries
-from retrieval_tip.fit.scatter import FloatArray
+from retrieval_tip.fit.visible import Queries
 from retrieval_tip.retrieval.defaults import untouched_settings
 from retrieval_tip.settings import Recipe
 
@@ -59,7 +59,7 @@ class Shots:
     source: Source
     reader: Reader
     seed: int
-    prior: FloatArray | None = None
+    prior: DoubleArray | None = None
     val: Items | None = None
     scales: tuple[float, float] | None = None
 
@@ -120,5 +120,5 @@ def fine_tuned(shots: Shots) -> Answering:
     ).index
 
 
-def closed(shots: Shots, asked: closed_form.Fit | None = None) -> Answering:
+def closed(shots: Shots, asked: closed_form.FitRequest | None = None) -> Answering:
     return closed_form.fit(shots.index, asked)[0]

@@ -16,7 +16,7 @@ from retrieval_tip.arrays import FloatArray, IntArray
 from retrieval_tip.errors import InputError
 from retrieval_tip.retrieval import inputs
 from retrieval_tip.retrieval.inputs import Features
-from retrieval_tip.retrieval.keys import Keys, points_of
+from retrieval_tip.retrieval.keys import Keys, transformed
 from retrieval_tip.retrieval.rows import ArrayRows, Rows
 from retrieval_tip.store.edits import Edits, NewKeys
 from retrieval_tip.store.labels import label_table
@@ -109,7 +109,7 @@ def _add(made: Index, new: NewKeys) -> None:
         extra=new.extra,
     )
     matrix = np.asarray(matrix).astype(made.dtype)
-    rows = ArrayRows(matrix, labels, points=points_of(made.metric, matrix, made.device))
+    rows = ArrayRows(matrix, labels, points=transformed(made.metric, matrix, made.device))
     _check_lengths(made, rows.vectors)
     _hold(made, made.rows.added(replace(rows, values=_values_of(made, rows))))
     made.next_key_id += len(matrix)

@@ -19,7 +19,7 @@ from retrieval_tip.data.pictures import Picture, open_images
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.errors import InputError, UsageError, check_count, install
 from retrieval_tip.fit import closed_form
-from retrieval_tip.fit.closed_form import Fit
+from retrieval_tip.fit.closed_form import FitRequest
 from retrieval_tip.model import Index
 from retrieval_tip.retrieval.inputs import Features
 from retrieval_tip.settings import ClassPrior, MetricName, Settings, ValuesName
@@ -223,12 +223,12 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
             device=self.device,
             blocks=self.blocks or (),
         )
-        fit = Fit(self.metric, self.values, self.class_prior) if auto else None
+        fit = FitRequest(self.metric, self.values, self.class_prior) if auto else None
         if fit is not None:
             index, _ = closed_form.fit(index, fit)
         self.classes_: Array = classes
         self.index_ = index
-        self._fit: Fit | None = fit
+        self._fit: FitRequest | None = fit
         self._names: Array = names
         self._order: Array | None = None if self.class_names is None else order
         return self

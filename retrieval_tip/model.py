@@ -36,12 +36,12 @@ from retrieval_tip.errors import InputError, StoreError, UsageError, check_count
 from retrieval_tip.html import markup, table
 from retrieval_tip.predictions import Predictions, SimilarShot
 from retrieval_tip.retrieval import inputs
+from retrieval_tip.retrieval.conformal import Scores, Sets
 from retrieval_tip.retrieval.inputs import Features, KeysInPlace, Labels
-from retrieval_tip.retrieval.keys import KEY_BLOCK, Keys, auto_for, points_of
+from retrieval_tip.retrieval.keys import KEY_BLOCK, Keys, auto_for, transformed
 from retrieval_tip.retrieval.logits import LOGITS, AnswerTerms, Retrieval, slices
 from retrieval_tip.retrieval.ridge import MOST_SOLVED, Ridge
 from retrieval_tip.retrieval.rows import ArrayRows, Rows
-from retrieval_tip.retrieval.sets import Scores, Sets
 from retrieval_tip.retrieval.vector_index import FLAT_FACTORY, VectorIndex
 from retrieval_tip.settings import (
     Ask,
@@ -176,7 +176,7 @@ class Index:
         if self.metric is None:
             points = None
         elif points is None:
-            points = points_of(self.metric, rows.keys, self.device)
+            points = transformed(self.metric, rows.keys, self.device)
         if values is not None:
             inputs.check_shape(
                 "values", values.shape, (rows.n, len(self.class_names)), "one row per key"
@@ -592,7 +592,7 @@ class Index:
             keys = ordered.keys.astype(dtype or self.dtype)
         if not np.isfinite(keys).all():
             raise InputError(f"keys: values too large for {keys.dtype}; use float32")
-        points = points_of(self.metric, keys, self.device)
+        points = transformed(self.metric, keys, self.device)
         ordered = replace(ordered, keys=keys, points=points, index=rows.index)
         ordered = ordered.indexed(len(self.class_names), factory, self.device)
         made = self.altered(rows=ordered, settings=settings)
@@ -808,7 +808,7 @@ class Index:
         keys = held["keys"]
         values = held.get("values")
         metric = held.get("metric")
-        points = held["points"] if "points" in held else points_of(metric, keys, device)
+        points = held["points"] if "points" in held else transformed(metric, keys, device)
         values = None if values is None else torch.from_numpy(values)
         rows = ArrayRows(keys, held["labels"], values, points, held.get("sums"))
         rows = replace(rows, index=_read_index(place, manifest, device))

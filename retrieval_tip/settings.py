@@ -171,8 +171,8 @@ class Ask:
             so they may take at most 512 MiB.
         at_least: Answer with the class, or else the narrowest group, whose probability is at least P, or with no label
             (see :class:`Levels`). In the mean over photos like the shots, at least P of the answers are right.
-        coverage: Add a set of classes to each photo with a match (see :mod:`retrieval.sets`). In the mean over photos
-            like the shots, at least the share C of sets has the right class. A single set has no guarantee.
+        coverage: Add a set of classes to each photo with a match (see :mod:`retrieval.conformal`). In the mean over
+            photos like the shots, at least the share C of sets has the right class. A single set has no guarantee.
     """
 
     k: KeysMet = None

@@ -245,7 +245,7 @@ def test_an_audit_of_a_fitted_index_finds_a_wrong_label():
     labels = np.arange(60) % 6
     labels[7] = 4
     cache = Index.from_features(keys, labels, list("abcdef"))
-    cache, _ = closed_form.fit(cache, closed_form.Fit(metric="within", values="solved"))
+    cache, _ = closed_form.fit(cache, closed_form.FitRequest(metric="within", values="solved"))
     [worst, *_] = audit(cache).to_pylist()
     wrong = cache.labels["key_id"].to_pylist()[
         np.abs(np.asarray(cache.keys) - keys[7]).sum(1).argmin()

@@ -26,10 +26,12 @@ from retrieval_tip.backbones.base import Identity, Part
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.evaluation.held_out import held_out_probabilities
 from retrieval_tip.fit import closed_form
-from retrieval_tip.fit.closed_form import Fit
-from retrieval_tip.fit.folds import Folds, HeldTerms, Queries, ranks_within
+from retrieval_tip.fit.blend import HeldTerms
+from retrieval_tip.fit.closed_form import FitRequest
+from retrieval_tip.fit.folds import Folds, ranks_within
 from retrieval_tip.fit.forms import DEFAULT_FORM, FORMS, ONE_SHOT, Form, Scatter, Within
 from retrieval_tip.fit.scatter import FewScatter, dimensions, known_prior, pooled
+from retrieval_tip.fit.visible import Queries
 from retrieval_tip.index import places as stores
 from retrieval_tip.retrieval import ridge
 from retrieval_tip.settings import Settings
@@ -102,7 +104,7 @@ def test_logits_match_the_definition(form, case, where, tmp_path):
     counts, d, class_prior = CASES[case]
     keys, ids = uneven_clusters(counts, d=d)
     cache = Index.from_features(keys, ids, NAMES, text_of(d=d), device="cpu")
-    cache, _ = closed_form.fit(cache, Fit(class_prior=class_prior), forms=[form])
+    cache, _ = closed_form.fit(cache, FitRequest(class_prior=class_prior), forms=[form])
     assert (cache.fitted.bonus > 0) == (case == "a class without shots" and form.ridge is not None)
     if where is not None:
         place = stores.at(f"{where}{tmp_path / 'index'}")
@@ -157,7 +159,7 @@ def test_keys_of_any_norm_are_fitted(shots, norm):
     assert (cache.logits(norm * queries).numpy().argmax(1) == truth).mean() > 0.6
     if norm > 2:
         with pytest.raises(InputError, match="metric none"):
-            cache, _ = closed_form.fit(cache, Fit(metric="none"))
+            cache, _ = closed_form.fit(cache, FitRequest(metric="none"))
     mixed = np.geomspace(1e-3, 1e3, len(keys))[:, None] * keys
     closed_form.fit(Index.from_features(mixed, ids, NAMES, device="cpu"))
     with pytest.raises(InputError, match="norm"):
@@ -346,13 +348,20 @@ def partly(covered, c=20, shots=4, noise=1.0, spread=0.6):
     )
 
 
+def test_an_estimate_does_not_take_a_bonus_for_a_discriminant():
+    """Without shots of some classes, folds have no discriminant, whose weight is gamma."""
+    index, _ = closed_form.fit(partly(8))
+    weighted = index.with_settings(replace(index.settings, gamma=1e3))
+    assert closed_form.estimate(weighted).both == closed_form.estimate(index).both > 0.3
+
+
 def test_each_fold_is_judged_by_a_fit_without_it():
     """A fold holds out shots of each class, or whole classes, which then have the mean of the other classes."""
     cache = partly(8)
     keys, ids, images = np.asarray(cache.keys), cache.class_ids.numpy(), np.arange(cache.n)
     folds = Folds(keys, torch.from_numpy(ids), 20, cache.text_weights, images)
     folds = folds.with_shots(4, 10**6).with_classes(10**6)
-    found = folds.terms(DEFAULT_FORM)[1].split([len(held.ids) for held in folds.held])
+    found = folds.terms(DEFAULT_FORM).cache.split([len(held.ids) for held in folds.held])
     for held, logits in zip(folds.held, found, strict=True):
         rows = held.rows.numpy()
         some, own = np.unique(ids[rows], return_inverse=True)
@@ -489,7 +498,7 @@ def test_a_prior_from_other_photos_improves_few_shot_accuracy(shots, text):
                 model(shots, text, seed, device="cpu"),
                 clusters(40, seed=1000 + seed),
             )
-            cache, _ = closed_form.fit(cache, Fit(prior=spread))
+            cache, _ = closed_form.fit(cache, FitRequest(prior=spread))
             right.setdefault(spread is None, []).append(
                 (cache.logits(queries).argmax(1).numpy() == truth).mean()
             )
@@ -518,7 +527,7 @@ def test_with_a_prior_one_photo_per_class_is_as_sure_as_the_metric_has_dimension
     prior = scale * pooled([Sums.of([clusters(60, 77, c=20, d=d)], 20, d)])
     keys, ids = clusters(1, d=d)
     cache = Index.from_features(keys, ids, NAMES, device="cpu")
-    cache, _ = closed_form.fit(cache, Fit(prior=prior))
+    cache, _ = closed_form.fit(cache, FitRequest(prior=prior))
     inside = np.zeros((1, 1))
     if scale:
         transform = cache.metric.transform.double().numpy()
@@ -527,7 +536,7 @@ def test_with_a_prior_one_photo_per_class_is_as_sure_as_the_metric_has_dimension
     assert (expected > 20) == (d > 16)  # few dimensions say little
     assert cache.settings.alpha == pytest.approx(max(20, expected), rel=1e-3)
     named = Index.from_features(keys, ids, NAMES, text_of(d=d), device="cpu")
-    named, _ = closed_form.fit(named, Fit(prior=prior))
+    named, _ = closed_form.fit(named, FitRequest(prior=prior))
     assert named.settings.alpha != pytest.approx(
         cache.settings.alpha
     )  # text decides how much the cache counts
@@ -551,7 +560,7 @@ def test_the_known_prior_of_a_backbone_is_used_for_its_features():
     )
     one.backbone = backbone
     one, _ = closed_form.fit(one)
-    other, _ = closed_form.fit(other, Fit(prior=prior))
+    other, _ = closed_form.fit(other, FitRequest(prior=prior))
     plain, _ = closed_form.fit(plain)
     assert one.prior is None  # it is not stored with every index
     torch.testing.assert_close(one.metric.transform, other.metric.transform, rtol=1e-4, atol=1e-6)
@@ -813,15 +822,15 @@ def test_one_photo_per_class_outweighs_confident_but_wrong_text():
 
 def test_settings_can_be_fixed_and_bad_ones_are_refused():
     cache = model()
-    cache, _ = closed_form.fit(cache, Fit(metric="none", values="one-hot"))
+    cache, _ = closed_form.fit(cache, FitRequest(metric="none", values="one-hot"))
     assert (cache.fitted.metric, cache.fitted.values) == ("none", "one-hot")
     with pytest.raises(UsageError, match="metric 'all'"):
-        cache, _ = closed_form.fit(cache, Fit(metric="all"))
+        cache, _ = closed_form.fit(cache, FitRequest(metric="all"))
     cache.settings = cache.settings.override(k=3)
     with pytest.raises(UsageError, match=r"values solved: need a search over all keys, .* k is 3;"):
-        cache, _ = closed_form.fit(cache, Fit(values="solved"))
+        cache, _ = closed_form.fit(cache, FitRequest(values="solved"))
     with pytest.raises(UsageError, match=r"values solved: .* k is all, and Classes searches some;"):
-        closed_form.fit(model(), Fit(values="solved"), factory="Classes")
+        closed_form.fit(model(), FitRequest(values="solved"), factory="Classes")
     cache, _ = closed_form.fit(cache)
     assert cache.fitted.values == "one-hot"
 
@@ -879,12 +888,12 @@ def test_with_four_or_more_shots_about_one_in_twenty_known_photos_has_no_match(v
             cache = Index.from_features(
                 *clusters(shots, seed, c=30, d=32), [*map(str, range(30))], device="cpu"
             )
-            cache, _ = closed_form.fit(cache, Fit(values=values))
+            cache, _ = closed_form.fit(cache, FitRequest(values=values))
             strongest = cache.terms(torch.from_numpy(queries)).cache.amax(1)
             no_match.append(float((strongest < cache.settings.least_cache).float().mean()))
         assert 0.03 <= np.mean(no_match) <= 0.08
     cache = model(shots=2)
-    cache, _ = closed_form.fit(cache, Fit(values=values))
+    cache, _ = closed_form.fit(cache, FitRequest(values=values))
     assert cache.settings.least_cache is None  # two shots per class are too few for a threshold
 
 
@@ -1098,15 +1107,15 @@ def test_the_temperature_of_a_fit_comes_from_photos_that_meet_almost_all_shots(
 ):
     index = model(shots, text, spread=0.9)
     index, choice = closed_form.fit(
-        index, Fit(prior=pooled([Sums.of([clusters(40, 77, c=20)], 20, D)]) if prior else None)
+        index,
+        FitRequest(prior=pooled([Sums.of([clusters(40, 77, c=20)], 20, D)]) if prior else None),
     )
     folds = closed_form._folds_of(index)
     assert folds.halves == (shots == 2)
-    words, cache, third = folds.terms(Form.of(index.fitted, 1.0))
-    linked = tip.log_cache(cache, index.settings.log_offset)
-    logits = tip.Terms(torch.zeros_like(cache) if words is None else words, linked, third).logits(
-        index.settings
-    )
+    terms = folds.terms(Form.of(index.fitted, 1.0))
+    linked = tip.log_cache(terms.cache.clone(), index.settings.log_offset)
+    words = torch.zeros_like(linked) if terms.text is None else terms.text
+    logits = tip.Terms(words, linked, terms.discriminant).logits(index.settings)
     sure = float((logits / index.settings.temperature).softmax(1).amax(1)[folds.held_of(of)].mean())
     assert sure == pytest.approx((choice.both * index.n + 0.5) / (index.n + 1), abs=2e-3)
 

@@ -198,7 +198,7 @@ def test_the_prior_of_joined_encoders_is_scaled_by_their_shares(each):
     root = np.random.default_rng(1).normal(size=(sum(WIDTHS), 40)) / 10
     prior = root @ root.T
     index = Index.from_features(features, ids, NAMES, device="cpu")
-    index, choice = closed_form.fit(index, closed_form.Fit(prior=prior))
+    index, choice = closed_form.fit(index, closed_form.FitRequest(prior=prior))
     form = choice.form
     assert form.metric is not None
     assert index.metric is not None
@@ -239,7 +239,7 @@ def test_the_known_prior_of_one_of_the_encoders_is_used(each, shares, monkeypatc
         replace(part, identity=one)
         for part, one in zip(index.parts, (IDENTITY, OTHER), strict=True)
     )
-    asked = (index, None), (given, closed_form.Fit(prior=prior)), (plain, None)
+    asked = (index, None), (given, closed_form.FitRequest(prior=prior)), (plain, None)
     (index, given, plain), forms = zip(*(closed_form.fit(*one) for one in asked), strict=True)
     forms = [choice.form for choice in forms]
     same = plain if each > 1 and shares[1] else given
@@ -252,7 +252,7 @@ def test_the_known_prior_of_one_of_the_encoders_is_used(each, shares, monkeypatc
     torch.testing.assert_close(index.logits(queries).argmax(1), same.logits(queries).argmax(1))
     if each == 1:  # alpha does not grow with the number of values of the other encoder
         alone = Index.from_features(features[0], ids, NAMES, device="cpu")
-        alone, _ = closed_form.fit(alone, closed_form.Fit(prior=known))
+        alone, _ = closed_form.fit(alone, closed_form.FitRequest(prior=known))
         assert index.settings.alpha == pytest.approx(alone.settings.alpha)
 
 

@@ -19,8 +19,8 @@ from retrieval_tip.backbones.base import resolve_device, runs_on
 from retrieval_tip.backbones.loading import load_backbone
 from retrieval_tip.backbones.torch_backbone import weights_digest
 from retrieval_tip.errors import StoreError
-from retrieval_tip.fit import folds, search_hp
-from retrieval_tip.fit.folds import Queries
+from retrieval_tip.fit import search_hp, visible
+from retrieval_tip.fit.visible import Queries
 from retrieval_tip.retrieval import keys as keys_module
 from retrieval_tip.retrieval import vector_index
 from retrieval_tip.retrieval.keys import Keys
@@ -200,7 +200,7 @@ def test_search_hp_holds_few_affinities_on_a_gpu():
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     search_hp.search(cache, queries, betas=[1.0])
-    assert torch.cuda.max_memory_allocated() - before < 8 * 4 * folds.VALUES + (1 << 28)
+    assert torch.cuda.max_memory_allocated() - before < 8 * 4 * visible.VALUES + (1 << 28)
 
 
 @pytest.mark.gpu

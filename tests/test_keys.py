@@ -15,6 +15,7 @@ from made import Made
 from retrieval_tip.errors import InputError
 from retrieval_tip.retrieval import keys as keys_module
 from retrieval_tip.retrieval.keys import Keys
+from retrieval_tip.retrieval.whole_classes import ClassBounds
 
 
 @contextmanager
@@ -153,7 +154,7 @@ def excess_of(array, ids, c, f, own, beta):
 @pytest.mark.parametrize("beta", [1.0, 5.5, 20.0])
 def test_new_queries_rarely_exceed_the_slack(synthetic, beta):
     array, ids, _, queries = synthetic
-    slack = Keys(array, ids, 100).slack(beta)
+    slack = ClassBounds(Keys(array, ids, 100)).slack(beta)
     excess = excess_of(
         array, ids, 100, queries[:1000], Made(c=100, d=256).classes(4096, 2)[:1000], beta
     )
@@ -165,12 +166,12 @@ def test_new_queries_rarely_exceed_the_slack(synthetic, beta):
 @given(small_cases, betas, st.integers(1, 5))
 def test_the_slack_is_the_same_for_any_block_size(case, beta, of_keys):
     with blocks(3, of_keys):
-        found = keys_of(case).slack(beta)
-    assert found == pytest.approx(keys_of(case).slack(beta), rel=1e-3, abs=1e-6)
+        found = ClassBounds(keys_of(case)).slack(beta)
+    assert found == pytest.approx(ClassBounds(keys_of(case)).slack(beta), rel=1e-3, abs=1e-6)
 
 
 @settings(max_examples=examples(60), deadline=None)
 @given(small_cases, st.one_of(betas, st.sampled_from([0.0, 100.0, 1e3, 1e6, 1e30])))
 def test_slack_is_never_negative_or_undefined(case, beta):
     """A sum of exponentials is at least the exponential of the mean. With a negative slack, no class would be met."""
-    assert keys_of(case).slack(beta) >= 0
+    assert ClassBounds(keys_of(case)).slack(beta) >= 0

@@ -387,7 +387,9 @@ class Living(RuleBasedStateMachine):
             form = form | {"values": "one-hot"}  # solved values need all keys
         changes.fit_index(self.place, **form)
         self.commit(
-            self.with_fit(self.state, partial(closed_form.fit, asked=closed_form.Fit(**form)))
+            self.with_fit(
+                self.state, partial(closed_form.fit, asked=closed_form.FitRequest(**form))
+            )
         )
         assert self.state.fitted.automatic == (form == {})
         if beta is not None:

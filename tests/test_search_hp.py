@@ -15,8 +15,8 @@ from tables import tiny, unit_rows
 
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.fit import search_hp
-from retrieval_tip.fit.folds import Queries
 from retrieval_tip.fit.search_hp import right_between, search
+from retrieval_tip.fit.visible import Queries
 from retrieval_tip.model import Index
 from retrieval_tip.retrieval.defaults import untouched_settings
 from retrieval_tip.settings import Settings

@@ -26,7 +26,7 @@ from retrieval_tip.index.build import build_index
 from retrieval_tip.index.changes import fit_index
 from retrieval_tip.index.places import at
 from retrieval_tip.model import Index
-from retrieval_tip.retrieval.sets import Scores
+from retrieval_tip.retrieval.conformal import Scores
 from retrieval_tip.settings import Ask, Settings
 
 NAMES = ["ant", "bee", "cat", "dog", "eel"]

@@ -15,7 +15,7 @@ from retrieval_tip import Index
 from retrieval_tip.data.reader import FeatureBlock
 from retrieval_tip.evaluation.held_out import threshold_of
 from retrieval_tip.fit import closed_form
-from retrieval_tip.fit.folds import without_parts
+from retrieval_tip.fit.visible import without_parts
 from retrieval_tip.labelling.smoothing import smooth
 
 NAMES = ["ant", "bee", "cat", "dog", "eel"]

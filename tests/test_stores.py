@@ -1207,9 +1207,9 @@ def test_many_keys_get_an_index_that_later_changes_update(tmp_path, monkeypatch,
     nearest = [one for [one] in model.similar(late[:50], 1)]
     assert [one.key_id for one in nearest] == list(range(3100, 3150))
     np.testing.assert_allclose([one.affinity for one in nearest], 1, atol=1e-5)
-    slack = at.load(device="cpu").retrieval.keys.slack(5.5)
+    slack = at.load(device="cpu").retrieval.bounds.slack(5.5)
     monkeypatch.setattr(lance_rows, "SPREAD_BYTES", 1)  # as with too many keys
-    few = at.load(device="cpu").retrieval.keys.slack(5.5)
+    few = at.load(device="cpu").retrieval.bounds.slack(5.5)
     assert few == pytest.approx(slack, rel=0.5)
     # More keys are added to the index.
     later, later_labels = drawn(450, 5)

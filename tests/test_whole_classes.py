@@ -16,8 +16,8 @@ from tables import unit
 from retrieval_tip import Index, tip, verify
 from retrieval_tip.errors import StoreError
 from retrieval_tip.retrieval import logits as retrieval
-from retrieval_tip.retrieval.logits import promising
 from retrieval_tip.retrieval.vector_index import VectorIndex, auto_factory
+from retrieval_tip.retrieval.whole_classes import promising
 from retrieval_tip.settings import Settings
 
 C, SHOTS, D = 40, 16, 64

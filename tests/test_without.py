@@ -25,7 +25,7 @@ from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.sources import of_images
 from retrieval_tip.errors import InputError
 from retrieval_tip.evaluation import held_out
-from retrieval_tip.fit.folds import without_parts
+from retrieval_tip.fit.visible import without_parts
 from retrieval_tip.index import places
 from retrieval_tip.settings import Ask, Fitted
 

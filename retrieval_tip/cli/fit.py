@@ -96,7 +96,7 @@ def search_command(
         search-hp indexes/things --val validation --dry-run
     """
     from retrieval_tip.fit import search_hp
-    from retrieval_tip.fit.folds import Queries
+    from retrieval_tip.fit.visible import Queries
 
     index = store_of(folder).load(device=encoding.device)
     source = None if val is None else source_of(val, encoding, "val")

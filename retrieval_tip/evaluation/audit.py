@@ -27,7 +27,7 @@ from torch import Tensor
 
 from retrieval_tip import tip
 from retrieval_tip.fit.closed_form import unfitted
-from retrieval_tip.fit.folds import Queries, Visible
+from retrieval_tip.fit.visible import Queries, Visible
 from retrieval_tip.model import Index
 from retrieval_tip.retrieval.defaults import untouched_settings
 from retrieval_tip.retrieval.duplicates import NEAR
@@ -66,9 +66,8 @@ def audit(index: Index, *, borderline: bool = False) -> pa.Table:
     class_ids = index.class_ids.cpu().numpy()
     _, beta = untouched_settings(index.keys, class_ids)
     digests = torch.from_numpy(digest_codes(index.labels)).to(index.device)
-    norms = torch.cat([keys.norm(dim=1) for keys, *_ in index.retrieval.keys.blocks()]).clamp_min(
-        LEAST
-    )
+    norms = torch.cat([keys.norm(dim=1) for keys, *_ in index.retrieval.keys.blocks()])
+    norms = norms.clamp_min(LEAST)
     shots = Queries(np.asarray(index.vectors), class_ids, "its own shots", images_of(index.labels))
     for part, visible in shots.blocks(index, near):
         own = index.class_ids[part]
@@ -77,9 +76,8 @@ def audit(index: Index, *, borderline: bool = False) -> pa.Table:
         found |= _scores(visible, own, found["nearest_affinity"], beta, borderline=borderline)
         suspicious = ((found["suggested"] != own) & found["judged"]) | (found["twin"] >= 0)
         parts.append({name: column[suspicious].cpu().numpy() for name, column in found.items()})
-    return _table(
-        index, {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    )
+    columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return _table(index, columns)
 
 
 def _neighbours(
@@ -90,18 +88,15 @@ def _neighbours(
     rows = visible.rows.clamp_min(0)
     unseen = -torch.inf
     cosine = affinity / norms[part, None] / norms[rows]
-    cosine.masked_fill_(
-        (digests[part, None] == digests[rows]) & (digests[part, None] >= 0), torch.inf
-    )
-    closest, twin = cosine.masked_fill_(
-        (visible.ids == own[:, None]) | (visible.rows < 0), unseen
-    ).max(dim=1)
-    nearest, near = affinity.masked_fill(visible.unseen, unseen).max(dim=1)
-    near, twin = (
-        rows.expand(len(own), -1).gather(1, place[:, None])[:, 0] for place in (near, twin)
-    )
-    near = near.where(nearest > unseen, -1)
-    twin = twin.where(closest >= NEAR, -1)
+    digest = digests[part, None]
+    same_image = (digest == digests[rows]) & (digest >= 0)
+    cosine.masked_fill_(same_image, torch.inf)
+    no_duplicate = (visible.ids == own[:, None]) | (visible.rows < 0)
+    closest, twin_at = cosine.masked_fill_(no_duplicate, unseen).max(dim=1)
+    nearest, near_at = affinity.masked_fill(visible.unseen, unseen).max(dim=1)
+    rows = rows.expand(len(own), -1)
+    near = rows.gather(1, near_at[:, None])[:, 0].where(nearest > unseen, -1)
+    twin = rows.gather(1, twin_at[:, None])[:, 0].where(closest >= NEAR, -1)
     return {"near": near, "nearest_affinity": nearest, "twin": twin}
 
 
@@ -109,15 +104,14 @@ def _scores(
     visible: Visible, own: Tensor, nearest: Tensor, beta: float, *, borderline: bool
 ) -> dict[str, Tensor]:
     """Return which shots can be scored, the label that fits each shot best, and how much better it fits."""
-    shift = nearest.clamp_min(
-        torch.finfo(torch.float32).min
-    )  # the nearest key has weight 1 at any beta
+    lowest = torch.finfo(torch.float32).min
+    shift = nearest.clamp_min(lowest)  # the nearest key has weight 1 at any beta
     weights = visible.affinity - (shift[:, None] - 1)
     weights = tip.weight(weights, beta, out=weights).masked_fill_(visible.unseen, 0)
     sums = tip.sum_by_class(weights, visible.ids, visible.counts.shape[1])
     scores = torch.where(visible.counts > 0, sums / visible.counts.clamp_min(1), -1)
     mine = scores.gather(1, own[:, None])[:, 0]
-    (best, suggested) = scores.max(dim=1)
+    best, suggested = scores.max(dim=1)
     margin = best.clamp_min(LEAST).log() - mine.clamp_min(LEAST).log()
     stays = (mine >= best) if borderline else (margin <= CLEAR)
     return {
@@ -146,10 +140,6 @@ def _table(index: Index, shots: dict[str, npt.NDArray[Any]]) -> pa.Table:
         "margin": judgement("margin", pa.float32()),
     }
     nearest = {f"nearest_{name}": described("near", name) for name in ("key_id", "source", "label")}
-    others = {
-        "nearest_affinity": pa.array(
-            shots["nearest_affinity"], pa.float32(), mask=shots["near"] < 0
-        ),
-        "duplicate_of": described("twin", "key_id"),
-    }
+    affinity = pa.array(shots["nearest_affinity"], pa.float32(), mask=shots["near"] < 0)
+    others = {"nearest_affinity": affinity, "duplicate_of": described("twin", "key_id")}
     return pa.table(shot | suggested | nearest | others)

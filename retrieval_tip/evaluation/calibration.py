@@ -19,7 +19,7 @@ from retrieval_tip import tip
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import Source
 from retrieval_tip.evaluation.held_out import judged
-from retrieval_tip.fit.folds import HeldTerms
+from retrieval_tip.fit.blend import HeldTerms
 from retrieval_tip.model import Index
 from retrieval_tip.retrieval.logits import slices
 from retrieval_tip.settings import Ask
@@ -52,18 +52,14 @@ def reliability(confidence: npt.ArrayLike, right: npt.ArrayLike, bins: int) -> l
     p = np.asarray(confidence, dtype=np.float64)
     hit = np.asarray(right, dtype=np.float64)
     edges = np.linspace(0, 1, bins + 1)
-    of = np.searchsorted(edges[1:-1], p, side="left")
-    inside = [(m, of == m) for m in np.unique(of).tolist()]
-    return [
-        Bin(
-            float(edges[m]),
-            float(edges[m + 1]),
-            int(own.sum()),
-            float(p[own].mean()),
-            float(hit[own].mean()),
-        )
-        for m, own in inside
-    ]
+    bin_of = np.searchsorted(edges[1:-1], p, side="left")
+    curve = []
+    for m in np.unique(bin_of).tolist():
+        inside = bin_of == m
+        low, high = edges[m : m + 2].tolist()
+        n = int(inside.sum())
+        curve.append(Bin(low, high, n, float(p[inside].mean()), float(hit[inside].mean())))
+    return curve
 
 
 def expected_calibration_error(confidence: npt.ArrayLike, right: npt.ArrayLike) -> float:
@@ -72,16 +68,14 @@ def expected_calibration_error(confidence: npt.ArrayLike, right: npt.ArrayLike) 
     See :func:`reliability` for the bins. The estimate is biased upwards if the bins contain few answers.
     """
     curve = reliability(confidence, right, BINS)
-    return float(
-        sum(own.n * abs(own.accuracy - own.confidence) for own in curve)
-        / sum(own.n for own in curve)
-    )
+    errors = sum(part.n * abs(part.accuracy - part.confidence) for part in curve)
+    return float(errors / sum(part.n for part in curve))
 
 
 def fit_temperature(logits: npt.ArrayLike | Tensor, labels: npt.ArrayLike | Tensor) -> float:
     """Return the temperature T > 0 that maximises the likelihood of ``softmax(logits / T)`` (Guo et al., section 4.2).
 
-    ``1 / T`` is the weight that :class:`folds.HeldTerms` fits, within bounds: the best T tends to 0 if every answer is
+    ``1 / T`` is the weight that :class:`blend.HeldTerms` fits, within bounds: the best T tends to 0 if every answer is
     right, and to infinity if the logits are no better than chance. If the logits are scaled, T is scaled by the same
     factor. The temperature does not change the predictions. If all logits are equal, T is 1.
 
@@ -137,6 +131,5 @@ def calibrate(index: Index, source: Source, reader: Reader) -> tuple[Index, Cali
     made = index.with_settings(replace(index.settings, temperature=fitted), chosen=True)
     provenance = index.provenance | {"temperature": f"fitted on {source.name}, n={len(y)}"}
     made = made.altered(provenance=provenance).save(index.folder, "calibrate")
-    return made, Calibration(
-        fitted, len(y), float(right.double().mean()), error(before), error(fitted)
-    )
+    accuracy = float(right.double().mean())
+    return made, Calibration(fitted, len(y), accuracy, error(before), error(fitted))

@@ -77,50 +77,50 @@ class Compared:
         return facts | {"p_value": self.p_value, "differences": self.differences.to_pylist()}
 
     def __str__(self) -> str:
-        (a, b) = self.names
-        m = len(self.differences)
+        a, b = self.names
         photos = counted(self.n, "photo")
-        differ = (
-            f"They give different answers to {counted(m, 'photo')}"
-            if m
-            else "They give the same answers"
-        )
+        differ = "They give the same answers"
+        if len(self.differences):
+            differ = f"They give different answers to {counted(len(self.differences), 'photo')}"
         if self.evaluations is None or self.p_value is None:
             return f"{a} and {b} classify {photos}. {differ}."
-        first, second = (
-            f"{100 * low:.0f} to {100 * high:.0f} %)"
-            for low, high in (x.interval for x in self.evaluations)
-        )
-        top1, other = (100 * own.top1 for own in self.evaluations)
-        text = f"{a} is right on {top1:.1f} % of {photos} (95 % interval {first}, "
-        text += f"{b} on {other:.1f} % ({second}. {differ}"
-        text += (
-            f": only {a} is right on {self.alone[0]:,}, only {b} on {self.alone[1]:,}" if m else ""
-        )
-        better = f"{a if self.alone[0] > self.alone[1] else b} is significantly better"
-        verdict = better if self.p_value < SIGNIFICANT else "The difference is not significant"
+        of_a, of_b = self.evaluations
+        only_a, only_b = self.alone
+        right_a = f"{a} is right on {100 * of_a.top1:.1f} % of {photos}"
+        right_b = f"{b} on {100 * of_b.top1:.1f} %"
+        accuracy = f"{right_a} (95 % interval {_ends(of_a)}), {right_b} ({_ends(of_b)})"
+        if len(self.differences):
+            differ += f": only {a} is right on {only_a:,}, only {b} on {only_b:,}"
+        verdict = "The difference is not significant"
+        if self.p_value < SIGNIFICANT:
+            better = a if only_a > only_b else b
+            verdict = f"{better} is significantly better"
         p = "p < 0.001" if self.p_value < 0.001 else f"p = {self.p_value:.2g}"
-        notes = (
-            note
-            for pair in zip(self.names, self.evaluations, strict=True)
-            for note in _notes(*pair)
-        )
-        return " ".join([f"{text}. {verdict} ({p}, McNemar's test).", *notes])
+        sentences = [f"{accuracy}. {differ}. {verdict} ({p}, McNemar's test)."]
+        return " ".join([*sentences, *_notes(a, of_a), *_notes(b, of_b)])
+
+
+def _ends(evaluation: Evaluation) -> str:
+    low, high = evaluation.interval
+    return f"{100 * low:.0f} to {100 * high:.0f} %"
 
 
 def _notes(name: str, own: Evaluation) -> Iterator[str]:
     """Yield sentences about classes that the index lacks, and about photos that are its shots."""
     if own.unknown:
-        lost = counted(sum(own.unknown.values()), "photo")
+        number = sum(own.unknown.values())
+        lost = counted(number, "photo")
         classes = counted(len(own.unknown), "class")
         wrong = f"{lost} count as wrong"
         if own.unknown_no_match:
-            wrong = f'{own.unknown_no_match * sum(own.unknown.values()):.0f} of {lost} got "no match", which is right'
+            right = f"{own.unknown_no_match * number:.0f} of {lost}"
+            wrong = f'{right} got "no match", which is right'
         yield f"{name} does not have {classes} of the photos ({few([*own.unknown])}); {wrong}."
         if own.known_top1 is not None:
-            no_match = own.known_no_match
-            more = "" if no_match is None else f', and {percent(no_match)} got "no match"'
-            yield f"On the other photos, {name} is right on {percent(own.known_top1)}{more}."
+            right = f"On the other photos, {name} is right on {percent(own.known_top1)}"
+            if own.known_no_match is not None:
+                right += f', and {percent(own.known_no_match)} got "no match"'
+            yield f"{right}."
     if own.held_out:
         yield f"{known_shots(own.held_out, own.n, name)}."
 
@@ -152,32 +152,28 @@ def compare(a: Side, b: Side, source: Source) -> Compared:
     second = second.take(places[1])
     labels = source.labels if labelled else []
     alike = spelled_alike([*sorted(set(labels)), *a.index.class_names, *b.index.class_names])
-    named_a, named_b = (
-        np.array([alike.get(name, name) for name in one.named()]) for one in (first, second)
-    )
+    named_a = np.array([alike.get(name, name) for name in first.named()])
+    named_b = np.array([alike.get(name, name) for name in second.named()])
     differ = np.flatnonzero((named_a != named_b) | (first.right != second.right))
-    winner = np.where(first.right, "A", np.where(second.right, "B", "neither"))
-    none = [None] * len(differ)
     columns = {
         "input": source.items["source"].take(pa.array(rows[differ])),
-        "label": [alike.get(labels[row], labels[row]) for row in rows[differ]]
-        if labelled
-        else none,
+        "label": [None] * len(differ),
         "answer_a": named_a[differ],
         "answer_b": named_b[differ],
-        "right": winner[differ] if labelled else none,
+        "right": [None] * len(differ),
     }
+    evaluations = None
+    if labelled:
+        winner = np.where(first.right, "A", np.where(second.right, "B", "neither"))
+        columns["label"] = [alike.get(labels[row], labels[row]) for row in rows[differ]]
+        columns["right"] = winner[differ]
+        evaluations = judge(a.index, first), judge(b.index, second)
+    only_a = int((first.right & ~second.right).sum())
+    only_b = int((second.right & ~first.right).sum())
+    differences = pa.table(columns, schema=DIFFERENCES)
     skipped = list(dict.fromkeys([*a.reader.skipped, *b.reader.skipped]))
-    evaluations = (judge(a.index, first), judge(b.index, second)) if labelled else None
-    alone = int((first.right & ~second.right).sum()), int((second.right & ~first.right).sum())
-    return Compared(
-        (a.name, b.name),
-        len(rows),
-        evaluations,
-        alone,
-        pa.table(columns, schema=DIFFERENCES),
-        skipped,
-    )
+    names = (a.name, b.name)
+    return Compared(names, len(rows), evaluations, (only_a, only_b), differences, skipped)
 
 
 def mcnemar(only_a: int, only_b: int) -> float:

@@ -20,7 +20,7 @@ from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import InputError, Skipped, UsageError
 from retrieval_tip.evaluation.calibration import expected_calibration_error
 from retrieval_tip.evaluation.held_out import judged, known_shots
-from retrieval_tip.fit.folds import wilson
+from retrieval_tip.fit.confidence import wilson
 from retrieval_tip.model import Index
 from retrieval_tip.settings import Ask, AskOptions, Levels, Settings
 
@@ -111,7 +111,9 @@ class Answers:
             }
             found |= {"levels": shares, "no_label": (self.levels < 0).mean()}
         if self.set_sizes is not None and self.in_set is not None:
-            known = self.of_known if self.no_match is None else self.of_known & ~self.no_match
+            known = self.of_known
+            if self.no_match is not None:
+                known = known & ~self.no_match
             found |= {
                 "set_coverage": _mean(self.in_set[known]),
                 "set_size": _mean(self.set_sizes[known]),
@@ -258,7 +260,12 @@ def judge(
         (class_names[a], class_names[b], n) for (a, b), n in wrong.most_common(CONFUSIONS)
     ]
     unknown = Counter(class_names[i] for i in truth[~known].tolist())
-    no_match, strength = answers.no_match, answers.strength
+    known_no_match = unknown_no_match = auroc = None
+    if answers.no_match is not None:
+        known_no_match = _mean(answers.no_match[known])
+        unknown_no_match = _mean(answers.no_match[~known])
+    if answers.strength is not None:
+        auroc = _area_under_roc(answers.strength[known], answers.strength[~known])
     return Evaluation(
         top1=float(right.mean()),
         top5=float((right | hits[:, :-2].any(axis=1)).mean()),
@@ -276,9 +283,9 @@ def judge(
         held_out=int(answers.held_out.sum()),
         unknown=dict(sorted(unknown.items())),
         known_top1=_mean(right[known]),
-        known_no_match=None if no_match is None else _mean(no_match[known]),
-        unknown_no_match=None if no_match is None else _mean(no_match[~known]),
-        auroc=None if strength is None else _area_under_roc(strength[known], strength[~known]),
+        known_no_match=known_no_match,
+        unknown_no_match=unknown_no_match,
+        auroc=auroc,
     )
 
 
@@ -307,11 +314,10 @@ def answers_of(
 
     ``ask`` may have ``at_least`` or a ``coverage``. Raises InputError if the index has no class of the source.
     """
-    truth, names = (
-        source.truth(index.class_names)
-        if labelled
-        else (np.full(len(source), -1), [*index.class_names])
-    )
+    truth = np.full(len(source), -1)
+    names = [*index.class_names]
+    if labelled:
+        truth, names = source.truth(index.class_names)
     if not (truth < len(index.class_names)).any():
         raise source.unknown(names[len(index.class_names) :], index.class_names)
     ask = Ask(top=5, neighbours=0, at_least=ask.at_least, coverage=ask.coverage)
@@ -351,12 +357,12 @@ def _answers(answer: AnswerBlock, every: IntArray, class_names: list[str]) -> An
             answer.probabilities, answer.index.class_names, groups, answer.ask.at_least
         )
         levels = pc.index_in(found["level"], pa.array(groups.levels)).fill_null(-1).to_numpy()
-        pairs = zip(levels.tolist(), truth.tolist(), found["label"].to_pylist(), strict=True)
-        hits = [
-            label is not None and groups.at(level, class_names[own]) == label
-            for level, own, label in pairs
-        ]
-        answers = replace(answers, levels=levels, right_at_level=np.array(hits, dtype=bool))
+        hits = np.zeros(len(truth), dtype=bool)
+        for place, label in enumerate(found["label"].to_pylist()):
+            if label is not None:
+                true_label = groups.at(int(levels[place]), class_names[truth[place]])
+                hits[place] = true_label == label
+        answers = replace(answers, levels=levels, right_at_level=hits)
     if answer.sets is not None:
         members = answer.sets.members(answer.probabilities).cpu().numpy()
         known = (truth >= 0) & (truth < c)

@@ -17,7 +17,8 @@ from retrieval_tip.arrays import BoolArray, FloatArray, IntArray
 from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import InputError, UsageError, counted
-from retrieval_tip.fit.folds import wilson, without_parts
+from retrieval_tip.fit.confidence import wilson
+from retrieval_tip.fit.visible import without_parts
 from retrieval_tip.model import MOST_COPIED, Index
 from retrieval_tip.predictions import Predictions
 from retrieval_tip.retrieval.inputs import Features
@@ -44,7 +45,7 @@ def photo_rows(index: Index, key_ids: Sequence[int] | None = None) -> IntArray:
     return rows[np.sort(first)]
 
 
-class HeldOut(NamedTuple):
+class HeldOutAnswers(NamedTuple):
     """Held-out probabilities ``[n, c]`` of ``n`` photos, the class ids of their labels, and the id of a key of each.
 
     The first two are the ``pred_probs`` and ``labels`` of cleanlab.
@@ -62,7 +63,7 @@ class HeldOut(NamedTuple):
         return right
 
 
-def held_out_probabilities(index: Index, rows: IntArray | None = None) -> HeldOut:
+def held_out_probabilities(index: Index, rows: IntArray | None = None) -> HeldOutAnswers:
     """Classify the photo of each row by all keys except the keys of photos in its own part.
 
     The metric and the values are refitted to the other keys, while alpha, beta and the temperature stay. The index does
@@ -79,7 +80,7 @@ def held_out_probabilities(index: Index, rows: IntArray | None = None) -> HeldOu
     for part, others in without_parts(index, rows):
         probabilities[part] = probabilities_of(others, index.keys[rows[part]])
     labels = index.class_ids.cpu().numpy()[rows].astype(np.int64)
-    return HeldOut(probabilities.numpy(), labels, index.labels["key_id"].to_numpy()[rows])
+    return HeldOutAnswers(probabilities.numpy(), labels, index.labels["key_id"].to_numpy()[rows])
 
 
 def probabilities_of(index: Index, features: Features) -> torch.Tensor:
@@ -111,7 +112,7 @@ class Threshold(NamedTuple):
         )
 
 
-def threshold_of(held: HeldOut, most: float) -> Threshold:
+def threshold_of(held: HeldOutAnswers, most: float) -> Threshold:
     """Return the lowest probability at which at most the share ``most`` of held-out photos is classified wrongly.
 
     Raises InputError if not even the most probable answers are good enough.
@@ -124,15 +125,15 @@ def threshold_of(held: HeldOut, most: float) -> Threshold:
         np.diff(probability[order]) < 0, True
     )  # equal probabilities are on the same side
     good = np.flatnonzero((wrong <= most * number) & last)
-    if not len(good):
+    if not good.size:
         raise InputError(
             f"at most {100 * most:g} % wrong: no probability is high enough on held-out photos; label more"
         )
-    kept = int(number[good[-1]])
-    share = float(wrong[good[-1]] / number[good[-1]])
-    return Threshold(
-        float(probability[order][good[-1]]), share, wilson(share, kept)[1], kept, len(order)
-    )
+    lowest = good[-1]
+    kept = int(number[lowest])
+    share = float(wrong[lowest] / number[lowest])
+    highest = wilson(share, kept)[1]
+    return Threshold(float(probability[order][lowest]), share, highest, kept, len(order))
 
 
 def judged(
@@ -147,9 +148,8 @@ def judged(
     If shots cannot be hidden, a warning is logged. Raises InputError if no item remains.
     """
     total = shots = 0
-    blocks = (
-        reader.for_queries(index.parts, index.shares).blocks(source) if blocks is None else blocks
-    )
+    if blocks is None:
+        blocks = reader.for_queries(index.parts, index.shares).blocks(source)
     for block in _windows(index, source.items["source"], blocks):
         total = total + len(block.positions)
         shots = shots + int(block.shots.sum())
@@ -191,8 +191,11 @@ def classified(
         for block in _windows(index, names, blocks) if looks else blocks:
             total = total + len(block.positions)
             shots = shots + int(block.shots.sum())
-            answers = (one.predictions() for one in answered(index, block, ask))
-            for part in [Predictions.joined(answers).in_order()] if block.shots.any() else answers:
+            answers: Iterator[Predictions]
+            answers = (answer.predictions() for answer in answered(index, block, ask))
+            if block.shots.any():
+                answers = iter([Predictions.joined(answers).in_order()])
+            for part in answers:
                 yield part.named(names.take(part.positions))
     if shots:
         log.warning(known_shots(shots, total))
@@ -220,7 +223,7 @@ def _windows(
 def answered(index: Index, block: FeatureBlock, ask: Ask) -> Iterator[AnswerBlock]:
     """Classify the items of a block that are not shots, and then each shot with an index that lacks it.
 
-    The shots are split into the parts of :func:`folds.without_parts`. An index without some shots gives the same sets.
+    The shots are split into the parts of :func:`visible.without_parts`. Without some shots, sets stay the same.
     Shots that cannot be hidden are left out (see :func:`hides`).
     """
     known = block.shots

@@ -12,7 +12,7 @@ import torch
 from retrieval_tip.arrays import FloatArray, IntArray
 from retrieval_tip.errors import UsageError, check_count
 from retrieval_tip.model import Index
-from retrieval_tip.retrieval.keys import points_of
+from retrieval_tip.retrieval.keys import transformed
 
 AXES, ITERATIONS = 8, 8
 """Axes and iterations of the randomised SVD. It computes the first two axes to four digits in a tenth of the time."""
@@ -99,7 +99,7 @@ def exemplars(index: Index) -> list[int]:
     If there are more than :data:`EXEMPLARS` keys, a sample is used.
     """
     keys, described = index.rows.some(EXEMPLARS)
-    points = points_of(index.metric, keys, index.device)
+    points = transformed(index.metric, keys, index.device)
     x = torch.from_numpy(np.asarray(keys if points is None else points).astype(np.float32))
     ids = torch.from_numpy(described["class_id"].to_numpy().astype(np.int64))
     c = len(index.class_names)

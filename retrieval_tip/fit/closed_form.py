@@ -28,32 +28,26 @@ from retrieval_tip.arrays import BoolArray, DoubleArray
 from retrieval_tip.backbones.base import equal_shares
 from retrieval_tip.data.source import spread
 from retrieval_tip.errors import InputError, UsageError, counted
-from retrieval_tip.fit.folds import (
-    LEAST_JUDGED,
-    Blend,
-    Folds,
-    Held,
-    HeldTerms,
-    Queries,
-    ranks_within,
-    taken_keys,
-    wilson,
-)
+from retrieval_tip.fit.blend import Blend, HeldTerms
+from retrieval_tip.fit.confidence import is_clear, wilson
+from retrieval_tip.fit.folds import LEAST_JUDGED, Folds, Held, ranks_within, taken_keys
 from retrieval_tip.fit.forms import (
     DEFAULT_FORM,
     FORMS,
     ONE_SHOT,
     ONE_SHOT_WITH_PRIOR,
+    PLAIN,
     WITH_PRIOR,
     Form,
 )
 from retrieval_tip.fit.scatter import dimensions
-from retrieval_tip.fit.shares import shares_of, shares_without_folds
+from retrieval_tip.fit.shares import Shares, shares_of, shares_without_folds
+from retrieval_tip.fit.visible import Queries
 from retrieval_tip.model import Index
+from retrieval_tip.retrieval.conformal import Scores
 from retrieval_tip.retrieval.defaults import untouched_settings
 from retrieval_tip.retrieval.ridge import MOST_SOLVED
 from retrieval_tip.retrieval.rows import ArrayRows
-from retrieval_tip.retrieval.sets import Scores
 from retrieval_tip.retrieval.vector_index import BY_CLASS
 from retrieval_tip.settings import ClassPrior, MetricName, Settings, ValuesName, check_choice
 from retrieval_tip.store.labels import PICKED, RANDOM
@@ -70,8 +64,8 @@ AFFINITIES = 1 << 28
 """Maximum number of affinities to evaluate the selected form if there are very many keys."""
 WEAKEST = 5
 """Maximum number of classes with mistakes to list after a fit."""
-OFFSETS: Sequence[float | None] = (None, 0.1, 0.05)
-"""Offsets of the logarithm of the cache to try with solved values. ``None`` means no logarithm.
+OFFSETS = (0.1, 0.05)
+"""Offsets of the logarithm of the cache to try with solved values, besides no logarithm.
 
 If a fold contains only half of the shots, the logarithm is always used, because it depends less on their number.
 """
@@ -96,7 +90,7 @@ larger, the weights exp(beta (A - 1)) outgrow any ridge.
 LEAST_NORM = 1e-9
 """Minimum norm of the longest key. torch normalises shorter vectors to 0."""
 NO_SCORES = np.zeros((0, 3))
-"""Rows of :class:`sets.Scores` if no photo can be held out."""
+"""Rows of :class:`conformal.Scores` if no photo can be held out."""
 ONE_SHOT_ALPHA, ONE_SHOT_MOST, ONE_SHOT_ALONE, ONE_SHOT_DOUBT = 13.0, 50.0, 70.0, 25
 """Cache weight for one shot per class, where no shot can be held out. The constants are the weight for well-calibrated
 text, the upper bound for any text, and the weight if there is no text. They were selected on CLIP features of four
@@ -113,7 +107,7 @@ Caltech101.
 """
 
 
-class Fit(NamedTuple):
+class FitRequest(NamedTuple):
     """A request for a fit.
 
     Attributes:
@@ -186,31 +180,40 @@ class FormChoice:
 
     def __str__(self) -> str:
         without = f"{counted(self.without_shots, 'class', 'has', 'have')} a name but no photos"
-        some = f"only {self.tested:,} of {counted(self.classes, 'class')} could be tested"
-        some += (
-            f" ({self.single:,} {'has' if self.single == 1 else 'have'} one photo)"
-            if self.single
-            else ""
-        )
         if self.photos is None or self.both is None or self.interval is None:
-            reason = (
-                f"fewer than {LEAST_JUDGED} photos can be held out" if self.tested > 1 else some
-            )
-            reason = "each class has one photo" if self.single == self.classes else reason
-            reason = "only one class has photos" if self.classes == 1 else reason
-            return f"Accuracy not estimated: {reason}" + (
-                f"; {without}" if self.without_shots else ""
-            )
+            reasons = [self._why_not_estimated()]
+            if self.without_shots:
+                reasons.append(without)
+            return f"Accuracy not estimated: {'; '.join(reasons)}"
         low, high = self.interval
-        parts = [f"95 % interval {100 * low:.0f} to {100 * high:.0f} %", self.judged_on]
-        parts += ["extrapolated from one photo per class"] if self.halves else []
-        parts += [without] if self.without_shots else []
+        details = [f"95 % interval {100 * low:.0f} to {100 * high:.0f} %", self.judged_on]
+        if self.halves:
+            details.append("extrapolated from one photo per class")
+        if self.without_shots:
+            details.append(without)
         if self.words is not None:
-            parts += [
-                f"photos alone {100 * self.photos:.1f} %, class names alone {100 * self.words:.1f} %"
-            ]
-        start = f"{some.capitalize()}. " if self.tested < self.classes else ""
-        return f"{start}Estimated accuracy: {100 * self.both:.1f} % ({'; '.join(parts)})"
+            photos = f"photos alone {100 * self.photos:.1f} %"
+            details.append(f"{photos}, class names alone {100 * self.words:.1f} %")
+        estimate = f"Estimated accuracy: {100 * self.both:.1f} % ({'; '.join(details)})"
+        if self.tested < self.classes:
+            return f"{self._tested_classes().capitalize()}. {estimate}"
+        return estimate
+
+    def _why_not_estimated(self) -> str:
+        if self.classes == 1:
+            return "only one class has photos"
+        if self.single == self.classes:
+            return "each class has one photo"
+        if self.tested > 1:
+            return f"fewer than {LEAST_JUDGED} photos can be held out"
+        return self._tested_classes()
+
+    def _tested_classes(self) -> str:
+        tested = f"only {self.tested:,} of {counted(self.classes, 'class')} could be tested"
+        if not self.single:
+            return tested
+        have = "has" if self.single == 1 else "have"
+        return f"{tested} ({self.single:,} {have} one photo)"
 
     @property
     def warnings(self) -> Iterator[str]:
@@ -233,26 +236,40 @@ class FormChoice:
 
     def provenance(self) -> dict[str, object]:
         """Return the record for the manifest."""
-        parts = {"photos": self.photos, "words": self.words, "both": self.both}
+        accuracies = {"photos": self.photos, "words": self.words, "both": self.both}
+        interval = None
+        if self.interval is not None:
+            interval = [round(end, 6) for end in self.interval]
         return {
             "summary": str(self),
             "form": str(self.form),
             "tested": self.tested,
             "classes": self.classes,
-            **{name: None if part is None else round(part, 6) for name, part in parts.items()},
-            "interval_95": None
-            if self.interval is None
-            else [round(end, 6) for end in self.interval],
-            "weakest": [list(one) for one in self.weakest],
+            **{
+                name: None if accuracy is None else round(accuracy, 6)
+                for name, accuracy in accuracies.items()
+            },
+            "interval_95": interval,
+            "weakest": [list(score) for score in self.weakest],
             "trials": [
-                [str(form), round(one.loss, 6), round(one.accuracy, 6)] for form, one in self.trials
+                [str(form), round(blend.loss, 6), round(blend.accuracy, 6)]
+                for form, blend in self.trials
             ],
         }
 
 
+class _Found(NamedTuple):
+    """The settings and the form that a fit has found, the rows of its :class:`conformal.Scores`, and in words, how."""
+
+    settings: Settings
+    choice: FormChoice
+    rows: DoubleArray
+    how: str
+
+
 def fit(
     index: Index,
-    asked: Fit | None = None,
+    asked: FitRequest | None = None,
     *,
     validation: Queries | None = None,
     factory: str | None = None,
@@ -264,7 +281,7 @@ def fit(
     ``validation`` images. The first form is kept unless another form is at least as accurate and lowers the
     cross-entropy by more than two standard errors of the difference. This prevents overfitting when there are few
     shots. Classes that have a single photo are used to fit but not to evaluate. If fewer than two classes have several
-    photos, nothing can be evaluated, so predetermined settings are used. :class:`folds.HeldTerms` determines the
+    photos, nothing can be evaluated, so predetermined settings are used. :class:`blend.HeldTerms` determines the
     weights of the terms and the temperature.
 
     Args:
@@ -278,7 +295,7 @@ def fit(
         UsageError: if the metric or the values are unknown, or if this index cannot have solved values.
         InputError: if the index is fine-tuned, or if its keys are too long or too short.
     """
-    asked = asked or Fit()
+    asked = asked or FitRequest()
     by_class = (factory or index.index_type) == BY_CLASS
     if index.n <= MOST_SOLVED and not isinstance(index.rows, ArrayRows):
         index = index.in_memory()
@@ -290,56 +307,58 @@ def fit(
             "fit: the keys of this index were fine-tuned; fit the index before fine-tuning"
         )
     if asked.prior is not None:
-        d = index.keys.shape[1]
-        own = len(asked.prior)
-        if own != d:
-            raise InputError(
-                f"prior: features have {own} values instead of {d}; use the same encoders"
-            )
-        index = index.altered(prior=asked.prior.astype(np.float32))
+        index = _with_prior(index, asked.prior)
     folds = _folds_of(index, validation, asked.class_prior, equal_shares(index.parts))
     shares: tuple[float, ...] = ()
     if len(index.parts) > 1:
-        # The known prior of one encoder helps folds more than the whole index, so it does not count here.
-        plain = replace(folds, parts=[replace(part, identity=None) for part in folds.parts])
-        shares = (
-            shares_of(_splits(plain), forms[0]) if folds.can_judge else shares_without_folds(plain)
-        )
+        shares = _shares_of(folds, forms[0])
         folds = folds.shared(shares)
-    if folds.prior is not None and forms[0] == DEFAULT_FORM:
-        forms = [WITH_PRIOR, *forms]
-    if folds.can_judge:
-        form, trials = _chosen(forms, folds)
-        settings, choice, rows = _settings_of(index, form, folds)
-        choice = replace(choice, trials=trials)
-        where = f"fitted on {folds.judged_on}"
-    else:
-        form, settings = _settings_without_folds(index, forms, folds)
-        choice = FormChoice.of(folds, form)
-        rows = NO_SCORES
-        if _drawn(index) is not None:
-            settings = replace(settings, temperature=EARLY * settings.temperature)
-        where = "default for shots that cannot be held out"
+    find = _found_on_folds if folds.can_judge else _found_without_folds
+    found = find(index, forms, folds)
+    choice = replace(found.choice, longest=longest)
     form = choice.form
-    choice = replace(choice, longest=longest)
-    fitted_metric, fitted_values = folds.fitted(form, torch.arange(len(folds.ids)))
-    fitted = (form if fitted_metric is not None else replace(form, metric=None)).fitted(
-        index.n,
-        asked.class_prior,
-        shares,
-        automatic=validation is None and asked.metric is None and asked.values is None,
-    )
-    provenance = dict.fromkeys(("alpha", "beta", "temperature"), where) | {
-        "fit": choice.provenance()
-    }
-    made = index.with_fit(fitted_metric, fitted_values, fitted, factory)
+    metric, values = folds.fitted(form, torch.arange(len(folds.ids)))
+    if metric is None:
+        form = replace(form, metric=None)
+    automatic = validation is None and asked.metric is None and asked.values is None
+    fitted = form.fitted(index.n, asked.class_prior, shares, automatic=automatic)
+    how = dict.fromkeys(("alpha", "beta", "temperature"), found.how)
+    made = index.with_fit(metric, values, fitted, factory)
     made = made.altered(
         rows=made.rows.with_sums(folds.sums),
-        settings=settings,
-        provenance=index.provenance | provenance,
-        scores=Scores(rows, settings),
+        settings=found.settings,
+        provenance=index.provenance | how | {"fit": choice.provenance()},
+        scores=Scores(found.rows, found.settings),
     )
     return made, choice
+
+
+def _with_prior(index: Index, prior: DoubleArray) -> Index:
+    d = index.keys.shape[1]
+    if len(prior) != d:
+        raise InputError(
+            f"prior: features have {len(prior)} values instead of {d}; use the same encoders"
+        )
+    return index.altered(prior=prior.astype(np.float32))
+
+
+def _shares_of(folds: Folds, form: Form) -> Shares:
+    """Return the shares of several encoders.
+
+    The known prior of one encoder helps folds more than the whole index, so it does not count here.
+    """
+    folds = replace(folds, parts=[replace(part, identity=None) for part in folds.parts])
+    if folds.can_judge:
+        return shares_of(_splits(folds), form)
+    return shares_without_folds(folds)
+
+
+def _found_on_folds(index: Index, forms: Sequence[Form], folds: Folds) -> _Found:
+    if folds.prior is not None and forms[0] == DEFAULT_FORM:
+        forms = [WITH_PRIOR, *forms]
+    form, trials = _chosen(forms, folds)
+    found = _settings_of(index, form, folds)
+    return found._replace(choice=replace(found.choice, trials=trials))
 
 
 def refit(index: Index, beta: float) -> tuple[Index, FormChoice]:
@@ -347,16 +366,14 @@ def refit(index: Index, beta: float) -> tuple[Index, FormChoice]:
 
     If there are too few shots, the other settings stay. Raises the errors of :meth:`model.Index.solved`.
     """
-    provenance = index.provenance
     settings = replace(index.settings, beta=beta)
+    provenance = index.provenance
     folds = _folds_of(index)
     choice = FormChoice.of(folds, Form.of(index.fitted, beta))
     rows = NO_SCORES
     if folds.can_judge:
-        settings, choice, rows = _settings_of(index, choice.form, folds)
-        provenance = provenance | dict.fromkeys(
-            ("alpha", "temperature"), f"fitted on {folds.judged_on}"
-        )
+        settings, choice, rows, how = _settings_of(index, choice.form, folds)
+        provenance = provenance | dict.fromkeys(("alpha", "temperature"), how)
     fitted = None if index.fitted is None else replace(index.fitted, bonus=choice.form.bonus)
     made = index.altered(
         settings=settings, fitted=fitted, provenance=provenance | {"fit": choice.provenance()}
@@ -385,29 +402,40 @@ def _judged(
     The whole index has ``r`` times as many shots of a class as a fold has. Without text, an error in this class counts
     as ``r^-0.4`` (see :data:`LEARNING`).
     """
-    (text, cache, third) = folds.terms(form)
+    found = folds.terms(form)
+    words = found.text
     ids = folds.ids_held
-    w = folds.weights
-    cache = tip.log_cache(cache, settings.log_offset)
-    left = folds.growth ** (-LEARNING if text is None else 0)
-    terms = tip.Terms(torch.zeros_like(cache) if text is None else text, cache, third)
+    weights = folds.weights
+    cache = tip.log_cache(found.cache.clone(), settings.log_offset)
+    text = torch.zeros_like(cache) if words is None else words
+    terms = tip.Terms(text, cache, found.discriminant)
     logits = terms.logits(settings)
     shown = folds.held_of("shots")
-    by_photos = terms.photos(settings).argmax(1) == ids
     right = logits.argmax(1) == ids
-    both = 1 - float((w * left * ~right).mean())
-    lost = w * (by_photos.double() - right.double())
+    right_by_photos = terms.photos(settings).argmax(1) == ids
+    left = weights * _errors_left(folds)
+    both = 1 - float((left * ~right).mean())
+    photos = 1 - float((left * ~right_by_photos).mean())
+    number = float(weights.sum() ** 2 / (weights * weights).sum())
     choice = replace(
         FormChoice.of(folds, form),
-        photos=1 - float((w * left * ~by_photos).mean()),
-        words=None if text is None else float((w * (text.argmax(1) == ids)).mean()),
+        photos=photos,
         both=both,
-        interval=wilson(both, float(w.sum() ** 2 / (w * w).sum()) / DRAWN),
-        names_hurt=text is not None
-        and float(lost.mean()) > 2 * float(lost.std()) / len(ids) ** 0.5,
+        interval=wilson(both, number / DRAWN),
         weakest=_weakest(index.class_names, right[shown], ids[shown]),
     )
+    if words is not None:
+        right_by_words = words.argmax(1) == ids
+        lost = weights * (right_by_photos.double() - right.double())
+        choice = replace(
+            choice, words=float((weights * right_by_words).mean()), names_hurt=is_clear(lost)
+        )
     return choice, logits
+
+
+def _errors_left(folds: Folds) -> Tensor:
+    """Return the share of the errors of each held-out photo that the whole index still makes, ``[q]``."""
+    return folds.growth ** (-LEARNING if folds.words is None else 0)
 
 
 def unfitted(index: Index) -> Index:
@@ -502,71 +530,90 @@ def _chosen(forms: Sequence[Form], folds: Folds) -> tuple[Form, list[tuple[Form,
         return forms[0], []
     folds = _sample(folds) if shots else folds
     trials = [(form, folds.judge(form)) for form in forms]
-    (chosen, best) = trials[0]
-    stands = trials[0][1]
-    for form, tried in trials:
-        more = stands.weights * (stands.losses - tried.losses)
-        sure = float(more.mean()) > 2 * float(more.std()) / len(more) ** 0.5
-        if sure and tried.accuracy >= stands.accuracy and tried.loss < best.loss:
-            chosen, best = form, tried
+    first = trials[0][1]
+    chosen, best = trials[0]
+    for form, blend in trials:
+        is_better = is_clear(first.weights * (first.losses - blend.losses))
+        if is_better and blend.accuracy >= first.accuracy and blend.loss < best.loss:
+            chosen = form
+            best = blend
     return chosen, trials
 
 
-def _settings_of(
-    index: Index, form: Form, folds: Folds
-) -> tuple[Settings, FormChoice, DoubleArray]:
-    """Return the settings and the bonus that give the held-out photos the highest log-likelihood.
-
-    The result is the settings, the form with its bonus and its accuracies, and the rows of :class:`sets.Scores`.
-    """
-    form = replace(form, bonus=0.0)
-    (text, cache, third) = folds.terms(form)
-    ids = folds.ids_held
-    w = folds.weights
-    whole_classes = bool(folds.held_of("classes").any())
-    offsets = OFFSETS if form.ridge is not None and not whole_classes else (None,)
-    offsets = [offset for offset in offsets if offset is not None or not folds.halves] or offsets
-
-    def linked(offset: float | None) -> HeldTerms:
-        return HeldTerms(text, tip.log_cache(cache.clone(), offset), third, ids)
-
-    blended, offset = min(
-        ((linked(offset).blend(w), offset) for offset in offsets), key=lambda pair: pair[0].loss
-    )
-    blended = linked(offset).robust(blended)
-    if third is not None and folds.covered < 1:
-        form = replace(form, bonus=blended.g / blended.b)
-        blended = replace(blended, g=0.0)
-    least: float | None = None
-    if not folds.halves:
-        cache = folds.terms(form)[1]
-        least = _quantile(tip.log_cache(_strongest(cache, folds, form), offset), UNLIKE, w)
-    if folds.covered < 1 and not whole_classes:  # too few classes to hold some out
-        blended = replace(blended, a=1.0, b=blended.b / max(blended.a, 1.0) * folds.covered)
+def _settings_of(index: Index, form: Form, folds: Folds) -> _Found:
+    """Return the settings and the bonus that give the held-out photos the highest log-likelihood."""
+    form, blend, offset = _best_blend(form, folds)
     settings = replace(
-        blended.settings(index.settings.unfitted(), form.beta), least_cache=least, log_offset=offset
+        blend.settings(index.settings.unfitted(), form.beta),
+        least_cache=_least_cache(form, folds, offset),
+        log_offset=offset,
     )
     choice, logits = _judged(index, form, folds, settings)
-    shown = counting = folds.held_of("shots")
-    drawn = _drawn(index)
-    if drawn is not None and folds.validation is None:
-        own = torch.cat([held.own for held in folds.held if held.own is not None])
-        counting = torch.from_numpy(drawn)[own] & shown
-        share = (int(blended.right[counting].sum()) + 1) / (int(drawn.sum()) + 2)
-        settings = _as_sure(settings, logits[counting], w[counting], share, LESS_SURE)
-    elif folds.covered == 1:
-        few = text is None and folds.halves
-        like_new = folds.held_of("small") if few else shown
-        share = ((choice.both or 0) * folds.n + 0.5) / (folds.n + 1)
-        settings = _as_sure(
-            settings, logits[like_new], w[like_new], share, LESS_SURE if few else 1.0
-        )
-    left = folds.growth ** (-LEARNING if text is None else 0)
-    own_chance = (
-        tip.probabilities(logits, settings.temperature).double().gather(1, ids[:, None])[:, 0]
-    )
-    rows = torch.stack([own_chance, w * left / w[counting].sum(), ids.double()], 1)[counting]
-    return settings, choice, rows.numpy()
+    drawn = None if folds.validation is not None else _drawn(index)
+    counted_photos = folds.held_of("shots")
+    if drawn is not None:
+        held_rows = torch.cat([held.own for held in folds.held if held.own is not None])
+        counted_photos = counted_photos & torch.from_numpy(drawn)[held_rows]
+        like_new = counted_photos
+        right = int(blend.right[counted_photos].sum())
+        accuracy = (right + 1) / (int(drawn.sum()) + 2)
+        most = LESS_SURE
+    else:
+        accuracy = ((choice.both or 0) * folds.n + 0.5) / (folds.n + 1)
+        like_new, most = _like_new(folds)
+    # Classes without shots can win, too, so the accuracy on the others says little about the temperature.
+    if drawn is not None or folds.covered == 1:
+        weights = folds.weights[like_new]
+        settings = _as_sure(settings, logits[like_new], weights, accuracy, most)
+    rows = _scores(folds, logits, settings.temperature, counted_photos)
+    return _Found(settings, choice, rows, f"fitted on {folds.judged_on}")
+
+
+def _best_blend(form: Form, folds: Folds) -> tuple[Form, Blend, float | None]:
+    """Return the form with its bonus, the best blend of its terms, and the offset of the logarithm, if there is one."""
+    form = replace(form, bonus=0.0)
+    terms = folds.terms(form)
+    offsets: Sequence[float | None] = (None,)
+    if form.ridge is not None and not folds.holds_classes:
+        offsets = OFFSETS if folds.halves else (None, *OFFSETS)
+
+    def held(offset: float | None) -> HeldTerms:
+        return terms.held(folds.ids_held, offset)
+
+    blends = {offset: held(offset).blend(folds.weights) for offset in offsets}
+    best = min(offsets, key=lambda offset: blends[offset].loss)
+    blend = held(best).robust(blends[best])
+    if terms.bonus is not None:
+        form = replace(form, bonus=blend.g / blend.b)
+        blend = replace(blend, g=0.0)
+    if folds.covered < 1 and not folds.holds_classes:  # too few classes to hold some out
+        blend = replace(blend, a=1.0, b=blend.b / max(blend.a, 1.0) * folds.covered)
+    return form, blend, best
+
+
+def _least_cache(form: Form, folds: Folds, offset: float | None) -> float | None:
+    """Return the threshold of photos without a match, or ``None`` if a fold has too few of the shots to find it."""
+    if folds.halves:
+        return None
+    strongest = _strongest(folds.terms(form).cache, folds, form)
+    return _quantile(tip.log_cache(strongest, offset), UNLIKE, folds.weights)
+
+
+def _like_new(folds: Folds) -> tuple[Tensor, float]:
+    """Return which held-out photos meet about as many shots as new ones, and the factor of :func:`_as_sure`."""
+    if folds.words is None and folds.halves:
+        return folds.held_of("small"), LESS_SURE
+    return folds.held_of("shots"), 1.0
+
+
+def _scores(folds: Folds, logits: Tensor, temperature: float, photos: Tensor) -> DoubleArray:
+    """Return the rows of :class:`conformal.Scores` for some of the held-out photos."""
+    ids = folds.ids_held
+    chances = tip.probabilities(logits, temperature).double()
+    own_chance = chances.gather(1, ids[:, None])[:, 0]
+    weights = folds.weights
+    lost = weights * _errors_left(folds) / weights[photos].sum()
+    return torch.stack([own_chance, lost, ids.double()], 1)[photos].numpy()
 
 
 def _drawn(index: Index) -> BoolArray | None:
@@ -608,26 +655,24 @@ def _strongest(cache: Tensor, folds: Folds, form: Form) -> Tensor:
     class. The logit of the own class then becomes ``C (n / m) / (1 + (n / m - 1) C)``, which is the Spearman-Brown
     formula for longer tests.
     """
-    counts, ratio = folds.counts, folds.growth
-    fewer, own = (part.gather(1, folds.ids_held[:, None])[:, 0] for part in (counts, cache))
+    counts = folds.counts
+    ratio = folds.growth
+    places = folds.ids_held[:, None]
+    shots = counts.gather(1, places)[:, 0]
     most = cache.masked_fill(counts == 0, -torch.inf).amax(1)
     if form.ridge is None:
         return most * ratio
-    own = own * ratio / (1 + (ratio - 1) * own[fewer > 0].mean().clamp(0, 1))
-    return torch.where(fewer > 0, torch.maximum(most, own), most)
+    own = cache.gather(1, places)[:, 0]
+    own = own * ratio / (1 + (ratio - 1) * own[shots > 0].mean().clamp(0, 1))
+    return torch.where(shots > 0, torch.maximum(most, own), most)
 
 
 def _quantile(values: Tensor, share: float, weights: Tensor) -> float:
     if (weights == 1).all():
         return float(values.quantile(share))
     values, order = values.sort()
-    return float(
-        values[
-            torch.searchsorted(weights[order].cumsum(0), share * len(values)).clamp_max(
-                len(values) - 1
-            )
-        ]
-    )
+    place = torch.searchsorted(weights[order].cumsum(0), share * len(values))
+    return float(values[place.clamp_max(len(values) - 1)])
 
 
 def _weakest(class_names: Sequence[str], right: Tensor, ids: Tensor) -> list[tuple[str, int, int]]:
@@ -638,9 +683,7 @@ def _weakest(class_names: Sequence[str], right: Tensor, ids: Tensor) -> list[tup
     return [(class_names[c], int(correct[c]), int(held[c])) for c in missed[:WEAKEST]]
 
 
-def _settings_without_folds(
-    index: Index, forms: Sequence[Form], folds: Folds
-) -> tuple[Form, Settings]:
+def _found_without_folds(index: Index, forms: Sequence[Form], folds: Folds) -> _Found:
     """Return the form and the settings for shots that cannot be held out.
 
     The text weights do not depend on the shots, so their temperature T can still be fitted to the shots. If the text is
@@ -648,51 +691,64 @@ def _settings_without_folds(
     multiplied by the fraction of classes that have shots. If there is a prior, the metric is fitted to the prior, and
     the discriminant is used as well (see :data:`PRIOR_ALPHA` and :data:`PRIOR_ALONE`).
     """
-    covered = folds.covered
-    if all(form.ridge is None for form in forms):
-        alpha, beta = untouched_settings(index.keys, index.class_ids.cpu().numpy())
-        alpha *= covered
-        return Form(None, None, beta), replace(
-            index.settings.unfitted(), alpha=alpha, beta=beta, temperature=1.0
-        )
-    form = replace(
-        ONE_SHOT, metric=None if any(form.metric is None for form in forms) else DEFAULT_FORM.metric
-    )
-    if folds.prior is not None and any(form.metric is not None for form in forms):
-        form = ONE_SHOT_WITH_PRIOR
+    form = _one_shot_form(forms, folds)
+    prior = form.metric if form is ONE_SHOT_WITH_PRIOR else None
     temperature = 1.0
-    if folds.words is not None and len(index.class_names) > 1:
-        rows = torch.from_numpy(folds.ordered.rows[spread(index.n, JUDGED)])
-        keys = torch.nn.functional.normalize(taken_keys(index.keys, rows))
-        text = tip.affinity(keys, folds.words)
-        trusted = len(rows) / (len(rows) + ONE_SHOT_DOUBT)
-        temperature = HeldTerms(None, text, None, index.class_ids.cpu()[rows]).blend().b ** -trusted
-    photos = ONE_SHOT_ALPHA * max(1.0, temperature) ** 2 if index.has_text else ONE_SHOT_ALONE
-    alpha = photos * temperature * covered
-    temperature *= max(1.0, photos / ONE_SHOT_MOST) if index.has_text else 1.0
-    gamma = 0.0
-    if form is ONE_SHOT_WITH_PRIOR:
-        alpha = PRIOR_ALPHA * alpha
-        gamma = PRIOR_GAMMA if covered == 1 else 0.0
-        if not index.has_text and form.metric is not None:
-            varying = dimensions(
-                folds.of_known().scatter(torch.arange(index.n)), form.metric.shrinkage
-            )
-            alpha = max(PRIOR_LEAST, PRIOR_ALONE * varying)
+    if form.ridge is None:
+        alpha, beta = untouched_settings(index.keys, index.class_ids.cpu().numpy())
+        form = replace(form, beta=beta)
+        alpha *= folds.covered
+    elif index.has_text:
+        temperature = _text_temperature(index, folds)
+        photos = ONE_SHOT_ALPHA * max(1.0, temperature) ** 2
+        alpha = photos * temperature * folds.covered
+        temperature *= max(1.0, photos / ONE_SHOT_MOST)
+        if prior is not None:
+            alpha = PRIOR_ALPHA * alpha
+    else:
+        alpha = ONE_SHOT_ALONE
+        if prior is not None:
+            scatter = folds.of_known().scatter(torch.arange(index.n))
+            alpha = max(PRIOR_LEAST, PRIOR_ALONE * dimensions(scatter, prior.shrinkage))
+    gamma = PRIOR_GAMMA if prior is not None and folds.covered == 1 else 0.0
+    if _drawn(index) is not None:
+        temperature = EARLY * temperature
     settings = replace(
         index.settings.unfitted(), alpha=alpha, beta=form.beta, gamma=gamma, temperature=temperature
     )
-    return form, settings
+    how = "default for shots that cannot be held out"
+    return _Found(settings, FormChoice.of(folds, form), NO_SCORES, how)
+
+
+def _one_shot_form(forms: Sequence[Form], folds: Folds) -> Form:
+    """Return the form for one shot per class, or the plain form if all possible ``forms`` have one-hot values."""
+    metrics = [form.metric for form in forms]
+    if all(form.ridge is None for form in forms):
+        return PLAIN
+    if folds.prior is not None and any(metrics):
+        return ONE_SHOT_WITH_PRIOR
+    return ONE_SHOT if None in metrics else replace(ONE_SHOT, metric=DEFAULT_FORM.metric)
+
+
+def _text_temperature(index: Index, folds: Folds) -> float:
+    """Return the temperature of the text, fitted to the shots as far as their number allows."""
+    words = folds.words
+    if words is None or len(index.class_names) == 1:
+        return 1.0
+    rows = torch.from_numpy(folds.ordered.rows[spread(index.n, JUDGED)])
+    keys = torch.nn.functional.normalize(taken_keys(index.keys, rows))
+    terms = HeldTerms(None, tip.affinity(keys, words), None, index.class_ids.cpu()[rows])
+    trust = len(rows) / (len(rows) + ONE_SHOT_DOUBT)
+    return float(terms.blend().b ** -trust)
 
 
 def _sample(folds: Folds, most: int = CHOSEN_ON) -> Folds:
     """Return folds of a sample of at most ``most`` keys, which may be the same folds."""
-    if (
-        len(folds.ids) <= most
-        and [held.of for held in folds.held if held.of != "classes"] == ["shots"] * FOLDS
-    ):
+    sample = folds
+    if len(folds.ids) > most:
+        sample = _of_classes(folds, most)
+    elif [held.of for held in folds.held if held.of != "classes"] == ["shots"] * FOLDS:
         return folds
-    sample = folds if len(folds.ids) <= most else _of_classes(folds, most)
     return sample.with_shots(FOLDS, len(sample.ids)).with_classes(len(sample.ids))
 
 

@@ -30,8 +30,9 @@ from retrieval_tip.data.sources import Source, is_there, open_source
 from retrieval_tip.errors import InputError, check_memory, show
 from retrieval_tip.files import make_folders
 from retrieval_tip.fit import closed_form, search_hp
-from retrieval_tip.fit.folds import Folds, Queries
+from retrieval_tip.fit.folds import Folds
 from retrieval_tip.fit.forms import like
+from retrieval_tip.fit.visible import Queries
 from retrieval_tip.model import Index
 from retrieval_tip.retrieval.logits import slices
 from retrieval_tip.retrieval.rows import ArrayRows

@@ -1,6 +1,6 @@
-"""Hold out some of the shots, fit a form to the others, and blend the terms of its logits.
+"""Hold out some of the shots, and fit a form to the others.
 
-:class:`Folds` fits a form again without each fold. :class:`Queries` hides keys from queries, but keeps the fit.
+:class:`Folds` fits a form again without each fold. :mod:`fit.blend` weights the terms of its logits.
 """
 
 from __future__ import annotations
@@ -18,22 +18,21 @@ import torch
 from torch import Tensor
 
 from retrieval_tip import tip
-from retrieval_tip.arrays import DoubleArray, IntArray, KeyArray
+from retrieval_tip.arrays import DoubleArray, IntArray
 from retrieval_tip.backbones.base import Part, equal_shares
-from retrieval_tip.errors import UsageError
+from retrieval_tip.fit.blend import Blend, HeldTerms
 from retrieval_tip.fit.forms import Form
 from retrieval_tip.fit.scatter import FewScatter, Scatter, known_prior
 from retrieval_tip.model import Index
 from retrieval_tip.retrieval.inputs import KeysInPlace, StoredKeys, scale_of
-from retrieval_tip.retrieval.keys import KEY_BLOCK, QUERY_BLOCK
+from retrieval_tip.retrieval.keys import KEY_BLOCK
 from retrieval_tip.retrieval.logits import slices
 from retrieval_tip.retrieval.ridge import Ridge, class_weights
-from retrieval_tip.retrieval.rows import ArrayRows
-from retrieval_tip.settings import ClassPrior, Settings
+from retrieval_tip.settings import ClassPrior
 from retrieval_tip.store.labels import images_of
 from retrieval_tip.store.sums import Sums
 
-HeldOut = Literal["shots", "small", "classes"]
+HeldOutKind = Literal["shots", "small", "classes"]
 
 SMALL_FOLDS, SMALL_SHARE = 8, 0.2
 """Number of the small folds that are added if the other folds contain half of the shots, and their weight."""
@@ -43,192 +42,8 @@ LEAST_OF_A_FOLD = 0.1
 """Smallest fraction of another fold to evaluate. Below it, solving the values for the fold is not worthwhile."""
 LEAST_JUDGED = 8
 """Minimum number of held-out photos to select a form."""
-WRONG, REPEATS, CONVERGED = 0.2, 12, 1e-3
-"""First estimate of the share of wrong labels, maximum number of estimates, and smallest difference between two."""
-SMOOTHING = 0.5
-"""Number of photos by which the labels are smoothed."""
-STEPS, REACH = 60, 4.0
-"""Maximum number of Newton steps, and default bound on the logarithms for logits of unit spread."""
-BLOCK = 1 << 16
-"""Number of logits of each term to process at once, so that they stay in the processor's cache."""
-PARTS, MANY_KEYS = 8, 4096
-"""Number of parts of the photos in :func:`without_parts`, and number of keys above which it is halved. The fit is
-repeated for each part.
-"""
 WIDEST = 4096
 """Maximum number of values of joined features if only some of the encoders have a known prior."""
-VALUES = 1 << 23
-"""Number of affinities of :class:`Queries` in memory at a time. They take 32 MiB in float32."""
-
-
-@dataclass(frozen=True)
-class Blend:
-    """Weights that maximise the likelihood of ``softmax(a text + b cache + g discriminant)`` on held-out photos.
-
-    The weight of a term that does not exist is 0. ``losses`` are in nats, ``right`` marks correct answers, and
-    ``weights`` are the query weights, which have mean 1. All three have shape ``[q]``.
-    """
-
-    a: float
-    b: float
-    g: float
-    losses: Tensor
-    right: Tensor
-    weights: Tensor
-
-    @property
-    def loss(self) -> float:
-        """Mean cross-entropy in nats."""
-        return float((self.weights * self.losses).mean())
-
-    @property
-    def accuracy(self) -> float:
-        """Fraction of correct answers."""
-        return float((self.weights * self.right).mean())
-
-    def settings(self, settings: Settings, beta: float) -> Settings:
-        """Return the settings of this blend: ``alpha = b / a``, ``gamma = g / b`` and ``temperature = 1 / a``."""
-        unit = self.a or 1.0
-        return replace(
-            settings, alpha=self.b / unit, beta=beta, gamma=self.g / self.b, temperature=1 / unit
-        )
-
-
-class HeldTerms:
-    """The terms of held-out queries that have the class ``ids``, to be weighted as in :class:`Blend`.
-
-    ``parts`` ``[t, q, c]`` are the terms that exist, as float64 with mean 0 and unit spread. As in Platt scaling
-    (1999), the target of the correct class is ``(q + s) / (q + 2 s)`` with ``s`` = ``smoothing``, and the other classes
-    share the rest. This keeps the weights of the terms finite even if all answers are right. ``reach`` bounds their
-    logarithms.
-    """
-
-    def __init__(
-        self,
-        text: Tensor | None,
-        cache: Tensor,
-        discriminant: Tensor | None,
-        ids: Tensor,
-        *,
-        smoothing: float = SMOOTHING,
-        reach: float = REACH,
-    ) -> None:
-        self.given = [part is not None for part in (text, cache, discriminant)]
-        parts = torch.stack(
-            [part.double() for part in (text, cache, discriminant) if part is not None]
-        )
-        parts -= parts.mean(2, keepdim=True)
-        self.scales = parts.flatten(1).std(1).clamp_min(1e-12)
-        self.parts = parts.div_(self.scales[:, None, None])
-        self.ids = ids
-        self.own = parts.gather(2, ids.expand(len(parts), -1)[:, :, None])[:, :, 0]
-        rest = smoothing / (len(ids) + 2 * smoothing)
-        self.reach = reach
-        # Each part sums to 0 over the classes, so only the amount by which the target of the correct class exceeds the
-        # other targets matters.
-        self.sure = 1 - rest - rest / max(cache.shape[1] - 1, 1)
-
-    def blend(self, weights: Tensor | None = None, start: Blend | None = None) -> Blend:
-        """Fit the weights of the terms. ``weights`` are query weights of mean 1.
-
-        Newton's method minimises the cross-entropy, which is convex in the weights of the terms. Its steps change their
-        logarithms, so they stay positive. It starts from equal weights, or from another blend of these terms.
-        """
-        weights = torch.ones(len(self.ids), dtype=torch.float64) if weights is None else weights
-        logs = torch.zeros(len(self.parts), dtype=torch.float64)
-        if start is not None:
-            factors = [
-                one
-                for one, given in zip((start.a, start.b, start.g), self.given, strict=True)
-                if given
-            ]
-            logs = (
-                (torch.tensor(factors, dtype=torch.float64) * self.scales)
-                .log()
-                .clamp(-self.reach, self.reach)
-            )
-        now = self._at(logs, weights)
-        for _ in range(STEPS):
-            curvature = now.curvature + torch.diag(now.gradient.clamp_min(0) + 1e-9)
-            step = torch.linalg.solve(curvature, now.gradient).clamp(-2, 2)
-            size = 1.0
-            while True:
-                following = (logs - size * step).clamp(-self.reach, self.reach)
-                new = self._at(following, weights)
-                if new.loss <= now.loss or size < 1e-3:
-                    break
-                size /= 2
-            done = now.loss - new.loss < 1e-7
-            if new.loss <= now.loss:
-                logs, now = following, new
-            if done:
-                break
-        found = iter((logs.exp() / self.scales).tolist())
-        a, b, g = (next(found) if given else 0.0 for given in self.given)
-        return Blend(a, b, g, now.losses, now.right, weights)
-
-    def robust(self, found: Blend) -> Blend:
-        """Improve a blend that :meth:`blend` has ``found``, if some labels of the queries may be wrong.
-
-        A few wrong labels would make all answers uncertain. Labels are therefore assumed to be random with probability
-        ``e``: ``P(y) = (1 - e) p_y + e / c``. Expectation-maximisation estimates ``e``, which becomes 0 if the labels
-        are right, and gives each query the weight ``(1 - e) p_y / P(y)``. Wrong labels still count in ``losses`` and
-        ``right``.
-        """
-        every = found.weights
-        c = self.parts.shape[2]
-        share = WRONG
-        for _ in range(REPEATS):
-            right = (1 - share) * (-found.losses).exp()
-            right = right / (right + share / c)
-            kept = every * right
-            before = share
-            share = float((every * (1 - right)).mean().clamp(1e-4, 0.5))
-            found = replace(self.blend(kept / kept.mean(), found), weights=every)
-            if abs(share - before) < CONVERGED:
-                break
-        return found
-
-    def _at(self, logs: Tensor, weights: Tensor) -> _Loss:
-        """Return the loss if the logarithms of the weights are ``logs``, of shape ``[t]``."""
-        q = len(self.ids)
-        t = len(logs)
-        factor = logs.exp()
-        loss, gradient, curvature = (
-            torch.zeros(shape, dtype=torch.float64) for shape in ((), (t,), (t, t))
-        )
-        losses, right = [], []
-        for rows in slices(q, max(1, BLOCK // self.parts.shape[2])):
-            parts = self.parts[:, rows]
-            w = weights[rows]
-            own = self.own[:, rows]
-            p = torch.tensordot(factor, parts, 1)
-            right.append(p.argmax(1) == self.ids[rows])
-            top = p.amax(1, keepdim=True)
-            sums = p.sub_(top).exp_().sum(1, keepdim=True)
-            total = (top + sums.log())[:, 0]
-            products = p.div_(sums) * parts
-            means = products.sum(2)
-            losses.append(total - factor @ own)
-            loss += w @ (total - self.sure * (factor @ own))
-            gradient += (means - self.sure * own) @ w
-            curvature += (
-                products.mul_(w[:, None]).flatten(1) @ parts.flatten(1).T - (w * means) @ means.T
-            )
-        curvature *= factor[:, None] * factor / q
-        return _Loss(
-            float(loss / q), gradient * factor / q, curvature, torch.cat(losses), torch.cat(right)
-        )
-
-
-class _Loss(NamedTuple):
-    """Mean loss, its gradient ``[t]`` and curvature ``[t, t]`` in the logarithms of the weights. See :class:`Blend`."""
-
-    loss: float
-    gradient: Tensor
-    curvature: Tensor
-    losses: Tensor
-    right: Tensor
 
 
 @dataclass(frozen=True)
@@ -243,8 +58,28 @@ class Held:
     features: Tensor
     ids: Tensor
     rows: Tensor
-    of: HeldOut = "shots"
+    of: HeldOutKind = "shots"
     own: Tensor | None = None
+
+
+class FoldTerms(NamedTuple):
+    """The terms of the logits of held-out photos, each of shape ``[q, c]``. A term that does not exist is ``None``.
+
+    The ``discriminant`` cannot compare classes that have shots with classes that have none. If there are such classes,
+    ``bonus`` takes its place: by how much a further bonus of 1 raises the cache logits (see
+    :class:`retrieval.ridge.Ridge`), if whole classes are held out to fit it.
+    """
+
+    text: Tensor | None
+    cache: Tensor
+    discriminant: Tensor | None
+    bonus: Tensor | None
+
+    def held(self, ids: Tensor, offset: float | None = None) -> HeldTerms:
+        """Return the terms to blend, for queries of these classes. The cache logits are linked with the ``offset``."""
+        cache = tip.log_cache(self.cache.clone(), offset)
+        third = self.discriminant if self.bonus is None else self.bonus
+        return HeldTerms(self.text, cache, third, ids)
 
 
 class Order(NamedTuple):
@@ -311,9 +146,7 @@ class Folds:
     shares: Sequence[float] = ()
     order: Order | None = None
     _scatters: dict[int | None, Scatter | FewScatter] = field(default_factory=dict, init=False)
-    _terms: dict[Form, tuple[Tensor | None, Tensor, Tensor]] = field(
-        default_factory=dict, init=False
-    )
+    _terms: dict[Form, FoldTerms] = field(default_factory=dict, init=False)
 
     @classmethod
     def of(
@@ -403,7 +236,7 @@ class Folds:
         return replace(self, held=[*self.held, *whole])
 
     def _held(
-        self, folds: IntArray, most: int, of: HeldOut = "shots", groups: IntArray | None = None
+        self, folds: IntArray, most: int, of: HeldOutKind = "shots", groups: IntArray | None = None
     ) -> Iterator[Held]:
         """Yield about ``most`` held-out photos, one fold at a time, given the fold of each photo, or -1.
 
@@ -438,6 +271,11 @@ class Folds:
     def held_of(self, what: str) -> Tensor:
         """Return for each query whether it was held out in this way."""
         return torch.cat([torch.full((len(held.ids),), held.of == what) for held in self.held])
+
+    @property
+    def holds_classes(self) -> bool:
+        """Whether whole classes are held out."""
+        return any(held.of == "classes" for held in self.held)
 
     @property
     def weights(self) -> Tensor:
@@ -507,20 +345,18 @@ class Folds:
         """
         if self.given is not None:
             return self._scaled_square(self.given)
-        known = [(share, part.width, known_prior(part)) for part, share in self._used]
-        needed = (
-            all
-            if len(self.ids.unique()) < len(self.ids)
-            or sum(width for _, width, _ in known) > WIDEST
-            else any
-        )
-        if not known or not needed(prior is not None for *_, prior in known):
+        priors = [known_prior(part) for part, _ in self._used]
+        unknown = sum(prior is None for prior in priors)
+        has_pairs = len(self.ids.unique()) < len(self.ids)
+        is_wide = sum(part.width for part, _ in self._used) > WIDEST
+        if unknown == len(priors) or (unknown and (has_pairs or is_wide)):
             return None
-        blocks = [
-            share * (np.eye(width) / width if prior is None else prior)
-            for share, width, prior in known
-        ]
-        return np.asarray(torch.block_diag(*map(torch.from_numpy, blocks)))
+        blocks = []
+        for (part, share), prior in zip(self._used, priors, strict=True):
+            if prior is None:
+                prior = np.eye(part.width) / part.width
+            blocks.append(torch.from_numpy(share * prior))
+        return np.asarray(torch.block_diag(*blocks))
 
     @property
     def _used(self) -> list[tuple[Part, float]]:
@@ -589,33 +425,26 @@ class Folds:
 
     def judge(self, form: Form) -> Blend:
         """Fit a form to all shots except each fold in turn, and return the blend on these folds."""
-        return HeldTerms(*self.terms(form), self.ids_held).blend(self.weights)
+        return self.terms(form).held(self.ids_held).blend(self.weights)
 
-    def terms(self, form: Form) -> tuple[Tensor | None, Tensor, Tensor | None]:
-        """Fit a form to the other photos. Return text logits, cache logits and a third term of held-out photos.
+    def terms(self, form: Form) -> FoldTerms:
+        """Fit a form to the other photos, and return the terms of held-out photos.
 
-        The third term is the discriminant. It cannot compare classes that have shots with classes that have none. If
-        there are such classes, the cache logits contain the ``bonus`` of the form, and the third term is therefore the
-        effect of a further bonus of 1 (see :class:`retrieval.ridge.Ridge`), or ``None`` if it cannot be fitted.
+        The cache logits include the ``bonus`` of the form. Do not change the terms, because they are kept.
         """
         if form not in self._terms:
-            answers = (
-                self._answers(replace(form, bonus=0.0), held, fold)
-                for fold, held in enumerate(self.held)
-            )
-            photos, more = (torch.cat(parts) for parts in zip(*answers, strict=True))
+            plain = replace(form, bonus=0.0)
+            answers = [self._answers(plain, held, fold) for fold, held in enumerate(self.held)]
+            cache, discriminant, bonus = zip(*answers, strict=True)
             features = torch.cat([held.features for held in self.held])
-            words = self.words
-            self._terms[form] = (
-                None if words is None else tip.affinity(features, words),
-                photos,
-                more,
-            )
-        text, cache, third = self._terms[form]
-        if self.covered == 1:
-            return text, cache.clone(), third
-        fits_bonus = form.ridge is not None and bool(self.held_of("classes").any())
-        return text, cache + form.bonus * third, third if fits_bonus else None
+            text = None if self.words is None else tip.affinity(features, self.words)
+            self._terms[form] = FoldTerms(text, torch.cat(cache), _cat(discriminant), _cat(bonus))
+        terms = self._terms[form]
+        if terms.bonus is None:
+            return terms
+        cache_with_bonus = terms.cache + form.bonus * terms.bonus
+        fitted_bonus = terms.bonus if self.holds_classes else None
+        return terms._replace(cache=cache_with_bonus, bonus=fitted_bonus)
 
     @property
     def ids_held(self) -> Tensor:
@@ -667,154 +496,32 @@ class Folds:
         back = order.argsort()
         return metric, ridge.values(points, ids)[back], points[back]
 
-    def _answers(self, form: Form, held: Held, fold: int) -> tuple[Tensor, Tensor]:
-        """Return the cache logits and the third term of held-out photos, from an index over the other keys."""
+    def _answers(
+        self, form: Form, held: Held, fold: int
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Return cache, discriminant and bonus of held-out photos (:class:`FoldTerms`), from an index without them."""
         metric, values, points = self._fitted(form, held.rows, fold)
         features = self.scaled(held.features)
         queries = features if metric is None else metric(features)
-        cache = torch.zeros(len(queries), self.c)
-        sums = torch.zeros(self.c, queries.shape[1], dtype=torch.float64)
         counts = torch.bincount(self.ids[held.rows], minlength=self.c)
+        sums = torch.zeros(self.c, queries.shape[1], dtype=torch.float64)
+        bonus = None
         if values is not None and points is not None:
             weights = tip.weight(tip.affinity(queries, points), form.beta)
             cache = weights @ values
-            if self.covered < 1:
-                return cache, weights.mean(1, keepdim=True) * (counts == 0)
+            bonus = weights.mean(1, keepdim=True) * (counts == 0)
             tip.add_rows(sums, self.ids[held.rows], points.double())
-        for block, rows in (
-            _blocks(self.keys, held.rows.numpy()) if values is None else ()
-        ):  # may be very many
-            keys = self.scaled(torch.from_numpy(np.array(block, dtype=np.float32)))
-            points = keys if metric is None else metric(keys)
-            ids = self.ids[torch.from_numpy(rows)]
-            cache += tip.cache_logits(tip.affinity(queries, points), ids, self.c, form.beta)
-            tip.add_rows(sums, ids, points.double())
-        return cache, tip.Discriminant.of(sums.float(), counts.float())(queries)
-
-
-@dataclass(frozen=True)
-class Queries:
-    """Labelled queries, with ``features`` of shape ``[q, d]`` and class ``ids`` of shape ``[q]``.
-
-    If they are shots, ``images`` has the image of each (see :func:`labels.images_of`), whose keys it does not see.
-    """
-
-    features: KeyArray
-    ids: IntArray
-    name: str
-    images: IntArray | None = None
-
-    @classmethod
-    def leave_one_out(cls, index: Index) -> Self:
-        """Return the shots as queries that do not see the keys of their own image.
-
-        Raises UsageError if a class has a single image, or if the values of the index were solved.
-        """
-        if index.fitted is not None and index.fitted.solved:
-            raise UsageError(
-                "leave-one-out: the values of this index were solved from all its shots; run retrieval-tip fit INDEX, "
-                "which solves them again without each fold, or give --val SOURCE"
-            )
-        images = images_of(index.labels)
-        ids = index.class_ids.cpu().numpy()
-        _, first = np.unique(images, return_index=True)  # one query per image
-        single = np.flatnonzero(np.bincount(ids[first], minlength=len(index.class_names)) == 1)
-        if single.size:
-            raise UsageError(
-                f"leave-one-out: class {index.class_names[single[0]]!r} has one image; give every class at least 2, or "
-                "give --val SOURCE"
-            )
-        features = np.asarray(index.keys[first], dtype=np.float32)
-        return cls(features, ids[first], "its own shots, each held out in turn", images[first])
-
-    def blocks(self, index: Index, k: int | None = None) -> Iterator[tuple[slice, Visible]]:
-        """Yield the queries in blocks, with the keys that they see: all, or those among the ``k`` nearest."""
-        c = len(index.class_names)
-        every = index.class_ids.cpu().numpy()
-        images = None if self.images is None else images_of(index.labels)
-        most = max(c, index.n if k is None else min(k, index.n))
-        for part in slices(len(self.ids), max(1, min(QUERY_BLOCK, VALUES // most))):
-            features = torch.from_numpy(np.asarray(self.features[part], dtype=np.float32)).to(
-                index.device
-            )
-            retrieval = index.retrieval
-            points = retrieval.keys.phi(features)
-            counts = retrieval.keys.counts.expand(len(features), -1)
-            if k is None:
-                rows = torch.arange(index.n, device=index.device)
-                affinity = torch.cat(
-                    [tip.affinity(keys, points) for keys, *_ in retrieval.keys.blocks()]
-                ).T
-                unseen = affinity.new_zeros(1, 1, dtype=torch.bool)
-            else:
-                near = retrieval.keys.nearest(points, k)
-                affinity = near.affinity
-                rows = near.rows
-                unseen = near.rows < 0
-            if self.images is not None and images is not None:
-                hidden, place = np.unique(self.images[part], return_inverse=True)
-                at = np.searchsorted(hidden, images).clip(max=len(hidden) - 1)
-                own = hidden[at] == images
-                gone = np.bincount(at[own] * c + every[own], minlength=len(hidden) * c).reshape(
-                    -1, c
-                )[place]
-                counts = counts - torch.from_numpy(gone).to(counts)
-                shown = torch.from_numpy(images).to(index.device)[rows]
-                unseen = unseen | (
-                    shown == torch.from_numpy(self.images[part]).to(index.device)[:, None]
-                )
-            yield part, Visible(index, features, points, affinity, rows, unseen, counts)
-
-
-@dataclass(frozen=True)
-class Visible:
-    """The ``affinity`` ``[q, m]`` of queries to the keys at some ``rows``, which of them are ``unseen``, and counts.
-
-    ``rows`` has the shape ``[m]``, or ``[q, m]`` if each query has its own keys, where -1 stands for no key. ``counts``
-    ``[q, c]`` are the numbers of visible keys of each class, whether they are among the rows or not.
-    """
-
-    index: Index
-    features: Tensor
-    points: Tensor
-    affinity: Tensor
-    rows: Tensor
-    unseen: Tensor
-    counts: Tensor
-
-    @property
-    def ids(self) -> Tensor:
-        """The class ids of the keys, or ``c`` where there is no key."""
-        ids = self.index.class_ids[self.rows.clamp_min(0)]
-        return ids.masked_fill(self.rows < 0, len(self.index.class_names))
-
-    def terms(self, betas: Sequence[float]) -> Iterator[tip.Terms]:
-        """Yield the terms of the logits over all visible keys, for each beta.
-
-        If a query sees ``m`` of the ``n`` keys of a class, their weights are multiplied by ``n / m``, so that settings
-        for these terms suit the whole index. The discriminant has the offsets of all keys.
-        """
-        retrieval = self.index.retrieval
-        ids = self.ids
-        c = len(self.index.class_names)
-        settings = self.index.settings
-        values = retrieval.keys.values
-        own = retrieval.keys.discriminant
-        text = tip.text_logits(self.features, retrieval.text, settings.logit_scale)
-        factor = torch.where(self.counts > 0, retrieval.keys.counts / self.counts.clamp_min(1), 0)
-        discriminant = None
-        if settings.gamma:
-            means = tip.sum_by_class(
-                self.affinity.masked_fill(self.unseen, 0), ids, c
-            ) / self.counts.clamp_min(1)
-            discriminant = torch.where(self.counts > 0, means + own.offsets, own(self.points))
-        for beta in betas:
-            weights = tip.weight(self.affinity, beta).masked_fill_(self.unseen, 0)
-            if values is None:
-                cache = tip.sum_by_class(weights, ids, c) * factor
-            else:
-                cache = tip.Values(values).weighted(weights.mul_(factor[:, ids]))
-            yield tip.Terms(text, tip.log_cache(cache, settings.log_offset), discriminant)
+        else:
+            cache = torch.zeros(len(queries), self.c)
+            for block, rows in _blocks(self.keys, held.rows.numpy()):  # may be very many
+                keys = self.scaled(torch.from_numpy(np.array(block, dtype=np.float32)))
+                points = keys if metric is None else metric(keys)
+                ids = self.ids[torch.from_numpy(rows)]
+                cache += tip.cache_logits(tip.affinity(queries, points), ids, self.c, form.beta)
+                tip.add_rows(sums, ids, points.double())
+        if self.covered < 1:
+            return cache, None, bonus
+        return cache, tip.Discriminant.of(sums.float(), counts.float())(queries), None
 
 
 def ranks_within(ids: IntArray, draw: np.random.Generator) -> IntArray:
@@ -826,42 +533,6 @@ def ranks_within(ids: IntArray, draw: np.random.Generator) -> IntArray:
     return ranks
 
 
-def without_parts(
-    index: Index, rows: IntArray, kept: IntArray | None = None
-) -> Iterator[tuple[IntArray, Index]]:
-    """Split photos into at most :data:`PARTS` parts, and yield each part with an index that lacks its photos.
-
-    ``rows`` has a key of each photo, and a part is given as positions in ``rows``. It has few photos of the same
-    class. The index has those of the ``kept`` keys, all by default, that show none of its photos. Its metric and values
-    are refitted to these keys, unless they were trained, and it has the settings of ``index``. It compares a query with
-    every key, unless ``index`` is of the type ``Classes``. A part is left out if no key remains.
-    """
-    folds = Folds.of(index)
-    fitted = index.fitted
-    ids = folds.ids.numpy()
-    images = folds.images
-    kept = np.arange(index.n) if kept is None else kept
-    factory = index.index_type if index.retrieval.keys.by_class else "Flat"
-    number = min(PARTS if index.n <= MANY_KEYS else PARTS // 2, len(rows))
-    order = folds.order_of(torch.from_numpy(rows)).numpy()
-    for fold in range(number):
-        part = order[fold::number]
-        others = kept[~np.isin(images[kept], images[rows[part]])]
-        if not len(others):
-            continue
-        others = others[np.argsort(ids[others], kind="stable")]
-        metric = index.metric
-        values = None if index.values is None else index.values[torch.from_numpy(others)]
-        if fitted is not None:
-            metric, values = folds.fitted(
-                Form.of(fitted, index.settings.beta), torch.from_numpy(others), fold
-            )
-        left = ArrayRows(
-            np.asarray(index.keys[others]), index.labels.take(pa.array(others)), values
-        )
-        yield part, replace(index, rows=left, metric=metric, factory=factory)
-
-
 def _blocks(keys: StoredKeys, rows: IntArray) -> Iterator[tuple[npt.NDArray[Any], IntArray]]:
     """Yield some of the keys and their rows in blocks, in order unless the keys are read in place."""
     if isinstance(keys, KeysInPlace):
@@ -870,14 +541,12 @@ def _blocks(keys: StoredKeys, rows: IntArray) -> Iterator[tuple[npt.NDArray[Any]
     return ((np.asarray(keys[part]), part) for part in parts)
 
 
+def _cat(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """Concatenate a term of all folds, which no fold or every fold has."""
+    some = [part for part in parts if part is not None]
+    return torch.cat(some) if some else None
+
+
 def taken_keys(keys: StoredKeys, rows: Tensor) -> Tensor:
     """Return some of the keys as float32."""
     return torch.from_numpy(np.asarray(keys[rows.numpy()], dtype=np.float32))
-
-
-def wilson(share: float, n: float) -> tuple[float, float]:
-    """Return the 95 % confidence interval of a share that was measured on ``n`` items (Wilson, 1927)."""
-    z = 1.96
-    centre = share + z * z / (2 * n)
-    half = z * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
-    return max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))

@@ -91,6 +91,9 @@ ONE_SHOT, ONE_SHOT_WITH_PRIOR = Form(None, 0.5, 1.0), Form(Within(0.4), 0.5, 1.0
 WITH_PRIOR = Form(Within(0.3), 0.1, 1.0)
 """The default form if there is a prior for the scatter, which then needs less shrinkage."""
 
+PLAIN = Form(None, None, 5.5)
+"""Plain Tip-Adapter, with the beta of the paper."""
+
 FORMS = [
     DEFAULT_FORM,
     Form(Within(0.8), 0.1, 4.0),
@@ -99,7 +102,7 @@ FORMS = [
     Form(Within(0.8), None, 1.0),
     Form(Within(0.5), None, 1.0),
     Form(Within(0.5), None, 4.0),
-    Form(None, None, 5.5),
+    PLAIN,
 ]
 """The forms to try, starting with the default.
 

@@ -19,7 +19,8 @@ from retrieval_tip.arrays import BoolArray, DoubleArray
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import InputError
-from retrieval_tip.fit.folds import Queries, wilson
+from retrieval_tip.fit.confidence import wilson
+from retrieval_tip.fit.visible import Queries
 from retrieval_tip.model import Index
 from retrieval_tip.settings import Settings
 
@@ -98,12 +99,13 @@ def search(index: Index, queries: Queries) -> HyperparameterChoice:
     The settings of the index stay unless the best settings are significantly better (paired test, 95 %). Ties go to the
     widest interval of alpha, measured as a ratio. :data:`BETAS` are tried, or only the present beta if values were
     solved for it. If queries do not see all keys, the settings are valid for the whole index (see
-    :meth:`folds.Visible.terms`).
+    :meth:`visible.Visible.terms`).
 
     ``queries`` come from :func:`on_validation`, or are shots of the index without themselves. Raises InputError if
     there are none, or if their shape is not ``[q, d]``.
     """
-    own_alpha, own_beta = index.settings.alpha, index.settings.beta
+    own_alpha = index.settings.alpha
+    own_beta = index.settings.beta
     solved_values = index.fitted is not None and index.fitted.solved
     tried = sorted({own_beta, *(() if solved_values else BETAS.tolist())})
     low, high = _intervals(index, queries, tried)
@@ -120,7 +122,8 @@ def search(index: Index, queries: Queries) -> HyperparameterChoice:
     interval = solved[b][1]
     alpha = 2 * interval[0] + 1 if interval[1] == math.inf else sum(interval) / 2
     best = own = hits(b, alpha)
-    if not _is_better(best, before := hits(tried.index(own_beta), own_alpha)):
+    before = hits(tried.index(own_beta), own_alpha)
+    if not _is_better(best, before):
         b = tried.index(own_beta)
         alpha = own_alpha
         interval = (own_alpha, own_alpha)
@@ -129,15 +132,13 @@ def search(index: Index, queries: Queries) -> HyperparameterChoice:
     most = float(best.mean())
     n = len(own)
     rivals = {"text alone": hits(b, 0.0), "cache alone": high[b] == np.inf}
-    close = {
-        name: rival
-        for name, rival in rivals.items()
-        if accuracy > rival.mean() and not _is_better(own, rival)
-    }
-    warnings = [
-        f"{n} queries are too few to prefer these settings to {name} ({100 * rival.mean():.1f} %)"
-        for name, rival in close.items()
-    ]
+    warnings = []
+    for name, rival in rivals.items():
+        if accuracy > rival.mean() and not _is_better(own, rival):
+            figure = f"{100 * rival.mean():.1f} %"
+            warnings.append(
+                f"{n} queries are too few to prefer these settings to {name} ({figure})"
+            )
     if len(tried) > 1 and b in (0, len(tried) - 1):
         warnings.append(f"beta {tried[b]:.3g} is at the edge of the range that was tried")
     if most > accuracy:
@@ -213,18 +214,15 @@ def _best_alpha(low: DoubleArray, high: DoubleArray) -> tuple[int, tuple[float, 
     ends = np.unique(
         np.concatenate([[0.0], starts[starts > 0], stops[(stops > 0) & (stops < np.inf)]])
     )
-    between = np.append(
-        (ends[:-1] + ends[1:]) / 2, ends[-1] * 2 + 1
-    )  # one alpha per gap, and one beyond
+    # One alpha per gap, and one beyond.
+    between = np.append((ends[:-1] + ends[1:]) / 2, ends[-1] * 2 + 1)
     right = np.searchsorted(starts, between) - np.searchsorted(stops, between)
     most = int(right.max())
-    edges = np.diff(
-        (right == most).astype(int), prepend=0, append=0
-    )  # ends within a plateau do not split it
-    plateaus = zip(
-        ends[edges[:-1] == 1].tolist(), np.append(ends, np.inf)[edges == -1].tolist(), strict=True
-    )
-    return most, max(plateaus, key=_width)
+    # Ends within a plateau do not split it.
+    edges = np.diff((right == most).astype(int), prepend=0, append=0)
+    plateau_starts = ends[edges[:-1] == 1].tolist()
+    plateau_stops = np.append(ends, np.inf)[edges == -1].tolist()
+    return most, max(zip(plateau_starts, plateau_stops, strict=True), key=_width)
 
 
 def _width(interval: tuple[float, float]) -> float:

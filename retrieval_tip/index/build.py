@@ -19,7 +19,7 @@ from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import Source, open_source
 from retrieval_tip.data.tables import read_groups
 from retrieval_tip.errors import SHOWN, UsageError, counted, few
-from retrieval_tip.fit.closed_form import Fit
+from retrieval_tip.fit.closed_form import FitRequest
 from retrieval_tip.fit.scatter import pooled
 from retrieval_tip.index import places
 from retrieval_tip.index.items import (
@@ -68,7 +68,7 @@ def build_index(
     words = _text(source, reader, plan)
     source, ids = _shots(source.known_as(words.class_names), words.class_names, plan, reader.seed)
     backbone = identity_of(source, reader)
-    fit = Fit(
+    fit = FitRequest(
         plan["metric"],
         plan["values"],
         plan["class_prior"] or "even",

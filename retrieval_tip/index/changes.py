@@ -24,7 +24,7 @@ from retrieval_tip.data.sources import Source, spelled_alike
 from retrieval_tip.data.tables import check_backbone, items_of, read_groups, reading, texts
 from retrieval_tip.errors import InputError, StoreError, UsageError, check_count, counted, few, show
 from retrieval_tip.fit import closed_form
-from retrieval_tip.fit.closed_form import Fit
+from retrieval_tip.fit.closed_form import FitRequest
 from retrieval_tip.index import places
 from retrieval_tip.index.build import prior_of
 from retrieval_tip.index.items import (
@@ -169,7 +169,7 @@ def _fitted_again(before: Index, after: Index) -> tuple[Index, dict[str, Any]]:
     if not automatic:
         return after, {"fit_due": True}
     if grown:
-        after, choice = closed_form.fit(after, Fit(class_prior=after.fitted.class_prior))
+        after, choice = closed_form.fit(after, FitRequest(class_prior=after.fitted.class_prior))
     else:
         after, choice = closed_form.refit(after, after.settings.beta)
     return after, {"fit": choice}
@@ -558,7 +558,7 @@ def fit_index(
     version = None
     manifest = _manifest_of(store, base)
     before = "even" if manifest.fitted is None else manifest.fitted.class_prior
-    asked = Fit(metric, values, class_prior or before, prior_of(prior, manifest.identity))
+    asked = FitRequest(metric, values, class_prior or before, prior_of(prior, manifest.identity))
     if validation is not None and reader is not None:
         from retrieval_tip.fit.search_hp import on_validation  # other changes do not need it
 

@@ -22,7 +22,7 @@ from retrieval_tip.data.source import few_shot
 from retrieval_tip.data.sources import Source, check_exists, open_source, spelled_alike
 from retrieval_tip.errors import SHOWN, InputError, UsageError, command_line, counted, few
 from retrieval_tip.fit import closed_form
-from retrieval_tip.fit.closed_form import Fit
+from retrieval_tip.fit.closed_form import FitRequest
 from retrieval_tip.model import Index
 from retrieval_tip.retrieval import inputs
 from retrieval_tip.retrieval.defaults import Statistics, default_settings
@@ -149,7 +149,7 @@ class Material:
     words: Words
     plan: BuildOptions
     backbone: Identity | None
-    fit: Fit | None
+    fit: FitRequest | None
     device: str
     groups: Levels | None = None
 

@@ -27,7 +27,7 @@ from retrieval_tip.data.source import spread
 from retrieval_tip.errors import check_count
 from retrieval_tip.evaluation.held_out import held_out_probabilities, photo_rows, probabilities_of
 from retrieval_tip.fit import closed_form
-from retrieval_tip.fit.folds import without_parts
+from retrieval_tip.fit.visible import without_parts
 from retrieval_tip.model import Index
 from retrieval_tip.retrieval.inputs import Features
 from retrieval_tip.store.labels import images_of

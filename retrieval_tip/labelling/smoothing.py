@@ -29,8 +29,8 @@ from retrieval_tip.arrays import FloatArray
 from retrieval_tip.data.reader import FeatureBlock
 from retrieval_tip.data.source import spread
 from retrieval_tip.errors import check_memory, counted
-from retrieval_tip.evaluation.held_out import SAME, HeldOut, photo_rows, probabilities_of
-from retrieval_tip.fit.folds import without_parts
+from retrieval_tip.evaluation.held_out import SAME, HeldOutAnswers, photo_rows, probabilities_of
+from retrieval_tip.fit.visible import without_parts
 from retrieval_tip.labelling.suggest import BLOCK, points_of
 from retrieval_tip.model import Index
 from retrieval_tip.predictions import SIMILAR, lists
@@ -54,7 +54,7 @@ class Smoothing(NamedTuple):
     blocks: list[FeatureBlock]
     words: str
     similar: pa.ListArray
-    held: HeldOut
+    held: HeldOutAnswers
 
 
 def smooth(
@@ -103,7 +103,7 @@ def _near(points: Tensor, folder: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([near.indices for near in found]), shares.float()
 
 
-def _chosen(index: Index, folder: FloatArray) -> tuple[float, HeldOut]:
+def _chosen(index: Index, folder: FloatArray) -> tuple[float, HeldOutAnswers]:
     """Choose the weight on labelled photos, and return it with their smoothed probabilities."""
     ids = index.class_ids.cpu()
     every = photo_rows(index)
@@ -125,6 +125,6 @@ def _chosen(index: Index, folder: FloatArray) -> tuple[float, HeldOut]:
         ((likely + LEAST).log().sum(0) - ((WEIGHTS - expected) / SPREAD) ** 2 / 2).argmax()
     ]
     key_ids = index.labels["key_id"].to_numpy()[rows]
-    return float(weight), HeldOut(
+    return float(weight), HeldOutAnswers(
         own.lerp(given, float(weight)).numpy(), labels[:, 0].numpy(), key_ids
     )

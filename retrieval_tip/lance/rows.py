@@ -39,9 +39,10 @@ from retrieval_tip.lance.key_table import (
 from retrieval_tip.retrieval.duplicates import Duplicates, duplicates
 from retrieval_tip.retrieval.evidence import Nearest
 from retrieval_tip.retrieval.inputs import KeysInPlace
-from retrieval_tip.retrieval.keys import SPREAD_CLASSES, SPREAD_QUERIES, KeyStream, points_of
+from retrieval_tip.retrieval.keys import SAMPLE, KeyStream, transformed
 from retrieval_tip.retrieval.rows import FRESH_PAIRS, ArrayRows, Rows
 from retrieval_tip.retrieval.vector_index import auto_k
+from retrieval_tip.retrieval.whole_classes import SPREAD_CLASSES
 from retrieval_tip.settings import Dtype
 from retrieval_tip.store.address import Address
 from retrieval_tip.store.labels import LABEL_SCHEMA
@@ -61,7 +62,7 @@ HELD_BYTES = 1 << 29
 PIECE = 1 << 24
 """Maximum size in bytes of the float32 keys of several classes that are read together."""
 SPREAD_BYTES, SPREAD_LEAST = 1 << 28, 8
-"""Maximum size in bytes of the sample for :meth:`KeyStream.slack`, and its minimum number of queries."""
+"""Maximum size in bytes of the sample for :meth:`whole_classes.ClassBounds.slack`, and its minimum number of keys."""
 
 Block = tuple[Tensor, Tensor, Tensor]
 
@@ -180,8 +181,8 @@ class LanceKeys(KeyStream):
             keys = np.array(keys, dtype=np.float32)  # Arrow's are read-only
             yield tuple(torch.from_numpy(array).to(self.device) for array in (keys, ids, rows))  # type: ignore[misc]
 
-    def _sample(self) -> tuple[Tensor, Tensor]:
-        number = SPREAD_QUERIES
+    def sample(self) -> tuple[Tensor, Tensor]:
+        number = SAMPLE
         key = 4 * self.d
         if self.n * key > SPREAD_BYTES:  # otherwise, all keys can be read cheaply
             number = int(
@@ -272,7 +273,7 @@ class TableRows(Rows):
                     own = own.astype(dtype)
                 if not np.isfinite(own).all():
                     raise InputError(f"keys: some values are too large for {dtype}; use float32")
-                points = points_of(metric, own, "cpu")
+                points = transformed(metric, own, "cpu")
                 if known is None:
                     sums.count(own, ids)
                 if points is not None and point_sums is not None:
@@ -565,7 +566,7 @@ class TableRows(Rows):
             of_keys.count(keys, ids)
             if self.table.has_points:
                 points = self.table.matrix(batch[POINT])
-                expected = points_of(metric, keys, "cpu")
+                expected = transformed(metric, keys, "cpu")
                 if expected is None or not np.allclose(points, expected, atol=MOVED[self.dtype]):
                     raise StoreError(
                         f"{place}: points do not match their keys; run index set --index auto"

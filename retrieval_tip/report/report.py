@@ -39,7 +39,7 @@ from retrieval_tip.evaluation.audit import AUDITED, audit
 from retrieval_tip.evaluation.calibration import reliability
 from retrieval_tip.evaluation.evaluate import Answers, Evaluation, evaluate
 from retrieval_tip.files import check_out, replacing
-from retrieval_tip.fit.folds import wilson
+from retrieval_tip.fit.confidence import wilson
 from retrieval_tip.html import markup, render
 from retrieval_tip.index import places
 from retrieval_tip.index.places import Place
@@ -116,8 +116,11 @@ def write_report(
 
 
 def _page(results: Results) -> str:
-    index, evaluation = results.index, results.evaluation
-    name = "an index" if results.place is None else f'"{show(Path(results.place).name)}"'
+    index = results.index
+    evaluation = results.evaluation
+    name = "an index"
+    if results.place is not None:
+        name = f'"{show(Path(results.place).name)}"'
     return render(
         "report/page.html.j2",
         title=f'Accuracy of {name} on "{Path(results.test.name).name}"',
@@ -172,12 +175,13 @@ def confusion_matrix(answers: Answers) -> Confusion:
     if len(occurring) > MATRIX:
         errors = np.bincount(truth[wrong], minlength=c) + np.bincount(predicted[wrong], minlength=c)
         chosen = np.sort(np.argsort(-errors, kind="stable")[:MATRIX])
-    both = np.isin(truth, chosen) & np.isin(predicted, chosen) & (answers.of_known | wrong)
+    shown = np.isin(truth, chosen) & np.isin(predicted, chosen) & (answers.of_known | wrong)
+    rows = np.searchsorted(chosen, truth[shown])
+    columns = np.searchsorted(chosen, predicted[shown])
     counts = np.zeros((len(chosen), len(chosen)), dtype=np.int64)
-    np.add.at(counts, tuple(np.searchsorted(chosen, ids[both]) for ids in (truth, predicted)), 1)
-    return Confusion(
-        [answers.class_names[i] for i in chosen], counts, totals[chosen], len(occurring)
-    )
+    np.add.at(counts, (rows, columns), 1)
+    names = [answers.class_names[i] for i in chosen]
+    return Confusion(names, counts, totals[chosen], len(occurring))
 
 
 class Share(NamedTuple):
@@ -200,10 +204,9 @@ class Share(NamedTuple):
 def by_probability(evaluation: Evaluation) -> Iterator[Share]:
     """Yield the answers to photos of known classes by their probability, with its mean."""
     answers = evaluation.answers
-    known = evaluation.answers.of_known
-    for low, high, n, mean, accuracy in reliability(
-        answers.confidence[known], answers.right[known], 10
-    ):
+    known = answers.of_known
+    bins = reliability(answers.confidence[known], answers.right[known], 10)
+    for low, high, n, mean, accuracy in bins:
         yield Share(f"{100 * low:.0f} to {100 * high:.0f} %", n, mean, accuracy)
 
 
@@ -212,13 +215,10 @@ def by_coverage(evaluation: Evaluation) -> Iterator[Share]:
     answers = evaluation.answers
     for least in sorted({*MARKS, evaluation.figures.get("abstain", MARKS[0])}):
         right = answers.right[answers.confidence >= least]
-        if len(right):
-            yield Share(
-                f"at least {100 * least:g} %",
-                len(right),
-                len(right) / evaluation.n,
-                float(right.mean()),
-            )
+        n = len(right)
+        if n:
+            accuracy = float(right.mean())
+            yield Share(f"at least {100 * least:g} %", n, n / evaluation.n, accuracy)
 
 
 def provenance(results: Results) -> dict[str, list[tuple[str, str]]]:
@@ -233,9 +233,8 @@ def provenance(results: Results) -> dict[str, list[tuple[str, str]]]:
         about["last change"] = manifest.change
         for name, value in manifest.settings.shown().items():
             if value != used[name]:
-                used[name] = (
-                    f"{described(used[name])} (set for this report; the index has {described(value)})"
-                )
+                reason = f"set for this report; the index has {described(value)}"
+                used[name] = f"{described(used[name])} ({reason})"
     about |= {
         "examples": f"{index.n:,} of {counted(len(index.class_names), 'class')}",
         "vectors": f"{index.d:,} values, {index.dtype}",
@@ -258,12 +257,11 @@ def provenance(results: Results) -> dict[str, list[tuple[str, str]]]:
         "How it was made": made,
         "Machine": doctor.examine().facts,
     }
-    return {
-        title: [
-            (name, described(value)) for name, value in facts.items() if value not in (None, [])
-        ]
-        for title, facts in parts.items()
-    }
+    tables = {}
+    for title, facts in parts.items():
+        known = {name: value for name, value in facts.items() if value not in (None, [])}
+        tables[title] = [(name, described(value)) for name, value in known.items()]
+    return tables
 
 
 def described(value: object) -> str:
@@ -273,13 +271,11 @@ def described(value: object) -> str:
     if isinstance(value, list):
         more = f" ... ({len(value)} in all)" if len(value) > LISTED else ""
         return ", ".join(map(described, value[:LISTED])) + more
-    return (
-        "-"
-        if value is None
-        else f"{value:.4g}"
-        if isinstance(value, float)
-        else portable(str(value))
-    )
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return portable(str(value))
 
 
 @dataclass(frozen=True)
@@ -336,34 +332,42 @@ class Results:
         wrong = int((~self.answers.right).sum())
 
         def command(name: str, rest: str = "") -> str:
-            return (
-                command_line(*name.split(), portable(self.place), *rest.split())
-                if self.place
-                else ""
-            )
+            if not self.place:
+                return ""
+            return command_line(*name.split(), portable(self.place), *rest.split())
 
-        missed = [one for one in self.evaluation.by_class if one.n - one.right > 1]
-        weak = [one for one in missed if one.right < WEAK * one.n or one.interval[1] < top1]
-        for place, one in enumerate(weak[:NAMED]):
-            mistakes = f"{one.n - one.right:,} of all" if one.n - one.right < wrong else "all"
-            what = f"{one.name}: {100 * one.right / one.n:.0f} %, {mistakes} {wrong:,} mistakes"
-            often = f" ({one.times} times classified as {one.answer})" if one.times > 1 else ""
-            why = f"add photos to its {counted(one.shots, 'example')}{often}"
-            yield what, why, "" if place else command("index add", " FOLDER")
+        missed = [score for score in self.evaluation.by_class if score.n - score.right > 1]
+        weak = [
+            score for score in missed if score.right < WEAK * score.n or score.interval[1] < top1
+        ]
+        add = command("index add", " FOLDER")
+        for score in weak[:NAMED]:
+            mistakes = score.n - score.right
+            share = "all" if mistakes == wrong else f"{mistakes:,} of all"
+            accuracy = f"{100 * score.right / score.n:.0f} %"
+            what = f"{score.name}: {accuracy}, {share} {wrong:,} mistakes"
+            why = f"add photos to its {counted(score.shots, 'example')}"
+            if score.times > 1:
+                why += f" ({score.times} times classified as {score.answer})"
+            yield what, why, add
+            add = ""  # once is enough
         if index.fitted is None and index.curve is None and index.values is None:
             yield "Fit the index", "it is not fitted to its examples yet", command("fit")
         elif index.fitted is not None and index.fitted.keys != index.n:
             why = f"it was fitted to {index.fitted.keys:,} examples and now has {index.n:,}"
             yield "Fit the index again", why, command("fit")
         has_all = self.manifest is None or self.manifest.n == index.n
-        if has_all and index.n <= AUDITED and (doubtful := len(audit(index))):
-            why = "the other examples contradict " + ("it" if doubtful == 1 else "them")
+        doubtful = len(audit(index)) if has_all and index.n <= AUDITED else 0
+        if doubtful:
+            them = "it" if doubtful == 1 else "them"
+            why = f"the other examples contradict {them}"
             yield f"Check {counted(doubtful, 'label')}", why, command("index audit")
         confidence = self.answers.confidence
         gap = confidence.mean() - top1
         noise = (confidence * (1 - confidence)).sum() ** 0.5 / len(confidence)
         if abs(gap) > max(MISCALIBRATED, 2 * noise):
-            why = f"they are {100 * abs(gap):.0f} points too {'high' if gap > 0 else 'low'} on average"
+            side = "high" if gap > 0 else "low"
+            why = f"they are {100 * abs(gap):.0f} points too {side} on average"
             yield "Calibrate the probabilities", why, command("fit", " --calibrate --val SOURCE")
 
 
@@ -380,9 +384,9 @@ def portable(text: str | os.PathLike[str]) -> str:
         home = Path.home()
         if full.is_relative_to(here):
             return str(full.relative_to(here))
-        return str(
-            Path(*(full.relative_to(home) if full.is_relative_to(home) else full).parts[-2:])
-        )
+        if full.is_relative_to(home):
+            full = full.relative_to(home)
+        return str(Path(*full.parts[-2:]))
 
     return re.sub(r"(?:^|(?<=[\s@:=(',\"])|(?<=://))/(?=[^/\s])[^:,'\"]*", shortened, show(text))
 
@@ -408,24 +412,22 @@ def mistakes(results: Results) -> Iterator[dict[str, object]]:
         results.block.features[places], "keep", top=3, neighbours=NEIGHBOURS
     )
     for place, prediction in zip(places, predictions, strict=True):
-        truth, answer = names[answers.truth[place]], names[answers.predicted[place]]
+        truth = names[answers.truth[place]]
+        answer = names[answers.predicted[place]]
         likely = dict(zip(prediction.labels, prediction.probabilities, strict=True))
-        likely |= {
-            truth: math.exp(answers.log_truth[place]),
-            answer: float(answers.confidence[place]),
-        }
-        ranked = dict(sorted(likely.items(), key=lambda pair: -pair[1]))
-        keys = _with_pictures(
-            results, [*prediction.neighbours, *filter(None, [prediction.opposing])]
-        )
-        item = results.test.sources[int(answers.positions[place])]
-        own = {
-            "item": item,
+        likely[truth] = math.exp(answers.log_truth[place])
+        likely[answer] = float(answers.confidence[place])
+        keys = list(prediction.neighbours)
+        if prediction.opposing is not None:
+            keys.append(prediction.opposing)
+        yield {
+            "item": results.test.sources[int(answers.positions[place])],
             "picture": _of_item(results, place),
-            "probabilities": ranked,
-            "near": keys,
+            "probabilities": dict(sorted(likely.items(), key=lambda pair: -pair[1])),
+            "near": _with_pictures(results, keys),
+            "truth": truth,
+            "answer": answer,
         }
-        yield own | {"truth": truth, "answer": answer}
 
 
 def confusions(results: Results) -> Iterator[dict[str, object]]:
@@ -436,28 +438,26 @@ def confusions(results: Results) -> Iterator[dict[str, object]]:
     answers = results.answers
     names = results.answers.class_names
     for truth, answer, times in results.evaluation.confusions[:PAIRS]:
-        if times > 1:
-            asked = answers.truth == names.index(truth)
-            own = np.flatnonzero(asked & (answers.predicted == names.index(answer)))
-            own = own[np.argsort(-answers.confidence[own], kind="stable")][:EXAMPLES]
-            asking = results.block.features[own[~answers.held_out[own]]]
-            predictions = results.index.classify(asking, "keep", neighbours=NEIGHBOURS)
-            near = {
-                key.key_id: key
-                for one in predictions
-                for key in one.neighbours
-                if key.label == answer
-            }
-            keys = _with_pictures(results, list(near.values())[:EXAMPLES])
-            pictures = [_of_item(results, place) for place in own.tolist()]
-            yield {
-                "truth": truth,
-                "answer": answer,
-                "times": times,
-                "total": int(asked.sum()),
-                "pictures": pictures,
-                "near": keys,
-            }
+        if times == 1:
+            continue
+        of_truth = answers.truth == names.index(truth)
+        confused = np.flatnonzero(of_truth & (answers.predicted == names.index(answer)))
+        surest_first = np.argsort(-answers.confidence[confused], kind="stable")
+        shown = confused[surest_first][:EXAMPLES]
+        queries = results.block.features[shown[~answers.held_out[shown]]]
+        near = {}
+        for prediction in results.index.classify(queries, "keep", neighbours=NEIGHBOURS):
+            for key in prediction.neighbours:
+                if key.label == answer:
+                    near[key.key_id] = key
+        yield {
+            "truth": truth,
+            "answer": answer,
+            "times": times,
+            "total": int(of_truth.sum()),
+            "pictures": [_of_item(results, place) for place in shown.tolist()],
+            "near": _with_pictures(results, list(near.values())[:EXAMPLES]),
+        }
 
 
 def _of_item(results: Results, place: int) -> Picture:

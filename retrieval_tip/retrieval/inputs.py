@@ -106,12 +106,11 @@ def joined(
         raise InputError(
             f"{what}: shapes {', '.join(str(one.shape) for one in given)}; expected {widths} values"
         )
-    return join(
-        [
-            one / np.linalg.norm(one.astype(np.float64), axis=1, keepdims=True).clip(1e-30)
-            for one in given
-        ]
-    )
+    scaled = []
+    for one in given:
+        norms = np.linalg.norm(one.astype(np.float64), axis=1, keepdims=True)
+        scaled.append(one / norms.clip(1e-30))
+    return join(scaled)
 
 
 def scale_of(parts: Sequence[Part], shares: Sequence[float]) -> Tensor | None:
@@ -192,11 +191,9 @@ def text_weights(weights: Features | None, c: int, d: int) -> Tensor:
 
     Raises InputError if the shape is wrong.
     """
-    return (
-        torch.zeros(c, d)
-        if weights is None
-        else shaped(weights, "text_weights", (c, d), "one per class")
-    )
+    if weights is None:
+        return torch.zeros(c, d)
+    return shaped(weights, "text_weights", (c, d), "one per class")
 
 
 def renamed(class_names: Sequence[str], old: str, new: str) -> tuple[int, list[str]]:

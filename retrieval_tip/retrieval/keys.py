@@ -42,12 +42,8 @@ GATHERED = 1 << 23
 FEW = 8
 """If there are more queries per class than this, the rows of the matrix product are queries instead of keys."""
 
-SPREAD_QUERIES, SPREAD_CLASSES, SPREAD_KEYS = 256, 8, 64
-"""Sample sizes for :meth:`KeyStream.slack`: number of queries, nearest classes per query, and keys per class."""
-
-SPREAD_QUANTILE = 0.999
-MOST_SLACK = 1e9
-"""Upper limit for the slack. At this value, every class can win."""
+SAMPLE = 256
+"""Maximum number of keys in :meth:`KeyStream.sample`."""
 
 _COPYING = threading.Lock()
 
@@ -70,16 +66,15 @@ def auto_for(
     return auto_factory(shape[0], n_classes)
 
 
-def points_of(metric: tip.Metric | None, keys: KeyArray, device: str) -> KeyArray | None:
+def transformed(metric: tip.Metric | None, keys: KeyArray, device: str) -> KeyArray | None:
     """Apply a metric to keys, and return the points in the dtype of the keys. Return ``None`` if there is no metric."""
     if metric is None:
         return None
     points = np.empty(keys.shape, dtype=keys.dtype)
     for start in range(0, len(keys), KEY_BLOCK):
-        block = torch.from_numpy(np.array(keys[start : start + KEY_BLOCK], dtype=np.float32)).to(
-            device
-        )
-        points[start : start + KEY_BLOCK] = metric(block).cpu().numpy()
+        part = slice(start, start + KEY_BLOCK)
+        block = torch.from_numpy(np.array(keys[part], dtype=np.float32))
+        points[part] = metric(block.to(device)).cpu().numpy()
     return points
 
 
@@ -111,7 +106,6 @@ class KeyStream(ABC):
         self.values = values
         self._known_means = means
         self.phi: Callable[[Tensor], Tensor] = metric or (lambda features: features)
-        self._slack: dict[float, float] = {}
         times = 1 if device == "cpu" else GPU_BLOCKS
         self.queries, self.block = QUERY_BLOCK * times, min(self.n, KEY_BLOCK * times)
 
@@ -250,47 +244,9 @@ class KeyStream(ABC):
         logits[query, slot] = sums
         return logits
 
-    def slack(self, beta: float) -> float:
-        """Estimate by how much the cache logit of a class can exceed its value at the mean affinity.
-
-        The relative excess is ``mean of exp(beta a_i) / exp(beta mean of a_i) - 1`` over the keys of a class. It is
-        measured once, for a sample of keys that are used as queries and the classes nearest to each query. The result
-        is the quantile :data:`SPREAD_QUANTILE` of the measured values.
-        """
-        if beta in self._slack:
-            return self._slack[beta]
-        features, own = self._sample()
-        near = tip.affinity(features, self.means).masked_fill_(self.counts == 0, -torch.inf)
-        near.scatter_(1, own[:, None], -torch.inf)
-        highest, classes = near.topk(min(SPREAD_CLASSES, self.n_classes), dim=1)
-        affinity = self._spread(features, classes).double()
-        excess = ((affinity - affinity.mean(2, keepdim=True)) * beta).exp().mean(
-            2
-        ) - 1  # centring prevents underflow
-        excess = excess[highest > -torch.inf].clamp(0, MOST_SLACK)
-        self._slack[beta] = float(excess.quantile(SPREAD_QUANTILE)) if len(excess) else 0.0
-        return self._slack[beta]
-
-    def _sample(self) -> tuple[Tensor, Tensor]:
-        """Return at most :data:`SPREAD_QUERIES` keys, which are used as queries, and their class ids."""
+    def sample(self) -> tuple[Tensor, Tensor]:
+        """Return at most :data:`SAMPLE` evenly spaced keys, and their class ids."""
         raise NotImplementedError
-
-    def _spread(self, features: Tensor, classes: Tensor) -> Tensor:
-        """Return the affinities of each query to a sample of keys of each of its ``classes``."""
-        affinity = features.new_zeros(*classes.shape, SPREAD_KEYS)
-        asked = classes.unique()
-        counts = self.counts[asked].long().tolist()
-        first = [0] * len(asked)
-        steps = torch.arange(SPREAD_KEYS, device=self.device)
-        for place, keys, _ in self.of_classes(asked.cpu().numpy()):
-            rows = counts[place] * steps // SPREAD_KEYS - first[place]
-            here = ((rows >= 0) & (rows < len(keys))).nonzero()[:, 0]
-            query, slot = (classes == asked[place]).nonzero(as_tuple=True)
-            affinity[query[:, None], slot[:, None], here] = tip.affinity(
-                features[query], keys[rows[here]]
-            )
-            first[place] += len(keys)
-        return affinity
 
     def cache_logits(self, points: Tensor, beta: float) -> Tensor:
         """Compute cache logits over all keys, ``C[:, c] = sum over i of exp(-beta (1 - A[:, i])) V_ic``.
@@ -301,10 +257,8 @@ class KeyStream(ABC):
         parts = []
         memory = points.new_empty(self.block * min(self.queries, len(points)))
         for own in points.split(self.queries):
-            sums, row = (
-                points.new_zeros(self.n_classes, len(own)),
-                0,
-            )  # transposed, to read contiguous memory
+            row = 0
+            sums = points.new_zeros(self.n_classes, len(own))  # transposed: contiguous memory
             for keys, ids, *_ in self.blocks():
                 affinity = memory[: len(keys) * len(own)].view(len(keys), len(own))
                 tip.affinity(keys.to(own.dtype), own, out=affinity)
@@ -391,9 +345,9 @@ class Keys(KeyStream):
         if self.by_class:
             return self.nearest_by_class(points, k)
         affinity, rows = self.index.search_tensor(points, k)
-        return self.described(
-            affinity if self.index.exact_affinity else self.affinity(points, rows), rows
-        )
+        if not self.index.exact_affinity:
+            affinity = self.affinity(points, rows)
+        return self.described(affinity, rows)
 
     def described(self, affinity: Tensor, rows: Tensor) -> Nearest:
         empty = rows < 0
@@ -425,8 +379,9 @@ class Keys(KeyStream):
     def _gathered(self, rows: Tensor) -> Tensor:
         return self.held[rows.to(self.held.device)].to(self.device).float()
 
-    def _sample(self) -> tuple[Tensor, Tensor]:
-        rows = torch.linspace(
-            0, self.n - 1, min(self.n, SPREAD_QUERIES), dtype=torch.float64, device=self.device
-        ).long()  # from 16,777,220 keys on, float32 would round the last row to n
+    def sample(self) -> tuple[Tensor, Tensor]:
+        number = min(self.n, SAMPLE)
+        # From 16,777,220 keys on, float32 would round the last row to n.
+        places = torch.linspace(0, self.n - 1, number, dtype=torch.float64, device=self.device)
+        rows = places.long()
         return self._gathered(rows), self.class_ids[rows]

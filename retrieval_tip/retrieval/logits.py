@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from retrieval_tip import tip
 from retrieval_tip.errors import InputError
 from retrieval_tip.retrieval.evidence import Contributors, Nearest
 from retrieval_tip.retrieval.keys import QUERY_BLOCK, KeyStream
+from retrieval_tip.retrieval.whole_classes import ClassBounds, promising
 from retrieval_tip.settings import Settings
 
 LOGITS = 1 << 25
@@ -45,6 +47,11 @@ class Retrieval:
 
     keys: KeyStream
     text: Tensor
+
+    @cached_property
+    def bounds(self) -> ClassBounds:
+        """Bounds on the cache logits of classes whose keys have not been read."""
+        return ClassBounds(self.keys)
 
     def answer(
         self, features: Tensor, settings: Settings, neighbours: int = 0
@@ -94,12 +101,12 @@ class Retrieval:
     def _contributions(self, near: Nearest, classes: Tensor, beta: float) -> Tensor:
         """Return each key's contribution to one class per query. A class id of -1 stands for no class."""
         if self.keys.values is None:
-            own = near.class_ids == classes[:, None]
+            values: Tensor = near.class_ids == classes[:, None]
         else:
-            own = self.keys.values[near.rows.clamp_min(0), classes.clamp_min(0)[:, None]].where(
-                classes[:, None] >= 0, 0
-            )
-        return tip.weight(near.affinity, beta) * own
+            columns = classes[:, None]
+            values = self.keys.values[near.rows.clamp_min(0), columns.clamp_min(0)]
+            values = values.where(columns >= 0, 0)
+        return tip.weight(near.affinity, beta) * values
 
     def contributors(
         self, points: Tensor, winner: Tensor, rival: Tensor, number: int, beta: float
@@ -117,17 +124,13 @@ class Retrieval:
             supporting, opposing = self._extremes(keys.values, points, winner, number, beta)
             none = self._contributions(opposing, winner, beta)[:, 0] >= 0
             if none.any():
-                most, _ = self._extremes(
-                    keys.values, points[none], rival[none].clamp_min(0), 1, beta
-                )
-                opposing.put(
-                    none, most.without(self._contributions(most, rival[none], beta) <= 0, c)
-                )
+                rivals = rival[none]
+                most, _ = self._extremes(keys.values, points[none], rivals.clamp_min(0), 1, beta)
+                not_against = self._contributions(most, rivals, beta) <= 0
+                opposing.put(none, most.without(not_against, c))
             return Contributors(supporting, opposing)
-        own, opposing = (
-            keys.nearest_of_classes(points, ids[:, None], m)
-            for ids, m in ((winner, number), (rival, 1))
-        )
+        own = keys.nearest_of_classes(points, winner[:, None], number)
+        opposing = keys.nearest_of_classes(points, rival[:, None], 1)
         few = own.rows[:, -1] < 0
         if few.any():
             others = keys.nearest(points[few], number)
@@ -147,26 +150,26 @@ class Retrieval:
                 [tip.affinity(points[part], keys) for keys, *_ in self.keys.blocks()], dim=1
             )
             shares = tip.weight(affinity, beta).mul_(values.index_select(1, classes[part]).T)
-            for kept, places in (
-                (most, shares.topk(number, dim=1).indices),
-                (least, shares.argmin(1, keepdim=True)),
-            ):
-                kept.append(self.keys.described(affinity.gather(1, places), places))
+            largest = shares.topk(number, dim=1).indices
+            smallest = shares.argmin(1, keepdim=True)
+            most.append(self.keys.described(affinity.gather(1, largest), largest))
+            least.append(self.keys.described(affinity.gather(1, smallest), smallest))
         return Nearest.joined(most), Nearest.joined(least)
 
     def _over_classes(self, points: Tensor, settings: Settings, k: int, terms: AnswerTerms) -> None:
         """Fill ``terms`` with cache logits from the classes that can win, using about ``k`` keys per query."""
         keys = self.keys
-        slack = keys.slack(settings.beta)
         most = min(max(LEAST_CLASSES, round(k / keys.mean_count)), keys.n_classes)
         classes = torch.empty(len(points), most, dtype=torch.int64, device=keys.device)
         candidates = torch.empty(classes.shape, dtype=torch.bool, device=keys.device)
-        block = QUERY_BLOCK if keys.device == "cpu" else max(QUERY_BLOCK, LOGITS // keys.n_classes)
-        for part in slices(len(points), block):  # whose logits fit in the CPU cache
-            own = terms.queries(part)
-            tip.affinity(points[part], keys.means, out=own.cache)
-            tip.at_mean(keys.counts, own.cache, settings.beta, out=own.cache)
-            classes[part], candidates[part] = promising(own, settings, slack, most)
+        block = QUERY_BLOCK  # whose logits fit in the CPU cache
+        if keys.device != "cpu":
+            block = max(block, LOGITS // keys.n_classes)
+        for part in slices(len(points), block):
+            at_means = terms.queries(part)
+            self.bounds.count_at_means(points[part], at_means.cache, settings.beta)
+            slack = self.bounds.slack(settings.beta)
+            classes[part], candidates[part] = promising(at_means, settings, slack, most)
         if keys.values is not None:
             for part in slices(len(points), QUERY_BLOCK):
                 every = int(keys.counts[classes[part]].sum(1).max())  # other values have no bounds
@@ -194,32 +197,13 @@ class Retrieval:
         )
 
 
-def promising(
-    terms: tip.Terms, settings: Settings, slack: float, most: int
-) -> tuple[Tensor, Tensor]:
-    """Select the classes whose keys each query should visit.
-
-    In ``terms``, all keys are counted at the mean affinity of their class (see :func:`tip.at_mean`), so that with
-    one-hot values, the logits ``L`` are lower bounds. If the keys of a class are visited, its cache logit increases by
-    at most the fraction ``slack``, with rare exceptions. Therefore only classes with
-    ``L_c + alpha slack cache_c >= max L`` can win.
-
-    Returns the ``p = min(most, c)`` classes that have the largest ``L``, as an int64 tensor of shape ``[q, p]``,
-    largest first. Also returns whether each of these classes can win, as a bool tensor of the same shape. For the first
-    class, this is always true.
-    """
-    highest, classes = terms.logits(settings).topk(min(most, terms.text.shape[1]), dim=1)
-    can = highest + settings.alpha * slack * terms.cache.gather(1, classes) >= highest[:, :1]
-    can[:, :1] = True  # this must also hold if logits overflow
-    return classes, can
-
-
 def first_two(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Return the winning class and the runner-up of each query. If there is only one class, the runner-up is -1."""
     classes = logits.topk(min(2, logits.shape[1]), dim=1).indices
-    return classes[:, 0], classes[:, 1] if classes.shape[1] > 1 else torch.full_like(
-        classes[:, 0], -1
-    )
+    winner = classes[:, 0]
+    if classes.shape[1] == 1:
+        return winner, torch.full_like(winner, -1)
+    return winner, classes[:, 1]
 
 
 def overflow(terms: tip.Terms, settings: Settings) -> InputError:

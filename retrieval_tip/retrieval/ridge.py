@@ -94,9 +94,8 @@ class Ridge:
 
         Raises InputError if the norms of the keys are too far from 1 for float32.
         """
-        values = self._solve(
-            points, self._gram(points), one_hot(ids, self.n_classes).float(), self._ridges(ids, ids)
-        )
+        targets = one_hot(ids, self.n_classes).float()
+        values = self._solve(points, self._gram(points), targets, self._ridges(ids, ids))
         return self._neutral(values, ids)
 
     def solved(self, labelled: ArrayRows) -> ArrayRows:
@@ -105,9 +104,8 @@ class Ridge:
         if len(labelled.keys) > SOLVED_AGAIN:
             assert labelled.values is not None
             return replace(labelled, values=self._neutral(labelled.values, ids))
-        return replace(
-            labelled, values=self.values(self._on_device(np.asarray(labelled.vectors)), ids)
-        )
+        points = self._on_device(np.asarray(labelled.vectors))
+        return replace(labelled, values=self.values(points, ids))
 
     def added(self, keys: Keys, points: KeyArray, ids: IntArray) -> Tensor:
         """Return values of shape ``[m, c]`` for new keys at ``points``, given the other keys and their values.
@@ -124,12 +122,11 @@ class Ridge:
         parts = [wanted[:0]]
         ridges = self._ridges(own_ids, torch.cat([keys.class_ids, own_ids]))
         for start in range(0, len(own), KEY_BLOCK):
-            block = own[start : start + KEY_BLOCK]
-            left = wanted[start : start + KEY_BLOCK] - keys.cache_logits(block, self.beta)
+            part = slice(start, start + KEY_BLOCK)
+            block = own[part]
+            left = wanted[part] - keys.cache_logits(block, self.beta)
             left -= tip.weight(tip.affinity(block, own[:start]), self.beta) @ torch.cat(parts)
-            parts.append(
-                self._solve(block, self._gram(block), left, ridges[start : start + KEY_BLOCK])
-            )
+            parts.append(self._solve(block, self._gram(block), left, ridges[part]))
         return torch.cat(parts)
 
     def relabelled(
@@ -152,9 +149,8 @@ class Ridge:
         return replace(labelled, values=values)
 
     def _solve(self, points: Tensor, gram: Tensor, targets: Tensor, ridges: Tensor) -> Tensor:
-        if float(gram.diagonal().max()) * torch.finfo(gram.dtype).eps < float(
-            ridges.min()
-        ):  # otherwise rounding errors hide the ridge
+        rounding = float(gram.diagonal().max()) * torch.finfo(gram.dtype).eps
+        if rounding < float(ridges.min()):  # otherwise rounding errors hide the ridge
             with suppress(torch.linalg.LinAlgError):  # type: ignore[attr-defined]  # missing in torch's type stubs
                 return ridge_values(gram, targets, ridges)
         longest = float(torch.linalg.vector_norm(points.double(), dim=1).max())
@@ -168,24 +164,21 @@ class Ridge:
         empty = torch.bincount(ids, minlength=self.n_classes) == 0
         if not empty.any() or empty.all():
             return values
-        return torch.where(
-            empty, values[:, ~empty].mean(1, keepdim=True) + self.bonus / len(values), values
-        )
+        neutral = values[:, ~empty].mean(1, keepdim=True) + self.bonus / len(values)
+        return torch.where(empty, neutral, values)
 
     def _on_device(self, points: KeyArray) -> Tensor:
         return torch.from_numpy(points.astype(np.float32)).to(self.device)
 
     def _gram(self, points: Tensor) -> Tensor:
         """Return the lower triangle of the Gram matrix in blocks of rows. The upper triangle is undefined."""
-        gram = points.new_empty(
-            len(points), len(points)
-        ).T  # stored by column, so that it is factorised in place
-        for start in range(0, len(points), GRAM_BLOCK):
+        n = len(points)
+        gram = points.new_empty(n, n).T  # stored by column, so that it is factorised in place
+        for start in range(0, n, GRAM_BLOCK):
             stop = start + GRAM_BLOCK
             block = gram[start:stop, :stop]
-            tip.weight(
-                tip.affinity(points[start:stop], points[:stop], out=block), self.beta, out=block
-            )
+            tip.affinity(points[start:stop], points[:stop], out=block)
+            tip.weight(block, self.beta, out=block)
         return gram
 
     def _ridges(self, ids: Tensor, every: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from retrieval_tip.errors import InputError, first_line
 from retrieval_tip.retrieval.defaults import Statistics, measure
 from retrieval_tip.retrieval.duplicates import Duplicates, duplicates
 from retrieval_tip.retrieval.inputs import KeysInPlace
-from retrieval_tip.retrieval.keys import KEY_BLOCK, Keys, KeyStream, points_of
+from retrieval_tip.retrieval.keys import KEY_BLOCK, Keys, KeyStream, transformed
 from retrieval_tip.retrieval.logits import slices
 from retrieval_tip.retrieval.vector_index import BY_CLASS, FLAT_FACTORY, VectorIndex
 from retrieval_tip.settings import Dtype
@@ -319,9 +319,7 @@ class ArrayRows(Rows):
             sums = None if sums is None else sums.added(gone.keys, gone.class_ids, -1)
         sums = None if sums is None else sums.added(more.keys, more.class_ids)
         if sums is not None and self.sums is not None and not sums.outweighs(self.sums):
-            sums = (
-                None  # rounding errors have become too large, so the next fit recomputes the sums
-            )
+            sums = None  # rounding errors have become too large, so the next fit recomputes them
         try:
             labels = pa.concat_tables([self.labels, more.labels], promote_options="default")
         except pa.ArrowException as error:
@@ -346,7 +344,7 @@ class ArrayRows(Rows):
     def fitted(
         self, metric: tip.Metric | None, values: Tensor | None, factory: str | None, device: str
     ) -> ArrayRows:
-        return replace(self, points=points_of(metric, self.keys, device), values=values)
+        return replace(self, points=transformed(metric, self.keys, device), values=values)
 
     def renamed(self, class_id: int, name: str) -> ArrayRows:
         column = pc.if_else(pc.equal(self.labels["class_id"], class_id), name, self.labels["label"])

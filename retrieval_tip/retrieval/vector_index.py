@@ -90,9 +90,8 @@ def faiss() -> Any:  # FAISS has no types
         module = importlib.import_module("faiss")
     except ImportError as error:
         raise StoreError(f"faiss cannot be imported ({error}); run retrieval-tip doctor") from error
-    module.cvar.distance_compute_blas_threshold = (
-        1  # otherwise a few queries are searched one by one
-    )
+    # Otherwise a few queries are searched one by one.
+    module.cvar.distance_compute_blas_threshold = 1
     return module
 
 
@@ -139,20 +138,18 @@ class VectorIndex:
         """
         n, d = keys.shape
         inner = FLAT_FACTORY if factory == BY_CLASS else factory
-        if problem := _factory_problem(inner, n, d):
-            raise UsageError(
-                f"index {factory if len(factory) <= 80 else factory[:80] + '...'!r}: {problem}"
-            )
+        problem = _factory_problem(inner, n, d)
+        if problem:
+            shown = factory if len(factory) <= 80 else f"{factory[:80]}..."
+            raise UsageError(f"index {shown!r}: {problem}")
         with _usage_errors(factory):
             index = faiss().index_factory(d, inner, faiss().METRIC_INNER_PRODUCT)
         _set_search_effort(index)
         if not index.is_trained:
             sample = np.arange(n)
-            lists = _lists(index)
-            if lists and n > lists * TRAINING_PER_LIST:
-                sample = np.sort(
-                    np.random.default_rng(0).choice(n, lists * TRAINING_PER_LIST, replace=False)
-                )
+            most = _lists(index) * TRAINING_PER_LIST
+            if 0 < most < n:
+                sample = np.sort(np.random.default_rng(0).choice(n, most, replace=False))
             training = np.ascontiguousarray(keys[sample], dtype=np.float32)
             with _usage_errors(
                 factory, f" (while it was trained on {len(sample)} keys of {d} values)"
@@ -196,9 +193,8 @@ class VectorIndex:
     def save(self, path: Path) -> None:
         """Write the CPU version of the index to ``path``. Raises StoreError if the file cannot be written."""
         try:
-            with path.open(
-                "wb"
-            ) as file:  # FAISS would not report a full disk if it opened the file itself
+            # FAISS would not report a full disk if it opened the file itself.
+            with path.open("wb") as file:
                 faiss().write_index(self._cpu, faiss().PyCallbackIOWriter(file.write))
         except RuntimeError as error:
             raise StoreError(f"{path}: FAISS cannot write it ({_reason(error)})") from None
@@ -289,13 +285,9 @@ class VectorIndex:
         if features.is_cpu or getattr(copied, "getDevice", lambda: None)() != features.device.index:
             with _GPU:
                 return _search(copied, features, k)
-        importlib.import_module(
-            "faiss.contrib.torch_utils"
-        )  # after this import, FAISS accepts tensors
-        with (
-            _GPU,
-            torch.cuda.device(features.device),
-        ):  # FAISS uses the stream of the current device
+        # After this import, FAISS accepts tensors. It uses the stream of the current device.
+        importlib.import_module("faiss.contrib.torch_utils")
+        with _GPU, torch.cuda.device(features.device):
             found: tuple[Tensor, Tensor] = copied.search(features.contiguous(), k)
         return found
 
@@ -310,9 +302,8 @@ class VectorIndex:
         if not gpus:
             raise RuntimeError("FAISS finds no GPU, but torch does (see retrieval-tip doctor)")
         options = faiss().GpuMultipleClonerOptions()
-        options.useFloat16 = self._half and not _is_uncompressed(
-            index
-        )  # float16 also rounds the queries
+        # float16 also rounds the queries.
+        options.useFloat16 = self._half and not _is_uncompressed(index)
         options.use_cuvs = "CUVS" in faiss().get_compile_options().upper()
         options.shard = size > room
         if size <= room:
@@ -392,8 +383,10 @@ def _is_uncompressed(index: FaissIndex) -> bool:
 
 
 def _bytes_on_gpu(index: FaissIndex) -> int:
-    codes = [int(part.code_size) for part in _inner(index) if hasattr(part, "code_size")]
-    return int(index.ntotal) * ((codes[-1] if codes else 4 * int(index.d)) + 8)
+    size = 4 * int(index.d)
+    for part in _inner(index):
+        size = int(getattr(part, "code_size", size))  # the innermost counts
+    return int(index.ntotal) * (size + 8)
 
 
 def _factory_problem(factory: str, n: int, d: int) -> str | None:
@@ -427,11 +420,10 @@ def _usage_errors(factory: str, when: str = "") -> Iterator[None]:
 def _reason(error: Exception) -> str:
     """Return the message of a FAISS error without its location in the FAISS source."""
     text = str(error).strip()
-    return (
-        text.rpartition("' failed: ")[2]
-        if "' failed: " in text
-        else text.rpartition(": ")[2] or text
-    )
+    _, failed, reason = text.rpartition("' failed: ")
+    if failed:
+        return reason
+    return text.rpartition(": ")[2] or text
 
 
 def _inner(index: FaissIndex) -> Iterator[FaissIndex]:
@@ -450,18 +442,14 @@ def _set_search_effort(index: FaissIndex) -> None:
     """Increase the FAISS defaults of 1 list and 16 candidates, which are too low for a cache."""
     for part in _inner(index):
         if hasattr(part, "cp"):
-            part.cp.min_points_per_centroid = (
-                1  # by default, FAISS prints a warning if there are fewer than 39
-            )
+            # By default, FAISS prints a warning if there are fewer than 39.
+            part.cp.min_points_per_centroid = 1
         if hasattr(part, "nprobe"):
             part.nprobe = min(int(part.nlist), max(8, round(2 * int(part.nlist) ** 0.5)), GPU_MAX_K)
         if hasattr(part, "k_factor"):
-            part.k_factor = (
-                4  # a compressed index recomputes the affinities of 4 k candidates exactly
-            )
+            part.k_factor = 4  # recompute the affinities of 4 k candidates exactly
         if hasattr(part, "hnsw"):
             part.hnsw.efSearch = 128
         if hasattr(part, "do_polysemous_training"):
-            part.do_polysemous_training = (
-                False  # it takes seconds and is only used for Hamming distances
-            )
+            # It takes seconds and is only used for Hamming distances.
+            part.do_polysemous_training = False

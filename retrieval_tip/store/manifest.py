@@ -47,7 +47,7 @@ SUFFIXES = {
   (see :class:`tip.Metric`), so it has fewer rows, and there are no ``points``. If the index has many keys, it
   also has ``sums``, a float64 array of shape ``[c + d, 1 + d]`` over all keys (see :class:`sums.Sums`). If it was
   fitted with the scatter of other photos, that is the ``prior``, a float32 array of shape ``[d, d]``. Until it changes,
-  it also has ``scores``, a float64 array of shape ``[m, 3]`` of its held-out photos (see :class:`sets.Scores`).
+  it also has ``scores``, a float64 array of shape ``[m, 3]`` of its held-out photos (see :class:`conformal.Scores`).
 - A fine-tuned index has ``curve``, the training loss.
 - ``classes`` contains the label, the text weight, the number of keys and the key sum of each class of a table.
   ``second`` is the sum of the outer products of its keys, of shape ``[d, d]``.
