@@ -15,9 +15,9 @@ import pyarrow.compute as pc
 from retrieval_tip.arrays import DoubleArray, IntArray
 from retrieval_tip.backbones.base import Identity, Part, parts_of, resolve_device, same_backbone
 from retrieval_tip.backbones.prompts import DEFAULT_TEMPLATES, check_templates
+from retrieval_tip.data.groups import read_groups
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import Source, open_source
-from retrieval_tip.data.tables import read_groups
 from retrieval_tip.errors import SHOWN, UsageError, counted, few
 from retrieval_tip.fit.closed_form import Fit
 from retrieval_tip.fit.scatter import pooled

@@ -34,7 +34,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from retrieval_tip.arrays import IntArray
-from retrieval_tip.data.tables import vectors
+from retrieval_tip.data.writing import vectors
 from retrieval_tip.errors import InputError, StoreError, command_line
 from retrieval_tip.files import sha256_of, sync
 from retrieval_tip.index.places import Store
