@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
     import pyarrow as pa
 
-    from retrieval_tip.data.boxes import Cut
-    from retrieval_tip.data.exif import Noting
+    from retrieval_tip.data.boxes import PhotoBoxes
+    from retrieval_tip.data.exif import ExifRecorder
     from retrieval_tip.data.reader import Reader
     from retrieval_tip.data.sources import Source
     from retrieval_tip.model import Index
@@ -171,7 +171,7 @@ class RowOptions:
         )
 
     def tables(
-        self, index: Index, sources: Sequence[Source], reader: Reader, cut: Cut
+        self, index: Index, sources: Sequence[Source], reader: Reader, cut: PhotoBoxes
     ) -> Iterator[pa.Table]:
         """Classify the sources, and yield tables of the :meth:`schema`.
 
@@ -180,10 +180,10 @@ class RowOptions:
         import pyarrow as pa
 
         from retrieval_tip.data.boxes import EMPTY
-        from retrieval_tip.data.exif import Noting
+        from retrieval_tip.data.exif import ExifRecorder
 
         schema = self.schema(index)
-        noting = Noting(cut.boxes)
+        noting = ExifRecorder(cut.boxes)
         detected = cut.detected | dict.fromkeys(map(show, cut.empty), EMPTY)
         if self.exif or self.burst is not None or self.boxes is not None:
             sources = [replace(source, load=noting) for source in sources]
@@ -202,7 +202,7 @@ class RowOptions:
             )
 
     def _answers(
-        self, index: Index, sources: Sequence[Source], reader: Reader, noting: Noting
+        self, index: Index, sources: Sequence[Source], reader: Reader, noting: ExifRecorder
     ) -> Iterator[pa.Table]:
         from retrieval_tip.predictions import PREDICTIONS
 
@@ -237,7 +237,7 @@ class RowOptions:
             for answers in classify_sources(index, sources, reader, ask):
                 yield answers.written(columns, self.abstain)
 
-    def _others(self, cut: Cut, noting: Noting) -> Iterator[pa.Table]:
+    def _others(self, cut: PhotoBoxes, noting: ExifRecorder) -> Iterator[pa.Table]:
         """Yield the names of unclassified inputs, after noting when and where the photos were taken."""
         import pyarrow as pa
 
@@ -267,7 +267,7 @@ def _restore(inputs: Sequence[str]) -> None:
 def _write_sidecars(
     rows: Iterable[Mapping[str, Any]],
     photos: Sequence[Source],
-    cut: Cut,
+    cut: PhotoBoxes,
     uncertain: str | None,
     groups: Levels | None,
 ) -> list[Skipped]:
@@ -334,7 +334,7 @@ def classify(
     from retrieval_tip import __version__
     from retrieval_tip.cli.output import write_document, write_folder, write_tables
     from retrieval_tip.data import camera_traps
-    from retrieval_tip.data.boxes import Cut, cut_boxes
+    from retrieval_tip.data.boxes import PhotoBoxes, cut_boxes
     from retrieval_tip.data.exchange import FORMATS
 
     rows = rows.asking(ask, printing)
@@ -346,7 +346,7 @@ def classify(
     loaded = index_with(folder, encoding, opening, ask)
     rows.check(loaded, printing.style)
     photos = inputs_of(inputs)
-    cut = Cut()
+    cut = PhotoBoxes()
     counts = Counter[str]()
     skipped = list[Skipped]()
     sources = photos

@@ -25,11 +25,11 @@ _Entry = tuple[Found, list[tuple[str, Box, Found]]] | str
 
 
 @dataclass(frozen=True)
-class Cut:
+class PhotoBoxes:
     """Photos that were cut into boxes.
 
     Attributes:
-        sources: the boxes to classify, as items to encode with :class:`exif.Noting`.
+        sources: the boxes to classify, as items to encode with :class:`exif.ExifRecorder`.
         boxes: the photo and the edges of each box.
         detected: the category of each box, by its printable name.
         others: the boxes of categories that are not classified.
@@ -48,7 +48,7 @@ class Cut:
     found: dict[str, tuple[Found, Found | None]] = field(default_factory=dict)
 
 
-def cut_boxes(file: Path, sources: Sequence[Source], categories: Sequence[str] = ()) -> Cut:
+def cut_boxes(file: Path, sources: Sequence[Source], categories: Sequence[str] = ()) -> PhotoBoxes:
     """Replace each photo by its boxes from a file in MegaDetector's batch format.
 
     Boxes without an area are left out. So are boxes below the ``typical_detection_threshold`` of the detector, or
@@ -59,7 +59,7 @@ def cut_boxes(file: Path, sources: Sequence[Source], categories: Sequence[str] =
     an entry, if the detector failed on all, or if two photos have the same entry.
     """
     document, names, entries = _read(file)
-    made = Cut(document=document)
+    made = PhotoBoxes(document=document)
     known = [show(str(name)) for name in names.values()]
     for category in categories:
         if category.casefold() not in map(str.casefold, known):
