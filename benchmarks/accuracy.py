@@ -50,7 +50,7 @@ from prior import TABLES, sums_of
 from retrieval_tip import EncodingCache, Index, Reader, build_index, load_backbone, open_source, tip
 from retrieval_tip.arrays import DoubleArray
 from retrieval_tip.data.sources import Source
-from retrieval_tip.data.tables import vectors
+from retrieval_tip.data.writing import vectors
 from retrieval_tip.evaluation.calibration import expected_calibration_error
 from retrieval_tip.fit import closed_form
 from retrieval_tip.fit.scatter import pooled

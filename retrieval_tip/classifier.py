@@ -24,6 +24,7 @@ from retrieval_tip.backbones.base import Backbone
 from retrieval_tip.backbones.loading import Model, given_backbone, load_again
 from retrieval_tip.data import images
 from retrieval_tip.data.encoding_cache import EncodingCache
+from retrieval_tip.data.feature_table import check_backbone
 from retrieval_tip.data.pictures import Picture, features_of, is_one, open_images
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import (
@@ -35,7 +36,7 @@ from retrieval_tip.data.sources import (
     open_source,
     read_item,
 )
-from retrieval_tip.data.tables import check_backbone, is_frame
+from retrieval_tip.data.tables import is_frame
 from retrieval_tip.errors import InputError, RetrievalTipError, UsageError, counted, few
 from retrieval_tip.evaluation.audit import audit
 from retrieval_tip.evaluation.calibration import Calibration, calibrate

@@ -19,7 +19,7 @@ from retrieval_tip import TipAdapterClassifier
 from retrieval_tip.backbones.base import Part
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import open_source
-from retrieval_tip.data.tables import schema_of, table_of, write_table
+from retrieval_tip.data.writing import schema_of, table_of, write_table
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.index.build import build_index
 

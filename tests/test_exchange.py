@@ -13,9 +13,10 @@ from conftest import ROOT
 from tables import unit_rows
 
 from retrieval_tip.backbones.base import Identity
+from retrieval_tip.data.feature_table import FeatureTable
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import open_source
-from retrieval_tip.data.tables import FeatureTable
+from retrieval_tip.data.tables import ParquetFiles
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.index.build import build_index
 from retrieval_tip.index.export import export_table, export_text
@@ -92,7 +93,7 @@ def test_the_exported_table_has_the_columns_of_the_label_store(tmp_path):
     for column in (*further, "label"):
         assert table[column].to_pylist() == cache.labels[column].to_pylist()
     assert table["id"].to_pylist() == cache.labels["source"].to_pylist()
-    assert FeatureTable(tmp_path / "t.parquet").identity() == IDENTITY
+    assert FeatureTable(ParquetFiles(tmp_path / "t.parquet")).identity() == IDENTITY
     np.testing.assert_array_equal(rows_of(tmp_path / "t.parquet"), cache.keys)
 
 

@@ -27,9 +27,10 @@ from retrieval_tip import errors
 from retrieval_tip.backbones.base import Part, side_by_side, unit
 from retrieval_tip.data import images
 from retrieval_tip.data.encoding_cache import EncodingCache
+from retrieval_tip.data.feature_table import FeatureTable, check_backbone
 from retrieval_tip.data.reader import CENTRE, Reader, encode_table, view_names
 from retrieval_tip.data.sources import of_features, of_images, open_items, open_source, read_item
-from retrieval_tip.data.tables import MOST_OPEN, FeatureTable, check_backbone
+from retrieval_tip.data.tables import MOST_OPEN, ParquetFiles
 from retrieval_tip.errors import BackboneError, InputError, RetrievalTipError, UsageError
 from retrieval_tip.index.build import build_index
 
@@ -450,7 +451,7 @@ def test_features_of_every_float_and_list_type_are_read(tmp_path, kind, lists):
     path = table_of(tmp_path / "t.parquet", pa.array(list(rows), lists(kind)))
     assert read_all(path).dtype == np.float32
     assert np.array_equal(read_all(path), rows.astype(np.float32))
-    assert [part.width for part in FeatureTable(path).parts()] == [4]
+    assert [part.width for part in FeatureTable(ParquetFiles(path)).parts()] == [4]
 
 
 GOOD = [1.0, 0.0, 0.0, 0.0]
@@ -502,10 +503,12 @@ def test_a_table_without_rows_features_or_readable_metadata_is_refused(tmp_path)
     empty = table_of(tmp_path / "e.parquet", pa.array([], pa.list_(pa.float32(), 4)))
     with pytest.raises(InputError, match=r"e\.parquet: has no rows"):
         read_all(empty)
-    assert FeatureTable(with_identity(tmp_path / "u.parquet", None)).identity() is None
+    assert (
+        FeatureTable(ParquetFiles(with_identity(tmp_path / "u.parquet", None))).identity() is None
+    )
     pq.write_table(pa.table({"id": ["a"], "vector": ["b"]}), tmp_path / "n.parquet")
     with pytest.raises(InputError, match="one column 'feature'; its columns are id, vector"):
-        FeatureTable(tmp_path / "n.parquet").parts()
+        FeatureTable(ParquetFiles(tmp_path / "n.parquet")).parts()
     for raw in (b"", b"{", b"[]", b"null", b"{}", b"\xff", b'{"model": 1}', b"[" * 100_000):
         with pytest.raises(InputError, match=r"t\.parquet: its metadata cannot be read"):
             read_all(with_identity(tmp_path / "t.parquet", raw))
@@ -566,7 +569,7 @@ def test_an_encoded_table_contains_the_features_of_readable_images(folder, tmp_p
     assert table["label"].to_pylist() == [source.labels[n] for n in read]
     assert table["note"].to_pylist() == [f"note {n}" for n in read]
     assert all(len(digest) == 64 for digest in table["digest"].to_pylist())
-    assert FeatureTable(out).identity() == IDENTITY
+    assert FeatureTable(ParquetFiles(out)).identity() == IDENTITY
     assert np.array_equal(read_all(out), all_of(Reader(Fake()), source)[1])
     assert open_source(out).class_names == source.class_names
 

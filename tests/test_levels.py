@@ -18,8 +18,8 @@ from tables import unit, write_table
 
 from retrieval_tip import tip
 from retrieval_tip.answers import narrowest
+from retrieval_tip.data.groups import read_groups
 from retrieval_tip.data.reader import Reader
-from retrieval_tip.data.tables import read_groups
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.index import changes
 from retrieval_tip.index.build import build_index

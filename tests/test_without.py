@@ -20,7 +20,7 @@ from serving import app_of, build, caltech_photos
 from tables import unit, write_table
 
 from retrieval_tip import Classifier, Index, tip
-from retrieval_tip.data import tables
+from retrieval_tip.data import feature_table
 from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.sources import of_images
 from retrieval_tip.errors import InputError
@@ -246,7 +246,7 @@ def test_classify_answers_shots_as_evaluate_does(run, tmp_path):
 
 def test_shots_among_many_rows_keep_their_order_and_their_sets(run, tmp_path, monkeypatch):
     monkeypatch.setattr(held_out, "WINDOW", 16)
-    monkeypatch.setattr(tables, "TABLE_ROWS", 7)
+    monkeypatch.setattr(feature_table, "TABLE_ROWS", 7)
     draw = np.random.default_rng(3)
     features, labels = (
         unit(np.repeat(MEANS, 20, 0) + 0.4 * draw.normal(size=(20 * C, D))),

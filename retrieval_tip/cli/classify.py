@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
     import pyarrow as pa
 
-    from retrieval_tip.data.boxes import Cut
-    from retrieval_tip.data.exif import Noting
+    from retrieval_tip.data.boxes import PhotoBoxes
+    from retrieval_tip.data.exif import ExifRecorder
     from retrieval_tip.data.reader import Reader
     from retrieval_tip.data.sources import Source
     from retrieval_tip.model import Index
@@ -172,7 +172,7 @@ class RowOptions:
         )
 
     def tables(
-        self, index: Index, sources: Sequence[Source], reader: Reader, cut: Cut
+        self, index: Index, sources: Sequence[Source], reader: Reader, cut: PhotoBoxes
     ) -> Iterator[pa.Table]:
         """Classify the sources, and yield tables of the :meth:`schema`.
 
@@ -181,10 +181,10 @@ class RowOptions:
         import pyarrow as pa
 
         from retrieval_tip.data.boxes import EMPTY
-        from retrieval_tip.data.exif import Noting
+        from retrieval_tip.data.exif import ExifRecorder
 
         schema = self.schema(index)
-        noting = Noting(cut.boxes)
+        noting = ExifRecorder(cut.boxes)
         detected = cut.detected | dict.fromkeys(map(show, cut.empty), EMPTY)
         if self.exif or self.burst is not None or self.boxes is not None:
             sources = [replace(source, load=noting) for source in sources]
@@ -199,7 +199,7 @@ class RowOptions:
             yield pa.table([(unknown | columns)[name] for name in schema.names], schema=schema)
 
     def _answers(
-        self, index: Index, sources: Sequence[Source], reader: Reader, noting: Noting
+        self, index: Index, sources: Sequence[Source], reader: Reader, noting: ExifRecorder
     ) -> Iterator[pa.Table]:
         """Yield the answers to all photos, which are mixed or grouped as the options say."""
         from retrieval_tip.predictions import PREDICTIONS
@@ -228,7 +228,7 @@ class RowOptions:
             for answers in classify_sources(index, sources, reader, ask):
                 yield answers.written(columns, self.abstain)
 
-    def _others(self, cut: Cut, noting: Noting) -> Iterator[pa.Table]:
+    def _others(self, cut: PhotoBoxes, noting: ExifRecorder) -> Iterator[pa.Table]:
         """Yield the names of unclassified inputs, after noting when and where the photos were taken."""
         import pyarrow as pa
 
@@ -303,7 +303,7 @@ class Answered:
     tables: Iterator[pa.Table]
     inputs: Sequence[str]
     photos: Sequence[Source]
-    cut: Cut
+    cut: PhotoBoxes
     deployments: Mapping[str, dict[str, Any]]
     unread: list[Skipped]
 
@@ -445,7 +445,7 @@ def classify(
         classify indexes/things new --top 3 --out answers.csv
     """
     from retrieval_tip.data import camera_traps
-    from retrieval_tip.data.boxes import Cut, cut_boxes
+    from retrieval_tip.data.boxes import PhotoBoxes, cut_boxes
 
     rows = rows.asking(ask, printing)
     if rows.undo:
@@ -457,7 +457,7 @@ def classify(
     loaded = index_with(folder, encoding, opening, ask)
     rows.check(loaded, printing.style)
     photos = inputs_of(inputs)
-    cut = Cut(photos)
+    cut = PhotoBoxes(photos)
     if rows.boxes is not None:
         cut = cut_boxes(rows.boxes, photos, rows.categories)
         if printing.named == MEGADETECTOR:

@@ -149,8 +149,8 @@ def backbone_for(
     backbone is the one that the options name. If they name none, feature tables only need a backbone for text, which is
     then the one they name.
     """
+    from retrieval_tip.data.feature_table import check_backbone
     from retrieval_tip.data.sources import check_images
-    from retrieval_tip.data.tables import check_backbone
     from retrieval_tip.model import Index
 
     check_images(sources)

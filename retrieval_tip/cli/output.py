@@ -15,7 +15,7 @@ from typing import IO, Any
 import pyarrow as pa
 from wcwidth import wcswidth
 
-from retrieval_tip.data.tables import parquet_writer, row_groups_of
+from retrieval_tip.data.writing import parquet_writer, row_groups_of
 from retrieval_tip.errors import (
     InputError,
     RetrievalTipError,

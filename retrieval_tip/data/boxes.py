@@ -25,11 +25,11 @@ _Entry = tuple[Found, list[tuple[str, Box, Found]]] | str
 
 
 @dataclass(frozen=True)
-class Cut:
+class PhotoBoxes:
     """Photos that were cut into boxes.
 
     Attributes:
-        sources: the boxes to classify, as items to encode with :class:`exif.Noting`.
+        sources: the boxes to classify, as items to encode with :class:`exif.ExifRecorder`.
         boxes: the photo and the edges of each box.
         detected: the category of each box, by its printable name.
         others: the boxes of categories that are not classified.
@@ -48,7 +48,7 @@ class Cut:
     found: dict[str, tuple[Found, Found | None]] = field(default_factory=dict)
 
 
-def cut_boxes(file: Path, sources: Sequence[Source], categories: Sequence[str] = ()) -> Cut:
+def cut_boxes(file: Path, sources: Sequence[Source], categories: Sequence[str] = ()) -> PhotoBoxes:
     """Replace each photo by its boxes from a file in MegaDetector's batch format.
 
     Boxes without an area are left out. So are boxes below the ``typical_detection_threshold`` of the detector, or
@@ -59,7 +59,7 @@ def cut_boxes(file: Path, sources: Sequence[Source], categories: Sequence[str] =
     an entry, if the detector failed on all, or if two photos have the same entry.
     """
     document, names, entries = _read(file)
-    made = Cut(document=document)
+    made = PhotoBoxes(document=document)
     known = [show(str(name)) for name in names.values()]
     for category in categories:
         if category.casefold() not in map(str.casefold, known):
@@ -68,42 +68,60 @@ def cut_boxes(file: Path, sources: Sequence[Source], categories: Sequence[str] =
                 f"{show(file)}: has no category {category!r}; choose with --categories from: {choices}"
             )
     wanted = set(map(str.casefold, categories))
+    for source, photos in zip(sources, _matched(file, sources, entries), strict=True):
+        failed = list(source.failed)
+        items = list[str]()
+        for path, entry in photos:
+            if isinstance(entry, str):
+                failed.append(Skipped(show(path), entry))
+                continue
+            image, boxes = entry
+            if not boxes:
+                made.empty.append(path)
+                made.found[show(path)] = image, None
+            for number, (category, box, detection) in enumerate(boxes, 1):
+                name = f"{path}#{number}"
+                is_wanted = not categories or category.casefold() in wanted
+                names_of_boxes = items if is_wanted else made.others
+                names_of_boxes.append(name)
+                made.boxes[name] = (path, box)
+                made.detected[show(name)] = category
+                made.found[show(name)] = image, detection
+        made.sources.append(of_images(items, source.name, failed=failed))
+    if not made.boxes and not made.empty:
+        raise InputError(str(next(skip for source in made.sources for skip in source.failed)))
+    return made
+
+
+def _matched(
+    file: Path, sources: Sequence[Source], entries: dict[str, _Entry]
+) -> list[list[tuple[str, _Entry]]]:
+    """Return the photos of each source, each with its entry or the reason why it has no boxes."""
     owners: dict[str, str] = {}
+    matched = []
     for source in sources:
         if source.paths is None:
             raise UsageError(f"{source.name}: --boxes: features cannot be cropped; give photos")
-        failed = list(source.failed)
-        items = list[str]()
+        photos = list[tuple[str, _Entry]]()
         for path in source.paths:
-            entry = next((end for end in _ends(path) if end in entries), None)
-            if entry is not None and owners.setdefault(entry, path) != path:
-                both = f"{show(owners[entry])} and {show(path)}"
-                raise InputError(
-                    f"{show(file)}: {both} both match its file {entry!r}; classify one folder"
-                )
-            found = "no entry in the file of boxes" if entry is None else entries[entry]
-            if isinstance(found, str):
-                failed.append(Skipped(show(path), found))
+            key = next((end for end in _ends(path) if end in entries), None)
+            if key is None:
+                photos.append((path, "no entry in the file of boxes"))
                 continue
-            for number, (category, box, detection) in enumerate(found[1], 1):
-                name = f"{path}#{number}"
-                chosen = not categories or category.casefold() in wanted
-                (items if chosen else made.others).append(name)
-                made.boxes[name] = (path, box)
-                made.detected[show(name)] = category
-                made.found[show(name)] = found[0], detection
-            if not found[1]:
-                made.empty.append(path)
-                made.found[show(path)] = found[0], None
-        made.sources.append(of_images(items, source.name, failed=failed))
+            owner = owners.setdefault(key, path)
+            if owner != path:
+                both = f"{show(owner)} and {show(path)}"
+                raise InputError(
+                    f"{show(file)}: {both} both match its file {key!r}; classify one folder"
+                )
+            photos.append((path, entries[key]))
+        matched.append(photos)
     if not owners:
         example = repr(next(iter(entries), "photo.jpg"))
         raise InputError(
             f"{show(file)}: no photo has an entry; its path must end with one, such as {example}"
         )
-    if not made.boxes and not made.empty:
-        raise InputError(str(next(one for source in made.sources for one in source.failed)))
-    return made
+    return matched
 
 
 def _ends(path: str) -> Iterator[str]:

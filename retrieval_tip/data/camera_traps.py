@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 
 from retrieval_tip.data import remote, tables
-from retrieval_tip.data.boxes import EMPTY, Cut
+from retrieval_tip.data.boxes import EMPTY, PhotoBoxes
 from retrieval_tip.data.source import Source
 from retrieval_tip.errors import InputError, Skipped, counted, few, show
 
@@ -91,7 +91,7 @@ def clear(document: Row, file: str) -> None:
 
 def megadetector(
     rows: Iterable[Row],
-    cut: Cut,
+    cut: PhotoBoxes,
     by: str,
     root: str,
     class_names: Sequence[str],
@@ -181,7 +181,7 @@ def read_deployments(file: Path, zone: tzinfo | None) -> dict[str, Row]:
 
 def camtrap_dp(
     rows: Iterable[Row],
-    cut: Cut,
+    cut: PhotoBoxes,
     by: str,
     root: str,
     zone: tzinfo,

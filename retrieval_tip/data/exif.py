@@ -79,7 +79,7 @@ def _degrees(parts: object, side: object, sides: str, most: int) -> float | None
 
 
 @dataclass
-class Noting:
+class ExifRecorder:
     """A function that reads a photo, and notes in ``taken`` when and where it was taken, by its name.
 
     If a name is one of ``boxes``, it returns this part of a photo, which is given by its path and by the edges of the

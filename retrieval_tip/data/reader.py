@@ -29,7 +29,7 @@ from retrieval_tip.backbones.base import (
 )
 from retrieval_tip.backbones.prompts import each_text, prompts_of, text_weights
 from retrieval_tip.backbones.torch_backbone import TorchBackbone
-from retrieval_tip.data import images, tables
+from retrieval_tip.data import images, tables, writing
 from retrieval_tip.data.encoding_cache import EncodingCache
 from retrieval_tip.data.source import Source, spread
 from retrieval_tip.errors import (
@@ -338,7 +338,7 @@ class Reader:
         assert source.rows is not None
         if self.backbone is not None:
             same_backbone(
-                source.table.identity(self.parts), self.backbone.identity, source.table.name
+                source.table.identity(self.parts), self.backbone.identity, source.table.files.name
             )
         rows, places = np.unique(source.rows, return_inverse=True)
         blocks = source.table.features(rows, self.norms, self.parts)
@@ -523,7 +523,7 @@ def _chunks(things: Sequence[_T], size: int) -> list[Sequence[_T]]:
 def encode_table(source: Source, out: str | os.PathLike[str], reader: Reader) -> int:
     """Write the features of a source as a feature table, which appears when complete. Return the number of rows."""
     schema, rows = encoded(source, reader)
-    return tables.write_table(Path(out), schema, tables.row_groups_of(rows))
+    return writing.write_table(Path(out), schema, writing.row_groups_of(rows))
 
 
 def encoded(source: Source, reader: Reader) -> tuple[pa.Schema, Iterator[pa.Table]]:
@@ -539,7 +539,7 @@ def encoded(source: Source, reader: Reader) -> tuple[pa.Schema, Iterator[pa.Tabl
         pa.field("digest", pa.string()),
         *(pa.field(field.name, field.type) for field in kept),
     ]
-    schema = tables.schema_of(parts, np.float32, further)
+    schema = writing.schema_of(parts, np.float32, further)
 
     def rows() -> Iterator[pa.Table]:
         for block in reader.blocks(source):
@@ -548,6 +548,6 @@ def encoded(source: Source, reader: Reader) -> tuple[pa.Schema, Iterator[pa.Tabl
             columns = {"digest": pa.array(block.digests, pa.string())} | {
                 field.name: items[field.name] for field in kept
             }
-            yield tables.table_of(schema, items["source"], labels, block.features, columns)
+            yield writing.table_of(schema, items["source"], labels, block.features, columns)
 
     return schema, rows()

@@ -31,7 +31,7 @@ from retrieval_tip.errors import (
 from retrieval_tip.files import FOLDER, NotAFileError, open_regular
 
 if TYPE_CHECKING:
-    from retrieval_tip.data.tables import FeatureTable
+    from retrieval_tip.data.feature_table import FeatureTable
 
 log = logging.getLogger(__name__)
 

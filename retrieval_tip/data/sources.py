@@ -18,7 +18,8 @@ import pyarrow.compute as pc
 
 from retrieval_tip.arrays import FloatArray
 from retrieval_tip.backbones.base import Part
-from retrieval_tip.data import exchange, images, remote, tables
+from retrieval_tip.data import exchange, images, remote, tables, writing
+from retrieval_tip.data.feature_table import FeatureTable
 from retrieval_tip.data.source import Source as Source
 from retrieval_tip.data.source import of_images as of_images
 from retrieval_tip.data.source import read_item as read_item
@@ -136,9 +137,9 @@ def of_features(
     If several encoders made them, ``parts`` says how each feature is divided. Raises InputError if there are no
     features, or if a source or a label is empty or too long.
     """
-    schema = tables.schema_of(parts or [Part(features.shape[1], FEATURE)], features.dtype)
+    schema = writing.schema_of(parts or [Part(features.shape[1], FEATURE)], features.dtype)
     return _open_table(
-        InMemory.of(tables.table_of(schema, sources, labels, features), "features"), labelled=True
+        InMemory.of(writing.table_of(schema, sources, labels, features), "features"), labelled=True
     )
 
 
@@ -342,10 +343,10 @@ def _open_table(
     file: tables.Place, root: str | os.PathLike[str] | None = None, *, labelled: bool
 ) -> Source:
     name = show(file)
-    items, table = items_of(file)
+    items, files = items_of(file)
     if not len(items):
         raise InputError(f"{name}: has no rows")
-    key = "path" if table is None else "id"
+    key = "path" if files is None else "id"
     items = renamed(items, key, "label")
     hint = (
         "; an image table has path (image, image_path, file_name) and label; a feature table has id, label and "
@@ -358,8 +359,8 @@ def _open_table(
     names = (
         tuple(sorted(pc.unique(items["label"]).drop_null().to_pylist())) if "label" in front else ()
     )
-    if table is not None:
-        return Source(name, items, names, table=table, rows=np.arange(len(items)))
+    if files is not None:
+        return Source(name, items, names, table=FeatureTable(files), rows=np.arange(len(items)))
     folder = root or (file.parent if isinstance(file, Path) else os.fspath(file).rpartition("/")[0])
     paths = [
         path if remote.is_remote(path) else os.path.join(folder, path)

@@ -1,57 +1,35 @@
-"""Read and write tables: CSV, TSV and Parquet files, and folders of Parquet parts.
-
-A feature table is a Parquet table with a column of features. Its metadata can name the backbone that made them.
-"""
+"""Find, open and read tables of items: CSV, TSV and Parquet files, and folders of Parquet parts."""
 
 from __future__ import annotations
 
 import codecs
 import io
-import json
 import mmap
 import os
 import re
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from types import MappingProxyType
-from typing import IO, Any
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from retrieval_tip.arrays import FloatArray, IntArray
-from retrieval_tip.backbones.base import (
-    Backbone,
-    Identity,
-    Part,
-    identity_of,
-    same_backbone,
-    side_by_side,
-)
 from retrieval_tip.data import remote
-from retrieval_tip.data.source import Source, check_lengths, refuse_rows
+from retrieval_tip.data.source import check_lengths, refuse_rows
 from retrieval_tip.errors import (
-    BackboneError,
     InputError,
     RetrievalTipError,
-    UsageError,
-    counted,
-    few,
     first_line,
     message,
     show,
     warn_once,
 )
-from retrieval_tip.files import map_regular, replacing
-from retrieval_tip.settings import Levels, Norms
+from retrieval_tip.files import map_regular
 
 FEATURE = "feature"
 NAMES = {
@@ -62,21 +40,10 @@ NAMES = {
 }
 """Accepted column names. If a table has several of these columns, the one that comes first in this list is used."""
 SUFFIXES = (".csv", ".tsv", ".parquet")
-RUN, COMPLETE = (
-    "_run.json",
-    "_complete.json",
-)  # the description of a folder of parts, and the mark of a complete one
+RUN = "_run.json"  # the description of a folder of parts
+COMPLETE = "_complete.json"  # the mark of a complete folder
 IDENTITY_KEY = b"retrieval_tip.backbone"
-NORM_TOLERANCE = 0.01
-MOST_KEPT = 1e9  # largest norm that ``norms="keep"`` accepts; the squared product of two features then fits float32
 MAX_ROWS = 2**31 - 1  # largest number of rows; even a tiny file can declare any number
-MOST_GROUPED, MOST_GROUPS = (
-    100_000,
-    1 << 24,
-)  # classes and bytes of a table of groups, which every manifest has
-MOST_LEVELS = 16  # levels of groups above the classes
-GROUP_ROWS = 1024  # smallest number of rows in a Parquet row group
-TABLE_ROWS = 8192  # largest number of features that are read at a time
 MOST_OPEN = 64  # largest number of parts that stay open; the system limits the number of open files
 
 
@@ -146,32 +113,62 @@ def part_files(folder: str) -> list[Path | str]:
     return [url for url in remote.find(folder) if url.endswith(".parquet")]
 
 
-def items_of(file: Place, most: int = MAX_ROWS) -> tuple[pa.Table, FeatureTable | None]:
-    """Return all columns of a table except features, and the table if it has features. Ids default to row numbers."""
+class ParquetFiles:
+    """The Parquet files of a table, which are its parts or itself.
+
+    Each file is opened once, until :meth:`close`. In a folder of more than :data:`MOST_OPEN` parts, each pass opens
+    them again. A pickled object has no open files.
+    """
+
+    def __init__(self, place: Place) -> None:
+        self.name = show(place)
+        self._place = place
+        self._files = table_files(place)
+        self._open = lru_cache(MOST_OPEN)(open_parquet)
+
+    def __reduce__(self) -> tuple[type[ParquetFiles], tuple[Place]]:
+        return ParquetFiles, (self._place,)
+
+    def __iter__(self) -> Iterator[tuple[pq.ParquetFile, int, str]]:
+        """Yield each file with the number of its first row, and its name."""
+        start = 0
+        for part in self._files:
+            file = self._open(part)
+            yield file, start, show(part)
+            start += file.metadata.num_rows
+
+    def close(self) -> None:
+        """Close all files."""
+        self._open.cache_clear()
+
+
+def items_of(file: Place, most: int = MAX_ROWS) -> tuple[pa.Table, ParquetFiles | None]:
+    """Return all columns of a table except features, and its files if it has features. Ids default to row numbers."""
     name = show(file)
-    has_features = False
     if _is_text(file):
         items = _read_csv(file)
         _check(items.column_names, len(items), most, name)
         return items, None
-    tables = list[pa.Table]()
-    table = FeatureTable(file)
-    for parquet, start, part in table.parquets():
-        columns = parquet.schema_arrow.names
-        feature = feature_column(parquet.schema_arrow)
-        unnamed = not set(NAMES["path"]) & set(columns) and any(
-            is_vector(one.type) for one in parquet.schema_arrow
-        )
+    has_features = False
+    tables = []
+    files = ParquetFiles(file)
+    for parquet, start, part in files:
+        schema = parquet.schema_arrow
+        columns = schema.names
+        feature = feature_column(schema)
+        has_vectors = any(is_vector(field.type) for field in schema)
+        has_paths = not set(NAMES["path"]).isdisjoint(columns)
+        has_features = feature is not None or (has_vectors and not has_paths)
         end = start + parquet.metadata.num_rows
-        has_features = feature is not None or unnamed
         _check(columns, end, most, name)
         with reading(part):
-            kept = parquet.read(columns=[column for column in columns if column != feature])
+            items = parquet.read(columns=[column for column in columns if column != feature])
             if has_features and "id" not in columns:
-                kept = kept.append_column("id", pa.array(map(str, range(start, end)), pa.string()))
-            tables.append(_sound(kept, part))
+                numbers = pa.array(map(str, range(start, end)), pa.string())
+                items = items.append_column("id", numbers)
+            tables.append(_sound(items, part))
     with reading(name):
-        return pa.concat_tables(tables), table if has_features else None
+        return pa.concat_tables(tables), files if has_features else None
 
 
 def _is_text(file: Place) -> bool:
@@ -311,350 +308,3 @@ def texts(
         )
     check_lengths(values, name, what)
     return values
-
-
-def read_groups(table: str | os.PathLike[str] | bytes, class_names: Sequence[str]) -> Levels:
-    """Read the groups of classes (see :class:`settings.BuildOptions`). Warn of classes that are not ``class_names``.
-
-    ``table`` is a file, or the bytes of a file. Raises InputError if it is invalid, or if it has no such class.
-    """
-    name = "groups" if isinstance(table, bytes) else show(table)
-    with reading(name):
-        data = table if isinstance(table, bytes) else map_regular(table)
-    if (
-        len(data) > MOST_GROUPS
-        or (items := items_of(InMemory(name, data), MOST_GROUPED)[0]).nbytes > MOST_GROUPS
-    ):
-        raise InputError(
-            f"{name}: larger than {MOST_GROUPS:,} bytes; keep the classes of the index"
-        )
-    if (levels := items.num_columns - 1) > MOST_LEVELS:
-        raise InputError(f"{name}: {levels:,} levels of groups; keep at most {MOST_LEVELS}")
-    columns = {
-        one: texts(items, name, one, needed=not at) for at, one in enumerate(items.column_names)
-    }
-    rows = list(
-        zip(
-            *(pc.utf8_trim_whitespace(values).to_pylist() for values in columns.values()),
-            strict=True,
-        )
-    )
-    for label, times in Counter(row[0] for row in rows).most_common(1):
-        if times > 1:
-            raise InputError(f"{name}: class {label!r} occurs twice; keep one row")
-    groups = Levels(tuple(columns), {label: path for label, *path in rows})
-    others = groups.others(class_names)
-    if len(others) == len(rows):
-        raise InputError(f"{name}: has no class of this index ({few(class_names)})")
-    if others:
-        warn_once(f"{name}: {not_in_index(others)}")
-    return groups
-
-
-def not_in_index(class_names: Sequence[str]) -> str:
-    """Return the warning for classes of a table of groups that an index does not have."""
-    return f"{counted(len(class_names), 'class', 'is', 'are')} not in the index: {few(class_names)}"
-
-
-def check_backbone(
-    identity: Identity | None,
-    d: int,
-    backbone: Backbone | None,
-    sources: Sequence[Source],
-    parts: Sequence[Part] = (),
-) -> None:
-    """Check that ``backbone`` and ``sources`` fit an index whose features have ``d`` values and come from ``identity``.
-
-    The sources can be tables with one column for each of the ``parts`` of a feature.
-
-    Raises BackboneError if the backbones differ, and InputError if the features have different lengths.
-    """
-    if backbone is not None:
-        same_backbone(identity, backbone.identity, "index")
-        if backbone.dim != d:
-            raise BackboneError(
-                f"encoder {backbone.identity}: its features have {backbone.dim} values; the index has {d}"
-            )
-    for source in sources:
-        if source.table is not None:
-            found = source.table.parts(parts)
-            same_backbone(identity_of(found), identity, source.name)
-            if (dim := sum(part.width for part in found)) != d:
-                raise InputError(
-                    f"{source.name}: its features have {dim} values; the index has {d}"
-                )
-
-
-class FeatureTable:
-    """A Parquet file or a folder of Parquet parts.
-
-    Each file is opened once, and closed when its features have been read. A further pass opens it again, and so does
-    each pass over a folder of more than :data:`MOST_OPEN` parts. A pickled table has no open files.
-    """
-
-    def __init__(self, place: Place) -> None:
-        self.name = show(place)
-        self._place = place
-        self._files = table_files(place)
-        self._open = lru_cache(MOST_OPEN)(open_parquet)
-
-    def __reduce__(self) -> tuple[type[FeatureTable], tuple[Place]]:
-        return FeatureTable, (self._place,)
-
-    def parquets(self) -> Iterator[tuple[pq.ParquetFile, int, str]]:
-        """Yield each file with the number of its first row, and its name."""
-        start = 0
-        for part in self._files:
-            file = self._open(part)
-            yield file, start, show(part)
-            start += file.metadata.num_rows
-
-    def parts(self, wanted: Sequence[Part] = ()) -> tuple[Part, ...]:
-        """Return the columns of features, or those of the ``wanted`` parts, with their width and their backbone.
-
-        Raises InputError if a column is missing, and BackboneError if it names another backbone than its part.
-        """
-        for file, _, name in self.parquets():
-            found = _columns(file.schema_arrow, name, wanted)
-            with reading(name):
-                for batch in file.iter_batches(1, columns=[part.column for part in found]):
-                    return tuple(
-                        replace(part, width=_matrix(batch.column(part.column), 0, 0, name).shape[1])
-                        for part in found
-                    )
-        raise InputError(f"{self.name}: has no rows")
-
-    def identity(self, wanted: Sequence[Part] = ()) -> Identity | None:
-        """Return the backbone of the features, or ``None`` if it is not known or there are no such features."""
-        with suppress(InputError):  # reading the features raises it again
-            return identity_of(self.parts(wanted))
-        return None
-
-    def features(
-        self, rows: IntArray, norms: Norms, wanted: Sequence[Part] = ()
-    ) -> Iterator[tuple[slice, FloatArray]]:
-        """Yield the features of some ``rows``, which are ascending, in blocks, and which of the rows each block has.
-
-        Raises InputError if a row has no usable feature. If there are several parts, their columns are joined (see
-        :func:`base.side_by_side`).
-        """
-        parts = self.parts(wanted)
-        for file, begins, name in self.parquets():
-            sizes = [
-                file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)
-            ]
-            starts = np.cumsum([begins, *sizes])
-            groups = np.flatnonzero(
-                np.diff(np.searchsorted(rows, starts))
-            )  # those that contain some of the rows
-            if not groups.size:
-                continue
-            at = int(starts[groups[0]])
-            groups = np.arange(groups[0], groups[-1] + 1)
-            with reading(name):
-                columns = [
-                    part.column for part in _columns(file.schema_arrow, name, wanted or parts)
-                ]
-                for batch in file.iter_batches(
-                    TABLE_ROWS, row_groups=groups.tolist(), columns=columns
-                ):
-                    low, high = np.searchsorted(rows, (at, at + len(batch)))
-                    if low < high:
-                        made = []
-                        for part, column in zip(parts, columns, strict=True):
-                            where = f"{name}: column {column!r}" if wanted else name
-                            matrix = _matrix(batch.column(column), at - begins, part.width, where)
-                            made.append(check_norms(matrix, at - begins, norms, where))
-                        joined = made[0] if len(made) == 1 else side_by_side(made)
-                        yield slice(low, high), joined[rows[low:high] - at]
-                    at += len(batch)
-                    if at > rows[-1]:
-                        break
-        self._open.cache_clear()  # mapped pages count as memory in use
-
-
-def _columns(schema: pa.Schema, name: str, wanted: Sequence[Part]) -> list[Part]:
-    """Return the column of each part, without its width: the one that names its backbone, or else that has its name.
-
-    If no parts are wanted, return all columns that name their own backbone if there are several, or else the main
-    column. Raises BackboneError if a column names another backbone than its part.
-    """
-    own = {
-        field.name: _identity_of(field, schema, name) for field in schema if is_vector(field.type)
-    }
-    named = {
-        identity.fingerprint: column for column, identity in own.items() if identity is not None
-    }
-    several = [field.name for field in schema if IDENTITY_KEY in (field.metadata or {})]
-    main = several if len(several) > 1 else [feature_column(schema) or FEATURE]
-    columns = [
-        named.get(part.identity.fingerprint if part.identity else "", part.column)
-        for part in wanted
-    ] or main
-    for column in columns:
-        if schema.names.count(column) != 1:
-            raise InputError(
-                f"{name}: expected one column {column!r}; its columns are {message(', '.join(schema.names))}"
-            )
-        if column not in own:
-            raise InputError(
-                f"{name}: column {column!r} has type {schema.field(column).type}; expected lists of float32 or float16"
-            )
-    for part, column in zip(wanted, columns, strict=False):
-        same_backbone(own[column], part.identity, f"{name}: column {column!r}")
-    return [Part(0, column, own[column]) for column in columns]
-
-
-def _identity_of(field: pa.Field, schema: pa.Schema, name: str) -> Identity | None:
-    """Return the backbone of a column. The metadata of the whole table describes its main column."""
-    whole = schema.metadata if field.name == feature_column(schema) else None
-    if (raw := ((whole or {}) | (field.metadata or {})).get(IDENTITY_KEY)) is None:
-        return None
-    try:
-        return Identity.from_dict(json.loads(raw))
-    except (ValueError, RecursionError, BackboneError) as error:
-        raise InputError(f"{name}: its metadata cannot be read ({error})") from None
-
-
-def _matrix(column: pa.Array, start: int, dim: int, name: str) -> FloatArray:
-    """Return the features of a column, whose first row is ``start``. If ``dim`` is 0, the first row sets their length.
-
-    Raises InputError if a row or a value is missing, or if a row has another length.
-    """
-    refuse_rows(column.is_null(), name, " without a feature", start)
-    lengths = np.asarray(pc.list_value_length(column))
-    dim = dim or int(lengths[0])
-    if not dim:
-        raise InputError(f"{name}: row {start} has no values")
-    refuse_rows(
-        lengths != dim,
-        name,
-        lambda row: f" with {lengths[row]} values; earlier rows have {dim}",
-        start,
-    )
-    values = column.flatten()
-    missing = np.asarray(values.is_null()).reshape(-1, dim).any(axis=1)
-    refuse_rows(missing, name, " with a missing value in the feature", start)
-    with np.errstate(
-        over="ignore"
-    ):  # values that are too large become infinite and are then rejected
-        return np.asarray(values, np.float32).reshape(-1, dim)
-
-
-def check_norms(features: FloatArray, start: int, norms: Norms, name: str) -> FloatArray:
-    """Check or scale the norms of a block whose first row is ``start``. Raises InputError for an unusable row."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        lengths = np.sqrt(np.einsum("ij,ij->i", features, features, dtype=np.float64))
-
-    refuse_rows(~np.isfinite(lengths), name, ": the feature contains NaN or infinity", start)
-    if norms == "keep":
-        advice = "too large for float32; scale rows to norm 1 (norms unit)"
-        refuse_rows(
-            lengths > MOST_KEPT, name, lambda row: f": norm {lengths[row]:.4g}, {advice}", start
-        )
-        return features
-    refuse_rows(lengths == 0, name, ": the feature is zero, so it has no direction", start)
-    if norms == "unit":
-        scaled: FloatArray = (features / lengths[:, None]).astype(np.float32)
-        return scaled
-    advice = "use norms=unit to scale it to 1, or norms=keep to leave it"
-    wrong = np.abs(lengths - 1) > NORM_TOLERANCE
-    refuse_rows(wrong, name, lambda row: f": norm {lengths[row]:.4g} instead of 1; {advice}", start)
-    return features
-
-
-def schema_of(
-    parts: Sequence[Part], dtype: npt.DTypeLike, further: Sequence[pa.Field] = ()
-) -> pa.Schema:
-    """Return the schema of a feature table: ``id``, ``label``, one column of features for each part, and ``further``.
-
-    A single column of features has the metadata of the table.
-    """
-    named = [
-        {IDENTITY_KEY: json.dumps(part.identity.to_dict())} if part.identity else None
-        for part in parts
-    ]
-    features = [
-        pa.field(
-            part.column,
-            pa.list_(pa.from_numpy_dtype(dtype), part.width),
-            metadata=own if len(parts) > 1 else None,
-        )
-        for part, own in zip(parts, named, strict=True)
-    ]
-    front = [pa.field("id", pa.string()), pa.field("label", pa.string()), *features]
-    return pa.schema([*front, *further], metadata=named[0] if len(parts) == 1 else None)
-
-
-def table_of(
-    schema: pa.Schema,
-    ids: object,
-    labels: object,
-    features: npt.NDArray[Any],
-    further: Mapping[str, object] = MappingProxyType({}),
-) -> pa.Table:
-    """Build the rows of a feature table with this schema. ``features`` has shape ``[m, d]`` (see :func:`schema_of`)."""
-    columns = schema.names[2 : len(schema.names) - len(further)]
-    ends = np.cumsum([schema.field(column).type.list_size for column in columns])[:-1]
-    scale = features.dtype.type(len(columns) ** 0.5)  # undoes side_by_side
-    made = {
-        column: vectors(part * scale)
-        for column, part in zip(columns, np.split(features, ends, axis=1), strict=True)
-    }
-    return pa.table({"id": ids, "label": labels, **made, **further}, schema=schema)
-
-
-def row_groups_of(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
-    """Join tables until they have :data:`GROUP_ROWS` rows, because small row groups enlarge the footer."""
-    waiting: list[pa.Table] = []
-    for table in tables:
-        waiting.append(table)
-        if sum(map(len, waiting)) >= GROUP_ROWS:
-            yield pa.concat_tables(waiting).combine_chunks()
-            waiting.clear()
-    if waiting:
-        yield pa.concat_tables(waiting).combine_chunks()
-
-
-def vectors(rows: npt.NDArray[np.generic]) -> pa.FixedSizeListArray:
-    """Convert an array of shape ``[m, d]`` to a column of fixed-size lists."""
-    return pa.FixedSizeListArray.from_arrays(
-        pa.array(np.ascontiguousarray(rows).reshape(-1)), rows.shape[1]
-    )
-
-
-def parquet_writer(
-    target: IO[bytes], schema: pa.Schema, compression: str = "snappy"
-) -> pq.ParquetWriter:
-    """Open a Parquet writer that uses dictionaries only for text, because numbers rarely repeat."""
-    empty = io.BytesIO()
-    pq.write_metadata(schema, empty)  # names the columns inside lists and structs
-    columns = pq.ParquetFile(empty).schema
-    text = [
-        one.path
-        for one in map(columns.column, range(len(columns)))
-        if one.logical_type.type == "STRING"
-    ]
-    return pq.ParquetWriter(target, schema, use_dictionary=text, compression=compression)
-
-
-def write_table(out: Path, schema: pa.Schema, blocks: Iterable[pa.Table]) -> int:
-    """Write a feature table block by block, and return the number of rows. After an error, there is no file.
-
-    Raises UsageError if the name of the file has the suffix of another format.
-    """
-    if out.suffix.lower() not in ("", ".parquet"):
-        raise UsageError(f"{show(out)}: a feature table is a Parquet file; use the suffix .parquet")
-    number = 0
-    try:
-        with (
-            replacing(out) as temporary,
-            temporary.open("wb") as raw,
-            parquet_writer(raw, schema, compression="none") as writer,
-        ):
-            for block in blocks:
-                writer.write_table(block)
-                number += len(block)
-    except pa.ArrowException as error:  # a type that Parquet does not support
-        raise InputError(f"{show(out)}: cannot be written: {first_line(error)}") from None
-    return number

@@ -15,16 +15,16 @@ import pyarrow.compute as pc
 from retrieval_tip.arrays import DoubleArray, IntArray
 from retrieval_tip.backbones.base import Identity, Part, parts_of, resolve_device, same_backbone
 from retrieval_tip.backbones.prompts import DEFAULT_TEMPLATES, check_templates
+from retrieval_tip.data.groups import read_groups
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import Source, open_source
-from retrieval_tip.data.tables import read_groups
 from retrieval_tip.errors import SHOWN, UsageError, counted, few
 from retrieval_tip.fit.closed_form import FitRequest
 from retrieval_tip.fit.scatter import pooled
 from retrieval_tip.index import places
 from retrieval_tip.index.items import (
-    Material,
-    Words,
+    BuildInputs,
+    ClassText,
     draw_shots,
     identity_of,
     ids_in,
@@ -76,7 +76,7 @@ def build_index(
     )
     asked = None if plan["fit"] == "none" else fit
     groups = None if plan["groups"] is None else read_groups(plan["groups"], words.class_names)
-    material = Material(
+    material = BuildInputs(
         source, reader, ids, words, plan, backbone, asked, resolve_device(device), groups
     )
     made = places.at(out).create(material)
@@ -150,25 +150,25 @@ def _warn_of_layout(
             )
 
 
-def _text(source: Source, reader: Reader, plan: BuildOptions) -> Words:
+def _text(source: Source, reader: Reader, plan: BuildOptions) -> ClassText:
     templates = plan["templates"]
     backbone = reader.backbone
     if plan["text"] is not None:
         class_names, weights = read_text_table(
             plan["text"], reader.norms, identity_of(source, reader), reader.parts
         )
-        return Words(class_names, weights, [], str(plan["text"]))
+        return ClassText(class_names, weights, [], str(plan["text"]))
     if backbone is not None and (templates or backbone.has_text):
         prompts = list(check_templates(templates or DEFAULT_TEMPLATES))
         weights = reader.text_weights(source.class_names, prompts)
-        return Words(source.class_names, weights, prompts, "templates")
+        return ClassText(source.class_names, weights, prompts, "templates")
     if templates:
         raise UsageError("templates: text weights from templates need a backbone; give --model")
     if backbone is None:
         log.warning(
             "no text weights (neither --text nor --model is given): answers depend on the shots only"
         )
-    return Words(source.class_names, None, [], None)
+    return ClassText(source.class_names, None, [], None)
 
 
 def prior_of(indexes: Place | Sequence[Place], backbone: Identity | None) -> DoubleArray | None:

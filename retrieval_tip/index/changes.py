@@ -19,9 +19,11 @@ import pyarrow as pa
 from retrieval_tip.arrays import BoolArray, FloatArray
 from retrieval_tip.backbones.base import Backbone, same_backbone
 from retrieval_tip.backbones.prompts import check_templates
+from retrieval_tip.data.feature_table import check_backbone
+from retrieval_tip.data.groups import read_groups
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import Source, spelled_alike
-from retrieval_tip.data.tables import check_backbone, items_of, read_groups, reading, texts
+from retrieval_tip.data.tables import items_of, reading, texts
 from retrieval_tip.errors import InputError, StoreError, UsageError, check_count, counted, few, show
 from retrieval_tip.fit import closed_form
 from retrieval_tip.fit.closed_form import FitRequest

@@ -73,7 +73,7 @@ class ItemColumns:
         )
 
 
-class Words(NamedTuple):
+class ClassText(NamedTuple):
     """The classes in order, their text weights, the prompt templates, and the source of the text weights."""
 
     class_names: Sequence[str]
@@ -137,7 +137,7 @@ def settings_of(plan: BuildOptions, backbone: Backbone | None) -> Settings:
 
 
 @dataclass(frozen=True)
-class Material:
+class BuildInputs:
     """The inputs of a build, which are the same for every kind of store.
 
     ``ids`` has one class id per item of the source. ``fit`` is ``None`` for plain Tip-Adapter.
@@ -146,7 +146,7 @@ class Material:
     source: Source
     reader: Reader
     ids: IntArray
-    words: Words
+    words: ClassText
     plan: BuildOptions
     backbone: Identity | None
     fit: FitRequest | None
@@ -354,7 +354,7 @@ def warn(lines: Iterable[str]) -> None:
         log.warning("%s", line)
 
 
-def create(folder: Versions, made: Material) -> Index:
+def create(folder: Versions, made: BuildInputs) -> Index:
     """Build the next version of a folder. The keys are sorted by class."""
     asked = made.plan["index"] or "Flat"
     order = np.argsort(
@@ -382,7 +382,7 @@ def create(folder: Versions, made: Material) -> Index:
 
 
 def _write_keys(
-    writer: Writer, made: Material, order: IntArray
+    writer: Writer, made: BuildInputs, order: IntArray
 ) -> tuple[KeyArray, IntArray, list[str | None]]:
     """Stream features into the file of keys. Return the keys, their positions in ``order`` and the image digests."""
     place = np.argsort(order)

@@ -21,7 +21,7 @@ from retrieval_tip.store.versions import Check, ConflictError, Versions, changed
 
 if TYPE_CHECKING:  # importing torch takes a second, and manifests do not need it
     from retrieval_tip.fit.closed_form import FormChoice
-    from retrieval_tip.index.items import Material
+    from retrieval_tip.index.items import BuildInputs
     from retrieval_tip.model import Index
     from retrieval_tip.retrieval.duplicates import Duplicates
 
@@ -88,7 +88,7 @@ class Store(Versions):
 
     look_every = 0.0
 
-    def create(self, material: Material) -> Index:
+    def create(self, material: BuildInputs) -> Index:
         """Build the first or the next version, and return the opened index."""
         from retrieval_tip.index.items import create
 

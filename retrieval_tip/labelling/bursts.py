@@ -13,7 +13,7 @@ import pyarrow as pa
 import torch
 
 from retrieval_tip.arrays import IntArray
-from retrieval_tip.data.exif import UNKNOWN, Noting
+from retrieval_tip.data.exif import UNKNOWN, ExifRecorder
 from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import check_memory
@@ -43,7 +43,7 @@ def classify_in_bursts(
     index: Index,
     sources: Sequence[Source],
     reader: Reader,
-    noting: Noting,
+    noting: ExifRecorder,
     gap: float,
     ask: Ask = Ask(),
 ) -> tuple[Predictions, pa.Array]:

@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow as pa
 
 from retrieval_tip.arrays import IntArray, KeyArray
-from retrieval_tip.data.tables import vectors
+from retrieval_tip.data.writing import vectors
 from retrieval_tip.errors import RetrievalTipError, StoreError, UsageError, first_line, install
 from retrieval_tip.store.address import Address, storage_options
 from retrieval_tip.store.files import check_process

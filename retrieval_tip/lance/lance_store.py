@@ -34,7 +34,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from retrieval_tip.arrays import IntArray
-from retrieval_tip.data.tables import vectors
+from retrieval_tip.data.writing import vectors
 from retrieval_tip.errors import InputError, StoreError, command_line
 from retrieval_tip.files import sha256_of, sync
 from retrieval_tip.index.places import Store
@@ -48,7 +48,7 @@ from retrieval_tip.store.sums import Sums
 from retrieval_tip.store.versions import Origin, Writer, changed_meanwhile
 
 if TYPE_CHECKING:  # importing torch takes a second, and manifests do not need it
-    from retrieval_tip.index.items import Material
+    from retrieval_tip.index.items import BuildInputs
     from retrieval_tip.lance.rows import TableRows
     from retrieval_tip.model import Index
     from retrieval_tip.retrieval.rows import Rows
@@ -228,7 +228,7 @@ class LanceStore(Store):
             "not_indexed": self.table(manifest).unindexed()
         }
 
-    def create(self, material: Material) -> Index:
+    def create(self, material: BuildInputs) -> Index:
         """Stream the keys into a table. If the index is fitted, the table may be rewritten with the points."""
         from retrieval_tip.fit import closed_form
         from retrieval_tip.index.items import warn, warn_of

@@ -46,7 +46,7 @@ from retrieval_tip.retrieval.whole_classes import SPREAD_CLASSES
 from retrieval_tip.settings import Dtype
 from retrieval_tip.store.address import Address
 from retrieval_tip.store.labels import LABEL_SCHEMA
-from retrieval_tip.store.sums import LEAST, Along, Sums
+from retrieval_tip.store.sums import LEAST, SumCheck, Sums
 from retrieval_tip.store.versions import Writer
 
 MOST_TAKEN = 1 << 29
@@ -558,8 +558,8 @@ class TableRows(Rows):
         """Raise StoreError if a row is damaged or does not match the statistics or the metric."""
         place = self.table.address
         c = self.n_classes
-        of_keys = Along(c, self.d, LEAST)
-        of_points = Along(c, self.d, LEAST)
+        of_keys = SumCheck(c, self.d, LEAST)
+        of_points = SumCheck(c, self.d, LEAST)
         for batch in self.table.scan(self.table.schema.names):
             ids = self.table.class_ids(batch["class_id"], c)
             keys = self.table.matrix(batch[VECTOR])

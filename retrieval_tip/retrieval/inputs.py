@@ -13,7 +13,7 @@ from torch import Tensor
 
 from retrieval_tip.arrays import FloatArray, IntArray, KeyArray
 from retrieval_tip.backbones.base import Part, side_by_side
-from retrieval_tip.data.tables import NORM_TOLERANCE
+from retrieval_tip.data.feature_table import NORM_TOLERANCE
 from retrieval_tip.errors import InputError, few
 
 LONGEST_NAME = 1024

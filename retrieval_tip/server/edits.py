@@ -11,9 +11,9 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Query, Request
 
+from retrieval_tip.data.groups import not_in_index
 from retrieval_tip.data.remote import absolute
 from retrieval_tip.data.sources import spelled_alike
-from retrieval_tip.data.tables import not_in_index
 from retrieval_tip.errors import InputError, command_line, show
 from retrieval_tip.index import changes as index_changes
 from retrieval_tip.index import manage, photos

@@ -21,8 +21,8 @@ from PIL import Image
 from retrieval_tip.arrays import FloatArray
 from retrieval_tip.backbones.base import Backbone, spelled, without_unused
 from retrieval_tip.backbones.loading import load_backbone
+from retrieval_tip.data.feature_table import check_backbone
 from retrieval_tip.data.reader import FeatureBlock
-from retrieval_tip.data.tables import check_backbone
 from retrieval_tip.errors import BackboneError, RetrievalTipError, UsageError
 from retrieval_tip.evaluation.held_out import answered, recognised
 from retrieval_tip.files import real

@@ -25,7 +25,7 @@ from starlette.types import Message
 
 from retrieval_tip.arrays import FloatArray
 from retrieval_tip.data.exchange import LOCAL, below_document_root
-from retrieval_tip.data.tables import check_norms
+from retrieval_tip.data.feature_table import check_norms
 from retrieval_tip.errors import InputError, UsageError, show
 from retrieval_tip.files import read_regular, real
 from retrieval_tip.retrieval.inputs import matrix

@@ -13,7 +13,7 @@ BLOCK = 2048
 """Number of keys that are converted to float64 at a time."""
 
 TOLERANCE, LEAST = 1e-9, 1e-8
-"""Tolerances of :class:`Along`.
+"""Tolerances of :class:`SumCheck`.
 
 The first tolerance is relative to the largest possible sum and smaller than the effect of one key in 10^8. The second
 is relative to a single key and is used for sums from which many keys were removed.
@@ -107,8 +107,8 @@ class Sums:
         )
 
     def are_of(self, blocks: Blocks) -> bool:
-        """Check with :class:`Along` that these are the sums of the keys in ``blocks``."""
-        along = Along(*self.sums.shape)
+        """Check with :class:`SumCheck` that these are the sums of the keys in ``blocks``."""
+        along = SumCheck(*self.sums.shape)
         for keys, ids in blocks:
             along.count(keys, ids)
         return along.has(self.counts, self.sums) and along.has_second(self.second)
@@ -128,7 +128,7 @@ class Sums:
         )
 
 
-class Along:
+class SumCheck:
     """A probabilistic check of sums against keys along a random direction ``r`` (Freivalds, 1977).
 
     Row ``j`` of ``sums r`` is the sum of ``k_i . r`` over class ``j``, and ``second r = sum_i k_i (k_i . r)``. The
