@@ -10,10 +10,10 @@ from typing import Annotated
 
 from fastapi import Depends, Header, Request
 
-from retrieval_tip.server.labelling import Labelling
 from retrieval_tip.server.problems import Problem
 from retrieval_tip.server.served import Served, Version
 from retrieval_tip.server.service import Service
+from retrieval_tip.server.session import Labelling
 
 Token = Annotated[
     str | None, Header(description='"Bearer TOKEN", where TOKEN is the server\'s token.')
