@@ -21,7 +21,7 @@ from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import open_inputs
 from retrieval_tip.index import places
 from retrieval_tip.labelling.dropped import dropped_in, keep
-from retrieval_tip.labelling.photos import MOST_PHOTOS
+from retrieval_tip.labelling.pool import MOST_PHOTOS
 from retrieval_tip.labelling.sort import undo_sort
 from retrieval_tip.server import session as module
 

@@ -25,7 +25,7 @@ from retrieval_tip.data.sources import of_images, open_inputs
 from retrieval_tip.errors import StoreError
 from retrieval_tip.index import changes, places
 from retrieval_tip.labelling.labels import SessionPhotos
-from retrieval_tip.labelling.photos import Pool
+from retrieval_tip.labelling.pool import Pool
 from retrieval_tip.labelling.queue import FIXED, QUEUED, RANDOM_EVERY, Queue, Queued
 from retrieval_tip.labelling.session import Change, Dropped, Session
 from retrieval_tip.server import session as module

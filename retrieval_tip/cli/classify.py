@@ -211,7 +211,7 @@ class RowOptions:
         some = any(map(len, sources))  # all photos may be empty
         if some and self.group_no_match:
             from retrieval_tip.labelling.groups import MOST, classify_in_groups
-            from retrieval_tip.labelling.photos import Pool
+            from retrieval_tip.labelling.pool import Pool
 
             table = classify_in_groups(index, Pool.of(sources, reader), ask).written(
                 columns, self.abstain
@@ -221,7 +221,7 @@ class RowOptions:
                 say(f"{drawn}; the others joined these groups")
             yield table
         elif some and self.smooth:
-            from retrieval_tip.labelling.photos import Pool
+            from retrieval_tip.labelling.pool import Pool
 
             answers, words = Pool.of(sources, reader).smoothed(index, ask)
             say(words)

@@ -24,7 +24,7 @@ from retrieval_tip.evaluation.projection import exemplars as typical_keys
 from retrieval_tip.fit.closed_form import estimate
 from retrieval_tip.labelling.groups import group, threshold_of
 from retrieval_tip.labelling.labels import ASK, guesses
-from retrieval_tip.labelling.photos import Pool
+from retrieval_tip.labelling.pool import Pool
 from retrieval_tip.server import schemas
 from retrieval_tip.server.access import READS, Named, Now, TheLabelling, TheService, cookie
 from retrieval_tip.server.guard import FLOATS

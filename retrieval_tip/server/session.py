@@ -34,7 +34,7 @@ from retrieval_tip.labelling.labels import (
     guesses,
     picked_of,
 )
-from retrieval_tip.labelling.photos import MOST_PHOTOS, Pool, suggest_features
+from retrieval_tip.labelling.pool import MOST_PHOTOS, Pool, suggest_features
 from retrieval_tip.labelling.progress import Estimate, estimate_rest, gain_of
 from retrieval_tip.labelling.queue import QUEUED, Queue
 from retrieval_tip.labelling.session import (
