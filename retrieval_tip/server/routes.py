@@ -22,7 +22,7 @@ from retrieval_tip.evaluation.audit import audit as audited
 from retrieval_tip.evaluation.projection import Method, methods, projected
 from retrieval_tip.evaluation.projection import exemplars as typical_keys
 from retrieval_tip.fit.closed_form import estimate
-from retrieval_tip.labelling.groups import group, threshold_of
+from retrieval_tip.labelling.groups import group, group_similarity
 from retrieval_tip.labelling.labels import ASK, guesses
 from retrieval_tip.labelling.pool import Pool
 from retrieval_tip.server import schemas
@@ -84,7 +84,7 @@ async def groups(
         raise InputError(
             "images: are not accepted here; send features, as /v1/classify?features=true returns them"
         )
-    found = await service.find(lambda: group(features, threshold_of(index), index.metric))
+    found = await service.find(lambda: group(features, group_similarity(index), index.metric))
     return [rows.tolist() for rows in found]
 
 
@@ -377,7 +377,7 @@ async def label_answers(service: TheService, labelling: TheLabelling) -> Respons
         no_match = [photo for photo in rows if found[photo]["no_match"]][: service.limits.grouped]
         if len(no_match) > 1:
             alike = await service.find(
-                group, photos.rows(no_match), threshold_of(index), index.metric
+                group, photos.rows(no_match), group_similarity(index), index.metric
             )
             groups = [[no_match[row] for row in own] for own in alike]
     found |= {
