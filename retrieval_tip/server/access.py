@@ -11,7 +11,7 @@ from typing import Annotated
 from fastapi import Depends, Header, Request
 
 from retrieval_tip.server.problems import Problem
-from retrieval_tip.server.served import OpenIndex, Served
+from retrieval_tip.server.served import OpenVersion, Served
 from retrieval_tip.server.service import Service
 from retrieval_tip.server.session import Labelling
 
@@ -61,11 +61,11 @@ async def _not_labelled(request: Request, one: Named) -> Served:
 NotLabelled = Annotated[Served, Depends(_not_labelled)]
 
 
-async def _version(one: Named) -> OpenIndex:
+async def _version(one: Named) -> OpenVersion:
     return one.now
 
 
-Now = Annotated[OpenIndex, Depends(_version)]
+Now = Annotated[OpenVersion, Depends(_version)]
 
 
 def _sends(request: Request, token: str | None) -> bool:

@@ -30,7 +30,7 @@ from retrieval_tip.server.access import READS, Named, Now, TheLabelling, TheServ
 from retrieval_tip.server.guard import FLOATS
 from retrieval_tip.server.problems import Problem
 from retrieval_tip.server.schemas import Row
-from retrieval_tip.server.served import OpenIndex, Served
+from retrieval_tip.server.served import OpenVersion, Served
 from retrieval_tip.server.service import Service, read_image
 from retrieval_tip.server.uploads import read
 from retrieval_tip.settings import Ask
@@ -166,7 +166,7 @@ async def keys(
 
 
 def _pictured(
-    service: Service, one: OpenIndex | Served, keys: pa.Table, past: str = ""
+    service: Service, one: OpenVersion | Served, keys: pa.Table, past: str = ""
 ) -> Iterator[dict[str, Any]]:
     address = f"/v1/indexes/{quote(one.name, safe='')}/keys"
     for row in keys.to_pylist():

@@ -33,7 +33,7 @@ from retrieval_tip.server.batching import Batches, ResultCache, Turns
 from retrieval_tip.server.guard import CLIENT, ROWS_PER_IMAGE, Limits, give_time
 from retrieval_tip.server.problems import NAMED, Problem
 from retrieval_tip.server.schemas import Row
-from retrieval_tip.server.served import NEIGHBOUR_CELLS, SIMILAR, Maker, OpenIndex, Result, Served
+from retrieval_tip.server.served import NEIGHBOUR_CELLS, SIMILAR, Maker, OpenVersion, Result, Served
 from retrieval_tip.server.uploads import LabelStudioPhotos, Upload
 from retrieval_tip.settings import Ask
 
@@ -90,7 +90,7 @@ class Service:
             ),
             most=lambda backbone: backbone.batch_size,
         )
-        self._answer: Batches[tuple[OpenIndex, Ask], FloatArray, Row] = Batches(
+        self._answer: Batches[tuple[OpenVersion, Ask], FloatArray, Row] = Batches(
             "features",
             self.pool("answer"),
             lambda key, rows: key[0].answer(key[1], FeatureBlock.of(np.stack(rows))),
@@ -196,7 +196,7 @@ class Service:
 
     async def classify(
         self,
-        version: OpenIndex,
+        version: OpenVersion,
         ask: Ask,
         sent: Upload,
         *,
@@ -307,7 +307,7 @@ class Service:
         except InputError as error:
             return InputError(str(error))  # drops the traceback, which keeps the image in memory
 
-    async def once(self, version: OpenIndex, what: Hashable, call: Callable[[], T]) -> T:
+    async def once(self, version: OpenVersion, what: Hashable, call: Callable[[], T]) -> T:
         """Return the result of ``call``, run once per version. Raises Problem 202 after ``limits.patience``."""
         try:
             async with asyncio.timeout(self.limits.patience):
@@ -353,7 +353,7 @@ def read_image(path: Path, digest: str | None) -> bytes:
     return data
 
 
-def backbone_of(version: OpenIndex) -> Backbone:
+def backbone_of(version: OpenVersion) -> Backbone:
     """Return the encoder of a version. Raises InputError if this server does not have it."""
     if version.asked is None:
         raise InputError(

@@ -53,7 +53,7 @@ from retrieval_tip.model import Index
 from retrieval_tip.server import schemas
 from retrieval_tip.server.problems import Problem
 from retrieval_tip.server.schemas import Row
-from retrieval_tip.server.served import OpenIndex, Served
+from retrieval_tip.server.served import OpenVersion, Served
 from retrieval_tip.server.service import Service
 
 log = logging.getLogger(__name__)
@@ -118,11 +118,11 @@ class Labelling:
         for start in range(0, len(own), CHUNK):
             self._unread.put_nowait(queue.order[start : start + CHUNK])
         self._in_turn = asyncio.Lock()
-        self._seen: OpenIndex | None = None
+        self._seen: OpenVersion | None = None
         self._made: set[str] = set()  # classes that this session has created
         self._last: places.Changed | None = None
-        self._chosen: tuple[OpenIndex | None, int] = (None, 0)
-        self._measured: tuple[OpenIndex | None, int] = self._chosen
+        self._chosen: tuple[OpenVersion | None, int] = (None, 0)
+        self._measured: tuple[OpenVersion | None, int] = self._chosen
         self._progress: Row | None = None
         self._problem: str | None = None
         self._trouble: str | None = None
@@ -294,7 +294,7 @@ class Labelling:
         if effects.wake:
             self._wake.set()
 
-    def version(self) -> OpenIndex | None:
+    def version(self) -> OpenVersion | None:
         """Return the open version of the index, if it exists, and note which photos it contains."""
         served = self.service.served.get(self.name)
         version = None if served is None else served.now
@@ -436,7 +436,7 @@ class Labelling:
         grown = encoded >= 2 * before or (encoded > before and all_read)
         return bool(encoded) and (version is not self._seen or grown)
 
-    async def _choose(self, version: OpenIndex | None) -> None:
+    async def _choose(self, version: OpenVersion | None) -> None:
         index = None if version is None else version.index
         encoded = len(self.photos.encoded)
         rows = sorted(self.photos.encoded - self.session.taken())
@@ -454,7 +454,7 @@ class Labelling:
             self._apply(Guessed(facts))
         self._chosen = version, encoded
 
-    async def _measure(self, version: OpenIndex) -> None:
+    async def _measure(self, version: OpenVersion) -> None:
         picked = {
             one.key_id: one.picked
             for one in self.session.known.values()
