@@ -105,22 +105,22 @@ def hold(folder: Path) -> None:
     """Serve an index to edits that are named on standard input, and print the seconds that each takes."""
     from fastapi.testclient import TestClient
 
-    from retrieval_tip.server import labelling
+    from retrieval_tip.server import session
     from retrieval_tip.server.app import create_app
     from retrieval_tip.server.guard import Limits
     from retrieval_tip.server.served import Backbones, Maker, open_all
     from retrieval_tip.server.service import Service
 
-    labelling.WAIT = 0.0  # else a label waits for others
+    session.WAIT = 0.0  # else a label waits for others
     place, dim = folder / "index", json.loads((folder / "size.json").read_text())[1]
     backbone = Drawing(dim)
     backbones = Backbones("cpu", "float32", None, backbone)
     service = Service(
         open_all([place], backbones), Limits(), maker=Maker(folder, lambda: backbone, backbones)
     )
-    paths = labelling.paths_of([*open_inputs([str(folder / "photos")])])
+    paths = session.paths_of([*open_inputs([str(folder / "photos")])])
     app = create_app(
-        service, token="t", labelling=labelling.Labelling(place, paths, Reader(backbone))
+        service, token="t", labelling=session.Labelling(place, paths, Reader(backbone))
     )
     with TestClient(app, headers={"Authorization": "Bearer t"}) as http:
         edit = Edit(http, place, dim, len(paths))

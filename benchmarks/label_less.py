@@ -42,7 +42,7 @@ from retrieval_tip import Index
 from retrieval_tip.backbones.base import unit
 from retrieval_tip.data.reader import FeatureBlock
 from retrieval_tip.fit import closed_form
-from retrieval_tip.labelling.photos import Pool, suggest_features
+from retrieval_tip.labelling.pool import Pool, suggest_features
 from retrieval_tip.labelling.smoothing import smooth
 
 LABELS, SHARE = (1, 2, 4, 8), 0.9

@@ -38,7 +38,7 @@ from retrieval_tip import Index
 from retrieval_tip.evaluation.held_out import probabilities_of
 from retrieval_tip.fit import closed_form
 from retrieval_tip.labelling import queue
-from retrieval_tip.labelling.photos import Pool, suggest_features
+from retrieval_tip.labelling.pool import Pool, suggest_features
 from retrieval_tip.labelling.progress import Estimate, estimate_rest, gain_of
 from retrieval_tip.store.labels import PICKED
 

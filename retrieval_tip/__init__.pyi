@@ -23,8 +23,8 @@ from .fit.closed_form import FormChoice as FormChoice
 from .fit.finetune import Tuned as Tuned
 from .index.build import build_index as build_index
 from .index.places import Changed as Changed
-from .labelling.photos import Suggestions as Suggestions
-from .labelling.photos import suggest_photos as suggest_photos
+from .labelling.pool import Suggestions as Suggestions
+from .labelling.pool import suggest_photos as suggest_photos
 from .labelling.sort import Sorted as Sorted
 from .labelling.sort import sort_photos as sort_photos
 from .labelling.sort import undo_sort as undo_sort

@@ -50,8 +50,8 @@ from retrieval_tip.index.build import build_index
 from retrieval_tip.index.items import planned
 from retrieval_tip.index.places import Changed, Place
 from retrieval_tip.labelling import groups
-from retrieval_tip.labelling.photos import Pool, Suggestions, suggest_features, suggest_photos
 from retrieval_tip.labelling.placing import Action
+from retrieval_tip.labelling.pool import Pool, Suggestions, suggest_features, suggest_photos
 from retrieval_tip.labelling.sort import Sorted, sort_photos
 from retrieval_tip.model import Index
 from retrieval_tip.predictions import Prediction, Predictions, SimilarShot
@@ -539,7 +539,7 @@ class Classifier(OpenIndex):
         """Choose ``n`` unlabelled photos or features to label next, most useful first.
 
         ``photos`` can be the same as for :meth:`predict`. Photos that the index already contains are skipped. See
-        :func:`photos.suggest_photos` for the errors.
+        :func:`pool.suggest_photos` for the errors.
         """
         if (features := features_of(photos)) is None:
             return suggest_photos(_photos(photos), n, self.reader, self.index)

@@ -23,9 +23,9 @@ from retrieval_tip.index import places
 from retrieval_tip.server import run as run_module
 from retrieval_tip.server.app import create_app
 from retrieval_tip.server.guard import Limits
-from retrieval_tip.server.labelling import Labelling, paths_of
 from retrieval_tip.server.served import Backbones, Maker, Served, open_all
 from retrieval_tip.server.service import Service
+from retrieval_tip.server.session import Labelling, paths_of
 
 START_SECONDS = 120
 

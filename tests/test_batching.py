@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retrieval_tip.errors import InputError
-from retrieval_tip.server.batching import Batches, Kept, Turns
+from retrieval_tip.server.batching import Batches, ResultCache, Turns
 from retrieval_tip.server.problems import Problem
 
 pytestmark = pytest.mark.anyio  # the plugin of anyio runs coroutines
@@ -161,7 +161,7 @@ class Maker:
 async def test_a_kept_value_is_made_once():
     maker = Maker()
     with ThreadPoolExecutor(4) as pool:
-        kept = Kept(pool, most=8, room=10, size=len)
+        kept = ResultCache(pool, most=8, room=10, size=len)
         calls = [
             asyncio.create_task(kept(key, maker.making(key)))
             for key in ["aaaa"] * 50 + ["bbbb"] * 50
@@ -187,7 +187,7 @@ async def test_a_kept_value_is_made_once():
 async def test_requests_beyond_the_room_are_refused_and_failures_are_not_kept():
     maker = Maker()
     with ThreadPoolExecutor(1) as pool:
-        kept = Kept(pool, most=8, room=2)
+        kept = ResultCache(pool, most=8, room=2)
         calls = [asyncio.create_task(kept(key, maker.making(key))) for key in "abab"]
         await asyncio.sleep(0)
         with pytest.raises(Problem) as refused:

@@ -21,9 +21,9 @@ from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import open_inputs
 from retrieval_tip.index import places
 from retrieval_tip.labelling.dropped import dropped_in, keep
-from retrieval_tip.labelling.photos import MOST_PHOTOS
+from retrieval_tip.labelling.pool import MOST_PHOTOS
 from retrieval_tip.labelling.sort import undo_sort
-from retrieval_tip.server import labelling as module
+from retrieval_tip.server import session as module
 
 PHOTO = b"photo" * 100
 AUTHORISED = {"Authorization": "Bearer t"}

@@ -25,7 +25,7 @@ from retrieval_tip.data.encoding_cache import EncodingCache
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import open_inputs
 from retrieval_tip.index import places
-from retrieval_tip.server import labelling as module
+from retrieval_tip.server import session as module
 from retrieval_tip.server.guard import Limits
 from retrieval_tip.store.files import LocalFiles
 from retrieval_tip.store.manifest import Manifest

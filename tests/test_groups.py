@@ -18,7 +18,7 @@ from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.fit import closed_form
 from retrieval_tip.fit.forms import FORMS
 from retrieval_tip.labelling import groups
-from retrieval_tip.labelling.groups import group, threshold_of
+from retrieval_tip.labelling.groups import group, group_similarity
 
 
 def linked(points, threshold):
@@ -121,7 +121,7 @@ def test_the_threshold_is_midway_between_same_class_and_other_class_similarity(c
     same = [cosine[(ids[a] == i) & (ids[b] == i)].mean() for i in range(3) if counts[i] > 1]
     other = cosine[ids[a] != ids[b]]
     expected = (np.mean(same or [1]) + max(other.mean() if len(other) else 0, 0)) / 2
-    assert threshold_of(cache) == pytest.approx(expected, abs=1e-5)
+    assert group_similarity(cache) == pytest.approx(expected, abs=1e-5)
 
 
 @needs_real
@@ -161,7 +161,7 @@ def test_far_photos_of_several_kinds_are_not_offered_as_one_group(seed):
     index, _ = closed_form.fit(index)
     food, dishes = features_of("clip-food9/train.parquet")
     rows = [np.flatnonzero(dishes == dish)[:80] for dish in draw.permutation(np.unique(dishes))[:5]]
-    threshold = threshold_of(index)
+    threshold = group_similarity(index)
     [one] = [part for part in group(food[rows[0]], threshold, index.metric) if len(part) > 4]
     assert len(one) > 60
     mixed, kinds = food[np.concatenate(rows)], np.repeat(range(5), 80)

@@ -24,9 +24,11 @@ from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import of_images, open_inputs
 from retrieval_tip.errors import StoreError
 from retrieval_tip.index import changes, places
-from retrieval_tip.labelling.photos import Pool
+from retrieval_tip.labelling.labels import SessionPhotos
+from retrieval_tip.labelling.pool import Pool
 from retrieval_tip.labelling.queue import FIXED, QUEUED, RANDOM_EVERY, Queue, Queued
-from retrieval_tip.server import labelling as module
+from retrieval_tip.labelling.session import Change, Dropped, Session
+from retrieval_tip.server import session as module
 from retrieval_tip.settings import Ask
 
 TOKEN = "a token"
@@ -616,3 +618,22 @@ def asked(url, body=None):
         urllib.request.Request(f"{address}/v1/label", data, headers)
     ) as answer:
         return json.load(answer)
+
+
+def test_an_event_leads_to_a_new_state_and_keeps_the_old_one(tmp_path):
+    """If the journal cannot be written, the session goes on with the state before the event."""
+    photos = SessionPhotos(
+        {photo: str(tmp_path / f"{photo}.jpg") for photo in range(8)}, Reader(None)
+    )
+    state = Session(photos, Queue(range(8)))
+    before = [queued.photo for queued in state.shown()]
+    for event in (Change([(before[0], "ant")], skip=[before[1]], step="s"), Dropped(9)):
+        state.apply(event)
+        assert [queued.photo for queued in state.shown()] == before
+        assert (state.labels(), state.steps, state.queue.order) == ({}, {}, before)
+    labelled, effects = state.apply(Change([(before[0], "ant")], [before[1]], "s"))
+    assert [photo for photo, _ in effects.journal] == before[:1]
+    assert [queued.photo for queued in labelled.shown()] == [*before[2:], before[1]]
+    undone, _ = labelled.apply(Change(undo="s"))
+    assert [queued.photo for queued in undone.shown()] == before
+    assert undone.labels() == {}

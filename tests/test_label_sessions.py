@@ -27,8 +27,8 @@ from serving import labelling_app
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import of_images, open_inputs
 from retrieval_tip.index import changes, places
-from retrieval_tip.labelling.photos import MOST_PHOTOS
-from retrieval_tip.server import labelling as module
+from retrieval_tip.labelling.pool import MOST_PHOTOS
+from retrieval_tip.server import session as module
 from retrieval_tip.server.guard import Limits
 
 pytestmark = [killing.needs_fork, pytest.mark.timeout(3600 if SOAK else 300)]

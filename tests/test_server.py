@@ -33,7 +33,7 @@ from retrieval_tip.evaluation.projection import projected
 from retrieval_tip.index import changes
 from retrieval_tip.index import photos as photos_module
 from retrieval_tip.index.changes import fit_index
-from retrieval_tip.labelling.groups import group, threshold_of
+from retrieval_tip.labelling.groups import group, group_similarity
 from retrieval_tip.server import routes as routes_module
 from retrieval_tip.server import served as served_module
 from retrieval_tip.server import service as service_module
@@ -287,7 +287,7 @@ def test_similar_features_are_grouped(food):
         for key in np.asarray(index.keys)[::9].tolist()
         for row in (key, [-value for value in key])
     ]
-    expected = group(np.array(rows, np.float32), threshold_of(index), index.metric)
+    expected = group(np.array(rows, np.float32), group_similarity(index), index.metric)
     with serving(food) as client:
         answer = client.post("/v1/indexes/food/groups", json={"features": rows})
         assert answer.json() == [own.tolist() for own in expected]

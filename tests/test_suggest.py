@@ -17,7 +17,7 @@ from retrieval_tip import Classifier, Index, tip
 from retrieval_tip.cli import main
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.fit import closed_form
-from retrieval_tip.labelling import photos
+from retrieval_tip.labelling import pool as module
 from retrieval_tip.labelling import suggest as choice
 from retrieval_tip.labelling.suggest import suggest
 
@@ -162,7 +162,7 @@ def test_known_features_are_skipped_and_sampling_is_reported(index, run, monkeyp
     assert "skipped 2" in done.stderr
     old = write_table(tmp_path / "old.parquet", rows[:1], ids=["shot-3"])
     assert run("suggest", old, "--index", folder).exit_code == 1
-    monkeypatch.setattr(photos, "MOST_PHOTOS", 9)
+    monkeypatch.setattr(module, "MOST_PHOTOS", 9)
     done = run("suggest", table, mixed, "-n", 50, "--index", folder, "--format", "csv")
     assert len(done.stdout.splitlines()) == 1 + 9
     assert "9, drawn at random from 34" in done.stderr

@@ -212,7 +212,7 @@ class RowOptions:
         if self.group_no_match:
             yield _in_groups(index, sources, reader, ask, self.abstain).select(columns)
         elif self.smooth:
-            from retrieval_tip.labelling.photos import Pool
+            from retrieval_tip.labelling.pool import Pool
 
             answers, words = Pool.of(sources, reader).smoothed(index, ask)
             say(words)
@@ -252,7 +252,7 @@ def _in_groups(
     index: Index, sources: Sequence[Source], reader: Reader, ask: Ask, abstain: Abstain
 ) -> pa.Table:
     from retrieval_tip.labelling.groups import MOST, classify_in_groups
-    from retrieval_tip.labelling.photos import Pool
+    from retrieval_tip.labelling.pool import Pool
     from retrieval_tip.predictions import PREDICTIONS
 
     answers = classify_in_groups(index, Pool.of(sources, reader), ask)

@@ -40,7 +40,7 @@ def suggest(
         suggest inbox -n 20
         suggest inbox -n 20 --index indexes/things --out next.csv
     """
-    from retrieval_tip.labelling.photos import suggest_photos
+    from retrieval_tip.labelling.pool import suggest_photos
 
     sources = inputs_of(photos, needed=True)
     loaded = None if index is None else index_with(index, encoding)

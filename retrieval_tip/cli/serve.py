@@ -126,10 +126,10 @@ def label_command(
     """
     from retrieval_tip.server.app import create_app
     from retrieval_tip.server.guard import Limits
-    from retrieval_tip.server.labelling import Labelling, paths_of
     from retrieval_tip.server.run import LOOPBACK, LastServer, address, listen, serve
     from retrieval_tip.server.served import Backbones, Maker, open_all
     from retrieval_tip.server.service import Service
+    from retrieval_tip.server.session import Labelling, paths_of
 
     sources = inputs_of(photos, needed=True)
     store = store_of(out)

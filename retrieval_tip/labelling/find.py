@@ -16,7 +16,7 @@ from retrieval_tip.data import images
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import Source, of_images
 from retrieval_tip.errors import InputError, UsageError, check_count, show
-from retrieval_tip.labelling.photos import MOST_PHOTOS, Pool
+from retrieval_tip.labelling.pool import MOST_PHOTOS, Pool
 from retrieval_tip.labelling.suggest import points_of
 from retrieval_tip.model import Index
 from retrieval_tip.retrieval.duplicates import Duplicates, duplicates

@@ -21,7 +21,7 @@ from retrieval_tip import tip
 from retrieval_tip.arrays import FloatArray, IntArray
 from retrieval_tip.errors import UsageError, check_memory
 from retrieval_tip.evaluation.held_out import classified
-from retrieval_tip.labelling.photos import MOST_KEYS, Pool
+from retrieval_tip.labelling.pool import MOST_KEYS, Pool
 from retrieval_tip.labelling.suggest import points_of
 from retrieval_tip.model import Index
 from retrieval_tip.predictions import PREDICTIONS, Predictions
@@ -46,7 +46,7 @@ def group(features: Features, threshold: float, metric: tip.Metric | None = None
     similar to on average, if that similarity reaches the threshold.
 
     ``features`` have the shape ``[m, d]``. Two groups are merged if their average similarity is at least ``threshold``
-    (see :func:`threshold_of`). Without a ``metric``, the similarity is the cosine.
+    (see :func:`group_similarity`). Without a ``metric``, the similarity is the cosine.
     """
     raw = inputs.matrix(features, "features")
     m, d = raw.shape
@@ -122,7 +122,7 @@ def _linked(points: FloatArray, threshold: float) -> Iterator[Sequence[int]]:
             chain = [*(chain or [last]), best]
 
 
-def threshold_of(index: Index) -> float:
+def group_similarity(index: Index) -> float:
     """Return the mean of two similarities: between shots of the same class, and between shots of different classes.
 
     The former is the mean over all classes that have two shots, or 1 without such a class. The latter is the mean over
@@ -156,7 +156,7 @@ def group_no_match(index: Index, features: FloatArray, answers: Predictions) -> 
     numbers = np.zeros(len(table), dtype=np.int64)
     if len(no_match):
         for number, rows in enumerate(
-            group(features[no_match], threshold_of(index), index.metric), 1
+            group(features[no_match], group_similarity(index), index.metric), 1
         ):
             numbers[no_match[rows]] = number
     column = pa.array(numbers, PREDICTIONS["group"], mask=numbers == 0)

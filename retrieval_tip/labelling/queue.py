@@ -49,7 +49,8 @@ class Queue:
 
     def add(self, photo: int) -> None:
         """Add a photo at a random place."""
-        self.order.insert(random.Random(photo).randint(0, len(self.order)), photo)  # noqa: S311 - no secret
+        place = random.Random(photo).randint(0, len(self.order))  # noqa: S311 - no secret
+        self.order = [*self.order[:place], photo, *self.order[place:]]
 
     def show(self, taken: Collection[int]) -> list[Queued]:
         """Return the next photos, without the photos that are ``taken``. Skipped photos come last."""

@@ -10,10 +10,10 @@ from typing import Annotated
 
 from fastapi import Depends, Header, Request
 
-from retrieval_tip.server.labelling import Labelling
 from retrieval_tip.server.problems import Problem
-from retrieval_tip.server.served import Served, Version
+from retrieval_tip.server.served import OpenVersion, Served
 from retrieval_tip.server.service import Service
+from retrieval_tip.server.session import Labelling
 
 Token = Annotated[
     str | None, Header(description='"Bearer TOKEN", where TOKEN is the server\'s token.')
@@ -61,11 +61,11 @@ async def _not_labelled(request: Request, one: Named) -> Served:
 NotLabelled = Annotated[Served, Depends(_not_labelled)]
 
 
-async def _version(one: Named) -> Version:
+async def _version(one: Named) -> OpenVersion:
     return one.now
 
 
-Now = Annotated[Version, Depends(_version)]
+Now = Annotated[OpenVersion, Depends(_version)]
 
 
 def _sends(request: Request, token: str | None) -> bool:

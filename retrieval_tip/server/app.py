@@ -13,10 +13,10 @@ from fastapi.staticfiles import StaticFiles
 from retrieval_tip import __version__
 from retrieval_tip.server import edits, partners, routes
 from retrieval_tip.server.guard import Guard
-from retrieval_tip.server.labelling import Labelling
 from retrieval_tip.server.problems import HANDLED, handle
 from retrieval_tip.server.schemas import PROBLEM
 from retrieval_tip.server.service import Service
+from retrieval_tip.server.session import Labelling
 
 PAGE = Path(__file__).parent / "page"
 

@@ -146,7 +146,7 @@ class Batches(Generic[K, T, R]):
                 part.result.set_result(own)
 
 
-class Kept(Generic[K, R]):
+class ResultCache(Generic[K, R]):
     """A cache of results. A thread of ``pool`` computes each result once.
 
     The cache keeps the most recently used results, up to a total ``size`` of ``most``. If ``room`` results are already

@@ -18,8 +18,8 @@ from retrieval_tip.errors import InputError, command_line, show
 from retrieval_tip.index import changes as index_changes
 from retrieval_tip.index import manage, photos
 from retrieval_tip.index.places import Changed, Place
-from retrieval_tip.labelling.photos import MOST_PHOTOS
 from retrieval_tip.labelling.placing import Action
+from retrieval_tip.labelling.pool import MOST_PHOTOS
 from retrieval_tip.labelling.sidecars import undo_sidecars, write_planned
 from retrieval_tip.labelling.sort import check_files, sort_photos, undo_sort
 from retrieval_tip.model import Index

@@ -43,8 +43,8 @@ class Limits:
     A form or binary features have at most ``bytes`` bytes, and a form at most ``images`` images. Any other body has at
     most ``json_bytes`` bytes. There are at most ``rows`` rows of features, or ``grouped`` if they are grouped. An image
     has at most ``pixels`` pixels. The answers to several queries contain at most ``cells`` numbers (see
-    :meth:`served.Version.cells`). A response must start within ``seconds``, and the client must read it within the same
-    time.
+    :meth:`served.OpenVersion.cells`). A response must start within ``seconds``, and the client must read it within the
+    same time.
 
     A client that fills more than a quarter of the ``queue``, counted in images, is refused. A large image counts
     several times, and 16 features count once. Request bodies, and responses larger than :data:`PART`, can occupy

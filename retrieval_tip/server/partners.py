@@ -27,7 +27,7 @@ from retrieval_tip.server.routes import json_of
 from retrieval_tip.server.schemas import class_name
 from retrieval_tip.server.served import Served
 from retrieval_tip.server.service import Service, backbone_of
-from retrieval_tip.server.uploads import Sent, of_data_url
+from retrieval_tip.server.uploads import Upload, of_data_url
 from retrieval_tip.settings import Ask
 
 log = logging.getLogger(__name__)
@@ -127,7 +127,7 @@ async def predict(service: TheService, one: Named, sent: Json) -> Response:
     async def prediction(task: Json) -> tuple[Json, str]:
         found: Json = {"result": [], "score": 0.0, "model_version": name}
         try:
-            photo = Sent(
+            photo = Upload(
                 ["its photo"], images=[await service.photos.read(_address(task, interface))]
             )
             best: Json = (await service.classify(version, BEST, photo)).results[0]
@@ -282,7 +282,7 @@ async def _follow(service: Service, one: Served, due: Any, key_ids: list[int]) -
                         "another photo is now at its address, so it is no shot; update the annotation"
                     )
                 key_ids += (
-                    await service.add(one, Sent(["its photo"], [wanted], [data]), annotation)
+                    await service.add(one, Upload(["its photo"], [wanted], [data]), annotation)
                 )[0].key_ids
             except InputError as error:
                 return [str(error)]
@@ -314,7 +314,7 @@ async def labels(service: TheService, sent: Json, index: str | None = None) -> R
     if not isinstance(images, list) or not 1 <= len(images) <= service.limits.images:
         raise InputError(f"images: must be a list of 1 to {service.limits.images} data URLs")
     names = [f"image {i}" for i in range(len(images))]
-    asked = Sent(names, images=[of_data_url(str(image)) for image in images])
+    asked = Upload(names, images=[of_data_url(str(image)) for image in images])
     best: dict[str, float] = {}
     answers: list[Json] = (await service.classify(version, BEST, asked)).results
     for found in answers:

@@ -22,15 +22,15 @@ from retrieval_tip.evaluation.audit import audit as audited
 from retrieval_tip.evaluation.projection import Method, methods, projected
 from retrieval_tip.evaluation.projection import exemplars as typical_keys
 from retrieval_tip.fit.closed_form import estimate
-from retrieval_tip.labelling.groups import group, threshold_of
+from retrieval_tip.labelling.groups import group, group_similarity
 from retrieval_tip.labelling.labels import ASK, guesses
-from retrieval_tip.labelling.photos import Pool
+from retrieval_tip.labelling.pool import Pool
 from retrieval_tip.server import schemas
 from retrieval_tip.server.access import READS, Named, Now, TheLabelling, TheService, cookie
 from retrieval_tip.server.guard import FLOATS
 from retrieval_tip.server.problems import Problem
 from retrieval_tip.server.schemas import Row
-from retrieval_tip.server.served import Served, Version
+from retrieval_tip.server.served import OpenVersion, Served
 from retrieval_tip.server.service import Service, read_image
 from retrieval_tip.server.uploads import read
 from retrieval_tip.settings import Ask
@@ -84,7 +84,7 @@ async def groups(
         raise InputError(
             "images: are not accepted here; send features, as /v1/classify?features=true returns them"
         )
-    found = await service.find(lambda: group(features, threshold_of(index), index.metric))
+    found = await service.find(lambda: group(features, group_similarity(index), index.metric))
     return [rows.tolist() for rows in found]
 
 
@@ -166,7 +166,7 @@ async def keys(
 
 
 def _pictured(
-    service: Service, one: Version | Served, keys: pa.Table, past: str = ""
+    service: Service, one: OpenVersion | Served, keys: pa.Table, past: str = ""
 ) -> Iterator[dict[str, Any]]:
     address = f"/v1/indexes/{quote(one.name, safe='')}/keys"
     for row in keys.to_pylist():
@@ -377,7 +377,7 @@ async def label_answers(service: TheService, labelling: TheLabelling) -> Respons
         no_match = [photo for photo in rows if found[photo]["no_match"]][: service.limits.grouped]
         if len(no_match) > 1:
             alike = await service.find(
-                group, photos.rows(no_match), threshold_of(index), index.metric
+                group, photos.rows(no_match), group_similarity(index), index.metric
             )
             groups = [[no_match[row] for row in own] for own in alike]
     found |= {

@@ -53,7 +53,7 @@ VALUES = 1 << 22
 
 
 @dataclass(eq=False)
-class Version:
+class OpenVersion:
     """An open version of an index. A request uses the same version throughout."""
 
     name: str
@@ -186,11 +186,11 @@ class Served:
         """The parent of the index folder, or ``None`` if the index is in a bucket."""
         return None if self.place.local is None else real(self.place.local).parent
 
-    def _opened(self, index: Index) -> Version:
+    def _opened(self, index: Index) -> OpenVersion:
         index = index.on(self.backbones.device)
         manifest = index.manifest
         assert manifest is not None
-        version = Version(self.name, index, manifest, self.backbones.of(index, self.name))
+        version = OpenVersion(self.name, index, manifest, self.backbones.of(index, self.name))
         version.answer(
             Ask(), FeatureBlock.of(index.rows.some(1)[0].astype(np.float32))
         )  # warms up the index

@@ -29,12 +29,12 @@ from retrieval_tip.data.sources import read_item
 from retrieval_tip.errors import InputError, Skipped
 from retrieval_tip.index.places import Changed
 from retrieval_tip.server import metrics, schemas, shots
-from retrieval_tip.server.batching import Batches, Kept, Turns
+from retrieval_tip.server.batching import Batches, ResultCache, Turns
 from retrieval_tip.server.guard import CLIENT, ROWS_PER_IMAGE, Limits, give_time
 from retrieval_tip.server.problems import NAMED, Problem
 from retrieval_tip.server.schemas import Row
-from retrieval_tip.server.served import NEIGHBOUR_CELLS, SIMILAR, Maker, Result, Served, Version
-from retrieval_tip.server.uploads import Photos, Sent
+from retrieval_tip.server.served import NEIGHBOUR_CELLS, SIMILAR, Maker, OpenVersion, Result, Served
+from retrieval_tip.server.uploads import LabelStudioPhotos, Upload
 from retrieval_tip.settings import Ask
 
 log = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ class Service:
             ),
             most=lambda backbone: backbone.batch_size,
         )
-        self._answer: Batches[tuple[Version, Ask], FloatArray, Row] = Batches(
+        self._answer: Batches[tuple[OpenVersion, Ask], FloatArray, Row] = Batches(
             "features",
             self.pool("answer"),
             lambda key, rows: key[0].answer(key[1], FeatureBlock.of(np.stack(rows))),
@@ -99,15 +99,17 @@ class Service:
         self._weighing, self._finding, self._following, self._changing = map(
             self.pool, ("weigh", "find", "follow", "change")
         )
-        self._drawn: Kept[Hashable, bytes] = Kept(
+        self._drawn: ResultCache[Hashable, bytes] = ResultCache(
             self.pool("draw", threads),
             most=KEPT_BYTES,
             room=AT_ONCE,
             size=lambda data: len(data) + OVERHEAD,
         )
         self._slow = self.pool("slow", 2)
-        self._made: Kept[Hashable, Any] = Kept(self._slow, most=SLOW_KEPT, room=SLOW_AT_ONCE)
-        self.photos = Photos(root, limits.bytes, os.environ)
+        self._made: ResultCache[Hashable, Any] = ResultCache(
+            self._slow, most=SLOW_KEPT, room=SLOW_AT_ONCE
+        )
+        self.photos = LabelStudioPhotos(root, limits.bytes, os.environ)
         self.root = root or Path()
 
     def pool(self, name: str, threads: int = 1) -> ThreadPoolExecutor:
@@ -193,7 +195,13 @@ class Service:
         return self.served[name]
 
     async def classify(
-        self, version: Version, ask: Ask, sent: Sent, *, features: bool = False, looks: bool = False
+        self,
+        version: OpenVersion,
+        ask: Ask,
+        sent: Upload,
+        *,
+        features: bool = False,
+        looks: bool = False,
     ) -> schemas.Classified:
         """Classify uploaded inputs. With ``features``, return their features and the most similar shots as well.
 
@@ -240,7 +248,7 @@ class Service:
         )
 
     async def add(
-        self, one: Served, sent: Sent, annotation: str | None = None
+        self, one: Served, sent: Upload, annotation: str | None = None
     ) -> tuple[Changed, list[Skipped]]:
         """Add images of one class, or features, as shots. Return what was added and the unreadable images."""
         give_time()
@@ -252,8 +260,8 @@ class Service:
         return await self.changed(one, shots.add, backbone, sent, self.uploads, annotation), skipped
 
     async def read(
-        self, sent: Sent, backbone: Backbone, *, encode: bool = True
-    ) -> tuple[Sent, list[Skipped]]:
+        self, sent: Upload, backbone: Backbone, *, encode: bool = True
+    ) -> tuple[Upload, list[Skipped]]:
         """Return the images that can be decoded, with their features unless ``encode`` is false, and the others."""
 
         async def found(data: bytes, area: int) -> FloatArray | torch.Tensor | InputError:
@@ -282,7 +290,7 @@ class Service:
             more = f"; and {len(skipped) - NAMED} more" if skipped[NAMED:] else ""
             raise InputError("; ".join(map(str, skipped[:NAMED])) + more)
         kept = {name: [own[place] for place in good] for name, own in vars(sent).items() if own}
-        return Sent(
+        return Upload(
             **kept, features=np.stack([made[place] for place in good]) if encode else None
         ), skipped
 
@@ -299,7 +307,7 @@ class Service:
         except InputError as error:
             return InputError(str(error))  # drops the traceback, which keeps the image in memory
 
-    async def once(self, version: Version, what: Hashable, call: Callable[[], T]) -> T:
+    async def once(self, version: OpenVersion, what: Hashable, call: Callable[[], T]) -> T:
         """Return the result of ``call``, run once per version. Raises Problem 202 after ``limits.patience``."""
         try:
             async with asyncio.timeout(self.limits.patience):
@@ -345,7 +353,7 @@ def read_image(path: Path, digest: str | None) -> bytes:
     return data
 
 
-def backbone_of(version: Version) -> Backbone:
+def backbone_of(version: OpenVersion) -> Backbone:
     """Return the encoder of a version. Raises InputError if this server does not have it."""
     if version.asked is None:
         raise InputError(

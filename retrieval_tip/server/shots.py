@@ -22,13 +22,13 @@ from retrieval_tip.index.places import Changed, Place
 from retrieval_tip.labelling.labels import Remembered
 from retrieval_tip.model import Index
 from retrieval_tip.server.annotations import COLUMN
-from retrieval_tip.server.uploads import Sent
+from retrieval_tip.server.uploads import Upload
 
 
 def add(
     place: Place,
     backbone: Backbone | None,
-    sent: Sent,
+    sent: Upload,
     uploads: Path | None,
     annotation: str | None,
     *,
@@ -60,7 +60,7 @@ def add(
     return added
 
 
-def build(folder: Path, backbone: Backbone, sent: Sent, uploads: Path | None) -> Index:
+def build(folder: Path, backbone: Backbone, sent: Upload, uploads: Path | None) -> Index:
     """Save encoded images with their labels, and build an index from them."""
     shots = uploads or folder.with_name(folder.name + photos.SUFFIX)
     with _saved(folder.name, shots, sent, backbone) as (source, reader, _):
@@ -69,7 +69,7 @@ def build(folder: Path, backbone: Backbone, sent: Sent, uploads: Path | None) ->
 
 @contextmanager
 def _saved(
-    name: str, folder: Path, sent: Sent, backbone: Backbone | None
+    name: str, folder: Path, sent: Upload, backbone: Backbone | None
 ) -> Iterator[tuple[Source, Reader, list[Path]]]:
     """Save images by class under their hashes. Yield them, a reader of their features, and the new files.
 

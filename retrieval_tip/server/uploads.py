@@ -1,6 +1,6 @@
 """Read what clients send: images as multipart form data, and features as JSON or as float32 numbers.
 
-Other programs name photos by an address. No address is read or fetched that :class:`Photos` does not allow.
+Other programs name photos by an address. No address is read or fetched that :class:`LabelStudioPhotos` does not allow.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ SECONDS = 20.0
 
 
 @dataclass(frozen=True)
-class Sent:
+class Upload:
     """Uploaded ``images``, or ``features`` of shape ``[q, d]``, with one name and, for shots, one label each."""
 
     names: list[str]
@@ -58,7 +58,7 @@ T = TypeVar("T", bound=BaseModel)
 
 async def read(
     request: Request, limits: Limits, norms: Norms, d: int, *, labelled: bool = False
-) -> Sent:
+) -> Upload:
     """Read the images or features in a request to an index whose features have ``d`` values.
 
     The problems have status 400 if a form is malformed, 413 if the body is too large, 415 if its content type is not
@@ -89,10 +89,10 @@ async def read(
     if any(texts is not None and len(texts) != rows for texts in (names, labels)):
         raise InputError(f"inputs and labels: must have one entry for each of the {rows} features")
     checked = check_norms(matrix(np.array(features), "features"), 0, norms, "features")
-    return Sent(names or [f"row {row}" for row in range(rows)], labels or (), features=checked)
+    return Upload(names or [f"row {row}" for row in range(rows)], labels or (), features=checked)
 
 
-async def read_form(request: Request, limits: Limits, fields: type[F]) -> tuple[F, Sent]:
+async def read_form(request: Request, limits: Limits, fields: type[F]) -> tuple[F, Upload]:
     """Read a form with images, and return its fields and its images. Raises the same errors as :func:`read`."""
     if (kind := kind_of(request.headers)) != FORM:
         raise Problem(415, f"content type {kind!r}: send {FORM}")
@@ -129,7 +129,7 @@ async def read_form(request: Request, limits: Limits, fields: type[F]) -> tuple[
     if len(labels) > 1 and len(labels) != len(images):
         many = f"{len(labels)} labels given for {len(images)} images"
         raise InputError(f"label: {many}; send one label for each image, in order")
-    return found, Sent(names, labels * len(images) if len(labels) == 1 else labels, images)
+    return found, Upload(names, labels * len(images) if len(labels) == 1 else labels, images)
 
 
 def _checked(check: Callable[[Any], T], sent: object) -> T:
@@ -157,7 +157,7 @@ def _json(body: bytes, limits: Limits, d: int, kind: type[Features]) -> Features
     return _checked(kind.model_validate_json, body)
 
 
-class Photos:
+class LabelStudioPhotos:
     """Photos below the folder ``root``, and those that were uploaded to a Label Studio.
 
     Environment variables name the Label Studio and the key of one of its users. A photo has at most ``most`` bytes.

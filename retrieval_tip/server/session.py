@@ -1,6 +1,7 @@
-"""A labelling session: it shows which photo to label next, saves the labels, and works in the background.
+"""Run a labelling session: answer requests, save the labels, and choose the next photos in the background.
 
-All state changes in the event loop. Threads compute results from values that do not change.
+The state is a :class:`labelling.session.Session`, which changes in the event loop, and only in ``Labelling._apply``.
+Threads compute results from values that do not change.
 """
 
 from __future__ import annotations
@@ -8,10 +9,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
 from itertools import count
 
 import numpy as np
@@ -28,24 +27,33 @@ from retrieval_tip.labelling.journal import Entry, Journal
 from retrieval_tip.labelling.labels import (
     ASK,
     EARLIER,
-    NONE,
     Label,
-    LabelledPhoto,
     SessionPhotos,
     alike,
     build_from_labels,
     guesses,
-    known_photos,
     picked_of,
 )
-from retrieval_tip.labelling.photos import MOST_PHOTOS, Pool, suggest_features
+from retrieval_tip.labelling.pool import MOST_PHOTOS, Pool, suggest_features
 from retrieval_tip.labelling.progress import Estimate, estimate_rest, gain_of
-from retrieval_tip.labelling.queue import QUEUED, Queue, Queued
+from retrieval_tip.labelling.queue import QUEUED, Queue
+from retrieval_tip.labelling.session import (
+    Change,
+    Dropped,
+    Event,
+    Facts,
+    Guessed,
+    Noticed,
+    Refused,
+    Saved,
+    Session,
+    Suggested,
+)
 from retrieval_tip.model import Index
 from retrieval_tip.server import schemas
 from retrieval_tip.server.problems import Problem
 from retrieval_tip.server.schemas import Row
-from retrieval_tip.server.served import Served, Version
+from retrieval_tip.server.served import OpenVersion, Served
 from retrieval_tip.server.service import Service
 
 log = logging.getLogger(__name__)
@@ -63,25 +71,10 @@ CHUNK = 32
 """Number of photos to encode at a time."""
 RETRY = 5.0
 """Seconds after which labels that could not be saved are saved again."""
-STEPS = 100
-"""Maximum number of steps that can be undone."""
 POLL = 1.0
 """Seconds after which versions that others wrote are noticed."""
 LAST = 20
 """Number of photos whose guesses are counted as right or wrong."""
-
-
-@dataclass(frozen=True)
-class _Step:
-    """What a step changed: the labels before and after it, and the photos that were in the queue.
-
-    ``right`` tells whether the guess for a photo of the queue was right, if there was one.
-    """
-
-    before: Mapping[int, Label]
-    after: Mapping[int, str | None]
-    queued: Sequence[Queued]
-    right: bool | None
 
 
 class Labelling:
@@ -116,24 +109,20 @@ class Labelling:
         self.photos.recognise(
             {photo: digest for photo, one in unsaved.items() if (digest := one["digest"])}
         )
-        self._classes = list(classes)
-        self._queue = Queue([*own])
-        self._unread = asyncio.Queue[Sequence[int]]()
-        for start in range(0, len(own), CHUNK):
-            self._unread.put_nowait(self._queue.order[start : start + CHUNK])
-        self._in_turn = asyncio.Lock()
-        self._seen: Version | None = None
-        self._known: dict[int, LabelledPhoto] = {}
-        self._unsaved = {
+        queue = Queue([*own])
+        labels = {
             photo: Label(one["label"], picked_of(one["picked"])) for photo, one in unsaved.items()
         }
-        self._refused: dict[int, str] = {}  # reasons by photo, for labels that could not be saved
-        self._steps: dict[str, _Step] = {}
+        self.session = Session(self.photos, queue, list(classes), labels)
+        self._unread = asyncio.Queue[Sequence[int]]()
+        for start in range(0, len(own), CHUNK):
+            self._unread.put_nowait(queue.order[start : start + CHUNK])
+        self._in_turn = asyncio.Lock()
+        self._seen: OpenVersion | None = None
         self._made: set[str] = set()  # classes that this session has created
         self._last: places.Changed | None = None
-        self._facts: dict[int, tuple[list[Row] | None, list[int]]] = {}
-        self._chosen: tuple[Version | None, int] = (None, 0)
-        self._measured: tuple[Version | None, int] = self._chosen
+        self._chosen: tuple[OpenVersion | None, int] = (None, 0)
+        self._measured: tuple[OpenVersion | None, int] = self._chosen
         self._progress: Row | None = None
         self._problem: str | None = None
         self._trouble: str | None = None
@@ -159,18 +148,17 @@ class Labelling:
                 task.cancel()
             await asyncio.gather(*others, return_exceptions=True)
             self._journal.close(
-                _entry(self.photos, photo, label) for photo, label in self._unsaved.items()
+                _entry(self.photos, photo, label) for photo, label in self.session.unsaved.items()
             )
 
     def check_saved(self) -> None:
         """Raise StoreError if the session has ended and some labels could not be saved."""
-        if self._unsaved:
-            some = next(
-                iter(self._refused.values()),
-                self._trouble or self._problem or "the session has ended",
-            )
+        unsaved = self.session.unsaved
+        if unsaved:
+            reasons = (*self.session.refused.values(), self._trouble, self._problem)
+            some = next(filter(None, reasons), "the session has ended")
             raise StoreError(
-                f"{show(self._journal.path)}: has {counted(len(self._unsaved), 'label')} that could not be saved "
+                f"{show(self._journal.path)}: has {counted(len(unsaved), 'label')} that could not be saved "
                 f"({some}); to save them, label these photos again with the same command"
             )
 
@@ -183,14 +171,15 @@ class Labelling:
     def status(self) -> Row:
         """Return the state of the session and the next photos (see :func:`routes.label_status`)."""
         version = self.version()
-        taken = self._taken()
+        session = self.session
+        taken = session.taken()
         own = self.photos.own
         shown = list[Row]()
         readable = len(self.photos) - len(own(self.photos.unreadable))
-        labelled = len(own(self.labels()))
+        labelled = len(own(session.labels()))
         found = (self._progress or {}).get("estimate")
-        for one in self._queue.show(taken):
-            guessed, others = self._facts.get(one.photo, (None, []))
+        for one in session.queue.show(taken):
+            guessed, others = session.facts.get(one.photo, (None, []))
             similar = [photo for photo in others if photo not in taken]
             more = {
                 "name": self.photos.name(one.photo),
@@ -199,15 +188,15 @@ class Labelling:
             }
             shown.append(vars(one) | more)
         unmeasured = version is not None and self._measured != self._chosen
-        busy = self._choice_due() or unmeasured or self._waiting()
+        busy = self._choice_due() or unmeasured or session.waiting()
         refused: list[Row] = [
             {
                 "photo": photo,
                 "name": self.photos.name(photo),
-                "label": self._unsaved[photo].label,
+                "label": session.unsaved[photo].label,
                 "reason": reason,
             }
-            for photo, reason in self._refused.items()
+            for photo, reason in session.refused.items()
         ]
         steps: list[Row] = [
             {
@@ -215,17 +204,17 @@ class Labelling:
                 "photos": [*one.after] or [x.photo for x in one.queued],
                 "labels": [*one.after.values()],
             }
-            for name, one in self._steps.items()
+            for name, one in session.steps.items()
         ]
-        right = [one.right for one in self._steps.values() if one.right is not None][-LAST:]
+        right = [one.right for one in session.steps.values() if one.right is not None][-LAST:]
         return {
             "index": self.name,
             "version": None if version is None else version.manifest.version,
             "photos": readable,
             "encoded": len(own(self.photos.encoded)),
             "labelled": labelled,
-            "unsaved": len(self._unsaved),
-            "classes": self._class_counts(),
+            "unsaved": len(session.unsaved),
+            "classes": session.class_counts(),
             "queue": shown,
             "steps": steps,
             "guessed": right,
@@ -254,13 +243,8 @@ class Labelling:
             if unknown:
                 self.photos.recognise(await asyncio.to_thread(self.photos.hashed, unknown))
                 self._look()
-            if change.step is None or change.step not in self._steps:
-                self._label(change)
-            if change.undo is not None and (step := self._steps.get(change.undo)) is not None:
-                self._set(step.before)
-                del self._steps[change.undo]
-                for one in reversed(step.queued):
-                    self._queue.put_first(one)
+            labels = [(one.photo, one.label) for one in change.labels]
+            self._apply(Change(labels, change.skip, change.step, change.undo, change.reviewed))
 
     async def add(self, photos: Iterable[tuple[str, bytes]]) -> list[int]:
         """Keep photos that were dropped on the page in the folder of this session, and return their numbers.
@@ -284,65 +268,33 @@ class Labelling:
                         ) from None
                     self.photos.paths[number] = path
                     self.photos.recognise({number: digest})
-                    self._queue.add(number)
+                    self._apply(Dropped(number))
                     self._unread.put_nowait([number])
                 numbers.append(number)
         self._look()
         return numbers
 
-    def _label(self, change: schemas.SetLabels) -> None:
-        labels = self.labels()
-        shown = {one.photo: one for one in self._queue.show(self._taken())}
-        wanted = {
-            self.photos.copies(one.photo)[0]: one for one in change.labels
-        }.values()  # the last copy counts
-        asked = {} if change.reviewed else shown
-        unlabelled = Queued(-1, "reviewed" if change.reviewed else "similar")
-        before = {
-            one.photo: labels.get(one.photo, Label(None, asked.get(one.photo, unlabelled).picked))
-            for one in wanted
-        }
-        changed = {one.photo: one.label for one in wanted if one.label != before[one.photo].label}
-        self._set({photo: Label(label, before[photo].picked) for photo, label in changed.items()})
-        for photo in change.skip:
-            self._queue.skip(photo)
-        for photo, label in changed.items():
-            if label is None:
-                self._queue.put_first(Queued(photo, before[photo].picked))
-        if change.step is not None:
-            gone = [
-                photo
-                for photo, label in before.items()
-                if label.label is None and not change.reviewed
-            ]
-            gone += change.skip
-            queued = [shown.get(photo, Queued(photo, "similar")) for photo in gone]
-            first = next((one for one in wanted if one.photo in asked), None)
-            guessed = None if first is None else self._facts.get(first.photo, (None, []))[0]
-            right = (
-                None
-                if guessed is None or first is None
-                else [x["label"] for x in guessed[:1]] == [first.label]
-            )
-            self._steps[change.step] = _Step(
-                {photo: before[photo] for photo in changed}, changed, queued, right
-            )
-            if len(self._steps) > STEPS:
-                del self._steps[next(iter(self._steps))]
+    def labels(self) -> dict[int, Label]:
+        """Return the labels of photos. Unsaved changes are included."""
+        return self.session.labels()
 
-    def _set(self, labels: Mapping[int, Label]) -> None:
-        """Write labels to the journal, and save them soon. Raises StoreError if the journal cannot be written."""
-        if not labels:
-            return
-        self._journal.add(_entry(self.photos, photo, label) for photo, label in labels.items())
-        for photo, label in labels.items():
-            for copy in self.photos.copies(photo):
-                self._unsaved.pop(copy, None)
-                self._refused.pop(copy, None)
-            self._unsaved[photo] = label
-        self._due.set()
+    def _apply(self, event: Event) -> None:
+        """Change the state. If the journal cannot be written, raise StoreError and keep the state."""
+        session, effects = self.session.apply(event)
+        if effects.journal:
+            self._journal.add(_entry(self.photos, *labelled) for labelled in effects.journal)
+        self.session = session
+        if effects.saved:
+            self._journal.saved(
+                [_entry(self.photos, *labelled) for labelled in effects.saved.items()],
+                all_saved=not session.unsaved,
+            )
+        if effects.journal or effects.wake:
+            self._due.set()
+        if effects.wake:
+            self._wake.set()
 
-    def version(self) -> Version | None:
+    def version(self) -> OpenVersion | None:
         """Return the open version of the index, if it exists, and note which photos it contains."""
         served = self.service.served.get(self.name)
         version = None if served is None else served.now
@@ -353,53 +305,20 @@ class Labelling:
 
     def _look(self) -> None:
         """Note which photos the index contains, and try again to save labels that it refused before."""
-        found = self._seen and known_photos(self._seen.index, self.photos.unread, self.photos.same)
-        self._known = found or {}
-        self._refused.clear()
-        self._due.set()
-        self._wake.set()
-
-    def _class_counts(self) -> dict[str, int]:
-        """Return the classes to choose from, with their numbers of photos. Unsaved changes are included."""
-        index = None if self._seen is None else self._seen.index
-        names = [] if index is None else index.class_names
-        shown = {*self._classes, *(names if index is not None and index.has_text else ())}
-        counts = Counter(dict.fromkeys([*self._classes, *names], 0))
-        counts.update({} if index is None else dict(zip(names, index.counts, strict=True)))
-        counts.subtract(self._known[photo].label for photo in self._unsaved if photo in self._known)
-        counts.update(label.label for label in self._unsaved.values() if label.label is not None)
-        del counts[NONE]
-        return {name: n for name, n in counts.items() if n > 0 or name in shown}
-
-    def labels(self) -> dict[int, Label]:
-        """Return the labels of photos. Unsaved changes are included."""
-        labels = {
-            photo: Label(known.label, known.picked or "suggested")
-            for photo, known in self._known.items()
-        }
-        for photo, label in self._unsaved.items():
-            for copy in self.photos.copies(photo):
-                if label.label is None:
-                    labels.pop(copy, None)
-                else:
-                    labels[copy] = label
-        return labels
-
-    def _taken(self) -> set[int]:
-        return self.photos.unreadable.keys() | self.labels().keys()
+        self._apply(Noticed(None if self._seen is None else self._seen.index))
 
     async def _save(self) -> None:
         """Save labels in batches. If the index cannot be written, try again until the session ends."""
-        while self._waiting() or not self._closing:
-            if not self._waiting():
+        while self.session.waiting() or not self._closing:
+            if not self.session.waiting():
                 await self._changed()
             with suppress(TimeoutError):
                 async with asyncio.timeout(WAIT):
-                    while len(self._waiting()) < BATCH and not self._closing:
+                    while len(self.session.waiting()) < BATCH and not self._closing:
                         await self._changed()
             closing = self._closing
             try:
-                await self._write(self._waiting())
+                await self._write(self.session.waiting())
                 self._trouble = None
             except Exception as error:  # the labels stay in the journal
                 self._trouble = str(error)
@@ -408,11 +327,6 @@ class Labelling:
                 if closing:  # there may be room again since an attempt that began earlier
                     return
                 await asyncio.sleep(0 if self._closing else RETRY)
-
-    def _waiting(self) -> dict[int, Label]:
-        return {
-            photo: label for photo, label in self._unsaved.items() if photo not in self._refused
-        }
 
     async def _changed(self) -> None:
         await self._due.wait()
@@ -429,8 +343,8 @@ class Labelling:
             if len(photos) > 1:
                 for half in (photos[: len(photos) // 2], photos[len(photos) // 2 :]):
                     await self._write({photo: labels[photo] for photo in half})
-            elif self._unsaved.get(photos[0]) is labels[photos[0]]:
-                self._refused[photos[0]] = str(error)
+            else:
+                self._apply(Refused(photos[0], labels[photos[0]], str(error)))
 
     async def _commit(self, labels: Mapping[int, Label]) -> None:
         """Save labels as one new version. Raises InputError if a photo can neither be read nor is in the index."""
@@ -451,8 +365,8 @@ class Labelling:
         first = [item for item in items if item.label is not None]
         if items and version is not None:
             unwanted = self._made - {
-                *self._classes,
-                *(label.label for label in self._unsaved.values()),
+                *self.session.classes,
+                *(label.label for label in self.session.unsaved.values()),
             }
             one = service.served[self.name]
             self._last = await service.changed(
@@ -460,18 +374,18 @@ class Labelling:
             )
             self._made.update(self._last.classes)
         elif first:
-            own = self._classes
+            own = self.session.classes
             one = await service.open(
                 lambda: Served(place, backbones, build_from_labels(place, first, reader, own))
             )
             self._made.update(one.now.index.class_names)
         self.version()
-        self._forget(labels)
+        self._apply(Saved(labels))
 
     def _item(self, photo: int, label: Label) -> PhotoLabel | None:
         """Return what the index needs to know. The result is ``None`` if it lacks a photo whose label is removed."""
         copy = self.photos.readable(photo)
-        known = self._known.get(photo)
+        known = self.session.known.get(photo)
         if known is None and copy not in self.photos.encoded:
             if label.label is None:
                 return None
@@ -479,16 +393,6 @@ class Labelling:
         digest = self.photos.digests.get(photo) or str(known and known.digest)
         path = show(self.photos.path(copy))
         return PhotoLabel(path, digest, label.label, label.picked, self.photos.features.get(copy))
-
-    def _forget(self, labels: Mapping[int, Label]) -> None:
-        done = [photo for photo, label in labels.items() if self._unsaved.get(photo) is label]
-        for photo in done:
-            del self._unsaved[photo]
-            self._refused.pop(photo, None)
-        self._journal.saved(
-            [_entry(self.photos, photo, labels[photo]) for photo in done],
-            all_saved=not self._unsaved,
-        )
 
     async def _work(self, step: Callable[[], Awaitable[None]]) -> None:
         """Run a step of the background work. If it fails, keep the error for the page."""
@@ -532,35 +436,33 @@ class Labelling:
         grown = encoded >= 2 * before or (encoded > before and all_read)
         return bool(encoded) and (version is not self._seen or grown)
 
-    async def _choose(self, version: Version | None) -> None:
+    async def _choose(self, version: OpenVersion | None) -> None:
         index = None if version is None else version.index
         encoded = len(self.photos.encoded)
-        rows = sorted(self.photos.encoded - self._taken())
+        rows = sorted(self.photos.encoded - self.session.taken())
         if rows:
             picks = await self.service.run(self._thinking, _suggested, self.photos, rows, index)
-            queued = sum(
-                label.picked in ("random", "suggested") for label in self.labels().values()
-            )
-            self._queue.suggest(picks, self._taken(), queued)
+            self._apply(Suggested(picks))
             shown = [
-                one.photo
-                for one in self._queue.show(self._taken())
-                if one.photo in self.photos.encoded
+                queued.photo
+                for queued in self.session.shown()
+                if queued.photo in self.photos.encoded
             ]
-            self._facts = await self.service.run(
+            facts = await self.service.run(
                 self._thinking, _facts_of, self.photos, shown, rows, index
             )
+            self._apply(Guessed(facts))
         self._chosen = version, encoded
 
-    async def _measure(self, version: Version) -> None:
+    async def _measure(self, version: OpenVersion) -> None:
         picked = {
             one.key_id: one.picked
-            for one in self._known.values()
+            for one in self.session.known.values()
             if one.picked not in (None, "similar")
         }
         drawn = sum(how == "random" for how in picked.values())
         measured = self._chosen
-        rest = sorted(self.photos.encoded - self._taken())
+        rest = sorted(self.photos.encoded - self.session.taken())
         progress = None
         if drawn >= DRAWN and rest and version.index.n <= self.service.limits.estimated:
             features = self.photos.rows(rest)
@@ -608,7 +510,7 @@ def _suggested(
 
 def _facts_of(
     photos: SessionPhotos, shown: Sequence[int], rows: Sequence[int], index: Index | None
-) -> dict[int, tuple[list[Row] | None, list[int]]]:
+) -> Facts:
     """Return the guesses for each photo that is shown, and the photos among ``rows`` that resemble it."""
     places = {photo: place for place, photo in enumerate(rows)}
     shown = [photo for photo in shown if photo in places]
