@@ -645,7 +645,7 @@ class Classifier(OpenIndex):
 
         Raises UsageError if ``k`` is not ``all``, or if there are too many keys for memory.
         """
-        from retrieval_tip.index.onnx_graph import answering
+        from retrieval_tip.export.onnx_graph import answering
 
         if (self.index.settings.k or self.index.n) < self.index.n:
             raise UsageError(
@@ -660,7 +660,7 @@ class Classifier(OpenIndex):
         With ``features``, the graph computes logits from features, and the image encoder is left out. See
         :func:`onnx_graph.export_onnx` for the graph and the errors.
         """
-        from retrieval_tip.index.onnx_graph import export_onnx
+        from retrieval_tip.export.onnx_graph import export_onnx
 
         backbone = None if features else cast("TorchBackbone | Joined | None", self.reader.backbone)
         return export_onnx(self.index.in_memory(), _place("out", out), backbone)

@@ -18,8 +18,8 @@ from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import open_source
 from retrieval_tip.data.tables import ParquetFiles
 from retrieval_tip.errors import InputError, UsageError
+from retrieval_tip.export.feature_tables import export_table, export_text
 from retrieval_tip.index.build import build_index
-from retrieval_tip.index.export import export_table, export_text
 from retrieval_tip.index.items import read_text_table
 from retrieval_tip.model import Index
 from retrieval_tip.settings import Settings

@@ -13,8 +13,8 @@ from serving import caltech_photos
 from retrieval_tip import Index
 from retrieval_tip.data.sources import read_item
 from retrieval_tip.errors import UsageError
+from retrieval_tip.export.onnx_graph import export_onnx
 from retrieval_tip.fit import closed_form
-from retrieval_tip.index.onnx_graph import export_onnx
 
 NAMES = ["cat", "dög", "<b>", "owl", "a b"]
 
@@ -111,7 +111,7 @@ def test_an_index_without_its_photos_is_exported_without_a_comparison(
     run, things, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(
-        "retrieval_tip.index.onnx_graph.read_item", lambda _: read_item(tmp_path / "gone.jpg")
+        "retrieval_tip.export.onnx_graph.read_item", lambda _: read_item(tmp_path / "gone.jpg")
     )
     done = run("index", "export", things, "--onnx", tmp_path / "things.onnx")
     assert done.exit_code == 0, done.output
@@ -147,7 +147,7 @@ def test_an_index_with_a_k_is_exported_with_all_keys(tmp_path, run):
 
 
 def test_too_large_objects_are_refused_before_writing(tmp_path, monkeypatch):
-    monkeypatch.setattr("retrieval_tip.index.onnx_graph.LARGEST", 100)
+    monkeypatch.setattr("retrieval_tip.export.onnx_graph.LARGEST", 100)
     with pytest.raises(UsageError, match="limit is 2 GB"):
         export_onnx(index(), tmp_path / "i.onnx")
     assert not list(tmp_path.iterdir())

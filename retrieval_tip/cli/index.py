@@ -489,7 +489,7 @@ def export_command(
         index export indexes/things --out keys.parquet
         index export indexes/things --out keys.parquet --text text.parquet
     """
-    from retrieval_tip.index.export import export_table, export_text
+    from retrieval_tip.export.feature_tables import export_table, export_text
 
     if not (out or text or onnx):
         raise UsageError("index export: give --out, --text or --onnx FILE")
@@ -502,7 +502,7 @@ def export_command(
         about(text, f"{export_text(loaded, text)} rows")
     if onnx is not None:
         from retrieval_tip.backbones.loading import load_again
-        from retrieval_tip.index.onnx_graph import export_onnx
+        from retrieval_tip.export.onnx_graph import export_onnx
 
         named = loaded.backbone
         backbone = None
