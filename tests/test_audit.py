@@ -11,6 +11,7 @@ from conftest import examples, few, needs_real
 from fastapi.testclient import TestClient
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.random import default_rng
 from serving import app_of
 from tables import read_features, unit, unit_rows, write_table
 
@@ -127,7 +128,7 @@ def random_index(
     seed, n=30, c=4, d=8, dtype=np.float32, digests=None, beta=5.5, norms=True, values=False
 ):
     """Return an index of random keys; some classes have one key, or none."""
-    generator = np.random.default_rng(seed)
+    generator = default_rng(seed)
     keys = generator.normal(size=(n, d))
     keys /= np.linalg.norm(keys, axis=1, keepdims=True) if norms else 2
     ids = np.minimum(generator.integers(0, c * 2, n), c - 1)
@@ -136,7 +137,6 @@ def random_index(
         ids,
         [f"class {i}" for i in range(c)],
         settings=Settings(beta=beta),
-        device="cpu",
         sources=[f"{i}" for i in range(n)],
         values=unit_rows(n, c) if values else None,
     )
@@ -158,7 +158,7 @@ def random_index(
 )
 def test_an_audit_matches_the_dense_reference(seed, n, dtype, valued):
     """It ignores the settings and the trained values of the index, so that a margin means the same in every index."""
-    generator = np.random.default_rng(seed)
+    generator = default_rng(seed)
     digests = [[None, "", "a", "b", "c"][i] for i in generator.integers(0, 5, n)]
     beta = float(generator.choice([0, 0.5, 5.5, 30, 1e30]))
     check(
@@ -174,11 +174,9 @@ def test_an_audit_of_the_nearest_keys_matches_the_dense_reference(seed, k):
 
 def planted(n, c, d=32, spread=0.5, seed=0):
     """Return features around one centre per class, and their class ids."""
-    generator = np.random.default_rng(seed)
+    generator = default_rng(seed)
     ids = np.arange(n) % c
-    keys = np.random.default_rng(7).normal(size=(c, d))[ids] + spread * generator.normal(
-        size=(n, d)
-    )
+    keys = default_rng(7).normal(size=(c, d))[ids] + spread * generator.normal(size=(n, d))
     return (keys / np.linalg.norm(keys, axis=1, keepdims=True)).astype(np.float32), ids
 
 
@@ -188,11 +186,11 @@ def test_exactly_the_planted_wrong_labels_are_found(seed, k):
     keys, ids = planted(400, 10, seed=seed)
     ids[ids == 9] = np.where(np.arange(40) < 37, 8, 9)  # a class of three beside one of 77
     keys[ids == 8] = planted(400, 10, seed=seed + 50)[0][8::10][np.arange((ids == 8).sum()) % 40]
-    keys[ids == 8] += 0.05 * np.random.default_rng(seed).normal(size=keys[ids == 8].shape)
-    flipped = np.random.default_rng(seed).choice(np.flatnonzero(ids < 8), 30, replace=False)
+    keys[ids == 8] += 0.05 * default_rng(seed).normal(size=keys[ids == 8].shape)
+    flipped = default_rng(seed).choice(np.flatnonzero(ids < 8), 30, replace=False)
     wrong = ids.copy()
     wrong[flipped] = (ids[flipped] + 1 + seed) % 8
-    cache = Index.from_features(keys, wrong, [f"class {i}" for i in range(10)], device="cpu")
+    cache = Index.from_features(keys, wrong, [f"class {i}" for i in range(10)])
     table = audited(cache, k)
     assert set(table["key_id"].to_pylist()) == set(flipped.tolist())  # precision and recall of 1
     assert table["suggested"].to_pylist() == [
@@ -219,7 +217,7 @@ def test_every_interface_lists_the_same_shots(run, tmp_path):
         ("evaluate", index, test, "--report", tmp_path / "r.html"),
     ):
         assert run("-q", *arguments).exit_code == 0
-    cache = Index.load(index, device="cpu")
+    cache = Index.load(index)
     assert cache.fitted is not None
     clear, everything = (
         audit(cache, borderline=more)["key_id"].to_pylist() for more in (False, True)
@@ -239,7 +237,7 @@ def test_every_interface_lists_the_same_shots(run, tmp_path):
 
 def test_an_audit_of_a_fitted_index_finds_a_wrong_label():
     """The metric was fitted with the wrong label, and moved the shot towards that class."""
-    random = np.random.default_rng(0)
+    random = default_rng(0)
     keys = random.normal(size=(60, 300)) + 16 * np.eye(300)[np.arange(60) % 6]
     keys = (keys / np.linalg.norm(keys, axis=1, keepdims=True)).astype(np.float32)
     labels = np.arange(60) % 6
@@ -256,7 +254,7 @@ def test_an_audit_of_a_fitted_index_finds_a_wrong_label():
 
 def mislabelled(ids, share, seed):
     """Move a share of the shots to other classes. Return the class ids, and a mask of the wrong ones."""
-    draw, c = np.random.default_rng(seed), ids.max() + 1
+    draw, c = default_rng(seed), ids.max() + 1
     wrong = draw.permutation(len(ids)) < round(share * len(ids))
     return np.where(wrong, (ids + draw.integers(1, c, len(ids))) % c, ids), wrong
 
@@ -269,11 +267,11 @@ def mislabelled(ids, share, seed):
 def test_an_audit_of_real_photos_lists_most_wrong_and_few_right_labels(shared, file, precise, seed):
     keys, labels = read_features(shared / f"data/clip-vitb32/{file}.parquet")
     names, ids = np.unique(labels, return_inverse=True)
-    order = np.random.default_rng(seed).permutation(len(ids))
+    order = default_rng(seed).permutation(len(ids))
     rows = np.concatenate([order[ids[order] == i][:16] for i in range(len(names))])
     for share in (0, 0.1, 0.2):
         given, wrong = mislabelled(ids[rows], share, seed)
-        cache = Index.from_features(unit(keys[rows]), given, names.tolist(), device="cpu")
+        cache = Index.from_features(unit(keys[rows]), given, names.tolist())
         listed = np.zeros(len(rows), dtype=bool)
         listed[[row["key_id"] for row in audit(cache).to_pylist() if row["margin"]]] = True
         assert (listed & ~wrong).sum() <= 0.035 * (~wrong).sum()

@@ -19,6 +19,7 @@ import open_clip
 import pytest
 import torch
 from conftest import with_code
+from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
 from safetensors.torch import save_file
 from tables import TINY, picture, some_pixels, tiny
@@ -47,10 +48,8 @@ def test_features_match_plain_open_clip(lit_mini, shared):
         image = model.encode_image(preprocess(Image.open(path).convert("RGB"))[None]).numpy()
         text = model.encode_text(tokens).numpy()
     ours = lit_mini.encode_images(lit_mini.preprocess(images.decode(read_item(path)))[None])
-    np.testing.assert_allclose(ours, image, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(
-        lit_mini.encode_texts(["a photo of a panda."]), text, rtol=1e-4, atol=1e-5
-    )
+    assert_allclose(ours, image, rtol=1e-4, atol=1e-5)
+    assert_allclose(lit_mini.encode_texts(["a photo of a panda."]), text, rtol=1e-4, atol=1e-5)
     assert lit_mini.dim == 1280
     assert lit_mini.logit_scale == pytest.approx(100, rel=1e-3)
 
@@ -293,9 +292,7 @@ def test_views_are_cropped_and_flipped_as_in_the_paper(tmp_path):
 
 
 def test_unit_names_the_row_that_cannot_be_normalised():
-    np.testing.assert_allclose(
-        unit(np.array([[3.0, 4.0]], dtype=np.float32)), [[0.6, 0.8]], rtol=1e-6
-    )
+    assert_allclose(unit(np.array([[3.0, 4.0]], dtype=np.float32)), [[0.6, 0.8]], rtol=1e-6)
     for bad in (0.0, np.nan, np.inf):
         with pytest.raises(InputError, match="feature 1"):
             unit(np.array([[1.0, 0.0], [bad, 0.0]], dtype=np.float32))
@@ -330,7 +327,7 @@ def test_an_image_encoder_gives_the_same_features_as_plain_timm(image_weights, t
     torch.testing.assert_close(ours.preprocess(picture()), view)
     with torch.inference_mode():
         plain = model.forward_head(model.forward_features(view[None]), pre_logits=True).numpy()
-    np.testing.assert_allclose(ours.encode_images(view[None]), plain, rtol=1e-4, atol=1e-5)
+    assert_allclose(ours.encode_images(view[None]), plain, rtol=1e-4, atol=1e-5)
     assert (ours.dim, ours.has_text) == (1280, False)
     own = tmp_path / "own.safetensors"
     save_file(
@@ -374,8 +371,8 @@ def test_a_model_in_memory_gives_the_same_backbone_and_is_pickled_with_its_weigh
     shutil.rmtree(tmp_path / "model")
     for there in (given, carried(given), copy.deepcopy(given)):
         torch.testing.assert_close(there.preprocess(picture())[None], pixels)
-        np.testing.assert_allclose(there.encode_images(pixels), expected, rtol=1e-4, atol=1e-5)
-        np.testing.assert_array_equal(there.encode_texts(["a cat"]), text)
+        assert_allclose(there.encode_images(pixels), expected, rtol=1e-4, atol=1e-5)
+        assert_array_equal(there.encode_texts(["a cat"]), text)
         assert (there.dim, there.logit_scale, there.identity) == (
             named.dim,
             named.logit_scale,
@@ -402,15 +399,15 @@ def test_a_pickled_backbone_opens_its_model_again_on_first_use(
         1280,
         False,
     )
-    np.testing.assert_array_equal(there.encode_images(pixels), model.encode_images(pixels))
+    assert_array_equal(there.encode_images(pixels), model.encode_images(pixels))
     assert pickle.loads(data)._opened is there._opened  # tasks of joblib share one model
     dual = load_backbone(f"local-dir:{tiny_folder.name}", device="cpu")
     data = pickle.dumps(dual)
     monkeypatch.chdir(tmp_path)
     there = pickle.loads(pickle.dumps(pickle.loads(data)))
     assert (there.logit_scale, there._opened) == (dual.logit_scale, None)
-    np.testing.assert_array_equal(there.encode_texts(["a cat"]), dual.encode_texts(["a cat"]))
-    np.testing.assert_array_equal(
+    assert_array_equal(there.encode_texts(["a cat"]), dual.encode_texts(["a cat"]))
+    assert_array_equal(
         there.encode_images(some_pixels(dual, 1)), dual.encode_images(some_pixels(dual, 1))
     )
 
@@ -439,4 +436,4 @@ def test_a_backbone_pickled_on_a_gpu_runs_on_the_cpu_of_another_machine(tiny_fol
     model._device, model.precision = torch.device("cuda"), "float16"
     there = carried(model)
     assert (there._device.type, there.precision) == ("cpu", "float32")
-    np.testing.assert_array_equal(there.encode_texts(["a cat"]), expected)
+    assert_array_equal(there.encode_texts(["a cat"]), expected)

@@ -11,6 +11,7 @@ import pytest
 from conftest import json_rows
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.testing import assert_array_equal
 from PIL import Image
 from serving import caltech_photos
 
@@ -37,7 +38,7 @@ def test_a_crop_has_the_pixels_that_a_box_touches(left, top, width, height):
     rows = [y for y in range(7) if y + 1 > top * 7 and y < (top + height) * 7]
     columns = [x for x in range(11) if x + 1 > left * 11 and x < (left + width) * 11]
     if rows and columns and width * height > 0:
-        np.testing.assert_array_equal(part, NOISE[rows][:, columns])
+        assert_array_equal(part, NOISE[rows][:, columns])
     else:  # at least one pixel is left
         assert part.size
 
@@ -107,9 +108,7 @@ def test_each_box_is_classified_as_its_own_photo(run, things, trap):
         (None, None, None)
     ] * 2
     alone = json_rows(run("classify", things, trap / "halves", "--logits", "--format", "json"))
-    np.testing.assert_array_equal(
-        [row["logits"] for row in rows[:4]], [row["logits"] for row in alone]
-    )
+    assert_array_equal([row["logits"] for row in rows[:4]], [row["logits"] for row in alone])
 
 
 def test_boxes_belong_to_the_burst_of_their_photo(run, things, trap):

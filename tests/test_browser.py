@@ -66,7 +66,7 @@ def site(runtime, fitted, run, tmp_path):
     folder = tmp_path / "site"
     shutil.copytree(ROOT / "docs/browser", folder)
     shutil.copytree(runtime, folder / "ort")
-    index = Index.load(fitted, device="cpu")
+    index = Index.load(fitted)
     Reader(load_backbone(index.backbone.model, device="cpu")).store_int8(
         of_images(index.labels["source"].to_pylist())
     )

@@ -16,6 +16,8 @@ from conftest import cache_of, examples, needs_real, parts_of
 from dense import affinity, cache_logits, nearest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.random import default_rng
+from numpy.testing import assert_allclose, assert_array_equal
 from sealing import manifest_of, npy, refused, resealed, snapshot
 from tables import read_features, unit
 
@@ -35,7 +37,7 @@ EXACT_TYPES = ["Flat", "IVF16,Flat", "HNSW32"]
 COMPRESSED = ["SQfp16", "SQ8", "IVF16,SQfp16", "PQ8", "PCA16,Flat"]
 
 
-_rng = np.random.default_rng(0)
+_rng = default_rng(0)
 _means = unit(_rng.standard_normal((C, D)))
 Y = _rng.permutation(np.repeat(np.arange(C), [1, 60, 3, 20, 40, 16, 16, 0, 80, 5, 25, 54]))
 N = len(Y)
@@ -58,11 +60,11 @@ def model(**changes):
     return cache_of(**arguments)
 
 
-VALUES = np.random.default_rng(3).standard_normal((N, C)).astype(np.float32)
+VALUES = default_rng(3).standard_normal((N, C)).astype(np.float32)
 KINDS = {
     "float32": KEYS,
     "float16": KEYS.astype(np.float16),
-    "fine-tuned": KEYS * np.random.default_rng(1).uniform(0.5, 1.5, (N, 1)).astype(np.float32),
+    "fine-tuned": KEYS * default_rng(1).uniform(0.5, 1.5, (N, 1)).astype(np.float32),
 }
 
 
@@ -77,7 +79,7 @@ def built(tmp_path_factory):
             return made
         place = at(f"{store}{tmp_path_factory.mktemp('built') / 'index'}")
         place.copy_from(made, "test")
-        return place.load(device="cpu")
+        return place.load()
 
     return make
 
@@ -104,13 +106,11 @@ def dense(model_, k=None, tail=True):
 def check_logits(model_, k=None, tail=True):
     text, alone, *_ = dense(model_, k, tail)
     terms, scale = model_.terms(QUERIES, k, tail), abs(alone).max()
-    np.testing.assert_allclose(terms.text, text, atol=1e-4)
-    np.testing.assert_allclose(terms.cache, alone, rtol=5e-4, atol=1e-4 * scale)
+    assert_allclose(terms.text, text, atol=1e-4)
+    assert_allclose(terms.cache, alone, rtol=5e-4, atol=1e-4 * scale)
     logits, alpha = model_.logits(QUERIES, k, tail), model_.settings.alpha
     assert logits.dtype == torch.float32
-    np.testing.assert_allclose(
-        logits, text + alpha * alone, rtol=5e-4, atol=2e-4 * (1 + alpha * scale)
-    )
+    assert_allclose(logits, text + alpha * alone, rtol=5e-4, atol=2e-4 * (1 + alpha * scale))
 
 
 def check_evidence(model_, k=None, tail=True, shown=7):
@@ -123,10 +123,10 @@ def check_evidence(model_, k=None, tail=True, shown=7):
     ):
         best = [NAMES.index(label) for label in answer.labels]
         own = answer.logits  # in another batch, the last digits may differ
-        np.testing.assert_allclose(own, logits[q], rtol=1e-4, atol=1e-5 * abs(logits).max())
-        np.testing.assert_array_equal(own[best], -np.sort(-own)[:3])
+        assert_allclose(own, logits[q], rtol=1e-4, atol=1e-5 * abs(logits).max())
+        assert_array_equal(own[best], -np.sort(-own)[:3])
         chances = np.exp(own.astype(np.float64) - own.max())
-        np.testing.assert_allclose(answer.probabilities, (chances / chances.sum())[best], atol=1e-6)
+        assert_allclose(answer.probabilities, (chances / chances.sum())[best], atol=1e-6)
         assert (answer.label, answer.probability) == (answer.labels[0], answer.probabilities[0])
         total = answer.text_logit + answer.cache_logit
         assert total == pytest.approx(own[best[0]], rel=1e-5, abs=1e-4)
@@ -137,20 +137,18 @@ def check_evidence(model_, k=None, tail=True, shown=7):
         )
         rows = [row_of[one.key_id] for one in answer.neighbours]
         assert len(set(rows)) == len(rows) == min(shown, met[q].sum())
-        np.testing.assert_allclose(given[rows, 0], -np.sort(-given[met[q], 0])[:shown], **tolerance)
+        assert_allclose(given[rows, 0], -np.sort(-given[met[q], 0])[:shown], **tolerance)
         for one, row in zip(answer.neighbours, rows, strict=True):
             assert met[q, row]
             assert (one.source, one.label) == (labels[row]["source"], labels[row]["label"])
             assert one.affinity == pytest.approx(A[q, row], abs=1e-5)
-            np.testing.assert_allclose(
-                [one.weight, *one.gives], [weights[row], *given[row]], **tolerance
-            )
+            assert_allclose([one.weight, *one.gives], [weights[row], *given[row]], **tolerance)
         lowest, against = (
             given[met[q], 0].min(),
             answer.opposing.gives if answer.opposing else [0, 0],
         )
         expected = lowest if lowest < 0 else max(0, given[met[q], 1].max())
-        np.testing.assert_allclose(against[0 if lowest < 0 else 1], expected, **tolerance)
+        assert_allclose(against[0 if lowest < 0 else 1], expected, **tolerance)
 
 
 STORED = [("Flat", ""), ("Flat", "lance://")]
@@ -211,7 +209,7 @@ def test_real_features_give_the_published_accuracy(shared):
         read_features(food / f"{part}.parquet") for part in ("train", "test", "text")
     )
     own = Settings(alpha=1.17, beta=5.5)
-    cache = Index.from_features(K, labels.tolist(), names.tolist(), W, settings=own, device="cpu")
+    cache = Index.from_features(K, labels.tolist(), names.tolist(), W, settings=own)
     assert (names[cache.logits(f).argmax(1).numpy()] == truth).mean() > 0.97
     assert round((names[cache.terms(f).text.argmax(1).numpy()] == truth).mean(), 3) == 0.973
 
@@ -238,7 +236,7 @@ FEATURES = {
 }
 
 
-@pytest.mark.parametrize(("labels", "features"), zip(LABELS, FEATURES, strict=True))
+@pytest.mark.parametrize(("labels", "features"), [*zip(LABELS, FEATURES, strict=True)])
 @pytest.mark.filterwarnings("error")
 def test_labels_may_be_names_or_ids_and_features_tensors_or_arrays(labels, features):
     make = FEATURES[features]
@@ -276,7 +274,7 @@ def test_the_number_of_neighbours_and_labels_is_limited():
     for options, number in asked:
         assert [len(one.neighbours) for one in cache.classify(some, **options)] == [number] * 2
     assert sorted(cache.classify(some, top=99)[0].labels) == sorted(NAMES)
-    only = Index.from_features(KEYS[:9], ["only"] * 9, ["only"], device="cpu").classify(some)[0]
+    only = Index.from_features(KEYS[:9], ["only"] * 9, ["only"]).classify(some)[0]
     assert (len(only.neighbours), only.opposing) == (5, None)
 
 
@@ -483,15 +481,15 @@ def test_added_keys_get_ids_and_one_hot_values_and_removed_keys_leave(index):
     assert sorted(cache.labels["key_id"].to_pylist()) == list(range(N))
     assert cache.keys.dtype == np.float16
     mixed = np.concatenate([VALUES[:half], np.eye(C)[Y[half:]]])
-    np.testing.assert_array_equal(cache.values, mixed[cache.labels["key_id"]])
+    assert_array_equal(cache.values, mixed[cache.labels["key_id"]])
     for gone in ([], [0, 5, *range(half, N, 2)]):
         cache = cache.edited(Edits(remove=gone))
         assert cache.n == cache.index.n == N - len(gone)
         for k in (None, 16):
             check_logits(cache, k)
     kept = cache.labels["key_id"].to_numpy()
-    np.testing.assert_array_equal(cache.keys, KEYS.astype(np.float16)[kept])
-    np.testing.assert_array_equal(cache.values, mixed[kept])
+    assert_array_equal(cache.keys, KEYS.astype(np.float16)[kept])
+    assert_array_equal(cache.values, mixed[kept])
 
 
 @pytest.mark.parametrize(
@@ -548,7 +546,7 @@ def test_a_refused_change_changes_nothing(edits, error, message):
 def reopened(cache, place):
     cache.save(place)
     assert verify(place).n == cache.n
-    return Index.load(str(place), device="cpu")
+    return Index.load(str(place))
 
 
 CARRY = {
@@ -591,7 +589,7 @@ def test_a_pickle_from_a_gpu_is_loaded_on_the_cpu_of_another_machine(monkeypatch
     cache.device = "cuda:1"
     there = pickle.loads(pickle.dumps(cache))
     assert there.device == "cpu"
-    np.testing.assert_array_equal(there.logits(QUERIES), model().logits(QUERIES))
+    assert_array_equal(there.logits(QUERIES), model().logits(QUERIES))
 
 
 CURVE = pa.table({"epoch": [1, 2, 3], "loss": [0.9, 0.5, 0.4]})
@@ -611,7 +609,7 @@ def names(folder):
 def test_a_fine_tuned_index_is_loaded_as_it_was_saved_and_its_files_are_copied_to_later_versions(
     index, tmp_path
 ):
-    cache, loaded, first = model(values=VALUES), Index.load(index, device="cpu"), names(index)
+    cache, loaded, first = model(values=VALUES), Index.load(index), names(index)
     for k, tail in ((None, True), (9, True), (9, False)):
         assert torch.equal(loaded.logits(QUERIES, k, tail), cache.logits(QUERIES, k, tail))
     manifest, described = Versions(index).manifest(), Versions(index).describe()

@@ -11,6 +11,7 @@ import pytest
 from conftest import examples, food_index
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from numpy.random import default_rng
 from scipy.special import log_softmax
 from sealing import manifest_of
 from tables import read_features, unit_rows, write_table
@@ -49,7 +50,7 @@ def nll(logits, labels, temperature):
 
 def planted(n, c, temperature, seed, scale=1.0):
     """Return logits, and labels drawn from their softmax at a temperature."""
-    rng = np.random.default_rng(seed)
+    rng = default_rng(seed)
     logits = scale * rng.normal(size=(n, c))
     chances = softmax(logits / temperature).cumsum(axis=1)
     labels = (rng.random((n, 1)) > chances[:, :-1]).sum(axis=1)
@@ -95,7 +96,7 @@ def test_a_planted_temperature_is_found(temperature):
     st.floats(1e-3, 1e3),
 )
 def test_the_temperature_is_optimal_and_scales_with_the_logits(n, c, seed, spread, factor):
-    rng = np.random.default_rng(seed)
+    rng = default_rng(seed)
     logits = rng.normal(size=(n, c)) * spread
     labels = np.where(rng.random(n) < 0.7, logits.argmax(axis=1), rng.integers(0, c, n))
     found = fit_temperature(logits, labels)
@@ -168,7 +169,7 @@ def test_calibrate_writes_a_version_with_its_provenance(run, food):
     assert info["temperature"] == pytest.approx(float(facts["temperature"]), rel=1e-3)
     assert info["provenance"]["temperature"] == f"fitted on {val}, n=450"
     assert (info["version"], info["earlier_versions"]) == (2, [1])
-    cache = Index.load(folder, device="cpu")
+    cache = Index.load(folder)
     assert cache.settings.temperature == info["temperature"]
     assert cache.classify(features[:3])[0].probability < 1
     after = json.loads(run("evaluate", folder, test, "--json").stdout)
@@ -179,7 +180,7 @@ def test_calibrate_writes_a_version_with_its_provenance(run, food):
     }
     # a second fit ignores the previous temperature
     assert run("fit", "--calibrate", folder, "--val", val).exit_code == 0
-    assert Index.load(folder, device="cpu").settings.temperature == cache.settings.temperature
+    assert Index.load(folder).settings.temperature == cache.settings.temperature
 
 
 def test_a_failed_calibration_changes_nothing(run, food, tmp_path):
@@ -198,7 +199,7 @@ def test_a_failed_calibration_changes_nothing(run, food, tmp_path):
 
 def test_shots_are_classified_without_themselves(run, food, tmp_path):
     folder, _, _ = food
-    cache = Index.load(folder, device="cpu")
+    cache = Index.load(folder)
     shots = write_table(
         tmp_path / "shots.parquet",
         cache.keys,

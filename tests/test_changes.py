@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import SHARED
+from numpy.testing import assert_allclose, assert_array_equal
 from sealing import snapshot
 from tables import tiny, unit_rows, write_table
 
@@ -50,9 +51,7 @@ def copy_photos(folder, **classes):
 def built_pictures(tmp_path_factory, lit_mini):
     place = tmp_path_factory.mktemp("pictures")
     source = open_source(copy_photos(place / "photos", panda=range(4), pizza=range(4)))
-    build_index(
-        source, place / "index", Reader(lit_mini), templates=TEMPLATES, device="cpu", fit="none"
-    )
+    build_index(source, place / "index", Reader(lit_mini), templates=TEMPLATES, fit="none")
     return place
 
 
@@ -87,7 +86,6 @@ def index(tmp_path, table, text):
         text=text,
         alpha=1.0,
         beta=4.0,
-        device="cpu",
     )
     return tmp_path / "index"
 
@@ -104,7 +102,7 @@ def grown(index, tmp_path):
 
 
 def opened(folder, **options):
-    return Index.load(folder, device="cpu", **options)
+    return Index.load(folder, **options)
 
 
 def version(folder):
@@ -148,7 +146,7 @@ def test_added_photos_become_the_keys_of_a_build(run, pictures, lit_mini, tmp_pa
     assert done.stdout == f"{pictures}: version 2, added 4 shots, 1 new class: okapi\n"
     cache = verify(pictures)
     assert cache.class_names == ["panda", "pizza", "okapi"]  # existing classes keep their place
-    np.testing.assert_allclose(
+    assert_allclose(
         cache.text_weights[2], text_weights(lit_mini, ["okapi"], TEMPLATES)[0], atol=1e-5
     )
     assert torch.equal(cache.text_weights[:2], before.text_weights)
@@ -161,7 +159,7 @@ def test_added_photos_become_the_keys_of_a_build(run, pictures, lit_mini, tmp_pa
     ]
     place = {key_id: row for row, key_id in enumerate(cache.labels["key_id"].to_pylist())}
     own = cache.keys[np.array([place[i] for i in range(8, 12)])]
-    np.testing.assert_allclose(own, features_of(lit_mini, new), atol=1e-5)
+    assert_allclose(own, features_of(lit_mini, new), atol=1e-5)
     assert all(rows[i]["digest"] and rows[i]["source"].startswith(str(new)) for i in range(8, 12))
     image = next((new / "okapi").iterdir())
     answer = run("classify", pictures, image, "--explain", "--format", "json", "--device", "cpu")
@@ -194,9 +192,7 @@ def test_add_uses_the_views_and_seed_of_the_index(run, lit_mini, tmp_path):
     cache = opened(tmp_path / "i")
     row = int(np.argmax(cache.labels["key_id"].to_numpy()))
     assert cache.labels["views"][row].as_py() == 2
-    np.testing.assert_allclose(
-        cache.keys[[row]], features_of(lit_mini, new, views=2, seed=7), atol=1e-5
-    )
+    assert_allclose(cache.keys[[row]], features_of(lit_mini, new, views=2, seed=7), atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -298,7 +294,7 @@ def test_new_classes_of_a_feature_table_need_a_text_table(run, index, tmp_path):
     assert torch.equal(
         cache.text_weights[:2], text
     )  # also the cat's, although the table has another one
-    np.testing.assert_allclose(cache.text_weights[2:], weights[[2, 1]], atol=1e-6)
+    assert_allclose(cache.text_weights[2:], weights[[2, 1]], atol=1e-6)
 
 
 def test_add_warns_about_another_spelling_of_a_class(run, index, tmp_path):
@@ -332,9 +328,7 @@ def other(tmp_path):
         tmp_path / "o.parquet", unit_rows(3, D, 7), ["owl", "cat", "owl"], lens=["x", "y", "z"]
     )
     weights = write_table(tmp_path / "ot.parquet", unit_rows(2, D, 8), ["owl", "cat"])
-    build_index(
-        open_source(source), tmp_path / "other", Reader(), text=weights, device="cpu", fit="none"
-    )
+    build_index(open_source(source), tmp_path / "other", Reader(), text=weights, fit="none")
     return tmp_path / "other"
 
 
@@ -344,16 +338,15 @@ def test_an_invalid_merge_is_refused_and_changes_nothing(run, index, other, pict
         unit_rows(2, D),
         ["cat", "dog"],
         ["cat", "dog"],
-        device="cpu",
         values=np.ones((2, 2), dtype=np.float32),
     )
     values.save(tmp_path / "values")
     refused(
         run("index", "merge", index, tmp_path / "values"), 1, tmp_path / "values", "trained values"
     )
-    Index.from_features(unit_rows(1, D), ["owl"], ["owl"], device="cpu").save(tmp_path / "bare")
+    Index.from_features(unit_rows(1, D), ["owl"], ["owl"]).save(tmp_path / "bare")
     refused(run("index", "merge", index, tmp_path / "bare"), 1, "'owl'", "text weight")
-    Index.from_features(unit_rows(1, D + 1), ["cat"], ["cat"], device="cpu").save(tmp_path / "long")
+    Index.from_features(unit_rows(1, D + 1), ["cat"], ["cat"]).save(tmp_path / "long")
     refused(run("index", "merge", index, tmp_path / "long"), 1, f"{D + 1} values", f"requires {D}")
     refused(run("index", "merge", index, tmp_path / "nowhere"), 1, "nowhere")
     refused(run("index", "merge", index, index), 2, "itself")
@@ -397,9 +390,7 @@ def test_key_ids_takes_several_ids_and_excludes_a_condition(run, index):
 @pytest.fixture
 def lists(tmp_path):
     """An index of 40 keys in 16 lists."""
-    cache = Index.from_features(
-        unit_rows(40, D), ["a", "b"] * 20, ["a", "b"], device="cpu", index="IVF16,Flat"
-    )
+    cache = Index.from_features(unit_rows(40, D), ["a", "b"] * 20, ["a", "b"], index="IVF16,Flat")
     cache.save(tmp_path / "lists")
     return tmp_path / "lists"
 
@@ -424,12 +415,10 @@ def test_trained_values_of_merged_classes_add_up(tmp_path):
         unit_rows(6, D),
         np.random.default_rng(0).standard_normal((6, 3)).astype(np.float32),
     )
-    cache = Index.from_features(keys, list("aabbcc"), list("abc"), values=values, device="cpu")
+    cache = Index.from_features(keys, list("aabbcc"), list("abc"), values=values)
     a, b, c = cache.terms(QUERIES).cache.T
     cache = cache.edited(Edits(rename=("a", "c")))
-    np.testing.assert_allclose(
-        cache.terms(QUERIES).cache, torch.stack([b, a + c], dim=1), atol=1e-5
-    )
+    assert_allclose(cache.terms(QUERIES).cache, torch.stack([b, a + c], dim=1), atol=1e-5)
 
 
 def test_rename_refuses_unknown_classes_and_invalid_names(run, index, lit_mini):
@@ -449,14 +438,12 @@ def test_rename_refuses_unknown_classes_and_invalid_names(run, index, lit_mini):
 def test_rename_encodes_the_new_name_if_asked(run, pictures, lit_mini):
     old = opened(pictures).text_weights.numpy()
     assert run("index", "rename", pictures, "panda", "crayfish").exit_code == 0
-    np.testing.assert_array_equal(opened(pictures).text_weights.numpy(), old)
+    assert_array_equal(opened(pictures).text_weights.numpy(), old)
     done = run("index", "rename", pictures, "crayfish", "starfish", "--encode")
     assert "starfish (4 shots)" in done.stdout, done.output
     weights = verify(pictures).text_weights.numpy()
-    np.testing.assert_allclose(
-        weights[0], text_weights(lit_mini, ["starfish"], TEMPLATES)[0], atol=1e-6
-    )
-    np.testing.assert_array_equal(weights[1], old[1])
+    assert_allclose(weights[0], text_weights(lit_mini, ["starfish"], TEMPLATES)[0], atol=1e-6)
+    assert_array_equal(weights[1], old[1])
     assert "new text weight" in Versions(pictures).history()["change"].to_pylist()[-1]
 
 
@@ -478,7 +465,7 @@ def test_new_templates_give_new_text_weights(run, pictures, lit_mini, tmp_path):
     )
     assert done.exit_code == 0, done.output
     cache = verify(pictures)
-    np.testing.assert_allclose(
+    assert_allclose(
         cache.text_weights,
         text_weights(lit_mini, ["panda", "pizza"], ["the {}", "one {}"]),
         atol=1e-5,
@@ -500,7 +487,6 @@ def test_a_failed_rebuild_changes_nothing(run, index):
         1e6 * unit_rows(2, D),
         ["cat", "dog"],
         ["cat", "dog"],
-        device="cpu",
         settings=Settings(beta=0.0),
     )
     large.save(index.with_name("large"))
@@ -521,7 +507,7 @@ def flipped(tmp_path):
     rows = write_table(
         tmp_path / "rows.parquet", keys / np.linalg.norm(keys, axis=1, keepdims=True), labels
     )
-    build_index(open_source(rows), tmp_path / "flipped", Reader(), device="cpu")
+    build_index(open_source(rows), tmp_path / "flipped", Reader())
     return tmp_path / "flipped"
 
 
@@ -606,9 +592,7 @@ def test_where_answers_like_an_index_of_the_matching_keys(run, grown, table, tex
         rows_of(run("classify", tmp_path / "few", asked, *options).stdout),
     )
     assert [row["label"] for row in some] == [row["label"] for row in few]
-    np.testing.assert_allclose(
-        [row["logits"] for row in some], [row["logits"] for row in few], atol=1e-4
-    )
+    assert_allclose([row["logits"] for row in some], [row["logits"] for row in few], atol=1e-4)
     done = run("evaluate", grown, asked, "--json", *where)
     assert done.stderr == "where: 4 of 8 shots match (cat 2/4, dog 2/4)\n"
     one, other = (
@@ -644,9 +628,7 @@ def test_where_only_answers_with_matching_classes_if_there_is_no_text(run, tmp_p
 
 def test_a_fast_check_hashes_small_files_and_compares_sizes_of_large_ones(run, tmp_path):
     place = tmp_path / "i"
-    Index.from_features(
-        unit_rows(1100, 1024), ["cat", "dog"] * 550, ["cat", "dog"], device="cpu"
-    ).save(place)
+    Index.from_features(unit_rows(1100, 1024), ["cat", "dog"] * 550, ["cat", "dog"]).save(place)
     large, small = (
         place / Versions(place).manifest().files[kind].name for kind in ("keys", "labels")
     )
@@ -685,7 +667,7 @@ def test_reload_only_reads_changed_files(grown):
     assert (now.version, now.n, reader.version, reader.n) == (3, 6, 2, 8)
     assert torch.equal(now.logits(QUERIES), opened(grown).logits(QUERIES))
     with pytest.raises(UsageError, match="reload:"):
-        Index.from_features(unit_rows(2, D), ["a", "b"], ["a", "b"], device="cpu").reload()
+        Index.from_features(unit_rows(2, D), ["a", "b"], ["a", "b"]).reload()
 
 
 def test_saving_over_a_newer_version_is_refused(index):

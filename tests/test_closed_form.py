@@ -18,6 +18,8 @@ from conftest import SOAK, examples, few, needs_real, parts_of
 from dense import affinity, cache_logits, discriminant, scatter, solved
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.random import default_rng
+from numpy.testing import assert_allclose, assert_array_equal
 from sealing import manifest_of
 from tables import read_features, write_table
 
@@ -101,13 +103,13 @@ def test_logits_match_the_definition(form, case, where, tmp_path):
     """In memory and in a store, and after each class has got another shot, with the same metric."""
     counts, d, class_prior = CASES[case]
     keys, ids = uneven_clusters(counts, d=d)
-    cache = Index.from_features(keys, ids, NAMES, text_of(d=d), device="cpu")
+    cache = Index.from_features(keys, ids, NAMES, text_of(d=d))
     cache, _ = closed_form.fit(cache, Fit(class_prior=class_prior), forms=[form])
     assert (cache.fitted.bonus > 0) == (case == "a class without shots" and form.ridge is not None)
     if where is not None:
         place = stores.at(f"{where}{tmp_path / 'index'}")
         place.copy_from(cache, "save")
-        cache = place.load(device="cpu").in_memory() if where else place.load(device="cpu")
+        cache = place.load().in_memory() if where else place.load()
         files = place.manifest().files
         if case == "few keys" and form.metric is not None:  # the directions in which they vary
             assert files["metric"].rows == 2 + len(keys) - C
@@ -125,21 +127,17 @@ def check_definition(cache, form, fitted_to, class_prior, d):
         assert form.ridge is not None
         alone = np.log1p(np.maximum(alone, 0) / cache.settings.log_offset)
     own_text, own_cache = (part.numpy() for part in parts_of(cache, queries))
-    np.testing.assert_allclose(own_text, text, atol=1e-4)
-    np.testing.assert_allclose(own_cache, alone, atol=2e-4 * np.abs(alone).max())
+    assert_allclose(own_text, text, atol=1e-4)
+    assert_allclose(own_cache, alone, atol=2e-4 * np.abs(alone).max())
     if d > D:  # another root of the same matrix turns all points
-        np.testing.assert_allclose(cache.vectors @ cache.vectors.T, points @ points.T, atol=1e-5)
+        assert_allclose(cache.vectors @ cache.vectors.T, points @ points.T, atol=1e-5)
         points = np.asarray(cache.vectors)
-    np.testing.assert_allclose(cache.vectors, points, atol=1e-5)
+    assert_allclose(cache.vectors, points, atol=1e-5)
     averages = discriminant(unit_points(cache, queries), points, cache.class_ids.numpy(), C)
     expected = text + cache.settings.alpha * (alone + cache.settings.gamma * averages)
-    np.testing.assert_allclose(
-        cache.logits(queries).numpy(), expected, atol=1e-3 * np.abs(expected).max()
-    )
+    assert_allclose(cache.logits(queries).numpy(), expected, atol=1e-3 * np.abs(expected).max())
     nearest = (unit_points(cache, queries) @ points.T).max(1)
-    np.testing.assert_allclose(
-        [one.affinity for [one] in cache.similar(queries, 1)], nearest, atol=1e-5
-    )
+    assert_allclose([one.affinity for [one] in cache.similar(queries, 1)], nearest, atol=1e-5)
 
 
 def unit_points(cache, queries):
@@ -150,7 +148,7 @@ def unit_points(cache, queries):
 def test_keys_of_any_norm_are_fitted(shots, norm):
     keys, ids = clusters(shots)
     queries, truth = clusters(6, seed=5)
-    cache = Index.from_features(norm * keys, ids, NAMES, device="cpu")
+    cache = Index.from_features(norm * keys, ids, NAMES)
     cache, choice = closed_form.fit(cache)
     assert (cache.fitted.metric == "within") or norm < 2
     assert bool(list(choice.warnings)) == (norm > 1.1)
@@ -159,9 +157,9 @@ def test_keys_of_any_norm_are_fitted(shots, norm):
         with pytest.raises(InputError, match="metric none"):
             cache, _ = closed_form.fit(cache, Fit(metric="none"))
     mixed = np.geomspace(1e-3, 1e3, len(keys))[:, None] * keys
-    closed_form.fit(Index.from_features(mixed, ids, NAMES, device="cpu"))
+    closed_form.fit(Index.from_features(mixed, ids, NAMES))
     with pytest.raises(InputError, match="norm"):
-        closed_form.fit(Index.from_features(1e-20 * keys, ids, NAMES, device="cpu"))
+        closed_form.fit(Index.from_features(1e-20 * keys, ids, NAMES))
 
 
 @settings(max_examples=examples(30), deadline=None)
@@ -173,21 +171,21 @@ def test_keys_of_any_norm_are_fitted(shots, norm):
     st.integers(2, 24),
 )
 def test_the_scatter_matches_the_definition(seed, c, shots, shrinkage, d):
-    draw = np.random.default_rng(seed)
+    draw = default_rng(seed)
     ids = np.sort(draw.integers(0, c, c * shots))
     keys = unit(draw.normal(size=(len(ids), d))).astype(np.float32)
     found = Folds(keys, torch.from_numpy(ids), c, None, np.arange(len(ids))).scatter(
         torch.arange(len(ids))
     )
     expected = scatter(keys, ids if np.bincount(ids).max() > 1 else 0 * ids)
-    np.testing.assert_allclose(found.matrix, expected, atol=1e-6)
+    assert_allclose(found.matrix, expected, atol=1e-6)
     means = [keys[ids == i].astype(np.float64).mean(0) for i in np.unique(ids)]
-    np.testing.assert_allclose(found.mean, np.mean(means, axis=0), atol=1e-6)
+    assert_allclose(found.mean, np.mean(means, axis=0), atol=1e-6)
     metric = Within(shrinkage).fit(found)
     if metric is not None:
         shrunk = (1 - shrinkage) * expected + shrinkage * np.trace(expected) / d * np.eye(d)
         square = metric.transform.double().numpy().T @ shrunk @ metric.transform.double().numpy()
-        np.testing.assert_allclose(square / square.trace() * d, np.eye(d), atol=1e-3)
+        assert_allclose(square / square.trace() * d, np.eye(d), atol=1e-3)
         points = metric(torch.from_numpy(keys))
         assert torch.isfinite(points).all()
         assert float((points.norm(dim=1) - 1).abs().max()) < 1e-4 or np.allclose(
@@ -240,24 +238,20 @@ def test_the_order_of_the_rows_changes_no_answer(case, text, encoders):
     words = [text_of(c, seed=99 + i) for i in range(encoders)] if text else None
 
     def answers(order):
-        index = Index.from_features(
-            [part[order] for part in parts], ids[order], names, words, device="cpu"
-        )
+        index = Index.from_features([part[order] for part in parts], ids[order], names, words)
         index, _ = closed_form.fit(index)
         return tip.probabilities(index.logits(queries), index.settings.temperature).numpy()
 
     before = answers(np.arange(len(ids)))
     few, many = (1, 20) if case == "sampled" else (4, 200)
     for seed in range(many if SOAK else few):
-        np.testing.assert_allclose(
-            answers(np.random.default_rng(seed).permutation(len(ids))), before, atol=1e-4
-        )
+        assert_allclose(answers(default_rng(seed).permutation(len(ids))), before, atol=1e-4)
 
 
 @settings(max_examples=examples(25), deadline=None)
 @given(st.integers(0, 10**6), st.booleans(), st.booleans(), st.sampled_from([0.1, 3.0, 100.0]))
 def test_the_blend_minimises_the_loss(seed, with_text, with_discriminant, scale):
-    draw = np.random.default_rng(seed)
+    draw = default_rng(seed)
     y = torch.from_numpy(draw.integers(0, 4, 40))
     cache = torch.from_numpy(draw.normal(size=(40, 4))).float() + torch.nn.functional.one_hot(y, 4)
     text = scale * torch.from_numpy(draw.normal(size=(40, 4))).float() if with_text else None
@@ -292,7 +286,7 @@ def test_the_blend_minimises_the_loss(seed, with_text, with_discriminant, scale)
 @pytest.mark.parametrize("share", [0.0, 0.05, 0.2])
 def test_wrong_labels_do_not_make_the_answers_uncertain(share):
     """The blend is close to a blend of the correctly labelled queries."""
-    draw = np.random.default_rng(0)
+    draw = default_rng(0)
     c, q = 10, 600
     truth = torch.from_numpy(draw.integers(0, c, q))
     logits = (
@@ -315,7 +309,7 @@ def test_wrong_labels_do_not_make_the_answers_uncertain(share):
 
 
 def test_a_query_of_weight_2_counts_as_two_queries():
-    draw = np.random.default_rng(0)
+    draw = default_rng(0)
     y = torch.from_numpy(draw.integers(0, 4, 3000))
     cache, text = (
         torch.from_numpy(draw.normal(size=(3000, 4))).float() + torch.nn.functional.one_hot(y, 4)
@@ -358,9 +352,9 @@ def test_each_fold_is_judged_by_a_fit_without_it():
         some, own = np.unique(ids[rows], return_inverse=True)
         rest = Index.from_features(keys[rows], own, [str(i) for i in some])
         expected = dense(rest, held.features.numpy(), DEFAULT_FORM)[1]
-        np.testing.assert_allclose(logits[:, some], expected, atol=2e-4)
+        assert_allclose(logits[:, some], expected, atol=2e-4)
         others = np.setdiff1d(np.arange(20), some)
-        np.testing.assert_allclose(
+        assert_allclose(
             logits[:, others], expected.mean(1)[:, None].repeat(len(others), 1), atol=2e-4
         )
     shots, whole = ([held for held in folds.held if held.of == of] for of in ("shots", "classes"))
@@ -384,9 +378,9 @@ def test_small_folds_are_added_if_the_others_contain_half_of_the_shots():
         if not small:
             continue
         held = [np.setdiff1d(images, one.rows.numpy()) for one in small]
-        np.testing.assert_array_equal(np.sort(np.concatenate(held)), images)
+        assert_array_equal(np.sort(np.concatenate(held)), images)
         for rows, one in zip(held, small, strict=True):
-            np.testing.assert_array_equal(keys[rows], one.features)
+            assert_array_equal(keys[rows], one.features)
             assert len(set(ids[rows])) == len(rows) <= 0.3 * len(images) or c == 3
         assert folds.n == len(images)
         weights = folds.weights
@@ -448,14 +442,12 @@ def test_on_dtd_photos_of_some_classes_do_not_crowd_out_the_others(shared, cover
         read_features(shared / f"data/clip-vitb32/dtd/{name}.parquet")
         for name in ("text", "val", "test")
     )
-    draw = np.random.default_rng(1)
+    draw = default_rng(1)
     chosen = draw.permutation(len(names))[:covered]
     rows = np.concatenate(
         [draw.permutation(np.flatnonzero(labels == names[i]))[:shots] for i in chosen]
     )
-    cache = Index.from_features(
-        unit(keys[rows]), labels[rows].tolist(), names.tolist(), text, device="cpu"
-    )
+    cache = Index.from_features(unit(keys[rows]), labels[rows].tolist(), names.tolist(), text)
     cache, _ = closed_form.fit(cache)
     right = names[cache.logits(unit(queries)).argmax(1).numpy()] == truth
     assert 100 * right.mean() >= least
@@ -467,7 +459,7 @@ def test_on_dtd_photos_of_some_classes_do_not_crowd_out_the_others(shared, cover
 def test_a_prior_is_the_scatter_of_other_keys_around_their_class_means():
     parts = [clusters(9, seed) for seed in (1, 2)]
     prior = pooled([Sums.of([part], C, D) for part in parts])
-    np.testing.assert_allclose(
+    assert_allclose(
         prior, np.mean([scatter(*part) for part in parts], 0) * 9 / 8, rtol=1e-4, atol=1e-7
     )
     keys, ids = clusters(3)
@@ -475,7 +467,7 @@ def test_a_prior_is_the_scatter_of_other_keys_around_their_class_means():
     found = Folds(keys, torch.from_numpy(ids), C, None, np.arange(len(ids)), given=prior).scatter(
         torch.arange(len(ids))
     )
-    np.testing.assert_allclose(found.matrix, expected, rtol=1e-4, atol=1e-7)
+    assert_allclose(found.matrix, expected, rtol=1e-4, atol=1e-7)
     with pytest.raises(InputError, match="no class has two"):
         pooled([Sums.of([clusters(1)], C, D)])
 
@@ -498,7 +490,7 @@ def test_a_prior_from_other_photos_improves_few_shot_accuracy(shots, text):
 
 @pytest.mark.parametrize("widths", [(), (6, 10)])
 def test_dimensions_count_the_directions_in_which_photos_of_a_class_vary_in_the_metric(widths):
-    root = np.random.default_rng(0).normal(size=(D, D)) * np.linspace(0.1, 2, D)
+    root = default_rng(0).normal(size=(D, D)) * np.linspace(0.1, 2, D)
     whole = Scatter(torch.zeros(D), torch.from_numpy(root @ root.T), widths)
     transform = whole.whitening(0.4).transform.double()
     inside = torch.linalg.eigvalsh(transform.T @ whole.matrix @ transform)
@@ -517,7 +509,7 @@ def test_dimensions_count_the_directions_in_which_photos_of_a_class_vary_in_the_
 def test_with_a_prior_one_photo_per_class_is_as_sure_as_the_metric_has_dimensions(d, scale):
     prior = scale * pooled([Sums.of([clusters(60, 77, c=20, d=d)], 20, d)])
     keys, ids = clusters(1, d=d)
-    cache = Index.from_features(keys, ids, NAMES, device="cpu")
+    cache = Index.from_features(keys, ids, NAMES)
     cache, _ = closed_form.fit(cache, Fit(prior=prior))
     inside = np.zeros((1, 1))
     if scale:
@@ -526,7 +518,7 @@ def test_with_a_prior_one_photo_per_class_is_as_sure_as_the_metric_has_dimension
     expected = 0.065 * np.trace(inside) ** 2 / max(np.trace(inside @ inside), 1e-9)
     assert (expected > 20) == (d > 16)  # few dimensions say little
     assert cache.settings.alpha == pytest.approx(max(20, expected), rel=1e-3)
-    named = Index.from_features(keys, ids, NAMES, text_of(d=d), device="cpu")
+    named = Index.from_features(keys, ids, NAMES, text_of(d=d))
     named, _ = closed_form.fit(named, Fit(prior=prior))
     assert named.settings.alpha != pytest.approx(
         cache.settings.alpha
@@ -536,7 +528,7 @@ def test_with_a_prior_one_photo_per_class_is_as_sure_as_the_metric_has_dimension
 def test_the_known_prior_of_a_backbone_is_used_for_its_features():
     backbone = Identity("ViT-B-32", "openai", "w", "c", {})
     prior = known_prior(Part(512, "feature", backbone))
-    np.testing.assert_array_equal(prior, prior.T)
+    assert_array_equal(prior, prior.T)
     values = np.linalg.eigvalsh(prior)
     assert 0.1 < values.sum() < 1  # the mean squared distance of a unit feature from its class mean
     assert values.min() > -1e-3 * values.max()
@@ -546,9 +538,7 @@ def test_the_known_prior_of_a_backbone_is_used_for_its_features():
     )
     assert list(map(known_prior, others)) == [None, None]
     keys, ids = clusters(2, d=512)
-    one, other, plain = (
-        Index.from_features(keys, ids, [str(i) for i in range(C)], device="cpu") for _ in "abc"
-    )
+    one, other, plain = (Index.from_features(keys, ids, [str(i) for i in range(C)]) for _ in "abc")
     one.backbone = backbone
     one, _ = closed_form.fit(one)
     other, _ = closed_form.fit(other, Fit(prior=prior))
@@ -575,8 +565,8 @@ def test_a_prior_is_stored_in_the_index_and_must_have_the_same_dimension(run, ta
         assert run("fit", place, "--prior", other).exit_code == 0
     one, same = (stores.at(place).verify() for place in (index, store))
     expected = pooled([Sums.of([clusters(20, 5)], C, D)])
-    np.testing.assert_allclose(one.prior, expected, rtol=1e-5, atol=1e-8)
-    np.testing.assert_array_equal(one.prior, same.prior)
+    assert_allclose(one.prior, expected, rtol=1e-5, atol=1e-8)
+    assert_array_equal(one.prior, same.prior)
     torch.testing.assert_close(one.metric.transform, same.metric.transform)
     first = manifest_of(index).read_bytes()
     assert run("fit", index).exit_code == 0
@@ -618,7 +608,7 @@ def test_a_fit_keeps_the_class_prior_of_the_index(run, tables):
 @pytest.mark.parametrize("kind", ["sorted", "shuffled", "residuals"])
 def test_values_solve_the_linear_system(kind, monkeypatch):
     monkeypatch.setattr("retrieval_tip.retrieval.ridge.LEAST_HALF", 2)
-    draw = np.random.default_rng(0)
+    draw = default_rng(0)
     points, ids = (
         draw.normal(size=(30, 8)).astype(np.float32),
         np.sort(draw.choice([0, 1, 3, 4, 6], 30)),
@@ -627,7 +617,7 @@ def test_values_solve_the_linear_system(kind, monkeypatch):
     targets = targets - draw.random((30, 7), np.float32) if kind == "residuals" else targets
     gram = np.exp(unit(points) @ unit(points).T - 1)
     found = ridge.ridge_values(torch.from_numpy(gram.copy()), torch.from_numpy(targets), 0.1)
-    np.testing.assert_allclose(found, np.linalg.solve(gram + 0.1 * np.eye(30), targets), atol=1e-4)
+    assert_allclose(found, np.linalg.solve(gram + 0.1 * np.eye(30), targets), atol=1e-4)
 
 
 def test_folds_of_uneven_shots_give_each_class_equal_weight():
@@ -637,7 +627,7 @@ def test_folds_of_uneven_shots_give_each_class_equal_weight():
     held = torch.cat([one.ids for one in folds.held]).numpy()
     weights = folds.weights.numpy()
     assert weights.mean() == pytest.approx(1)
-    np.testing.assert_allclose(np.bincount(held, weights)[1:] / weights.sum(), 1 / 4)
+    assert_allclose(np.bincount(held, weights)[1:] / weights.sum(), 1 / 4)
 
 
 @needs_real
@@ -648,14 +638,12 @@ def test_the_mean_class_accuracy_on_a_long_tail_of_flowers_is_high(shared):
         for name in ("shots_16", "test")
     )
     names, ids = np.unique(labels, return_inverse=True)
-    draw = np.random.default_rng(1)
+    draw = default_rng(1)
     numbers = np.round(16 ** (draw.permutation(len(names)) / (len(names) - 1))).astype(int)
     rows = np.concatenate(
         [draw.permutation(np.flatnonzero(ids == i))[:n] for i, n in enumerate(numbers)]
     )
-    cache = Index.from_features(
-        unit(keys[rows]), labels[rows].tolist(), names.tolist(), device="cpu"
-    )
+    cache = Index.from_features(unit(keys[rows]), labels[rows].tolist(), names.tolist())
     cache, _ = closed_form.fit(cache)
     right = names[cache.logits(unit(queries)).argmax(1).numpy()] == truth
     assert 100 * np.mean([right[truth == name].mean() for name in names]) >= 83
@@ -724,7 +712,7 @@ def test_the_metric_is_chosen_if_it_helps():
 
 def test_unhelpful_text_does_not_reduce_the_accuracy():
     keys, ids = clusters(12)
-    noise = unit(np.random.default_rng(8).normal(size=(C, D))).astype(np.float32)
+    noise = unit(default_rng(8).normal(size=(C, D))).astype(np.float32)
     cache = Index.from_features(keys, ids, [str(i) for i in range(C)], noise)
     cache, choice = closed_form.fit(cache)
     queries, truth = clusters(20, seed=7)
@@ -783,7 +771,7 @@ def test_an_estimate_that_rests_on_few_classes_or_photos_is_withheld_or_explaine
         run("index", "info", index).stdout,
     ]
     assert all(said in text and ("Estimated" in text) == ("Estimated" in said) for text in texts)
-    cache = Index.load(index, device="cpu")
+    cache = Index.load(index)
     assert (closed_form.estimate(cache).both is None) == ("not estimated" in said)
     if (
         counts[0] == 20
@@ -796,7 +784,7 @@ def test_an_estimate_that_rests_on_few_classes_or_photos_is_withheld_or_explaine
 
 def test_one_photo_per_class_outweighs_confident_but_wrong_text():
     keys, ids = clusters(1, spread=0.3)
-    noise = unit(np.random.default_rng(5).normal(size=(C, D))).astype(np.float32)
+    noise = unit(default_rng(5).normal(size=(C, D))).astype(np.float32)
     cache = Index.from_features(keys, ids, [str(i) for i in range(C)], noise)
     cache, _ = closed_form.fit(cache)
     queries, truth = clusters(20, seed=7, spread=0.3)
@@ -838,7 +826,7 @@ def test_photos_with_weak_cache_logits_have_no_match():
     cache = model(shots=16)
     cache, _ = closed_form.fit(cache)
     known, _ = clusters(40, seed=5)
-    unknown = unit(np.random.default_rng(11).normal(size=(200, D))).astype(np.float32)
+    unknown = unit(default_rng(11).normal(size=(200, D))).astype(np.float32)
     near, far = cache.classify(known, neighbours=0), cache.classify(unknown, neighbours=0)
     assert (
         np.mean([one.no_match for one in near])
@@ -859,7 +847,7 @@ def test_photos_with_weak_cache_logits_have_no_match():
 def test_no_match_ignores_classes_without_shots():
     cache = partly(15, shots=8)
     queries = unit(
-        np.concatenate([clusters(20, 7, c=20)[0], np.random.default_rng(11).normal(size=(400, D))])
+        np.concatenate([clusters(20, 7, c=20)[0], default_rng(11).normal(size=(400, D))])
     )
     cache, _ = closed_form.fit(cache)
     found = [one.no_match for one in cache.classify(queries.astype(np.float32), neighbours=0)]
@@ -876,9 +864,7 @@ def test_with_four_or_more_shots_about_one_in_twenty_known_photos_has_no_match(v
     for shots in (4, 12):
         no_match = []
         for seed in range(4):
-            cache = Index.from_features(
-                *clusters(shots, seed, c=30, d=32), [*map(str, range(30))], device="cpu"
-            )
+            cache = Index.from_features(*clusters(shots, seed, c=30, d=32), [*map(str, range(30))])
             cache, _ = closed_form.fit(cache, Fit(values=values))
             strongest = cache.terms(torch.from_numpy(queries)).cache.amax(1)
             no_match.append(float((strongest < cache.settings.least_cache).float().mean()))
@@ -936,10 +922,10 @@ def test_in_a_large_index_only_added_and_relabelled_keys_get_new_values(monkeypa
         )
 
     found, before = answered(cache)
-    np.testing.assert_allclose(found, np.eye(C)[ids], atol=1e-3)
+    assert_allclose(found, np.eye(C)[ids], atol=1e-3)
     cache = cache.edited(Edits(move={key_ids[0]: NAMES[(ids[0] + 1) % C]}))
     found, after = answered(cache)
-    np.testing.assert_allclose(found[0], np.eye(C)[(ids[0] + 1) % C], atol=1e-3)
+    assert_allclose(found[0], np.eye(C)[(ids[0] + 1) % C], atol=1e-3)
     assert [key_id for key_id in before if before[key_id] != after[key_id]] == key_ids[:1]
 
 
@@ -1070,8 +1056,8 @@ def test_leave_one_out_refuses_solved_values(run, tables):
     [(0.7, 1, "equal"), (0.999999, 1, 1.0), (0.1, 1, 2.0), (0.4, 16, "equal")],
 )
 def test_answers_are_as_sure_as_the_index_is_accurate(accuracy, most, expected):
-    logits = torch.from_numpy(np.random.default_rng(0).normal(size=(200, 5)))
-    weights = torch.from_numpy(np.random.default_rng(1).uniform(0.5, 1.5, 200))
+    logits = torch.from_numpy(default_rng(0).normal(size=(200, 5)))
+    weights = torch.from_numpy(default_rng(1).uniform(0.5, 1.5, 200))
     weights /= weights.mean()
     found = closed_form._as_sure(
         Settings(temperature=2.0), 3 * logits, weights, accuracy, most
@@ -1118,10 +1104,8 @@ def test_two_photos_per_class_are_about_as_sure_as_they_are_right(shared):
     names, ids = np.unique(table["label"].to_pylist(), return_inverse=True)
     gaps = []
     for seed in range(3):
-        ranks = ranks_within(ids, np.random.default_rng(seed))
-        index = Index.from_features(
-            features[ranks < 2], ids[ranks < 2], names.tolist(), device="cpu"
-        )
+        ranks = ranks_within(ids, default_rng(seed))
+        index = Index.from_features(features[ranks < 2], ids[ranks < 2], names.tolist())
         index, _ = closed_form.fit(index)
         p = tip.probabilities(index.logits(features[ranks >= 2]), index.settings.temperature)
         gaps.append(float(p.amax(1).mean()) - (p.argmax(1).numpy() == ids[ranks >= 2]).mean())
@@ -1135,7 +1119,7 @@ def test_only_photos_drawn_at_random_say_how_sure_an_index_of_chosen_photos_may_
     drawn = np.arange(len(ids)) % 4 == 0
     indexes = {}
     for name, picked in {"plain": None, "random": drawn, "suggested": ids < 0}.items():
-        index = Index.from_features(keys, ids, NAMES, device="cpu")
+        index = Index.from_features(keys, ids, NAMES)
         if picked is not None:
             how = pa.array(np.where(picked, "random", "suggested").tolist())
             index.rows = replace(index.rows, labels=index.rows.labels.append_column(PICKED, how))
@@ -1150,7 +1134,7 @@ def test_only_photos_drawn_at_random_say_how_sure_an_index_of_chosen_photos_may_
     held = held_out_probabilities(indexes["random"])
     sure, right = held.pred_probs.max(1)[drawn].mean(), held.right[drawn].mean()
     assert sure == pytest.approx(right, abs=0.15)
-    few = Index.from_features(keys[::8], ids[::8], NAMES, device="cpu")
+    few = Index.from_features(keys[::8], ids[::8], NAMES)
     few, _ = closed_form.fit(few)
     before = few.settings.temperature
     few.rows = replace(
@@ -1161,7 +1145,7 @@ def test_only_photos_drawn_at_random_say_how_sure_an_index_of_chosen_photos_may_
 
 
 def test_the_scatter_of_keys_that_are_nearly_equal_is_finite():
-    draw = np.random.default_rng(0)
+    draw = default_rng(0)
     keys = torch.from_numpy(
         unit(np.eye(64)[np.arange(60) % 3] + 1e-7 * draw.normal(size=(60, 64)))
     ).float()
@@ -1174,10 +1158,10 @@ def test_equal_and_nearly_equal_keys_can_be_built(run, tmp_path, address):
     for seed, (n, c, d, apart) in enumerate(
         itertools.product((12, 40), (3,), (8, 24), (0, 1e-8, 1e-6))
     ):
-        draw = np.random.default_rng(seed)
+        draw = default_rng(seed)
         keys = unit(draw.normal(size=d) + apart * draw.normal(size=(n, d)))
         table = write_table(tmp_path / "keys.parquet", keys, [f"class {i % c}" for i in range(n)])
         place = address.format(tmp_path / f"index-{seed}")
         assert run("index", "build", table, "--out", place).exit_code == 0
-        chances = stores.at(place).load(device="cpu").classify(keys).to_arrow()["probability"]
+        chances = stores.at(place).load().classify(keys).to_arrow()["probability"]
         assert np.isfinite(chances.to_numpy()).all()

@@ -10,6 +10,7 @@ import timm
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.random import default_rng
 from PIL import Image
 from tables import read_features, tiny, unit, unit_rows, write_table
 
@@ -36,7 +37,6 @@ def side(name, names, each, seed):
         rows_around(np.repeat(known, each), seed),
         [own for own in names for _ in range(each)],
         names,
-        device="cpu",
     )
     cache, _ = closed_form.fit(cache)
     return Side(name, cache, Reader())
@@ -49,7 +49,7 @@ def sides():
 
 @pytest.fixture
 def table(tmp_path):
-    ids = np.random.default_rng(0).integers(0, 4, 90)
+    ids = default_rng(0).integers(0, 4, 90)
     return write_table(tmp_path / "test.parquet", rows_around(ids, 7, 0.5), [NAMES[i] for i in ids])
 
 
@@ -184,7 +184,7 @@ def test_the_command_prints_the_comparison(sides, table, tmp_path, run):
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
     """Folders of coloured noise images with one unreadable file, and two encoders."""
-    place, draw = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    place, draw = tmp_path_factory.mktemp("photos"), default_rng(0)
     for name, colour in (("red", (200, 60, 60)), ("green", (60, 200, 60)), ("blue", (60, 60, 200))):
         (place / "test" / name).mkdir(parents=True)
         for i in range(8):

@@ -134,8 +134,8 @@ def check_description(place):
 
 
 READ = {
-    "load": lambda place, _: check_whole(stores.at(place).load(device="cpu")),
-    "fast": lambda place, _: check_whole(stores.at(place).load(device="cpu", verify="fast")),
+    "load": lambda place, _: check_whole(stores.at(place).load()),
+    "fast": lambda place, _: check_whole(stores.at(place).load(verify="fast")),
     "reload": lambda _, staying: check_whole(staying.reload()),
     "describe": lambda place, _: check_description(place),
     "history": lambda place, _: check_history(place),
@@ -148,7 +148,7 @@ READ = {
 def _read(job):
     """Read in every way until the time is up. An open index does not change, and no version is older than another."""
     place, ways = job["place"], random.Random(job["number"])
-    versions, staying = [0], stores.at(place).load(device="cpu")
+    versions, staying = [0], stores.at(place).load()
     end = time.monotonic() + job["seconds"]
     while (
         time.monotonic() < end or len(versions) < 3
@@ -166,7 +166,6 @@ def _build(job):
         open_source(job["table"]),
         job["place"],
         Reader(norms=job.get("norms", "check")),
-        device="cpu",
         fit="none",
     )
 
@@ -258,7 +257,6 @@ def index(tmp_path):
         open_source(table(tmp_path / "base.parquet", BASE)),
         tmp_path / "index",
         Reader(),
-        device="cpu",
         fit="none",
     )
     return tmp_path / "index"
@@ -377,10 +375,7 @@ def test_random_edits_of_two_writers_in_a_bucket_are_all_there(server, index, tm
     """The versions tell in which order they were made, so a dictionary can repeat them."""
     place = made(tmp_path, "s3")
     changes.clone(index, place)
-    labels = {
-        row["key_id"]: row["label"]
-        for row in stores.at(place).load(device="cpu").labels.to_pylist()
-    }
+    labels = {row["key_id"]: row["label"] for row in stores.at(place).load().labels.to_pylist()}
     common = {"work": "edit", "place": place, "edits": 200 if SOAK else 10}
     jobs = [common | {"number": number, "out": f"{tmp_path}/edit {number}"} for number in range(2)]
     server.start(*jobs)
@@ -456,7 +451,7 @@ class Inline:
 
 @pytest.mark.parametrize("name", READ)
 def test_a_reader_survives_deletion_of_its_version_at_any_access(index, monkeypatch, name):
-    staying = Index.load(index, device="cpu")
+    staying = Index.load(index)
     before = staying.logits(QUERIES)
     accesses = delete_at_every_access(monkeypatch, index, lambda: READ[name](index, staying))
     assert accesses > 5
@@ -503,7 +498,7 @@ def test_a_writer_recreates_what_a_failed_build_removed(index, tmp_path, monkeyp
         return lock(*arguments, **named)
 
     monkeypatch.setattr(store_files, "lock", late)
-    Index.load(index, device="cpu").save(folder)
+    Index.load(index).save(folder)
     assert tried
     assert verify(folder).version == 1
 
@@ -530,7 +525,7 @@ def test_a_read_only_folder_can_be_read_and_refuses_every_change(index, tmp_path
             lambda: changes.rollback(folder),
             lambda: changes.merge(folder, index),
             lambda: Versions(folder).collect(1),
-            lambda: build_index(more, folder, Reader(), device="cpu", fit="none"),
+            lambda: build_index(more, folder, Reader(), fit="none"),
         ]
         for write in writers:
             with pytest.raises(StoreError) as error:
@@ -583,7 +578,7 @@ def test_a_writer_waits_until_a_stopped_writer_continues_or_dies(server, index, 
                     for who in (owner, "another process")
                 ]
                 named += owner in text
-                assert Index.load(index, device="cpu").version in (first, first + 1)
+                assert Index.load(index).version in (first, first + 1)
             monkeypatch.setattr(store_files, "LOCK_WAIT", 60.0)
             looks.clear()
             waiting = pool.submit(changes.configure, index, k=8)

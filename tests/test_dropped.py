@@ -177,7 +177,7 @@ def test_dropped_photos_are_shown_labelled_counted_and_finished(
             "restored"
         )
         assert not [*tmp_path.rglob("*.xmp")]
-    assert places.at(session.place).load(device="cpu").n == 16
+    assert places.at(session.place).load().n == 16
 
 
 def test_a_later_session_has_the_dropped_photos_under_their_numbers(photos, tmp_path, lit_mini):
@@ -348,7 +348,7 @@ def test_photos_dropped_on_a_killed_server_are_there_with_their_labels(
             for photo, path in zip(dropped, outside, strict=True)
         }
         assert own.items() >= wanted.items()
-    rows = places.at(tmp_path / "ix").load(device="cpu").labels.to_pylist()
+    rows = places.at(tmp_path / "ix").load().labels.to_pylist()
     assert {row["digest"]: row["label"] for row in rows} == {
         hashlib.sha256(path.read_bytes()).hexdigest(): photos[path.name] for path in outside
     }

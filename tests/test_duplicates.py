@@ -9,6 +9,7 @@ import pytest
 from conftest import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.random import default_rng
 from tables import unit_rows
 
 from retrieval_tip.model import label_table
@@ -35,7 +36,7 @@ def labels_of(ids, digests=None, key_ids=None, c=None):
 
 def keys_with_duplicates(seed, n=24, c=3, d=6):
     """Return keys of any norm, some repeated, moved slightly or scaled, with class ids and repeated digests."""
-    generator = np.random.default_rng(seed)
+    generator = default_rng(seed)
     keys = generator.normal(size=(n, d)).astype(np.float32)
     for row in range(1, n):
         draw, other = generator.integers(6), generator.integers(row)
@@ -79,7 +80,7 @@ def test_duplicates_match_a_comparison_of_every_pair(seed, some, budget, half):
     keys = keys.astype(np.float16) if half else keys
     cosines = unit(keys) @ unit(keys).T
     least = 0.97 if np.abs(cosines - 0.97).min() > 1e-5 else 0.97002
-    fresh = np.random.default_rng(seed).choice(24, 5, replace=False) if some else None
+    fresh = default_rng(seed).choice(24, 5, replace=False) if some else None
     with mock.patch.object(module, "NEAR", least):
         found = duplicates(keys, labels_of(ids, digests), fresh, budget=budget)
     assert found.compared == ("all" if budget else "digests")

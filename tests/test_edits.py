@@ -251,7 +251,7 @@ def http(folder):
 
 @pytest.mark.parametrize("edit", EDITS)
 def test_a_change_over_http_reads_no_version(seen, folder, http, edit):
-    index = Index.load(folder, device="cpu")
+    index = Index.load(folder)
     with seen.edit(folder):
         answer = EDITS[edit](http, index)
         assert answer.status_code in (200, 201), answer.text
@@ -270,7 +270,7 @@ def test_a_photo_that_becomes_a_shot_is_decoded_once(seen, folder, http, photos)
 
 
 def test_features_and_groups_need_no_temporary_file(folder, http, monkeypatch):
-    index = Index.load(folder, device="cpu")
+    index = Index.load(folder)
     monkeypatch.setattr(tempfile, "tempdir", str(folder / "missing"))
     for edit in ("features", "features of a new class", "groups"):
         answer = EDITS[edit](http, index)

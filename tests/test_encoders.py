@@ -14,6 +14,8 @@ from fake import IDENTITY, Fake
 from fastapi.testclient import TestClient
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.random import default_rng
+from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
 from serving import app_of
 from tables import tiny, unit, unit_rows, write_table
@@ -40,8 +42,8 @@ OTHER = replace(IDENTITY, model="other", weights="sha256:02", preprocess={"size"
 
 def of_class(ids, d, noise, seed):
     """Return unit features around a mean of each class."""
-    draw = np.random.default_rng(seed)
-    means = np.random.default_rng(d).normal(size=(len(NAMES), d))
+    draw = default_rng(seed)
+    means = default_rng(d).normal(size=(len(NAMES), d))
     return unit((means[ids] + noise * draw.normal(size=(len(ids), d))).astype(np.float32))
 
 
@@ -51,7 +53,7 @@ def two(each, noises=(0.6, 0.6), seed=0):
 
 
 def fitted(features, ids, text=None):
-    index = Index.from_features(features, ids, NAMES, text, device="cpu")
+    index = Index.from_features(features, ids, NAMES, text)
     index, _ = closed_form.fit(index)
     return index
 
@@ -72,13 +74,13 @@ def test_joined_features_have_unit_norm_and_the_mean_affinity_weighted_by_shares
     parts = [unit_rows(n, d, seed) for seed, d in enumerate(widths)]
     joined, shares = (
         side_by_side(parts),
-        np.random.default_rng(seed).dirichlet(np.ones(len(widths))),
+        default_rng(seed).dirichlet(np.ones(len(widths))),
     )
     scaled = joined * scale_of([Part(d, "feature") for d in widths], tuple(shares)).numpy()
     expected = sum(share * part @ part.T for share, part in zip(shares, parts, strict=True))
-    np.testing.assert_allclose(scaled @ scaled.T, expected, atol=1e-5)
-    np.testing.assert_allclose(np.linalg.norm(joined, axis=1), 1, rtol=1e-5)
-    np.testing.assert_allclose(
+    assert_allclose(scaled @ scaled.T, expected, atol=1e-5)
+    assert_allclose(np.linalg.norm(joined, axis=1), 1, rtol=1e-5)
+    assert_allclose(
         joined @ joined.T, np.mean([part @ part.T for part in parts], axis=0), atol=1e-5
     )
 
@@ -86,7 +88,7 @@ def test_joined_features_have_unit_norm_and_the_mean_affinity_weighted_by_shares
 def test_without_a_fit_all_encoders_count_equally():
     ids, features = two(3)
     text = [unit_rows(len(NAMES), d, d) for d in WIDTHS]
-    index = Index.from_features(features, ids, NAMES, text, device="cpu")
+    index = Index.from_features(features, ids, NAMES, text)
     queries = [unit_rows(5, d, 100 + d) for d in WIDTHS]
     assert index.shares == (0.5, 0.5)
     K, W, f = (
@@ -94,20 +96,16 @@ def test_without_a_fit_all_encoders_count_equally():
     )
     expected = tip.answer(f, K, torch.eye(len(NAMES))[torch.from_numpy(ids)], W)
     torch.testing.assert_close(index.logits(queries), expected, rtol=1e-4, atol=1e-4)
-    blocks = Index.from_features(
-        np.concatenate(features, 1), ids, NAMES, device="cpu", blocks=WIDTHS
-    )
-    np.testing.assert_array_equal(blocks.keys, index.keys)
+    blocks = Index.from_features(np.concatenate(features, 1), ids, NAMES, blocks=WIDTHS)
+    assert_array_equal(blocks.keys, index.keys)
 
 
 @pytest.mark.parametrize("with_text", [False, True])
 def test_an_encoder_without_a_share_changes_no_answer(with_text):
     ids, features = two(8, (0.5, 50.0))
     text = [of_class(np.arange(len(NAMES)), d, 0.1, 7) for d in WIDTHS] if with_text else None
-    alone = Index.from_features(
-        features[0], ids, NAMES, None if text is None else text[0], device="cpu"
-    )
-    index = Index.from_features(features, ids, NAMES, text, device="cpu")
+    alone = Index.from_features(features[0], ids, NAMES, None if text is None else text[0])
+    index = Index.from_features(features, ids, NAMES, text)
     made = []
     for one in (alone, index):  # the same photos are in the same folds
         digests = pa.array([f"photo {row}" for row in range(one.n)])
@@ -119,7 +117,7 @@ def test_an_encoder_without_a_share_changes_no_answer(with_text):
     own, more = two(4, seed=50)[1]
     a, b = index.classify([own, more]), alone.classify(own)
     assert [one.label for one in a] == [one.label for one in b]
-    np.testing.assert_allclose([x.probability for x in a], [x.probability for x in b], atol=2e-3)
+    assert_allclose([x.probability for x in a], [x.probability for x in b], atol=2e-3)
     torch.testing.assert_close(index.logits([own, more]), index.logits([own, np.roll(more, 1, 0)]))
 
 
@@ -152,15 +150,13 @@ def test_two_encoders_that_err_independently_are_more_accurate_than_one():
 def alike(c=12):
     """Return one photo of each class, to an encoder and to another that finds the same classes alike."""
     one = unit_rows(c, 10, 7)
-    turned = one @ np.linalg.qr(np.random.default_rng(5).normal(size=(10, 10)))[0]
-    return one, unit(turned + 0.1 * np.random.default_rng(6).normal(size=turned.shape)).astype(
-        np.float32
-    )
+    turned = one @ np.linalg.qr(default_rng(5).normal(size=(10, 10)))[0]
+    return one, unit(turned + 0.1 * default_rng(6).normal(size=turned.shape)).astype(np.float32)
 
 
 def one_shot(*features):
     names = [f"class {number:02d}" for number in range(len(features[0]))]
-    index = Index.from_features(list(features), names, names, device="cpu")
+    index = Index.from_features(list(features), names, names)
     return closed_form.fit(index)
 
 
@@ -173,7 +169,7 @@ def test_with_one_shot_an_encoder_to_which_all_photos_look_alike_gets_more():
 
 def test_with_one_shot_only_encoders_that_find_the_same_classes_alike_as_the_first_count():
     one, other = alike()
-    useless = other[np.random.default_rng(5).permutation(len(other))]
+    useless = other[default_rng(5).permutation(len(other))]
     index, choice = one_shot(one, useless, other)
     assert [share > 0 for share in index.shares] == [True, False, True]
     assert [one_shot(*both)[0].shares for both in ((one, useless), (useless, one))] == [
@@ -185,7 +181,7 @@ def test_with_one_shot_only_encoders_that_find_the_same_classes_alike_as_the_fir
 
 
 def test_features_of_other_photos_rarely_agree():
-    draw = np.random.default_rng(0)
+    draw = default_rng(0)
     found = [agree(draw.normal(size=(c, 6)), draw.normal(size=(c, 9))) for c in range(4, 204)]
     assert sum(found) <= 33  # of 200; 10 % are expected
     assert not agree(np.ones((9, 3)), draw.normal(size=(9, 4)))
@@ -195,9 +191,9 @@ def test_features_of_other_photos_rarely_agree():
 @pytest.mark.parametrize("each", [1, 3])
 def test_the_prior_of_joined_encoders_is_scaled_by_their_shares(each):
     ids, features = two(each)
-    root = np.random.default_rng(1).normal(size=(sum(WIDTHS), 40)) / 10
+    root = default_rng(1).normal(size=(sum(WIDTHS), 40)) / 10
     prior = root @ root.T
-    index = Index.from_features(features, ids, NAMES, device="cpu")
+    index = Index.from_features(features, ids, NAMES)
     index, choice = closed_form.fit(index, closed_form.Fit(prior=prior))
     form = choice.form
     assert form.metric is not None
@@ -211,7 +207,7 @@ def test_the_prior_of_joined_encoders_is_scaled_by_their_shares(each):
         scale, scale
     )
     transform = index.metric.transform.double().numpy()
-    np.testing.assert_allclose(transform @ transform.T, inverse, rtol=1e-3, atol=1e-4)
+    assert_allclose(transform @ transform.T, inverse, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -223,7 +219,7 @@ def test_the_known_prior_of_one_of_the_encoders_is_used(each, shares, monkeypatc
     Joining another encoder must not lose what the prior adds to the accuracy of the first one.
     """
     ids, features = two(each)
-    root = np.random.default_rng(1).normal(size=(WIDTHS[0], 40)) / 10
+    root = default_rng(1).normal(size=(WIDTHS[0], 40)) / 10
     known = root @ root.T
     monkeypatch.setattr(
         folds, "known_prior", lambda part: known if part.identity == IDENTITY else None
@@ -234,7 +230,7 @@ def test_the_known_prior_of_one_of_the_encoders_is_used(each, shares, monkeypatc
         known / 2,
         np.eye(WIDTHS[1]) / WIDTHS[1] / 2,
     )
-    index, given, plain = (Index.from_features(features, ids, NAMES, device="cpu") for _ in "abc")
+    index, given, plain = (Index.from_features(features, ids, NAMES) for _ in "abc")
     index.parts = tuple(
         replace(part, identity=one)
         for part, one in zip(index.parts, (IDENTITY, OTHER), strict=True)
@@ -251,7 +247,7 @@ def test_the_known_prior_of_one_of_the_encoders_is_used(each, shares, monkeypatc
         )
     torch.testing.assert_close(index.logits(queries).argmax(1), same.logits(queries).argmax(1))
     if each == 1:  # alpha does not grow with the number of values of the other encoder
-        alone = Index.from_features(features[0], ids, NAMES, device="cpu")
+        alone = Index.from_features(features[0], ids, NAMES)
         alone, _ = closed_form.fit(alone, closed_form.Fit(prior=known))
         assert index.settings.alpha == pytest.approx(alone.settings.alpha)
 
@@ -272,7 +268,7 @@ def test_columns_of_a_table_are_encoders(tmp_path, run):
     shots = table_of(tmp_path, "shots", ids, {"clip": clip, "box": box, "cnn": cnn})
     result = run("index", "build", shots, "--features", "clip,cnn", "--out", tmp_path / "own")
     assert result.exit_code == 0, result.stderr
-    index = places.at(tmp_path / "own").load(device="cpu")
+    index = places.at(tmp_path / "own").load()
     assert [(part.width, part.column) for part in index.parts] == [(6, "clip"), (10, "cnn")]
     assert "box" in index.labels.column_names
     assert "cnn" not in index.labels.column_names
@@ -312,7 +308,7 @@ def test_a_missing_feature_is_refused_with_its_row_and_column(tmp_path):
 
 @pytest.fixture
 def photos(tmp_path):
-    draw = np.random.default_rng(0)
+    draw = default_rng(0)
     for number, name in enumerate(("red", "green", "blue")):
         (tmp_path / "photos" / name).mkdir(parents=True)
         for i in range(5):
@@ -337,7 +333,7 @@ def test_each_photo_is_read_once_and_each_encoder_has_its_own_cache(photos, tmp_
         Reader(Joined([first, second]), cache=cache).encode(replace(source, load=read)).features
     )
     assert (first.prepared, len(reads)) == (made, 15)
-    np.testing.assert_allclose(
+    assert_allclose(
         joined, side_by_side([alone, Reader(second).encode(source).features]), atol=1e-6
     )
 

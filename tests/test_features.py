@@ -731,7 +731,7 @@ def test_labelled_features_in_memory_are_a_source(tmp_path):
     )
     for one in (source, pickle.loads(pickle.dumps(source))):
         assert np.array_equal(Reader().encode(one).features, rows)
-    built = build_index(source, tmp_path / "index", Reader(), fit="none", device="cpu")
+    built = build_index(source, tmp_path / "index", Reader(), fit="none")
     assert np.array_equal(np.sort(built.keys, axis=0), np.sort(rows, axis=0))
     for norms, reason in (
         ("check", "features: row 1: norm 2 instead of 1"),

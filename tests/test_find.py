@@ -33,7 +33,7 @@ def inbox(shared, tmp_path):
 
 
 def test_an_example_finds_similar_photos(things, lit_mini, inbox, run):
-    cache = Index.load(things, device="cpu")
+    cache = Index.load(things)
     features = {}
     for path in sorted(inbox.glob("[0-9c]*.jpg")):
         features[str(path)] = Reader(lit_mini).encode(next(open_inputs([str(path)]))).features[0]
@@ -60,7 +60,7 @@ def test_an_example_finds_similar_photos(things, lit_mini, inbox, run):
 
 
 def test_a_text_is_encoded_with_the_templates_of_the_index(things, lit_mini, inbox, run):
-    cache, photos = Index.load(things, device="cpu"), (inbox / "1.jpg", inbox / "2.jpg")
+    cache, photos = Index.load(things), (inbox / "1.jpg", inbox / "2.jpg")
     done = run("find", *photos, "a big aeroplane", "--index", things, "--format", "json")
     assert done.exit_code == 0, done.stderr
     weight = Reader(lit_mini).text_weights(["a big aeroplane"], cache.templates)[0]

@@ -14,6 +14,8 @@ from clusters import round_clusters as clusters
 from conftest import cache_of, examples, needs_real
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from numpy.random import default_rng
+from numpy.testing import assert_allclose
 from tables import unit, unit_rows, write_table
 from torch.nn import functional
 
@@ -53,15 +55,11 @@ def index(**changes):
 def shots_table(path, counts=None, spread=0.05, order=3):
     """Write views of the shots as rows that share an id, by default ragged and interleaved."""
     keys, ids = clusters(SHOTS, C, D, 1)
-    generator = np.random.default_rng(8)
+    generator = default_rng(8)
     counts = counts or [1 + i % 4 for i in range(SHOTS)]
     shot = np.repeat(np.arange(SHOTS), counts)
     rows = unit(keys[shot] + spread * generator.standard_normal((len(shot), D)))
-    turn = (
-        np.arange(len(shot))
-        if order is None
-        else np.random.default_rng(order).permutation(len(shot))
-    )
+    turn = np.arange(len(shot)) if order is None else default_rng(order).permutation(len(shot))
     names = [f"shot {shot[i]}" for i in turn]
     return open_source(write_table(path, rows[turn], [NAMES[ids[shot[i]]] for i in turn], names))
 
@@ -129,7 +127,7 @@ def plain(cache, shots, recipe):
     for epoch in range(-1, recipe.epochs):
         total, right = 0.0, 0
         if epoch >= 0:
-            random = np.random.default_rng((recipe.seed, epoch))
+            random = default_rng((recipe.seed, epoch))
             counts = np.array([len(own) for own in views.values()])
             rows = torch.from_numpy(counts.cumsum() - counts + random.integers(0, counts))
             for batch in torch.from_numpy(random.permutation(len(rows))).split(finetune.BATCH):
@@ -176,12 +174,12 @@ def test_twenty_epochs_match_plain_torch(shots, val, train, with_val):
     by_column = [
         [row[name] for row in rows] for name in ("loss", "accuracy", "val_loss", "val_accuracy")
     ]
-    np.testing.assert_allclose(np.array(by_column[:2]).T[1:], curve[1:, :2], rtol=1e-5)
+    assert_allclose(np.array(by_column[:2]).T[1:], curve[1:, :2], rtol=1e-5)
     assert curve[-1, 0] < curve[1, 0] or train == (
         "values",
     )  # so few steps hardly change values of 1
     if with_val:
-        np.testing.assert_allclose(np.array(by_column[2:]).T, curve[:, 2:], rtol=1e-5)
+        assert_allclose(np.array(by_column[2:]).T, curve[:, 2:], rtol=1e-5)
     else:
         assert np.isnan(by_column[2:]).all()
         assert (tuned.record["epoch"], tuned.choice, tuned.record["collapsed"]) == (20, None, None)
@@ -205,7 +203,7 @@ def test_only_the_same_seed_gives_the_same_bits(shots, val):
 def test_the_result_can_be_saved_with_its_provenance(shots, val, tmp_path, train):
     cache = index()
     cache.save(tmp_path / "parent")
-    cache = Index.load(tmp_path / "parent", device="cpu")
+    cache = Index.load(tmp_path / "parent")
     cache.settings = cache.settings.override(temperature=3.0)
     keys, text, before = np.array(cache.keys), cache.text_weights.clone(), cache.__dict__.copy()
     tuned = finetune.finetune(cache, shots, Reader(), Recipe(train=train), val=val)
@@ -265,7 +263,7 @@ def test_an_index_in_half_precision_is_close_to_float32(shots, tmp_path):
     found = verify(tmp_path / "tuned")
     assert found.keys.dtype == "float16"
     assert not np.array_equal(exact.index.keys, found.keys)
-    np.testing.assert_allclose(found.keys.astype(np.float32), exact.index.keys, atol=2e-3)
+    assert_allclose(found.keys.astype(np.float32), exact.index.keys, atol=2e-3)
     assert abs(accuracy(exact.index) - accuracy(found)) <= 0.01
     assert losses(near)[-1] == pytest.approx(losses(exact)[-1], rel=0.01)
 
@@ -322,7 +320,7 @@ def test_the_kept_epoch_follows_the_rule(material, monkeypatch):
         tuned = train_with_curve(monkeypatch, cache, material, curve)
         epoch = tuned.record["epoch"]
         assert epoch == kept_by_definition(curve, 60)
-        np.testing.assert_allclose(tuned.index.keys - 0.001 * epoch, cache.keys, atol=1e-4)
+        assert_allclose(tuned.index.keys - 0.001 * epoch, cache.keys, atol=1e-4)
         assert len(tuned.index.curve) == len(curve)  # all epochs ran
         kept.add(min(epoch, 2))
 
@@ -416,7 +414,7 @@ def test_holding_out_shots_does_not_change_the_training(shots, tmp_path):
 @pytest.fixture
 def photos(things):
     """An index of photos, eight for each class, and the photos."""
-    return Index.load(things, device="cpu"), open_source(things.with_suffix(".csv"))
+    return Index.load(things), open_source(things.with_suffix(".csv"))
 
 
 def test_validation_images_have_one_view_for_any_encoder_settings(lit_mini, photos):
@@ -485,7 +483,7 @@ def fitted_index(run, place, *more):
         ).exit_code
         == 0
     )
-    return Index.load(place / "index", device="cpu")
+    return Index.load(place / "index")
 
 
 def tune(run, place, *more, out=None):
@@ -498,7 +496,7 @@ def tune(run, place, *more, out=None):
 def test_finetune_trains_on_the_source_of_the_index_by_default(run, place):
     result = run("finetune", place / "index", "--out", place / "tuned", *HELPFUL)
     assert result.exit_code == 0, result.stderr
-    keys, tuned = (Index.load(place / name, device="cpu").keys for name in ("index", "tuned"))
+    keys, tuned = (Index.load(place / name).keys for name in ("index", "tuned"))
     assert not np.array_equal(keys, tuned)
     (place / "train.parquet").unlink()
     result = run("finetune", place / "index", "--out", place / "again", "--epochs", 2)
@@ -537,16 +535,14 @@ def test_training_without_gain_is_discarded(run, place):
     kept, test = verify(place / "tuned"), open_source(place / "test.parquet")
     assert (kept.settings, kept.fitted, kept.curve) == (index.settings, index.fitted, None)
     features = Reader().encode(test).features
-    np.testing.assert_allclose(kept.logits(features), index.logits(features), rtol=1e-5)
+    assert_allclose(kept.logits(features), index.logits(features), rtol=1e-5)
 
 
 def test_the_printed_accuracy_is_of_held_out_photos(run, place):
     """Random labels can be memorised, but tell nothing about held-out shots."""
     rows = pq.read_table(place / "views.parquet")
     names = sorted(set(rows["id"].to_pylist()))
-    drawn = dict(
-        zip(names, np.random.default_rng(0).choice(NAMES, len(names)).tolist(), strict=True)
-    )
+    drawn = dict(zip(names, default_rng(0).choice(NAMES, len(names)).tolist(), strict=True))
     for name in ("train", "views"):
         table = pq.read_table(place / f"{name}.parquet")
         column = pa.array([drawn[one] for one in table["id"].to_pylist()])
@@ -564,21 +560,19 @@ def test_the_printed_accuracy_is_of_held_out_photos(run, place):
 
 def test_validation_accuracy_is_measured_before_and_after_training(run, place):
     """Python gives the result of the command."""
-    cache = Index.load(place / "index", device="cpu")
+    cache = Index.load(place / "index")
     shots, val = (open_source(place / f"{name}.parquet") for name in ("views", "val"))
     printed = json.loads(
         tune(run, place, "--val", place / "val.parquet", *HELPFUL, "--json").stdout
     )
     assert printed["kept"] == "trained"
     assert (printed["before"], printed["n"]) == (pytest.approx(accuracy(cache, 30, 3)), len(val))
-    assert printed["after"] == pytest.approx(
-        accuracy(Index.load(place / "tuned", device="cpu"), 30, 3)
-    )
+    assert printed["after"] == pytest.approx(accuracy(Index.load(place / "tuned"), 30, 3))
     tuned = finetune.finetune_into(
         place / "again", cache, shots, Reader(), Recipe(epochs=20, lr=0.03), val=val
     )
     assert tuned.facts() | {"seconds": 0} == printed | {"seconds": 0}
-    one, other = (Index.load(place / name, device="cpu") for name in ("tuned", "again"))
+    one, other = (Index.load(place / name) for name in ("tuned", "again"))
     assert np.array_equal(one.keys, other.keys)
     assert one.settings == other.settings
 
@@ -623,7 +617,6 @@ def test_fine_tuning_does_not_lower_accuracy_on_real_features(shared, tmp_path):
             text,
             settings=own_settings,
             sources=own.sources,
-            device="cpu",
         )
         tuned = finetune.finetune(cache, shots_of(cache, own), Reader(), Recipe(seed=seed)).index
         queries, ids = Reader().encode(test).features, cache.ids_of(test)
@@ -645,5 +638,5 @@ def test_training_on_a_gpu_matches_the_cpu(shots, val, train):
     moved_by = cpu.index.keys - index().keys
     assert cpu.record["epoch"] == gpu.record["epoch"]
     assert np.linalg.norm(gpu.index.keys - cpu.index.keys) < 1e-2 * np.linalg.norm(moved_by)
-    np.testing.assert_allclose(losses(gpu), losses(cpu), rtol=1e-3)
+    assert_allclose(losses(gpu), losses(cpu), rtol=1e-3)
     assert abs(accuracy(gpu.index) - accuracy(cpu.index)) <= 0.01

@@ -11,6 +11,7 @@ import pytest
 from clusters import clusters, text_of
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
 from serving import caltech_photos
 from tables import tiny
@@ -279,19 +280,19 @@ def index(wrong=()):
     keys, ids = clusters(12)
     ids = ids.copy()
     ids[list(wrong)] = (ids[list(wrong)] + 1) % len(NAMES)
-    return Index.from_features(keys, ids, NAMES, text_of(), device="cpu")
+    return Index.from_features(keys, ids, NAMES, text_of())
 
 
 def test_held_out_probabilities_belong_to_the_photos_in_order():
     cache = index(wrong=[3, 30])
     chances, labels, key_ids = held_out_probabilities(cache)
     assert chances.shape == (cache.n, len(NAMES))
-    np.testing.assert_array_equal(labels, cache.class_ids.numpy())
-    np.testing.assert_array_equal(key_ids, cache.labels["key_id"])
-    np.testing.assert_allclose(chances.sum(1), 1, atol=1e-5)
+    assert_array_equal(labels, cache.class_ids.numpy())
+    assert_array_equal(key_ids, cache.labels["key_id"])
+    assert_allclose(chances.sum(1), 1, atol=1e-5)
     found = held_out_probabilities(cache, np.arange(cache.n))
-    np.testing.assert_array_equal(found.pred_probs, chances)
-    np.testing.assert_array_equal(found.right, chances.argmax(1) == labels)
+    assert_array_equal(found.pred_probs, chances)
+    assert_array_equal(found.right, chances.argmax(1) == labels)
     with pytest.raises(UsageError, match="one photo"):
         held_out_probabilities(cache.take(np.arange(1)))
 

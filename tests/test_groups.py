@@ -10,6 +10,7 @@ import torch
 from conftest import SHARED, cache_of, needs_real
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from numpy.random import default_rng
 from sklearn.cluster import AgglomerativeClustering
 from tables import unit, unit_rows, write_table
 
@@ -54,7 +55,7 @@ def parted(points, rows, threshold):
     st.integers(0, 2**32 - 1),
 )
 def test_groups_match_average_linkage(m, threshold, with_metric, with_copies, seed):
-    draw = np.random.default_rng(seed)
+    draw = default_rng(seed)
     features = draw.normal(size=(m, 6)) + draw.normal(size=(5, 6))[np.arange(m) % 5]
     features = features.astype(np.float32)
     if with_copies:
@@ -126,10 +127,10 @@ def test_the_threshold_is_midway_between_same_class_and_other_class_similarity(c
 
 @needs_real
 def test_unknown_classes_of_real_photos_become_groups(things):
-    whole = Index.load(things, device="cpu")
+    whole = Index.load(things)
     ids, keys = whole.class_ids.numpy(), np.asarray(whole.keys)
-    known = np.isin(ids, np.random.default_rng(0).permutation(10)[:6])
-    cache = Index.from_features(keys[known], ids[known], whole.class_names, device="cpu")
+    known = np.isin(ids, default_rng(0).permutation(10)[:6])
+    cache = Index.from_features(keys[known], ids[known], whole.class_names)
     cache, _ = closed_form.fit(cache, forms=FORMS[:1])
     answers = groups.group_no_match(cache, keys[~known], cache.classify(keys[~known]))
     numbers = answers.to_arrow()["group"].to_numpy(zero_copy_only=False)
@@ -151,12 +152,12 @@ def features_of(path):
 @pytest.mark.parametrize("seed", range(3))
 def test_far_photos_of_several_kinds_are_not_offered_as_one_group(seed):
     """Among photos of flowers, photos of five dishes resemble each other. Photos of one dish stay together."""
-    draw = np.random.default_rng(seed)
+    draw = default_rng(seed)
     flowers, names = features_of("clip-vitb32/oxford_flowers/test.parquet")
     known = draw.permutation(np.unique(names))[:17]
     shots = np.concatenate([draw.permutation(np.flatnonzero(names == name))[:8] for name in known])
     index = Index.from_features(
-        flowers[shots], np.repeat(range(17), 8), [str(name) for name in known], device="cpu"
+        flowers[shots], np.repeat(range(17), 8), [str(name) for name in known]
     )
     index, _ = closed_form.fit(index)
     food, dishes = features_of("clip-food9/train.parquet")
@@ -181,9 +182,7 @@ def test_far_photos_of_several_kinds_are_not_offered_as_one_group(seed):
 def folder(tmp_path):
     """A fitted index of three classes."""
     ids = np.arange(60) % 3
-    cache = Index.from_features(
-        unit(3 * np.eye(16)[ids] + unit_rows(60, 16)), ids, ["a", "b", "c"], device="cpu"
-    )
+    cache = Index.from_features(unit(3 * np.eye(16)[ids] + unit_rows(60, 16)), ids, ["a", "b", "c"])
     cache, _ = closed_form.fit(cache)
     cache.save(tmp_path / "index")
     return tmp_path / "index"
@@ -200,7 +199,7 @@ def test_the_command_numbers_the_groups_largest_first(folder, run, tmp_path, mon
         written = list(csv.DictReader(file))
     assert [row["group"] for row in written] == ["", "1", "1", "2", "", "1", "2", "", ""]
     assert [row["no_match"] for row in written] == [str(kind > 2) for kind in kinds]
-    clf = Classifier.load(folder, device="cpu")
+    clf = Classifier.load(folder)
     for photos in (table, rows):
         numbers = [answer.group for answer in clf.predict(photos, group_no_match=True)]
         assert numbers == [int(row["group"]) if row["group"] else None for row in written]
@@ -225,8 +224,7 @@ def test_photos_with_a_match_get_no_group(folder, run, tmp_path):
     done = run("classify", folder, table, "--group-no-match", "--format", "json")
     assert [json.loads(line)["group"] for line in done.stdout.splitlines()] == [None] * 3
     assert [
-        answer.group
-        for answer in Classifier.load(folder, device="cpu").predict(np.eye(16, dtype="f")[:1])
+        answer.group for answer in Classifier.load(folder).predict(np.eye(16, dtype="f")[:1])
     ] == [None]
 
 
@@ -237,4 +235,4 @@ def test_groups_need_a_fitted_index(folder, run, tmp_path):
     assert (done.exit_code, "fit" in done.stderr) == (2, True)
     for photos in (table, tmp_path / "none.png"):  # checked before any photo is read
         with pytest.raises(UsageError, match=r"group_no_match: .*fit"):
-            Classifier.load(tmp_path / "plain", device="cpu").predict(photos, group_no_match=True)
+            Classifier.load(tmp_path / "plain").predict(photos, group_no_match=True)

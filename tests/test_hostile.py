@@ -28,6 +28,7 @@ import pytest
 from conftest import ATTACK, SOAK
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from numpy.testing import assert_allclose
 from PIL import Image
 from sealing import body_of, manifest_of, sealed, snapshot
 from serving import listens, server
@@ -248,10 +249,8 @@ def test_any_feature_table_is_refused_or_read_exactly(tmp_path_factory, table, n
         assert np.isfinite(expected).all()
         lengths = np.linalg.norm(expected.astype(np.float64), axis=1, keepdims=True)
         if norms == "check":
-            np.testing.assert_allclose(lengths, 1, atol=1e-2)
-        np.testing.assert_allclose(
-            found, expected / lengths if norms == "unit" else expected, rtol=1e-3
-        )
+            assert_allclose(lengths, 1, atol=1e-2)
+        assert_allclose(found, expected / lengths if norms == "unit" else expected, rtol=1e-3)
 
 
 @tried(2000)
@@ -300,7 +299,6 @@ def world(tmp_path_factory):
         place / "index",
         Reader(),
         text=place / "text.parquet",
-        device="cpu",
     )
     changes.configure(place / "index", alpha=2.0)
     changes.add(place / "index", open_source(place / "queries.parquet"), Reader())
@@ -345,13 +343,13 @@ def test_what_is_no_file_is_refused_in_place_of_any_file(world, special):
             path.unlink()
             SPECIAL[special](path)
             for call in (
-                lambda: Index.load(index, device="cpu"),
+                lambda: Index.load(index),
                 lambda: changes.configure(index, alpha=3.0),
             ):
                 assert refused(call) is None, path.name
             shutil.rmtree(path) if special == "folder" else path.unlink(missing_ok=True)
             path.write_bytes(whole)
-        assert Index.load(index, device="cpu").version == 3
+        assert Index.load(index).version == 3
 
 
 VALUES = st.recursive(
@@ -393,7 +391,7 @@ def test_any_manifest_is_refused_or_answers(world, data):
             else:
                 node[key if how == "value" else data.draw(st.text(max_size=5))] = value
         manifest_of(index).write_bytes(sealed(body))
-        cache = refused(lambda: Index.load(index, device="cpu"))
+        cache = refused(lambda: Index.load(index))
         if cache is not None:
             refused(lambda: cache.classify(unit_rows(2, D)))
         refused(lambda: Versions(index).describe())
@@ -582,7 +580,7 @@ def served(things, tmp_path_factory, warm_path):
         idle = process.memory_info().rss
         yield address
         assert process.memory_info().rss - idle < MEMORY
-    Index.load(place, device="cpu")
+    Index.load(place)
 
 
 @tried(1500)

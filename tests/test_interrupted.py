@@ -76,9 +76,7 @@ def table(tables, name):
 
 def built(place, tables, name, index=None, how=UNFITTED):
     text = tables / "text.parquet"
-    return build_index(
-        table(tables, name), place, Reader(), text=text, index=index, device="cpu", **how
-    )
+    return build_index(table(tables, name), place, Reader(), text=text, index=index, **how)
 
 
 def make_index(place, tables, index):

@@ -11,6 +11,7 @@ from dense import Case, Largest, affinity, cases, shots_like_clip
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from made import Made
+from numpy.testing import assert_allclose, assert_array_equal
 
 from retrieval_tip.errors import InputError
 from retrieval_tip.retrieval import keys as keys_module
@@ -57,7 +58,7 @@ def test_all_keys_give_the_dense_sum_for_any_shape_and_blocks(
         own = None if values is None else torch.from_numpy(values)
         found = keys_of(case, values=own).cache_logits(case.queries, beta)
     assert (found.dtype, tuple(found.shape)) == (torch.float32, expected.shape)
-    np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
+    assert_allclose(found, expected, atol=1e-4, rtol=0)
 
 
 @settings(max_examples=examples(30), deadline=None)
@@ -69,9 +70,9 @@ def test_class_sums_and_means_match_numpy(case, sizes):
         together = torch.cat([rows.clone() for rows, *_ in keys.blocks()])
     one_hot = np.eye(case.c)[case.y]
     expected = one_hot.T @ case.K.astype(np.float64)
-    np.testing.assert_allclose(sums, expected, atol=1e-6)
-    np.testing.assert_allclose(means, expected / np.maximum(one_hot.sum(0), 1)[:, None], atol=1e-6)
-    np.testing.assert_array_equal(together, case.K.astype(np.float32))
+    assert_allclose(sums, expected, atol=1e-6)
+    assert_allclose(means, expected / np.maximum(one_hot.sum(0), 1)[:, None], atol=1e-6)
+    assert_array_equal(together, case.K.astype(np.float32))
     assert keys.mean_count == pytest.approx(len(case.y) / len(set(case.y.tolist())))
 
 
@@ -84,7 +85,7 @@ def test_class_sums_do_not_accumulate_rounding_errors(per_class):
     keys = Keys(rows, ids, 3)
     expected = np.float32(1e8 + per_class - 1)
     with blocks(1, 2 * per_class + 1):
-        np.testing.assert_array_equal(keys.sums.numpy(), np.full((3, 2), expected))
+        assert_array_equal(keys.sums.numpy(), np.full((3, 2), expected))
 
 
 @pytest.mark.parametrize("half", [False, True])
@@ -135,7 +136,7 @@ def test_requested_classes_get_their_dense_sum_and_others_get_0(given_, beta, si
         found = keys_of(case).class_logits(
             case.queries, torch.from_numpy(classes), torch.from_numpy(met), beta
         )
-    np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
+    assert_allclose(found, expected, atol=1e-4, rtol=0)
     assert (found.numpy()[~met] == 0).all()
 
 

@@ -147,7 +147,7 @@ def place(tmp_path, monkeypatch):
 
 
 def opened(place):
-    return places.at(place).load(device="cpu")
+    return places.at(place).load()
 
 
 def labels_of(place):

@@ -295,12 +295,10 @@ def test_groups_survive_every_change_and_copy(tmp_path, kind, table):
         made(tmp_path, kind),
         made(tmp_path, "lance" if kind == "folder" else "folder", "copy"),
     )
-    build_index(
-        source(tmp_path / "t.parquet", *photos(0, 6)), place, Reader(), groups=table, device="cpu"
-    )
+    build_index(source(tmp_path / "t.parquet", *photos(0, 6)), place, Reader(), groups=table)
 
     def now(where=place):
-        return at(where).load(device="cpu").groups
+        return at(where).load().groups
 
     groups = now()
     changes.remove(place, key_ids=[0, 1])
@@ -310,7 +308,7 @@ def test_groups_survive_every_change_and_copy(tmp_path, kind, table):
     assert now() == groups
     changes.clone(place, copy)
     assert now(copy) == groups
-    assert pickle.loads(pickle.dumps(at(place).load(device="cpu"))).groups == groups
+    assert pickle.loads(pickle.dumps(at(place).load())).groups == groups
     before = changes.rename(place, "lion", "Panthera leo").version - 1
     assert now().path("Panthera leo") == ("Felidae", "Panthera", "Panthera leo")
     assert "lion" not in now().paths

@@ -23,6 +23,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from numpy.testing import assert_allclose, assert_array_equal
 from stored import everything, made, rows_of
 from tables import unit, unit_rows, write_table
 
@@ -94,7 +95,6 @@ class State:
             np.stack(list(self.text.values())),
             settings=self.settings,
             index=kind,
-            device="cpu",
             sources=[str(key_id) for key_id in order or self.keys],
         )
         digests = pa.array(
@@ -160,7 +160,6 @@ class Living(RuleBasedStateMachine):
             text,
             settings=SETTINGS,
             index=self.factory,
-            device="cpu",
             sources=[f"built {i}" for i in range(n)],
         )
         self.store.copy_from(index, "build")
@@ -174,8 +173,8 @@ class Living(RuleBasedStateMachine):
     def start(self):
         """Open the first version of the index."""
         self.kept, self.version = {1: self.state}, 1
-        self.read(self.store.load(device="cpu"))
-        self.program = self.store.load(device="cpu")
+        self.read(self.store.load())
+        self.program = self.store.load()
 
     def read(self, index):
         """Have a reader keep the current version open. Its keys and logits should stay the same."""
@@ -209,7 +208,7 @@ class Living(RuleBasedStateMachine):
     def with_fit(self, state, fit_again):
         """Return the state with the fit of the index. A fresh build that is fitted in the same way has the same."""
         index, kind = (
-            self.store.load(device="cpu"),
+            self.store.load(),
             "Classes" if state.factory.startswith("Classes") else "Flat",
         )
         fresh = state.fresh(index.in_memory().labels["key_id"].to_pylist(), kind)
@@ -225,7 +224,7 @@ class Living(RuleBasedStateMachine):
             ]
             for own in (fresh, index)
         )
-        np.testing.assert_allclose(*found, rtol=1e-2)  # the optimum is flat
+        assert_allclose(*found, rtol=1e-2)  # the optimum is flat
         return replace(state, settings=index.settings, metric=index.metric, fitted=index.fitted)
 
     def save_once(self, *edits):
@@ -268,7 +267,7 @@ class Living(RuleBasedStateMachine):
             assert added.classes == names
         elif how == "merge":
             other = self.tables / f"other {self.drawn}"
-            build_index(table, other, Reader(), text=weights, fit="none", device="cpu")
+            build_index(table, other, Reader(), text=weights, fit="none")
             added = changes.merge(self.place, other)
             order = np.argsort([list(both).index(label) for label in labels], kind="stable")
             labels, vectors, sources = (
@@ -401,9 +400,9 @@ class Living(RuleBasedStateMachine):
         factory = data.draw(
             st.none() | st.sampled_from(["Flat"] if solved else FACTORIES[self.kind])
         )
-        before = self.store.load(device="cpu").labels.sort_by("key_id")
+        before = self.store.load().labels.sort_by("key_id")
         changes.rebuild(self.place, index=factory, dtype=dtype)
-        after = self.store.load(device="cpu").labels.sort_by("key_id")
+        after = self.store.load().labels.sort_by("key_id")
         assert after.select(before.column_names).drop_columns("shot") == before.drop_columns("shot")
         dtype = dtype or self.state.dtype
         keys = {
@@ -440,8 +439,8 @@ class Living(RuleBasedStateMachine):
         changes.clone(self.place, place, version)
         factory = self.kept[version].factory if kind == self.kind == "folder" else "Flat"
         old, copy = (
-            self.store.load(device="cpu", version=version),
-            stores.at(place).load(device="cpu"),
+            self.store.load(version=version),
+            stores.at(place).load(),
         )
         assert copy.provenance | {"index": None} == old.provenance | {"index": None}
         self.next_key_id = self.store.manifest(version).next_key_id
@@ -479,7 +478,7 @@ class Living(RuleBasedStateMachine):
         assert index.counts == [labels.count(name) for name in index.class_names]
         assert [index.class_names[i] for i in index.class_ids.tolist()] == labels
         expected = np.stack([self.state.keys[i].vector for i in rows])
-        np.testing.assert_array_equal(np.asarray(index.rows.in_memory().keys), expected)
+        assert_array_equal(np.asarray(index.rows.in_memory().keys), expected)
         assert len({(row["class_id"], row["shot"]) for row in rows.values()}) == len(rows)
 
     def check_answers_match_a_fresh_index(self, index):
@@ -493,11 +492,9 @@ class Living(RuleBasedStateMachine):
         A = affinity(fresh.retrieval.keys.phi(torch.from_numpy(QUERIES)), fresh.vectors)
         for q, (one, other) in enumerate(zip(predicted, expected, strict=True)):
             near = [rows[key.key_id] for key in one.neighbours]
-            np.testing.assert_allclose(
-                [key.affinity for key in one.neighbours], A[q, near], atol=1e-4
-            )
+            assert_allclose([key.affinity for key in one.neighbours], A[q, near], atol=1e-4)
             own, same = ([key.contribution for key in shown.neighbours] for shown in (one, other))
-            np.testing.assert_allclose(own, same, rtol=1e-2, atol=1e-3 * max(1, *np.abs(same)))
+            assert_allclose(own, same, rtol=1e-2, atol=1e-3 * max(1, *np.abs(same)))
         winners = [index.class_names[i] for i in index.logits(QUERIES, K).argmax(1).tolist()]
         assert [
             found.label for found in index.classify(QUERIES, k=K)
@@ -511,7 +508,7 @@ class Living(RuleBasedStateMachine):
     def check_close(self, found, expected):
         """The contributions of solved values partly cancel in float32, so their equation is checked more sharply."""
         tolerance = 1e-4 if self.state.fitted is None else 1e-2
-        np.testing.assert_allclose(
+        assert_allclose(
             found, expected, rtol=0, atol=tolerance * max(1, expected.abs().max().item())
         )
 
@@ -539,7 +536,7 @@ class Living(RuleBasedStateMachine):
             tolerance = (
                 1e-2 if index.dtype == "float16" else 1e-3
             )  # a fit does not round the points
-            np.testing.assert_allclose(
+            assert_allclose(
                 gram @ values, targets, rtol=0, atol=tolerance * max(1, np.abs(values).max())
             )
         if index.rows.sums is not None:
@@ -547,9 +544,9 @@ class Living(RuleBasedStateMachine):
                 np.asarray(index.rows.in_memory().keys).astype(np.float64),
                 np.eye(c)[ids],
             )
-            np.testing.assert_array_equal(index.rows.sums.counts, one_hot.sum(0))
-            np.testing.assert_allclose(index.rows.sums.sums, one_hot.T @ wide, atol=1e-9)
-            np.testing.assert_allclose(index.rows.sums.second, wide.T @ wide, atol=1e-9)
+            assert_array_equal(index.rows.sums.counts, one_hot.sum(0))
+            assert_allclose(index.rows.sums.sums, one_hot.T @ wide, atol=1e-9)
+            assert_allclose(index.rows.sums.second, wide.T @ wide, atol=1e-9)
 
     @invariant()
     def versions_form_one_line_and_name_every_file(self):

@@ -73,9 +73,7 @@ def built(tables, tmp_path_factory):
     for kind in KINDS:
         found[kind] = made(place, kind, kind)
         train = open_source(tables / "train.parquet")
-        build_index(
-            train, found[kind], Reader(), text=tables / "text.parquet", device="cpu", fit="none"
-        )
+        build_index(train, found[kind], Reader(), text=tables / "text.parquet", fit="none")
         changes.configure(found[kind], k=5)
         changes.add(found[kind], open_source(tables / "more.parquet"), Reader())
     return found
@@ -187,7 +185,7 @@ def test_the_loss_of_the_newest_version_is_noticed_and_can_be_undone_or_accepted
     put(place, name, None)
     before = own(place)
     with caplog.at_level(logging.WARNING):
-        assert stores.at(place).load(device="cpu").version == 2
+        assert stores.at(place).load().version == 2
     (warning,) = {record.getMessage() for record in caplog.records}
     command = shlex.join(["retrieval-tip", "index", "rollback", place, "2"])
     assert warning.startswith(
@@ -202,9 +200,7 @@ def test_the_loss_of_the_newest_version_is_noticed_and_can_be_undone_or_accepted
         lambda: changes.rollback(place),
         lambda: changes.rollback(place, 1),
         lambda: changes.add(place, open_source(tables / "later.parquet"), Reader()),
-        lambda: build_index(
-            open_source(tables / "more.parquet"), place, Reader(), fit="none", device="cpu"
-        ),
+        lambda: build_index(open_source(tables / "more.parquet"), place, Reader(), fit="none"),
     )
     for call in calls:
         refused(call, f"{place}/{name}", command)
@@ -225,7 +221,7 @@ def test_an_index_without_any_manifest_is_not_built_again(place, tables):
         put(place, f"manifests/{number:06d}.json", None)
     before, train = own(place), open_source(tables / "train.parquet")
     refused(
-        lambda: build_index(train, place, Reader(), fit="none", device="cpu"),
+        lambda: build_index(train, place, Reader(), fit="none"),
         "000003.json",
         "restore",
     )
@@ -377,7 +373,7 @@ def flip(path):
 @pytest.mark.parametrize("verify", ["full", "fast"])
 def test_damage_under_an_open_index_does_not_get_a_valid_digest(built, tmp_path, verify):
     place = copied(tmp_path, "folder", built["folder"])
-    index = Index.load(place, device="cpu", verify=verify)
+    index = Index.load(place, verify=verify)
     name = index.manifest.files["keys"].name
     flip(path_of(place) / name)
     before = own(place)
@@ -420,7 +416,7 @@ def python(place, tables, run):
 
 @contextmanager
 def classifier(place, tables, run):
-    opened = Classifier.load(place, device="cpu")
+    opened = Classifier.load(place)
     yield [
         lambda: opened.add(tables / "wide.parquet"),
         lambda: opened.relabel({0: "dog"}),
@@ -452,9 +448,7 @@ WIDE = 1024
 def large(tmp_path_factory):
     """The folder of an index whose keys only a full check reads, and of a table of one more key."""
     place = tmp_path_factory.mktemp("large")
-    index = Index.from_features(
-        unit_rows(1100, WIDE), ["cat", "dog"] * 550, ["cat", "dog"], device="cpu"
-    )
+    index = Index.from_features(unit_rows(1100, WIDE), ["cat", "dog"] * 550, ["cat", "dog"])
     index.save(place / "index")
     assert (place / "index" / index.manifest.files["keys"].name).stat().st_size > FAST_BYTES
     write_table(place / "wide.parquet", unit_rows(1, WIDE, 8), ["dog"])

@@ -7,6 +7,7 @@ import onnx
 import onnxruntime
 import pytest
 from clusters import C, clusters, text_of
+from numpy.testing import assert_allclose
 from PIL import Image
 from serving import caltech_photos
 
@@ -21,7 +22,7 @@ NAMES = ["cat", "dög", "<b>", "owl", "a b"]
 
 def index(shots=6, **options):
     keys, ids = clusters(shots)
-    return Index.from_features(keys, ids, NAMES, text_of(), device="cpu", **options)
+    return Index.from_features(keys, ids, NAMES, text_of(), **options)
 
 
 def run_in(file, given):
@@ -46,11 +47,11 @@ def test_logits_of_features_equal_those_of_the_package(form, covered, tmp_path):
     for queries in (clusters(20, seed=7)[0], clusters(1, seed=8)[0][:1], strangers):
         session, (logits, probabilities, *no_match) = run_in(tmp_path / "i.onnx", queries)
         expected = cache.logits(queries).numpy()
-        np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-3)
+        assert_allclose(logits, expected, rtol=1e-4, atol=1e-3)
         predictions = cache.classify(queries, top=C)
         for row, prediction in zip(probabilities, predictions, strict=True):
             ranked = [row[NAMES.index(label)] for label in prediction.labels]
-            np.testing.assert_allclose(ranked, prediction.probabilities, atol=1e-4)
+            assert_allclose(ranked, prediction.probabilities, atol=1e-4)
         assert [one.tolist() for one in no_match] == (
             [] if form is None else [[p.no_match for p in predictions]]
         )
@@ -85,7 +86,7 @@ def test_an_exported_graph_with_an_encoder_classifies_pixels(run, things, shared
     answers = run("classify", things, *paths, "--logits", "--format", "json", "--no-cache")
     rows = [json.loads(line) for line in answers.stdout.splitlines()]
     expected = np.array([row["logits"] for row in rows])
-    np.testing.assert_allclose(logits, expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max())
+    assert_allclose(logits, expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max())
     assert [labels[i] for i in logits.argmax(1)] == [row["label"] for row in rows]
 
 
@@ -138,7 +139,7 @@ def test_an_index_with_a_k_is_exported_with_all_keys(tmp_path, run):
     cache.save(tmp_path / "i")
     assert run("index", "export", tmp_path / "i", "--onnx", tmp_path / "i.onnx").exit_code == 0
     queries = clusters(3, seed=7)[0]
-    np.testing.assert_allclose(
+    assert_allclose(
         run_in(tmp_path / "i.onnx", queries)[1][0],
         cache.logits(queries, k="all").numpy(),
         rtol=1e-4,

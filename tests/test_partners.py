@@ -119,7 +119,7 @@ def digest_of(data):
 
 def labels_of(folder, photos):
     """Return the labels that an index has for each of some photos, which are bytes."""
-    rows = places.at(folder).load(device="cpu").having("digest", map(digest_of, photos)).to_pylist()
+    rows = places.at(folder).load().having("digest", map(digest_of, photos)).to_pylist()
     return [
         sorted(row["label"] for row in rows if row["digest"] == digest_of(data)) for data in photos
     ]

@@ -12,6 +12,7 @@ import onnxruntime
 import pytest
 import torch
 import warm
+from numpy.testing import assert_array_equal
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tables import tiny
@@ -108,10 +109,10 @@ def test_stored_features_are_near_float32(name, towers, calibrated):
     assert 0.95 < near.min() <= lowest < near.max() < 1 - 1e-7
     assert (quick.precision, exact.precision, exact.scope) == ("int8", "float32", "float32")
     again = int8(name)
-    np.testing.assert_array_equal(again.encode_images(pixels), quick.encode_images(pixels))
+    assert_array_equal(again.encode_images(pixels), quick.encode_images(pixels))
     assert again.scope == quick.scope
     assert quick.scope.startswith("int8-")
-    np.testing.assert_array_equal(quick.encode_texts(["a cat"]), exact.encode_texts(["a cat"]))
+    assert_array_equal(quick.encode_texts(["a cat"]), exact.encode_texts(["a cat"]))
 
 
 def test_another_calibration_replaces_the_stored_encoder(name, calibrated):
@@ -266,10 +267,7 @@ def test_the_command_stores_an_encoder_that_other_commands_load(run, name, place
         json.loads(run("index", "info", index, "--json").stdout)["precision"]["keys"]
         == "float32, int8"
     )
-    assert (
-        Backbones("cpu", "int8", None).of(at(index).load(device="cpu"), "things").precision
-        == "int8"
-    )
+    assert Backbones("cpu", "int8", None).of(at(index).load(), "things").precision == "int8"
     assert Classifier.load(index, precision="int8").predict(query).label == "red"
 
 
@@ -278,7 +276,7 @@ def test_the_model_is_not_loaded_to_encode_in_int8(name, calibrated, monkeypatch
     waiting = load_again(exact.identity, device="cpu", precision="int8")
     monkeypatch.setattr(waiting, "_open", lambda _: pytest.fail("loaded"))
     pixels = torch.randn(2, 3, *exact.size)
-    np.testing.assert_array_equal(waiting.encode_images(pixels), int8(name).encode_images(pixels))
+    assert_array_equal(waiting.encode_images(pixels), int8(name).encode_images(pixels))
 
 
 def test_too_few_photos_are_refused(run, name, place, photos, caplog):

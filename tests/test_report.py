@@ -17,6 +17,7 @@ from browser import chromium
 from conftest import SHARED, command_line, json_rows
 from dense import affinity, cache_logits
 from html_tree import Tree
+from numpy.random import default_rng
 from PIL import Image
 from tables import unit_rows, write_table
 
@@ -130,7 +131,7 @@ def made(
     tmp_path, labels=("cat", "dog", "owl"), text=True, n=24, test_labels=None, noise=0.7, **table
 ):
     """A small index of synthetic features, and a test table in which some answers are wrong."""
-    means, random = unit_rows(len(labels), 16), np.random.default_rng(1)
+    means, random = unit_rows(len(labels), 16), default_rng(1)
 
     def rows(ids, seed):
         found = means[ids] + noise * unit_rows(len(ids), 16, seed)
@@ -196,7 +197,7 @@ def answers_of(truth, predicted, names):
 
 
 def test_confusion_counts_every_pair():
-    rng = np.random.default_rng(0)
+    rng = default_rng(0)
     names = [f"class {i}" for i in range(7)]
     truth, predicted = (
         rng.integers(0, 6, 300),
@@ -246,7 +247,7 @@ def test_only_the_most_confused_of_many_classes_are_shown():
 def test_the_worst_mistakes_are_explained(tmp_path):
     folder, test = made(tmp_path, n=120, noise=2.5)
     page = reported(tmp_path, folder, test, "--alpha", 2, "--beta", 3)
-    cache, table = Index.load(folder, device="cpu"), pq.read_table(test)
+    cache, table = Index.load(folder), pq.read_table(test)
     f, own = np.stack(table["feature"].to_numpy()).astype(np.float64), cache.class_ids.numpy()
     truth = np.array([cache.class_names.index(label) for label in table["label"].to_pylist()])
     A = affinity(f, cache.keys)
@@ -346,7 +347,7 @@ def test_a_picture_that_moved_or_changed_is_not_shown(caltech, tmp_path):
 
 def test_hostile_names_are_shown_as_text(tmp_path, monkeypatch):
     labels = [f"{name}{i}" for i, name in enumerate(HOSTILE)]
-    ids = np.random.default_rng(0).integers(0, 5, 60)
+    ids = default_rng(0).integers(0, 5, 60)
     folder, test = made(
         tmp_path,
         labels,
@@ -376,7 +377,7 @@ def test_recommendations_depend_on_how_the_index_was_fitted(caltech, tmp_path, m
     command = fit.partition(". ")[2]
     assert command == "retrieval-tip fit index"
     done("-q", *command.split()[1:])
-    tuned, own = tmp_path / "tuned", Index.load(caltech / "index", device="cpu")
+    tuned, own = tmp_path / "tuned", Index.load(caltech / "index")
     monkeypatch.setattr(finetune, "VIEWS", 1)
     finetune.finetune(
         own, finetune.shots_of(own), Reader(load_backbone(MODEL)), Recipe(epochs=1)
@@ -392,15 +393,13 @@ def test_the_report_names_the_weakest_class_and_the_labels_of_an_audit(tmp_path)
     folder, test = made(
         tmp_path, labels, test_labels=[0] * 6 + [1] * 20 + [2] * 20, noise=0.3, text=False
     )
-    rows = Index.load(folder, device="cpu").labels.to_pylist()
+    rows = Index.load(folder).labels.to_pylist()
     cats, owls = (
         [row["key_id"] for row in rows if row["label"] == name] for name in ("cat", "owl")
     )
     moved = [*cats[:3], owls[0]]  # three of the four cats, and one owl
     done("-q", "index", "relabel", folder, "dog", "--key-ids", ",".join(map(str, moved)))
-    twice = write_table(
-        tmp_path / "t.parquet", np.asarray(Index.load(folder, device="cpu").keys)[-1:], ["cat"]
-    )
+    twice = write_table(tmp_path / "t.parquet", np.asarray(Index.load(folder).keys)[-1:], ["cat"])
     done("-q", "index", "add", folder, twice)  # a copy of an example of another class
     said, right = (
         advice(reported(tmp_path, folder, test)),
@@ -418,7 +417,7 @@ def test_the_report_names_the_source_of_the_settings(tmp_path):
     done("-q", "search-hp", folder)
     provenance = section(reported(tmp_path, folder, test, "--beta", 7, "--no-tail"), "provenance")
     _, used, _, made_by, _ = (dict(table.rows()) for table in provenance.all("table"))
-    own = Index.load(folder, device="cpu").settings
+    own = Index.load(folder).settings
     assert (used["alpha"], made_by["alpha"]) == (f"{own.alpha:.4g}", "search-hp")
     assert used["beta"] == f"7 (set for this report; the index has {own.beta:.4g})"
     assert used["tail"] == "False (set for this report; the index has True)"
@@ -479,7 +478,7 @@ def test_a_failure_writes_no_file(tmp_path, monkeypatch):
 
 def test_reports_are_written_from_python(tmp_path):
     folder, test = made(tmp_path)
-    index, source = Index.load(folder, device="cpu"), open_source(test)
+    index, source = Index.load(folder), open_source(test)
     out = tmp_path / "r.html"
     found = write_report(index, source, Reader(), out)
     page = read(out)

@@ -11,6 +11,8 @@ from conftest import examples
 from dense import affinity, cache_logits
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.random import default_rng
+from numpy.testing import assert_allclose
 from tables import tiny, unit_rows
 
 from retrieval_tip.errors import InputError, UsageError
@@ -49,7 +51,6 @@ def small_cache(shots=6, text=True, spread=0.6, values=None, sources=None):
         values=values,
         sources=sources,
         settings=own,
-        device="cpu",
     )
 
 
@@ -104,7 +105,7 @@ def test_the_search_finds_the_best_accuracy_over_all_alphas_and_betas(seed, monk
 @settings(max_examples=examples(200), deadline=None)
 @given(st.integers(0, 10**6), st.integers(2, 6), st.booleans())
 def test_a_query_is_right_inside_its_interval_and_wrong_outside(seed, c, coarse):
-    generator = np.random.default_rng(seed)
+    generator = default_rng(seed)
     text, alone = (
         generator.integers(0, 4, (2, 20, c)).astype(float)
         if coarse
@@ -141,13 +142,13 @@ def test_the_search_with_values_matches_the_definition(ask):
     sources = [
         f"image {i // 2 if i < 10 else i}" for i in range(30)
     ]  # five images have two keys each
-    noise = np.random.default_rng(0).standard_normal(ONE_HOT.shape).astype(np.float32)
+    noise = default_rng(0).standard_normal(ONE_HOT.shape).astype(np.float32)
     cache, one_hot, plain = (
         small_cache(values=values, sources=sources) for values in (noise, ONE_HOT, None)
     )
     queries = ASK[ask](cache)
     both = [all_caches(one, queries, [0.5, 6.0]) for one in (one_hot, plain)]
-    np.testing.assert_allclose(*both, rtol=1e-4, atol=1e-5)
+    assert_allclose(*both, rtol=1e-4, atol=1e-5)
     if ask == "leave-one-out":
         assert len(queries.ids) == 25
     y, values = cache.class_ids.numpy(), cache.values.numpy().astype(np.float64)
@@ -162,7 +163,7 @@ def test_the_search_with_values_matches_the_definition(ask):
         factor = np.bincount(y, minlength=C) / np.maximum(np.bincount(y[seen], minlength=C), 1)
         own = values[seen] * factor[y[seen]][:, None]
         expected = cache_logits(A[q : q + 1, seen], y[seen], C, 3.0, own)
-        np.testing.assert_allclose(found[q], expected[0], rtol=1e-3, atol=1e-4)
+        assert_allclose(found[q], expected[0], rtol=1e-3, atol=1e-4)
 
 
 def test_leave_one_out_needs_two_images_per_class():
@@ -178,7 +179,7 @@ def test_the_search_may_choose_text_alone_or_cache_alone():
 
     def chosen(weights, labels, alpha):
         own = Settings(alpha=alpha, logit_scale=10.0)  # all answers are wrong
-        cache = Index.from_features(keys, labels, names, weights, settings=own, device="cpu")
+        cache = Index.from_features(keys, labels, names, weights, settings=own)
         return search(cache, Queries(features, ids, "x"))
 
     right = centres / np.linalg.norm(centres, axis=1, keepdims=True)
@@ -246,7 +247,7 @@ def test_test_labels_cannot_reach_the_search(run, split, tmp_path):
         facts = json.loads(done.stdout)
         assert facts["source"].endswith(f"{part.name} (val)")
         assert run("fit", "--calibrate", out, "--val", part).exit_code == 0
-        cache = Index.load(out, device="cpu")
+        cache = Index.load(out)
         assert cache.provenance["temperature"] == f"fitted on {part} (val), n={len(data['val'])}"
         chosen.append(
             [
@@ -293,7 +294,7 @@ def test_the_choice_becomes_a_version_with_its_provenance(run, shared, tmp_path)
 
 @pytest.mark.parametrize("trained", [False, True])
 def test_a_cautious_search_changes_the_settings_only_on_significant_evidence(trained):
-    noise = np.random.default_rng(0).standard_normal(ONE_HOT.shape).astype(np.float32)
+    noise = default_rng(0).standard_normal(ONE_HOT.shape).astype(np.float32)
     cache = small_cache(values=ONE_HOT + 0.2 * noise if trained else None)
     cache = replace(cache, text_weights=torch.from_numpy(centres_of(400, 7)))
     alpha, beta = (

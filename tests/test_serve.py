@@ -71,9 +71,7 @@ def connection(address, timeout=60):
 
 
 def feature(folder):
-    return {
-        "features": np.asarray(Index.load(folder, device="cpu").keys[:1], dtype=np.float64).tolist()
-    }
+    return {"features": np.asarray(Index.load(folder).keys[:1], dtype=np.float64).tolist()}
 
 
 ROWS = zlib.compress(bytes(10_000_000), 9)
@@ -445,7 +443,7 @@ def test_an_old_version_is_freed_when_the_next_one_answers_and_every_index_when_
                 assert (
                     httpx.post(url, json={"features": [[0.125] * 64]}).json()["version"] == version
                 )
-                other = Index.load(folder, device="cpu")
+                other = Index.load(folder)
                 other = other.edited(
                     Edits(add=NewKeys(np.eye(64, dtype=np.float32)[:1], ["class 0"]))
                 )

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 from fastapi.testclient import TestClient
+from numpy.testing import assert_allclose
 from PIL import Image
 from serving import app_of, caltech_photos, random_index
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
@@ -156,12 +157,12 @@ def test_the_server_gives_the_same_answers_as_the_command(both, things, run):
         assert own["input"] == path.name
         assert (own["label"], own["labels"]) == (expected["label"], expected["labels"])
         for name in ("probability", "probabilities", "text_logit", "cache_logit", "logits"):
-            np.testing.assert_allclose(own[name], expected[name], rtol=1e-4, atol=1e-5)
+            assert_allclose(own[name], expected[name], rtol=1e-4, atol=1e-5)
         for near, other in zip(own["neighbours"], expected["neighbours"], strict=True):
             assert {k: near[k] for k in ("key_id", "source", "label")} == {
                 k: other[k] for k in ("key_id", "source", "label")
             }
-            np.testing.assert_allclose(
+            assert_allclose(
                 [near["affinity"], near["weight"]], [other["affinity"], other["weight"]], 1e-4
             )
     assert (
@@ -181,28 +182,26 @@ def test_features_come_with_the_most_similar_shots_and_can_be_sent_again(both, f
     queries = pq.read_table(SHARED / "data" / "clip-food9" / "test.parquet")["feature"].to_pylist()[
         :5
     ]
-    cache = Index.load(food, device="cpu")
+    cache = Index.load(food)
     found = both.post(
         "/v1/classify?index=food&features=true&logits=true", json={"features": queries}
     ).json()["results"]
     for result, query in zip(found, queries, strict=True):
-        np.testing.assert_allclose(result["feature"], query, atol=1e-6)
+        assert_allclose(result["feature"], query, atol=1e-6)
         affinities = np.asarray(cache.keys, dtype=np.float64) @ query
         near = np.argsort(-affinities)[: served_module.SIMILAR]
         assert [one["key_id"] for one in result["similar"]] == cache.labels["key_id"].take(
             near
         ).to_pylist()
-        np.testing.assert_allclose(
-            [one["affinity"] for one in result["similar"]], affinities[near], atol=1e-5
-        )
+        assert_allclose([one["affinity"] for one in result["similar"]], affinities[near], atol=1e-5)
         ids = [cache.class_names.index(label) for label in result["labels"]]
         parts = np.add(result["text_logits"], result["shot_logits"])
-        np.testing.assert_allclose(parts, np.array(result["logits"])[ids], rtol=1e-5)
+        assert_allclose(parts, np.array(result["logits"])[ids], rtol=1e-5)
         assert result["text_logits"][0] == pytest.approx(result["text_logit"])
 
 
 def test_shots_can_be_left_out(both, things):
-    cache = Index.load(things, device="cpu")
+    cache = Index.load(things)
     query = np.asarray(cache.keys[:1], dtype=np.float64).tolist()
     out = cache.labels["key_id"].to_pylist()[:3]
     asked = "&".join(f"without={key_id}" for key_id in out)
@@ -212,7 +211,7 @@ def test_shots_can_be_left_out(both, things):
     (expected,) = next(
         iter(cache.answers([FeatureBlock.of(np.array(query))], Ask(without=tuple(out))))
     ).predictions()
-    np.testing.assert_allclose(found["logits"], expected.logits, rtol=1e-4, atol=1e-4)
+    assert_allclose(found["logits"], expected.logits, rtol=1e-4, atol=1e-4)
     assert not {shot["key_id"] for shot in found["neighbours"]} & {*out}
     every = "&".join(f"without={key_id}" for key_id in cache.labels["key_id"].to_pylist())
     assert (
@@ -223,7 +222,7 @@ def test_shots_can_be_left_out(both, things):
 def test_indexes_are_described(both, things, food):
     allowed = {"changes": False, "makes": False, "labels": False}
     assert both.get("/v1/indexes").json() == {"indexes": ["things", "food"], **allowed}
-    cache = Index.load(things, device="cpu")
+    cache = Index.load(things)
     whole = both.get("/v1/indexes/things").json()
     assert (whole["name"], whole["version"], whole["n"], whole["d"]) == (
         "things",
@@ -243,7 +242,7 @@ def test_indexes_are_described(both, things, food):
 
 
 def test_keys_come_in_pages_and_can_be_filtered(both, things):
-    labels = Index.load(things, device="cpu").labels.to_pylist()
+    labels = Index.load(things).labels.to_pylist()
     pages = [
         both.get(f"/v1/indexes/things/keys?offset={at}&limit=30").json() for at in (0, 30, 60, 90)
     ]
@@ -314,7 +313,7 @@ def test_similar_features_are_grouped(food):
 
 
 def test_relative_image_paths_start_at_the_root(own, tmp_path):
-    cache = Index.load(own, device="cpu")
+    cache = Index.load(own)
     first = Path(cache.labels["source"][0].as_py())
     names = [f"{i}/{first.name}" for i in range(cache.n)]
     moved = Index.from_features(
@@ -330,9 +329,9 @@ def test_relative_image_paths_start_at_the_root(own, tmp_path):
 
 
 def test_map_and_audit_equal_those_of_the_library(both, things):
-    found, cache = both.get("/v1/indexes/things/map").json(), Index.load(things, device="cpu")
+    found, cache = both.get("/v1/indexes/things/map").json(), Index.load(things)
     expected = projected(cache)
-    np.testing.assert_allclose(found["places"], expected.places, atol=1e-4)
+    assert_allclose(found["places"], expected.places, atol=1e-4)
     assert found["method"] == expected.method
     assert (found["key_ids"], found["class_ids"]) == (
         expected.key_ids.tolist(),
@@ -450,7 +449,7 @@ def test_adding_a_shot_changes_the_answer_and_removing_it_undoes_that(own, photo
         end = asked()
         assert (end["version"], end["results"][0]["label"]) == (4, truth)
         assert client.delete("/v1/indexes/own/keys?key_id=80").status_code == 422
-    assert Index.load(own, device="cpu").n == 80
+    assert Index.load(own).n == 80
 
 
 def test_gc_deletes_photos_that_no_kept_version_uses(own, run, monkeypatch):
@@ -666,7 +665,7 @@ def test_shots_are_relabelled_classes_renamed_and_versions_rolled_back(own):
 
 
 def test_the_accuracy_follows_label_changes(own):
-    names, fitted = Index.load(own, device="cpu").class_names, fit_index(own).fit
+    names, fitted = Index.load(own).class_names, fit_index(own).fit
     with serving(own, token=TOKEN) as client:
         before = client.get("/v1/indexes/own/accuracy").json()
         assert fitted.interval is not None
@@ -807,11 +806,11 @@ def test_a_photo_that_becomes_a_shot_is_decoded_once(
         [row] = index.having("digest", digests[:1]).to_pylist()
         assert (row["label"], row["views"]) == (label, 1)
         key = index.keys[index.labels["key_id"].to_pylist().index(row["key_id"])]
-        np.testing.assert_allclose(key, expected, atol=1e-5)
+        assert_allclose(key, expected, atol=1e-5)
 
 
 def test_another_spelling_makes_a_new_class_and_a_warning(own):
-    cache = Index.load(own, device="cpu")
+    cache = Index.load(own)
     label, other = cache.class_names[0], cache.class_names[0].upper()
     sent = {"features": [cache.keys[0].tolist()], "labels": [other]}
     with serving(own, token=TOKEN) as client:
@@ -826,9 +825,7 @@ def test_another_spelling_makes_a_new_class_and_a_warning(own):
 
 
 def test_added_features_get_sources_that_are_not_files(own, truth):
-    features = (
-        Index.load(own, device="cpu").keys[[-1, 0]].tolist()
-    )  # of another class, and of the first
+    features = Index.load(own).keys[[-1, 0]].tolist()  # of another class, and of the first
     with serving(own, token=TOKEN) as client:
         sent = {"features": features, "labels": [truth, "other thing"], "inputs": ["a.jpg", "b"]}
         refused = client.post("/v1/indexes/own/keys", json={**sent, "labels": [truth]})
@@ -1138,7 +1135,7 @@ def test_the_size_of_an_answer_is_checked_before_it_is_computed(
 
 
 def test_answers_do_not_depend_on_the_batch_size(random_things, monkeypatch):
-    rows = np.asarray(Index.load(random_things, device="cpu").keys[:40], dtype=np.float64).tolist()
+    rows = np.asarray(Index.load(random_things).keys[:40], dtype=np.float64).tolist()
     ask = "/v1/classify?features=true&logits=true&neighbours=1000"
     with serving(random_things) as client:
         expected = client.post(ask, json={"features": rows}).json()["results"]
@@ -1152,7 +1149,7 @@ def test_answers_do_not_depend_on_the_batch_size(random_things, monkeypatch):
         assert [shot["key_id"] for shot in one["similar"][:3]] == [
             shot["key_id"] for shot in other["similar"][:3]
         ]
-        np.testing.assert_allclose(one["logits"], other["logits"], rtol=1e-4, atol=1e-5)
+        assert_allclose(one["logits"], other["logits"], rtol=1e-4, atol=1e-5)
 
 
 def test_a_fitted_index_gives_the_same_answers_on_the_server(shared, tmp_path):
@@ -1160,7 +1157,7 @@ def test_a_fitted_index_gives_the_same_answers_on_the_server(shared, tmp_path):
     queries = pq.read_table(shared / "data" / "clip-food9" / "test.parquet")["feature"].to_pylist()[
         ::40
     ]
-    cache = Index.load(out, device="cpu")
+    cache = Index.load(out)
     with serving(out) as client:
         described = client.get("/v1/indexes/food").json()
         found = client.post(
@@ -1176,14 +1173,14 @@ def test_a_fitted_index_gives_the_same_answers_on_the_server(shared, tmp_path):
         found["results"], cache.classify(np.array(queries), neighbours=2), strict=True
     ):
         assert (own["label"], own["no_match"]) == (expected.label, expected.no_match)
-        np.testing.assert_allclose(own["logits"], expected.logits, rtol=1e-4)
+        assert_allclose(own["logits"], expected.logits, rtol=1e-4)
         for shot, wanted in zip(
             [*own["neighbours"], own["opposing"]],
             [*expected.neighbours, expected.opposing],
             strict=True,
         ):
             assert (shot["key_id"], shot["label"]) == (wanted.key_id, wanted.label)
-            np.testing.assert_allclose(shot["gives"][0], wanted.contribution, rtol=1e-4)
+            assert_allclose(shot["gives"][0], wanted.contribution, rtol=1e-4)
 
 
 def test_invalid_requests_are_refused(both, things, photo):
@@ -1374,7 +1371,7 @@ def test_errors_name_request_fields_instead_of_command_options(both, own, tmp_pa
     assert "--" not in refused
     for norms in ("unit", "keep"):
         assert both.post(f"/v1/classify?index=food&norms={norms}", json=long).status_code == 200
-    cache = Index.load(own, device="cpu")
+    cache = Index.load(own)
     keys, names = np.asarray(cache.keys), cache.class_names[:2]
     Index.from_features(keys[:2], names, names, keys[:2]).save(tmp_path / "text")
     with serving(tmp_path / "text", token=TOKEN) as client:
@@ -1413,7 +1410,7 @@ def test_an_index_without_its_backbone_only_accepts_features(
 ):
     answers = io.StringIO("y\n" * 9)
     monkeypatch.setattr("sys.stdin", answers)
-    cache = Index.load(own, device="cpu")
+    cache = Index.load(own)
     model = f"hf:{with_code(tmp_path / 'model')}" if code else "local-dir:/gone"
     cache.backbone = replace(cache.backbone, model=model)
     cache.save(own)
@@ -1441,7 +1438,7 @@ def test_the_server_and_the_encoder_compute_the_same_features(both, lit_mini, tm
     expected = Reader(lit_mini).encode(open_source(tmp_path / "all.csv")).features
     files = [("images", path.read_bytes()) for path in paths]
     found = both.post("/v1/classify?index=things&features=true", files=files).json()["results"]
-    np.testing.assert_allclose([one["feature"] for one in found], expected, atol=2e-6)
+    assert_allclose([one["feature"] for one in found], expected, atol=2e-6)
 
 
 def test_a_command_names_the_common_folder_of_the_photos_unless_it_contains_the_index(

@@ -39,7 +39,7 @@ def photos(seed, each):
 
 
 def fitted(features, labels, names=NAMES, text=None):
-    index = Index.from_features(features, labels, names, text, device="cpu")
+    index = Index.from_features(features, labels, names, text)
     index, _ = closed_form.fit(index)
     return index
 
@@ -218,7 +218,7 @@ def test_an_untested_class_is_in_every_set_unless_its_name_ranks_it(text):
 def test_only_photos_that_were_drawn_at_random_count_in_label(tmp_path):
     picked = ["random" if i % 3 else "suggested" for i in range(60)]
     train = source(tmp_path / "t.parquet", *photos(0, 12), picked=picked)
-    rows = build_index(train, tmp_path / "i", Reader(), device="cpu").scores.rows
+    rows = build_index(train, tmp_path / "i", Reader()).scores.rows
     assert len(rows) == 40
     assert 0.8 < rows[:, 1].sum() <= 1
 
@@ -256,11 +256,11 @@ def test_sets_need_another_fit_after_a_change(tmp_path, kind):
         made(tmp_path, kind),
         made(tmp_path, "lance" if kind == "folder" else "folder", "copy"),
     )
-    build_index(source(tmp_path / "t.parquet", *photos(0, 12)), place, Reader(), device="cpu")
+    build_index(source(tmp_path / "t.parquet", *photos(0, 12)), place, Reader())
     features = photos(1, 10)[0]
 
     def sets(where=place):
-        return [one.set for one in at(where).load(device="cpu").classify(features, coverage=0.9)]
+        return [one.set for one in at(where).load().classify(features, coverage=0.9)]
 
     first = sets()
     assert at(place).manifest().files["scores"].rows == 60
@@ -276,7 +276,7 @@ def test_sets_need_another_fit_after_a_change(tmp_path, kind):
         own and ["ant" if name == "formica" else name for name in own] for own in sets()
     ] == first
     changes.clone(place, copy)
-    opened = pickle.loads(pickle.dumps(at(place).load(device="cpu")))
+    opened = pickle.loads(pickle.dumps(at(place).load()))
     assert sets() == sets(copy) == [one.set for one in opened.classify(features, coverage=0.9)]
     change(place, "relabel", tmp_path)
     fit_index(place)

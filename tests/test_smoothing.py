@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import food_index, json_rows, needs_real
+from numpy.testing import assert_allclose
 from tables import read_features, unit, write_table
 
 from retrieval_tip import Index
@@ -30,7 +31,7 @@ def photos(number, seed, noise=0.5):
 
 
 def fitted(features, ids):
-    index = Index.from_features(features, [NAMES[i] for i in ids], NAMES, device="cpu")
+    index = Index.from_features(features, [NAMES[i] for i in ids], NAMES)
     index, _ = closed_form.fit(index)
     return index
 
@@ -82,12 +83,8 @@ def test_answers_follow_the_formula_and_held_out_photos_choose_the_weight(index)
     assert weight > 0
     alone, others = alone_and_given(index, folder, folder)
     expected = (1 - weight) * alone + weight * others
-    np.testing.assert_allclose(
-        torch.cat([block.mixed for block in found.blocks]), expected, atol=1e-5
-    )
-    np.testing.assert_allclose(
-        found.held.pred_probs, (1 - weight) * held[0] + weight * held[1], atol=1e-5
-    )
+    assert_allclose(torch.cat([block.mixed for block in found.blocks]), expected, atol=1e-5)
+    assert_allclose(found.held.pred_probs, (1 - weight) * held[0] + weight * held[1], atol=1e-5)
     changed = (alone.argmax(1) != expected.argmax(1)).sum()
     assert found.words == (
         f"Similar photos count {100 * weight:.0f} %, chosen on 20 held-out photos; they changed {changed} of 60 answers"
@@ -100,7 +97,7 @@ def test_misleading_photos_get_no_weight_and_copies_change_nothing(index):
     assert "count 0 %" in smooth(fitted(*photos(60, 2, noise=0.1)), [FeatureBlock.of(eels)]).words
     folder, _ = photos(8, 4)
     for some in (folder[:1], np.repeat(folder[:1], 9, axis=0)):
-        np.testing.assert_allclose(smoothed(index, some), chances(index, some), atol=1e-5)
+        assert_allclose(smoothed(index, some), chances(index, some), atol=1e-5)
 
 
 @needs_real
@@ -108,7 +105,7 @@ def test_similar_photos_of_food_help(shared):
     features, labels = read_features(shared / "data/clip-food9/test.parquet")
     one = food_index(shared, 1)
     index = Index.from_features(
-        np.array(one.keys), one.labels["label"].to_pylist(), one.class_names, device="cpu"
+        np.array(one.keys), one.labels["label"].to_pylist(), one.class_names
     )
     index, _ = closed_form.fit(index)
     names = np.array(index.class_names)

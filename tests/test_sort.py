@@ -70,9 +70,7 @@ class Decoder(Reader):
 
 def make_index():
     ids = np.arange(60) % 3
-    cache = Index.from_features(
-        unit(4 * np.eye(16)[ids] + unit_rows(60, 16)), ids, CLASSES, device="cpu"
-    )
+    cache = Index.from_features(unit(4 * np.eye(16)[ids] + unit_rows(60, 16)), ids, CLASSES)
     cache, _ = closed_form.fit(cache, forms=FORMS[:1])
     cache.settings = replace(cache.settings, least_cache=0.3)
     return cache
@@ -107,9 +105,7 @@ def index():
 
 def test_at_most_wrong_chooses_the_lowest_probability_that_holds_on_held_out_photos(tmp_path, run):
     ids = np.arange(90) % 3
-    noisy = Index.from_features(
-        unit(1.5 * np.eye(16)[ids] + unit_rows(90, 16)), ids, CLASSES, device="cpu"
-    )
+    noisy = Index.from_features(unit(1.5 * np.eye(16)[ids] + unit_rows(90, 16)), ids, CLASSES)
     noisy, _ = closed_form.fit(noisy)
     held = held_out_probabilities(noisy)
     sure = held.pred_probs.max(1)
@@ -668,7 +664,7 @@ def test_photos_from_buckets_and_tables_can_only_be_copied(
     buckets.use(monkeypatch, buckets.endpoint())
     photos = f"s3://{buckets.fresh_bucket()}/a.jpg"
     remote.system_of(photos).pipe_file(photos, path.read_bytes())
-    cache = Index.load(things, device="cpu")
+    cache = Index.load(things)
     table = write_table(
         tmp_path / "t.parquet", unit(np.asarray(cache.keys[:2])), ids=[str(path), "gone"]
     )

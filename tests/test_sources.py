@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import needs_real
+from numpy.testing import assert_allclose, assert_array_equal
 from serving import caltech_photos
 from tables import tiny, touch
 
@@ -374,7 +375,7 @@ def test_feature_columns_of_other_programs_are_recognised(tmp_path, column):
     source = open_source(table)
     assert source.labels == ["x", "y"]
     assert source.items.column_names == ["source", "label"]
-    np.testing.assert_array_equal(Reader().encode(source).features, np.eye(4)[:2])
+    assert_array_equal(Reader().encode(source).features, np.eye(4)[:2])
 
 
 def test_a_feature_column_makes_a_feature_table(tmp_path):
@@ -696,9 +697,9 @@ def test_photos_in_a_bucket_are_read_as_those_in_a_folder(run, shared, tmp_path,
             "index", "build", f"{place}/photos", "--out", tmp_path / name, *model, "--fit", "none"
         )
         assert done.exit_code == 0, done.output
-    here, there = (Index.load(tmp_path / name, device="cpu") for name in ("here", "there"))
+    here, there = (Index.load(tmp_path / name) for name in ("here", "there"))
     assert there.class_names == here.class_names
-    np.testing.assert_allclose(there.keys, here.keys, atol=1e-6)
+    assert_allclose(there.keys, here.keys, atol=1e-6)
     one = f"photos/{photos[0][1]}/{photos[0][0].name}"
     answers = [
         run("classify", tmp_path / "there", f"{place}/{one}", "--format", "json")

@@ -9,11 +9,11 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import huggingface_hub
-import numpy as np
 import pytest
 import timm
 import torch
 from conftest import COMMANDS
+from numpy.testing import assert_array_equal
 from serving import random_index
 from tables import picture, tiny, unit_rows, write_table
 
@@ -158,7 +158,7 @@ def test_building_from_cached_encodings_imports_no_model(run, photo_index, photo
     assert found == {"numpy", "pyarrow", "torch", "PIL"}
     first, again, added = (Index.load(tmp_path / name) for name in ("of-photos", "again", "added"))
     for cache in (again, added):
-        np.testing.assert_array_equal(cache.keys, first.keys)
+        assert_array_equal(cache.keys, first.keys)
         assert torch.equal(cache.text_weights, first.text_weights)
     assert (again.backbone, again.settings) == (first.backbone, first.settings)
 
@@ -202,11 +202,11 @@ def test_a_known_backbone_is_loaded_once_on_the_first_text(known_model, opened_m
     same = (lazy.identity, lazy.dim, lazy.precision, lazy.batch_size)
     assert same == (plain.identity, plain.dim, plain.precision, plain.batch_size)
     pixels = lazy.preprocess(picture())[None]
-    np.testing.assert_array_equal(lazy.encode_images(pixels), plain.encode_images(pixels))
+    assert_array_equal(lazy.encode_images(pixels), plain.encode_images(pixels))
     assert not opened_models
     with ThreadPoolExecutor(4) as pool:
         texts = list(pool.map(lambda _: lazy.encode_texts(["a cat"]), range(8)))
-    np.testing.assert_array_equal(texts, [plain.encode_texts(["a cat"])] * 8)
+    assert_array_equal(texts, [plain.encode_texts(["a cat"])] * 8)
     assert (lazy.identity, lazy.logit_scale, len(opened_models)) == (identity, plain.logit_scale, 1)
 
 
@@ -273,7 +273,7 @@ def test_a_model_is_remembered_until_one_of_its_files_changes(loaded, tmp_path):
         assert getattr(lazy, name) == getattr(model, name)
     assert lazy._opened is None
     pixels = torch.zeros(1, 3, *lazy.size)
-    np.testing.assert_array_equal(lazy.encode_images(pixels), model.encode_images(pixels))
+    assert_array_equal(lazy.encode_images(pixels), model.encode_images(pixels))
     data, facts = file.read_bytes(), file.stat()
     file.write_bytes(data[:-1] + bytes([data[-1] + 1]))
     os.utime(file, ns=(facts.st_atime_ns, facts.st_mtime_ns))

@@ -39,9 +39,7 @@ def model(seed=0, n=N, d=D, index="Flat"):
     text = np.eye(
         len(CLASSES), d, dtype=np.float32
     )  # the same for every seed: versions share its file
-    return Index.from_features(
-        keys, np.arange(n) % len(CLASSES), CLASSES, text, device="cpu", index=index
-    )
+    return Index.from_features(keys, np.arange(n) % len(CLASSES), CLASSES, text, index=index)
 
 
 def answer(cache):
@@ -79,7 +77,7 @@ def test_a_manifest_preserves_unicode_names_and_exact_settings(tmp_path):
     cache.backbone = Identity.from_dict(BACKBONE)
     cache.provenance = {"seed": 1, "nested": {"list": [None, True, 1.5, "ü"]}}
     cache.save(tmp_path / "x")
-    found = Index.load(tmp_path / "x", device="cpu")
+    found = Index.load(tmp_path / "x")
     for name in ("class_names", "backbone", "settings", "templates", "provenance"):
         assert getattr(found, name) == getattr(cache, name)
     assert (
@@ -558,7 +556,7 @@ def test_query_and_load_work_with_any_folder_name(tmp_path, monkeypatch, name):
         assert table.column_names == LABEL_SCHEMA.names
         assert len(table) == N + 4
         assert verify(folder).labels.column_names == LABEL_SCHEMA.names
-        assert answer(Index.load(folder, device="cpu")) == answer(cache)
+        assert answer(Index.load(folder)) == answer(cache)
 
 
 @pytest.mark.parametrize("at_a_time", [1, 7, 1 << 24])
@@ -626,7 +624,7 @@ def test_a_pickle_is_never_loaded(index, tmp_path, kind, wrap):
     wrap(file, Evil(tmp_path / "mark"))
     model(index="HNSW8").save(index)
     path = resealed(index, kind, file.getvalue())
-    refused(lambda: Index.load(index, device="cpu"), path)
+    refused(lambda: Index.load(index), path)
     assert not (tmp_path / "mark").exists()
 
 

@@ -27,6 +27,8 @@ import torch
 from conftest import SOAK, few
 from dense import affinity, cache_logits, nearest
 from fastapi.testclient import TestClient
+from numpy.random import default_rng
+from numpy.testing import assert_allclose, assert_array_equal
 from sealing import refused
 from serving import app_of
 from stored import copied, done, everything, labels_of, made, path_of, put, rows_of, source
@@ -103,7 +105,7 @@ def check(place, truth, forms=((None, True), (8, True))):
         sum(label == name for label in truth.labels.values()) for name in truth.names
     ]
     for k, tail in forms:
-        np.testing.assert_allclose(
+        assert_allclose(
             model.logits(QUERIES, k or "all", tail).numpy(),
             truth.logits(QUERIES, k, tail),
             atol=EXACT,
@@ -136,7 +138,6 @@ def base(tmp_path_factory):
             alpha=ALPHA,
             beta=BETA,
             k=None,
-            device="cpu",
         )
     truth = Truth(names, text, dict(enumerate(features)), dict(enumerate(labels)))
     return found, truth, place
@@ -154,7 +155,7 @@ class Pets:
         return stores.at(self.place)
 
     def open(self, **more):
-        return self.store.load(device="cpu", **more)
+        return self.store.load(**more)
 
     def check(self, **more):
         return check(self.place, self.truth, **more)
@@ -248,7 +249,7 @@ def test_a_build_contains_the_keys_labels_and_columns_of_its_source(pets):
 def test_an_index_of_one_key_answers(kind, tmp_path):
     place, features = made(tmp_path, kind), unit_rows(1, 4, 3)
     table = source(tmp_path / "one.parquet", features, ["only"])
-    built = build_index(table, place, Reader(), fit="none", device="cpu")
+    built = build_index(table, place, Reader(), fit="none")
     truth = Truth(
         ["only"],
         np.zeros((1, 4)),
@@ -259,7 +260,7 @@ def test_an_index_of_one_key_answers(kind, tmp_path):
     )
     asked = unit_rows(3, 4, 5)
     for k in (None, 1, 64):
-        np.testing.assert_allclose(
+        assert_allclose(
             built.logits(asked, k).numpy(), truth.logits(asked, k), rtol=1e-4, atol=EXACT
         )
     assert len(built.classify(asked, k=64)[0].neighbours) == 1
@@ -342,7 +343,7 @@ def test_keys_are_found_removed_and_relabelled_by_id_and_by_condition(pets):
 def test_a_second_build_is_a_new_version_and_missing_versions_are_refused(pets):
     """The machine in ``test_living.py`` changes, restores and deletes versions in any order."""
     table = pets.table(QUERIES, ["cat", "dog"] * 6)
-    assert build_index(table, pets.place, Reader(), alpha=1.0, device="cpu").class_names == [
+    assert build_index(table, pets.place, Reader(), alpha=1.0).class_names == [
         "cat",
         "dog",
     ]
@@ -395,8 +396,8 @@ def test_settings_can_be_changed(pets):
     model, folder = pets.open(), made(pets.tables, "folder", "clone")
     changes.clone(pets.place, folder)
     assert model.settings.k is None
-    same = stores.at(folder).load(device="cpu").rows.statistics()
-    np.testing.assert_allclose(model.rows.statistics().mean, same.mean, atol=1e-5)
+    same = stores.at(folder).load().rows.statistics()
+    assert_allclose(model.rows.statistics().mean, same.mean, atol=1e-5)
     pets.refused(
         lambda: changes.configure(pets.place, templates=["a {}"]), "backbone", error=UsageError
     )
@@ -409,7 +410,7 @@ def test_settings_can_be_changed(pets):
     )
     out, table = made(pets.tables, pets.kind, "out"), pets.table(QUERIES, ["cat", "dog"] * 6)
     refused(
-        lambda: build_index(table, out, Reader(), alpha=1e145, device="cpu"),
+        lambda: build_index(table, out, Reader(), alpha=1e145),
         "alpha 1e+145",
         error=InputError,
     )
@@ -423,7 +424,7 @@ def test_default_settings_in_lancedb_equal_those_of_a_folder(tmp_path, monkeypat
         tmp_path / "table.parquet", unit_rows(100, D, 40), labels, [str(i) for i in range(100)]
     )
     places = (str(tmp_path / "folder"), f"lance://{tmp_path / 'table'}")
-    one, other = (build_index(table, place, Reader(), fit="none", device="cpu") for place in places)
+    one, other = (build_index(table, place, Reader(), fit="none") for place in places)
     assert one.settings.alpha == pytest.approx(other.settings.alpha, rel=1e-6)
     assert one.settings.beta == pytest.approx(other.settings.beta, rel=1e-6)
 
@@ -439,7 +440,7 @@ def test_a_class_whose_keys_contradict_the_manifest_is_refused(local_pets):
 
 @pytest.mark.parametrize("sizes", [[], [1], [0, 3], [40, 40, 40, 40, 7]])
 def test_rows_are_grouped_by_class_in_blocks(sizes, monkeypatch):
-    ids = np.random.default_rng(0).integers(0, 9, sum(sizes)).astype(np.int32)
+    ids = default_rng(0).integers(0, 9, sum(sizes)).astype(np.int32)
     rows = pa.record_batch(
         {"key_id": np.arange(len(ids)), "class_id": ids, "label": ids.astype(str)}
     )
@@ -500,7 +501,7 @@ def test_a_labelling_session_keeps_one_version_per_minute_and_its_readers_can_fi
         "1 example: 1 cat",
     ]
     pets.check()
-    np.testing.assert_array_equal(reader.logits(QUERIES, 8).numpy(), answers)
+    assert_array_equal(reader.logits(QUERIES, 8).numpy(), answers)
     assert reader.find(key_ids=[60])["label"].to_pylist() == ["cat"]
     if pets.kind != "s3":  # where another writer may still need unnamed objects
         named = {
@@ -622,7 +623,7 @@ def _merge(pets, number):
     other = pets.tables / f"other {number}"
     if not other.exists():
         keys = unit_rows(2, D, 30 + number)
-        Index.from_features(keys, ["cat", BARE], ["cat", BARE], device="cpu").save(other)
+        Index.from_features(keys, ["cat", BARE], ["cat", BARE]).save(other)
     return changes.merge(pets.place, other)
 
 
@@ -667,7 +668,7 @@ def test_the_second_of_two_writers_in_a_bucket_edits_the_newer_version(
     assert labels_of(bucket_pets.place) == labels_of(alone.place)
     own, same = bucket_pets.store.verify(), alone.store.verify()
     assert (own.class_names, own.next_key_id) == (same.class_names, same.next_key_id)
-    np.testing.assert_allclose(own.logits(QUERIES, 8), same.logits(QUERIES, 8), atol=EXACT)
+    assert_allclose(own.logits(QUERIES, 8), same.logits(QUERIES, 8), atol=EXACT)
     assert bucket_pets.store.history()["change"] == alone.store.history()["change"]
 
 
@@ -845,10 +846,8 @@ def test_a_folder_cannot_be_opened_as_lancedb_and_vice_versa(tmp_path, base):
         changes.configure(place, k=3)
         before = everything(place)
         wrong = place.removeprefix("lance://") if other == "folder" else f"lance://{place}"
-        refused(lambda wrong=wrong: stores.at(wrong).load(device="cpu"), kind)
-        refused(
-            lambda wrong=wrong: build_index(train, wrong, Reader(), fit="none", device="cpu"), kind
-        )
+        refused(lambda wrong=wrong: stores.at(wrong).load(), kind)
+        refused(lambda wrong=wrong: build_index(train, wrong, Reader(), fit="none"), kind)
         refused(lambda wrong=wrong: changes.configure(wrong, k=4), kind)
         assert everything(place) == before
         assert stores.at(place).verify().settings.k == 3
@@ -858,7 +857,7 @@ def test_a_folder_cannot_be_opened_as_lancedb_and_vice_versa(tmp_path, base):
 def test_reading_a_missing_store_creates_nothing(kind, tmp_path, base):
     place = made(tmp_path, kind, "nowhere")
     calls = (
-        lambda: stores.at(place).load(device="cpu"),
+        lambda: stores.at(place).load(),
         lambda: stores.at(place).verify(),
         lambda: stores.at(place).history(),
         lambda: stores.at(place).describe(),
@@ -898,7 +897,7 @@ def fitted(request, base, tmp_path):
 
 def damaged(whole):
     """Yield the bytes of a file with a flipped bit, cut, or longer, and ``None`` for a missing file."""
-    for bit in np.random.default_rng(0).choice(
+    for bit in default_rng(0).choice(
         8 * len(whole), min(100 if SOAK else 2, 8 * len(whole)), replace=False
     ):
         yield whole[: bit // 8] + bytes([whole[bit // 8] ^ 1 << bit % 8]) + whole[bit // 8 + 1 :]
@@ -1058,13 +1057,13 @@ def test_columns_that_lancedb_cannot_store_are_refused(lance_pets, column, tmp_p
     assert "rename" in text
     new = made(tmp_path, lance_pets.kind, "new")
     refused(
-        lambda: build_index(table(), new, Reader(), fit="none", device="cpu"),
+        lambda: build_index(table(), new, Reader(), fit="none"),
         repr(column),
         error=InputError,
     )
     assert not stores.at(new).exists()
     folder = made(tmp_path, "folder", "with column")
-    build_index(table(), folder, Reader(), fit="none", device="cpu")
+    build_index(table(), folder, Reader(), fit="none")
     refused(lambda: changes.clone(folder, new), repr(column), error=InputError)
 
 
@@ -1088,7 +1087,7 @@ def test_columns_of_any_type_and_name_are_preserved(tmp_path):
     table = source(tmp_path / "t.parquet", features, ["a", "b"], **columns)
     more = source(tmp_path / "u.parquet", -features, ["a", "b"], ["u", "v"], **columns)
     for place in places:
-        build_index(table, place, Reader(), fit="none", device="cpu")
+        build_index(table, place, Reader(), fit="none")
         changes.add(place, more, Reader())
         changes.relabel(place, "b", key_ids=[0])
         stores.at(place).verify()
@@ -1172,11 +1171,9 @@ def test_many_keys_get_an_index_that_later_changes_update(tmp_path, monkeypatch,
     monkeypatch.setattr(lance_rows, "UNINDEXED", 500)
     place, last = made(tmp_path, "lance"), f"c{classes - 1}"
     rows, labels = drawn(2900, 1)
-    build_index(
-        source(tmp_path / "t.parquet", rows, labels), place, Reader(), fit="none", device="cpu"
-    )
+    build_index(source(tmp_path / "t.parquet", rows, labels), place, Reader(), fit="none")
     at = stores.at(place)
-    assert at.load(device="cpu").index_type == "Flat"
+    assert at.load().index_type == "Flat"
     more, more_labels = drawn(200, 2)
     changes.add(place, source(tmp_path / "u.parquet", more, more_labels), Reader())
     model = at.verify()
@@ -1206,10 +1203,10 @@ def test_many_keys_get_an_index_that_later_changes_update(tmp_path, monkeypatch,
     model = at.verify()
     nearest = [one for [one] in model.similar(late[:50], 1)]
     assert [one.key_id for one in nearest] == list(range(3100, 3150))
-    np.testing.assert_allclose([one.affinity for one in nearest], 1, atol=1e-5)
-    slack = at.load(device="cpu").retrieval.keys.slack(5.5)
+    assert_allclose([one.affinity for one in nearest], 1, atol=1e-5)
+    slack = at.load().retrieval.keys.slack(5.5)
     monkeypatch.setattr(lance_rows, "SPREAD_BYTES", 1)  # as with too many keys
-    few = at.load(device="cpu").retrieval.keys.slack(5.5)
+    few = at.load().retrieval.keys.slack(5.5)
     assert few == pytest.approx(slack, rel=0.5)
     # More keys are added to the index.
     later, later_labels = drawn(450, 5)
@@ -1228,7 +1225,7 @@ def test_many_keys_get_an_index_that_later_changes_update(tmp_path, monkeypatch,
     assert at.verify().index_type == "Flat"
     assert not raw_table(Pets(place, None, tmp_path, "lance")).list_indices()
     changes.remove(place, key_ids=[0])
-    assert at.load(device="cpu").index_type == "Flat"  # the choice of the rebuild
+    assert at.load().index_type == "Flat"  # the choice of the rebuild
 
 
 @pytest.mark.parametrize(
@@ -1243,7 +1240,7 @@ def test_affinities_are_inner_products_with_the_stored_keys_or_points(tmp_path, 
     place, n = made(tmp_path, "lance"), 1000
     rows, labels = clustered(n, 1)
     table = source(tmp_path / "t.parquet", rows, labels)
-    build_index(table, place, Reader(), index="Classes", dtype=dtype, device="cpu", **fit)
+    build_index(table, place, Reader(), index="Classes", dtype=dtype, **fit)
     model = stores.at(place).verify()
     assert (model.index_type, model.manifest.built.auto_index) == ("Classes", False)
     stored, column = model.rows.of(range(n)).keys, "vector" if fit == PLAIN else "_point"
@@ -1262,9 +1259,7 @@ def test_affinities_are_inner_products_with_the_stored_keys_or_points(tmp_path, 
     exact = points(queries) @ stored.T
     for q, one in enumerate(model.classify(queries, k=20, neighbours=10)):
         ids = [near.key_id for near in one.neighbours]
-        np.testing.assert_allclose(
-            [near.affinity for near in one.neighbours], exact[q, ids], atol=1e-6
-        )
+        assert_allclose([near.affinity for near in one.neighbours], exact[q, ids], atol=1e-6)
         assert len(set(ids)) == 10
     keys = model.retrieval.keys
     found = keys.nearest(keys.phi(torch.from_numpy(queries)), 10).affinity.numpy()
@@ -1292,7 +1287,7 @@ def test_commands_take_the_address_of_a_bucket(run, bucket_pets):
         run("classify", own, asked, "-k", 8, "--logits", "--format", "json", "--verify", "full")
     )
     logits = [json.loads(line)["logits"] for line in found.splitlines()]
-    np.testing.assert_allclose(logits, bucket_pets.truth.logits(QUERIES, 8), atol=1e-3)
+    assert_allclose(logits, bucket_pets.truth.logits(QUERIES, 8), atol=1e-3)
 
 
 def test_the_server_answers_from_a_store_and_reloads_changes(local_pets, monkeypatch):

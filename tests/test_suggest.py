@@ -117,7 +117,7 @@ def index(tmp_path):
     ids = np.repeat([0, 1, 2], [8, 4, 2])
     rows = unit(centres[ids] + unit_rows(14, 8))
     cache = Index.from_features(
-        rows, ids, ["a", "b", "c"], sources=[f"shot-{i}" for i in range(14)], device="cpu"
+        rows, ids, ["a", "b", "c"], sources=[f"shot-{i}" for i in range(14)]
     )
     cache, _ = closed_form.fit(cache)
     cache.save(tmp_path / "index")
@@ -127,7 +127,7 @@ def index(tmp_path):
 
 def test_an_index_provides_metric_uncertainty_and_labelled_keys(index, run, tmp_path):
     folder, table, pool = index
-    cache = Index.load(folder, device="cpu")
+    cache = Index.load(folder)
     answers = cache.classify(pool)
     examples = np.array([{"a": 8, "b": 4, "c": 2}[answer.label] for answer in answers])
     doubts = 1 - answers.to_arrow()["probability"].to_numpy() * examples / (examples + 4)
@@ -141,9 +141,7 @@ def test_an_index_provides_metric_uncertainty_and_labelled_keys(index, run, tmp_
     assert [row["input"] for row in rows] == [f"item-{row}" for row in picks.rows]
     assert [row["covers"] for row in rows] == picks.covers.tolist()
     assert [row["label"] for row in rows] == [answers[row].label for row in picks.rows]
-    assert Classifier.load(folder, device="cpu").suggest(pool, 6).inputs == [
-        str(row) for row in picks.rows
-    ]
+    assert Classifier.load(folder).suggest(pool, 6).inputs == [str(row) for row in picks.rows]
 
 
 def test_known_features_are_skipped_and_sampling_is_reported(index, run, monkeypatch, tmp_path):
@@ -223,6 +221,6 @@ def test_photos_are_suggested_from_a_folder_or_a_list(shared, things, tmp_path, 
     first = run("suggest", inbox, "-n", 3, "--model", model, "--format", "json")
     kinds = {json.loads(line)["input"].rpartition("-")[2] for line in first.stdout.splitlines()}
     assert (first.exit_code, len(kinds)) == (3, 3)
-    clf = Classifier.load(things, device="cpu")
+    clf = Classifier.load(things)
     assert clf.suggest(inbox).inputs == [row["input"] for row in rows]
     assert set(clf.suggest(sorted(new), 2).inputs) < new

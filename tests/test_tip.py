@@ -12,6 +12,7 @@ from conftest import ROOT, examples, needs_real
 from dense import Case, Largest, betas, cases, discriminant, food, nearest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.testing import assert_allclose
 from sealing import body_of
 from tables import unit, write_table
 
@@ -58,7 +59,7 @@ def test_cache_logits_equal_the_dense_sum(case, beta, k, slots, tail, valued, dt
     )
     scale = case.logits(beta, abs(case.V) if valued else None).max()
     expected = case.logits(beta, case.V if valued else None, met, tail=tail)
-    np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance * scale)
+    assert_allclose(found, expected, rtol=tolerance, atol=tolerance * scale)
     if not valued:
         assert (found[:, np.bincount(case.y, minlength=case.c) == 0] == 0).all()
 
@@ -126,7 +127,7 @@ def test_the_discriminant_matches_its_definition(case, empty):
     found = tip.Discriminant.of(torch.from_numpy(one_hot.T @ K), torch.from_numpy(one_hot.sum(0)))(
         torch.from_numpy(f)
     )
-    np.testing.assert_allclose(found, discriminant(f, K, y, c), rtol=1e-9, atol=1e-9)
+    assert_allclose(found, discriminant(f, K, y, c), rtol=1e-9, atol=1e-9)
 
 
 @settings(max_examples=examples(50), deadline=None)
@@ -236,8 +237,8 @@ def test_the_formula_in_the_docs_gives_the_logits_of_an_exported_index(tmp_path,
         squares, n = (letters["M"] ** 2).sum(1), 16
         letters["b"] = -(squares - (1 - squares).sum() * n / (80 - 5) / n) / 2
     result = evaluated(lines, letters)
-    cache = Index.load(index, device="cpu")
+    cache = Index.load(index)
     found = cache.retrieval.answer(cache.queries(letters["f"]).double(), cache.settings)[1]
-    np.testing.assert_allclose(found, result["L"], rtol=1e-6, atol=1e-4)
+    assert_allclose(found, result["L"], rtol=1e-6, atol=1e-4)
     chances = [prediction.probability for prediction in cache.classify(letters["f"])]
-    np.testing.assert_allclose(chances, result["P"].max(axis=1), rtol=1e-3)
+    assert_allclose(chances, result["P"].max(axis=1), rtol=1e-3)

@@ -14,6 +14,7 @@ import warm
 from conftest import examples, few
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.testing import assert_allclose, assert_array_equal
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from tables import by_torch, picture, some_pixels, tiny
@@ -44,14 +45,12 @@ def test_features_match_torch_for_any_number_of_images(compiled):
     model, plain = load_backbone(identity.model, device="cpu"), by_torch(identity.model)
     for number in (1, 2, 5):
         pixels = some_pixels(plain, number)
-        np.testing.assert_allclose(
+        assert_allclose(
             unit(model.encode_images(pixels)), unit(plain.encode_images(pixels)), atol=1e-5
         )
     assert len(list((place / "cache" / "towers").iterdir())) == 1
     assert model.identity == plain.identity
-    np.testing.assert_array_equal(
-        deepcopy(model).encode_images(pixels), model.encode_images(pixels)
-    )
+    assert_array_equal(deepcopy(model).encode_images(pixels), model.encode_images(pixels))
 
 
 def test_threads_that_encode_at_the_same_time_get_their_own_features(compiled):
@@ -60,7 +59,7 @@ def test_threads_that_encode_at_the_same_time_get_their_own_features(compiled):
     expected = [model.encode_images(own) for own in pixels]
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(model.encode_images, pixels * 25))
-    np.testing.assert_allclose(np.stack(found), np.stack(expected * 25), atol=1e-6)
+    assert_allclose(np.stack(found), np.stack(expected * 25), atol=1e-6)
 
 
 def test_a_real_encoder_matches_torch(lit_mini, shared):
@@ -69,7 +68,7 @@ def test_a_real_encoder_matches_torch(lit_mini, shared):
     pixels = torch.stack([plain.preprocess(Image.open(file).convert("RGB")) for file in files])
     expected = plain.encode_images(pixels)
     compiled = load_backbone(lit_mini.identity.model, device="cpu")
-    np.testing.assert_allclose(unit(compiled.encode_images(pixels)), unit(expected), atol=1e-5)
+    assert_allclose(unit(compiled.encode_images(pixels)), unit(expected), atol=1e-5)
     half = load_backbone(lit_mini.identity.model, device="cpu", precision="bfloat16")
     worst = cosines(half.encode_images(pixels), expected).min()
     assert worst > 0.995
@@ -109,7 +108,7 @@ def test_common_architectures_can_be_converted(name, place):
         expected = visual(pixels).numpy()
     assert cosines(compiled(pixels), expected).min() > 0.99999
     again = tower.kept(identity, "float32")
-    np.testing.assert_array_equal(again(pixels), compiled(pixels))
+    assert_array_equal(again(pixels), compiled(pixels))
 
 
 def identity_of(name):
@@ -126,8 +125,8 @@ def test_a_stored_tower_needs_no_model(compiled):
     _, identity, pixels, expected = compiled
     view = load_backbone(identity.model, device="cpu", lazy=True).preprocess(picture())
     waiting = load_again(identity, device="cpu")
-    np.testing.assert_allclose(waiting.encode_images(pixels), expected, rtol=1e-6)
-    np.testing.assert_array_equal(waiting.preprocess(picture()), view)
+    assert_allclose(waiting.encode_images(pixels), expected, rtol=1e-6)
+    assert_array_equal(waiting.preprocess(picture()), view)
     assert waiting._opened is None
 
 
@@ -137,7 +136,7 @@ def test_a_damaged_tower_is_compiled_again(compiled):
     (stored / "tower.xml").unlink()
     assert tower.kept(identity, "float32") is None
     again = load_backbone(identity.model, device="cpu")
-    np.testing.assert_allclose(again.encode_images(pixels), expected, rtol=1e-6)
+    assert_allclose(again.encode_images(pixels), expected, rtol=1e-6)
     assert tower.kept(identity, "float32") is not None
 
 
@@ -157,7 +156,7 @@ def test_without_a_cache_the_tower_is_compiled_each_time(folder, tmp_path, monke
         by_torch(f"local-dir:{folder}"),
     )
     pixels = some_pixels(plain, 3)
-    np.testing.assert_allclose(
+    assert_allclose(
         unit(compiled.encode_images(pixels)), unit(plain.encode_images(pixels)), atol=1e-5
     )
 
@@ -168,7 +167,7 @@ def test_other_weights_have_their_own_tower(compiled):
     after = load_backbone(name, device="cpu").encode_images(pixels)
     assert not np.allclose(before, after)
     assert len(list((place / "cache" / "towers").iterdir())) == 2
-    np.testing.assert_allclose(unit(after), unit(by_torch(name).encode_images(pixels)), atol=1e-5)
+    assert_allclose(unit(after), unit(by_torch(name).encode_images(pixels)), atol=1e-5)
 
 
 def test_the_conversion_opens_no_connection(folder, tmp_path, warm_path):

@@ -11,6 +11,8 @@ from dense import Case, affinity, cache_logits, cases, shots_like_clip
 from dense import betas as some_betas
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.random import default_rng
+from numpy.testing import assert_allclose, assert_array_equal
 from tables import unit
 
 from retrieval_tip import Index, tip, verify
@@ -176,8 +178,8 @@ def test_each_class_counts_whole_or_at_its_mean(case, alpha, beta, k, text, valu
         with_tail, without = (cache.terms(case.f, k, tail).cache.numpy() for tail in (True, False))
     close = {"rtol": 1e-4, "atol": 1e-4}
     if k >= cache.n:
-        np.testing.assert_allclose(with_tail, exact, **close)
-        np.testing.assert_allclose(without, exact, **close)
+        assert_allclose(with_tail, exact, **close)
+        assert_allclose(without, exact, **close)
         return
     assert (np.isclose(with_tail, exact, **close) | np.isclose(with_tail, lower, **close)).all()
     assert (np.isclose(without, exact, **close) | np.isclose(without, 0, **close)).all()
@@ -186,10 +188,10 @@ def test_each_class_counts_whole_or_at_its_mean(case, alpha, beta, k, text, valu
             of_case(case, text, alpha=alpha, beta=beta).terms(case.f, k, tail=False).cache.numpy()
         )
     met = without > 0
-    np.testing.assert_allclose(with_tail[met], exact[met], **close)
+    assert_allclose(with_tail[met], exact[met], **close)
     if valued:
         return
-    np.testing.assert_allclose(with_tail[~met], lower[~met], **close)
+    assert_allclose(with_tail[~met], lower[~met], **close)
     most = max(
         retrieval.LEAST_CLASSES, round(k / (cache.n / np.count_nonzero(np.bincount(case.y))))
     )
@@ -208,7 +210,7 @@ def test_a_sharp_exponential_still_finds_the_nearest_class(beta):
     case = Case(2, [12] * 5, q=30, d=16)
     case.f = case.K[::2].copy()  # each query is a key, whose weight is 1
     alone = of_case(case, text=False, beta=beta).terms(case.f, 12, tail=False).cache
-    np.testing.assert_array_equal(alone.argmax(1), case.y[::2])
+    assert_array_equal(alone.argmax(1), case.y[::2])
     assert (alone.amax(1) >= 0.99).all()
 
 
@@ -220,14 +222,14 @@ def test_values_give_the_dense_form_if_k_covers_all_classes():
     for tail in (False, True):
         for k in (cache.n - 1, cache.n, 1000):
             found = cache.terms(case.f, k, tail).cache
-            np.testing.assert_allclose(found, case.logits(BETA, values), rtol=1e-4, atol=1e-4)
+            assert_allclose(found, case.logits(BETA, values), rtol=1e-4, atol=1e-4)
 
 
 def test_no_class_is_searched_if_only_one_without_keys_can_win():
     case = Case(7, [5, 0, 5], q=6, d=5)
     text = np.zeros((3, 5), dtype=np.float32)
     text[1] = 1
-    f = unit(1 + 0.1 * np.random.default_rng(0).standard_normal((6, 5)))
+    f = unit(1 + 0.1 * default_rng(0).standard_normal((6, 5)))
     for values in (None, np.eye(3, dtype=np.float32)[case.y]):
         cache = model(case.K, case.y, 3, text, values=values, logit_scale=1000.0)
         met = cache.terms(f, 5, tail=False).cache
@@ -243,13 +245,13 @@ def test_nearest_keys_have_exact_affinities_in_order(case, k):
     k = min(k, len(case.y))
     assert rows.shape == tuple(affinity.shape) == (len(case.f), k)
     assert all(len(set(row.tolist())) == k for row in rows)
-    np.testing.assert_allclose(affinity, np.take_along_axis(case.A, rows, axis=1), atol=1e-5)
-    np.testing.assert_allclose(affinity, -np.sort(-case.A, axis=1)[:, :k], atol=1e-5)
+    assert_allclose(affinity, np.take_along_axis(case.A, rows, axis=1), atol=1e-5)
+    assert_allclose(affinity, -np.sort(-case.A, axis=1)[:, :k], atol=1e-5)
 
 
 def test_classes_with_few_or_no_keys_near_a_query_leave_no_slot_empty():
     """The mean of an empty class, 0, may be the nearest. Two classes hold most keys, and the ten nearest have one."""
-    rng = np.random.default_rng(0)
+    rng = default_rng(0)
     cache = model(unit(rng.standard_normal((40, 6)) + 3 * np.eye(6)[0]), np.repeat([0, 1], 20), 30)
     f = unit(rng.standard_normal((5, 6)) - 9 * np.eye(6)[0])
     assert (cache.nearest(torch.from_numpy(f), 4)[1] >= 0).all()
@@ -269,7 +271,7 @@ def check_same(one, other, queries, k=64):
             one.logits(queries, number), other.logits(queries, number), rtol=1e-5, atol=1e-3
         )
     f = torch.from_numpy(queries)
-    np.testing.assert_allclose(one.nearest(f, 5)[0], other.nearest(f, 5)[0], atol=1e-5)
+    assert_allclose(one.nearest(f, 5)[0], other.nearest(f, 5)[0], atol=1e-5)
 
 
 @pytest.mark.parametrize("index", ["Classes", "Flat"])
@@ -281,7 +283,7 @@ def test_some_of_the_keys_give_the_answers_of_a_new_build(index, material):
     cache = cache.take(rows)
     check_same(cache, model(array[rows], ids[rows], C, text, index=index), queries[:50])
     text_, exact = exact_parts(cache, queries[:50])
-    np.testing.assert_allclose(cache.logits(queries[:50]), text_ + exact, atol=1e-3)
+    assert_allclose(cache.logits(queries[:50]), text_ + exact, atol=1e-3)
 
 
 def test_an_index_of_other_keys_or_another_type_is_refused(tmp_path, material):
@@ -296,4 +298,4 @@ def test_an_index_of_other_keys_or_another_type_is_refused(tmp_path, material):
     keys.factory = "Classes"  # written to the manifest
     replace(cache, rows=replace(cache.rows, index=keys)).save(tmp_path / "type")
     with pytest.raises(StoreError, match="does not match the manifest"):
-        Index.load(tmp_path / "type", device="cpu")
+        Index.load(tmp_path / "type")

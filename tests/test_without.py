@@ -16,6 +16,8 @@ from dense import affinity, cache_logits, discriminant, nearest
 from fastapi.testclient import TestClient
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.random import default_rng
+from numpy.testing import assert_allclose
 from serving import app_of, build, caltech_photos
 from tables import unit, write_table
 
@@ -31,7 +33,7 @@ from retrieval_tip.settings import Ask, Fitted
 
 N, D, C, Q = 90, 12, 6, 9
 ALPHA, BETA, OFFSET = 1.7, 6.0, 0.05
-RANDOM = np.random.default_rng(0)
+RANDOM = default_rng(0)
 MEANS = unit(RANDOM.normal(size=(C, D)))
 IDS = np.sort(RANDOM.permutation(np.repeat(np.arange(C), [1, 30, 3, 20, 0, 36])))
 KEYS = unit(MEANS[IDS] + 0.3 * RANDOM.normal(size=(N, D)))
@@ -101,7 +103,7 @@ def test_hidden_keys_count_nowhere(kind, solved, gamma, k, metric):
     used = None if kind == "Classes" else k  # an index over classes then uses all keys
     for tail in (False, True):
         found = answered(index, Ask(k=k, tail=tail, without=HIDDEN, neighbours=4))
-        np.testing.assert_allclose(
+        assert_allclose(
             [one.logits for one in found], dense(index, HIDDEN, used, tail), rtol=1e-4, atol=1e-3
         )
         for one in found:
@@ -120,7 +122,7 @@ def test_any_keys_may_be_hidden_at_any_beta(hidden, beta, solved):
     )
     expected = dense(index, tuple(hidden), None, tail=True)
     found = answered(index, Ask(without=tuple(hidden)))
-    np.testing.assert_allclose([one.logits for one in found], expected, rtol=1e-4, atol=2e-3)
+    assert_allclose([one.logits for one in found], expected, rtol=1e-4, atol=2e-3)
 
 
 def test_hidden_keys_do_not_make_a_query_similar():
@@ -143,11 +145,11 @@ def test_unknown_keys_are_ignored_but_one_key_has_to_stay():
 def test_an_index_in_lancedb_hides_the_same_keys(tmp_path, solved):
     place = places.at(f"lance://{tmp_path / 'index'}")
     place.copy_from(index_of(solved=solved, gamma=1.0), "test")
-    index = place.load(device="cpu")
+    index = place.load()
     for k in (None, 7):
         expected = dense(index_of(solved=solved, gamma=1.0), HIDDEN, k, True)
         found = answered(index, Ask(k=k, without=HIDDEN, neighbours=4))
-        np.testing.assert_allclose([one.logits for one in found], expected, rtol=1e-4, atol=1e-3)
+        assert_allclose([one.logits for one in found], expected, rtol=1e-4, atol=1e-3)
         assert not {shot.key_id for one in found for shot in one.neighbours} & {*HIDDEN}
 
 
@@ -247,7 +249,7 @@ def test_classify_answers_shots_as_evaluate_does(run, tmp_path):
 def test_shots_among_many_rows_keep_their_order_and_their_sets(run, tmp_path, monkeypatch):
     monkeypatch.setattr(held_out, "WINDOW", 16)
     monkeypatch.setattr(tables, "TABLE_ROWS", 7)
-    draw = np.random.default_rng(3)
+    draw = default_rng(3)
     features, labels = (
         unit(np.repeat(MEANS, 20, 0) + 0.4 * draw.normal(size=(20 * C, D))),
         np.repeat(NAMES, 20),
@@ -312,7 +314,7 @@ def test_an_index_of_one_class_says_so_with_its_answers(run, tmp_path):
 
 
 def test_python_warns_of_an_index_of_one_class(caplog):
-    few = Index.from_features(KEYS[:6], [0] * 6, ["bee"], device="cpu")
+    few = Index.from_features(KEYS[:6], [0] * 6, ["bee"])
     answers = Classifier(few, Reader()).predict(QUERIES)
     assert caplog.text.count("the index has one class, so every answer is bee") == 1
     assert [one.no_match for one in answers] == [None] * len(QUERIES)
