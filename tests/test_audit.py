@@ -7,9 +7,9 @@ from unittest import mock
 import numpy as np
 import pyarrow as pa
 import pytest
-from conftest import examples, few, needs_real
+from conftest import few, needs_real, ok, tries
 from fastapi.testclient import TestClient
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.random import default_rng
 from serving import app_of
@@ -31,9 +31,11 @@ def reference(cache, k=None):
     ids = cache.labels["class_id"].to_numpy()
     _, beta = untouched_settings(np.asarray(cache.keys), ids)
     key_ids = cache.labels["key_id"].to_pylist()
-    digests, sources = cache.labels["digest"].to_pylist(), cache.labels["source"].to_pylist()
+    digests = cache.labels["digest"].to_pylist()
+    sources = cache.labels["source"].to_pylist()
     images = [("digest", d) if d else ("source", s) for d, s in zip(digests, sources, strict=True)]
-    c, found = len(cache.class_names), {}
+    c = len(cache.class_names)
+    found = {}
     for i in range(cache.n):
         shown = np.array([image != images[i] for image in images])
         met = np.argsort(-affinity[i], kind="stable")[: k or cache.n]
@@ -149,7 +151,7 @@ def random_index(
     return cache
 
 
-@settings(max_examples=examples(60), deadline=None)
+@tries(60)
 @given(
     st.integers(0, 10**6),
     st.sampled_from([1, 2, 5, 30]),
@@ -166,7 +168,7 @@ def test_an_audit_matches_the_dense_reference(seed, n, dtype, valued):
     )
 
 
-@settings(max_examples=examples(20), deadline=None)
+@tries(20)
 @given(st.integers(0, 10**6), st.integers(3, 30))
 def test_an_audit_of_the_nearest_keys_matches_the_dense_reference(seed, k):
     check(random_index(seed), k)
@@ -210,13 +212,14 @@ def test_every_interface_lists_the_same_shots(run, tmp_path):
     test = write_table(
         tmp_path / "test.parquet", planted(40, 4, seed=1)[0], [names[i % 4] for i in range(40)]
     )
-    index, store = tmp_path / "index", f"lance://{tmp_path}/store"
+    index = tmp_path / "index"
+    store = f"lance://{tmp_path}/store"
     for arguments in (
         ("index", "build", rows, "--out", index),
         ("index", "clone", index, store),
         ("evaluate", index, test, "--report", tmp_path / "r.html"),
     ):
-        assert run("-q", *arguments).exit_code == 0
+        ok("-q", *arguments)
     cache = Index.load(index)
     assert cache.fitted is not None
     clear, everything = (
@@ -229,9 +232,7 @@ def test_every_interface_lists_the_same_shots(run, tmp_path):
             found = client.get(f"/v1/indexes/index/audit{asked}").json()
             assert [shot["key_id"] for shot in found] == listed
             for place in (index, store):
-                printed = run(
-                    "index", "audit", place, *flags, "--format", "json"
-                ).stdout.splitlines()
+                printed = run("index audit", place, *flags, "--format", "json").stdout.splitlines()
                 assert [json.loads(line)["key_id"] for line in printed] == listed
 
 
@@ -254,7 +255,8 @@ def test_an_audit_of_a_fitted_index_finds_a_wrong_label():
 
 def mislabelled(ids, share, seed):
     """Move a share of the shots to other classes. Return the class ids, and a mask of the wrong ones."""
-    draw, c = default_rng(seed), ids.max() + 1
+    draw = default_rng(seed)
+    c = ids.max() + 1
     wrong = draw.permutation(len(ids)) < round(share * len(ids))
     return np.where(wrong, (ids + draw.integers(1, c, len(ids))) % c, ids), wrong
 

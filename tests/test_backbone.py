@@ -163,7 +163,8 @@ def test_damaged_model_folders_are_named(tmp_path):
 
 @pytest.mark.parametrize("data", [b"garbage", pickle.dumps(Path("x"), 2)], ids=["garbage", "code"])
 def test_damaged_weights_and_code_are_refused_without_advice_to_run_them(data, tmp_path):
-    folder, file = tiny(tmp_path / "model"), tmp_path / "weights.bin"
+    folder = tiny(tmp_path / "model")
+    file = tmp_path / "weights.bin"
     (folder / "open_clip_model.safetensors").unlink()
     for place, model in (
         (folder / "open_clip_pytorch_model.bin", f"local-dir:{folder}"),
@@ -225,7 +226,8 @@ def test_the_first_build_prints_no_messages_from_transformers(shared, tmp_path):
 
 def test_loading_a_model_quietly_keeps_messages_of_other_threads(caplog):
     """Warnings about unreadable images appear even while another thread loads the model."""
-    inside, said = threading.Event(), threading.Event()
+    inside = threading.Event()
+    said = threading.Event()
 
     def opening():
         with catalogue.quiet():
@@ -258,7 +260,8 @@ def test_autocast_features_are_close_to_float32(tmp_path):
     half = load_backbone(f"local-dir:{folder}", device="cpu", precision="bfloat16")
     assert (exact.precision, half.precision) == ("float32", "bfloat16")
     pixels = exact.preprocess(picture())[None]
-    a, b = unit(exact.encode_images(pixels)), unit(half.encode_images(pixels))
+    a = unit(exact.encode_images(pixels))
+    b = unit(half.encode_images(pixels))
     assert b.dtype == np.float32
     assert 0.98 < float((a * b).sum()) < 1 - 1e-9
 
@@ -267,7 +270,9 @@ def test_views_are_cropped_and_flipped_as_in_the_paper(tmp_path):
     """Crops have area 0.5 to 1 and aspect 3/4 to 4/3. Half are flipped. The same seed gives the same view."""
     model = load_backbone(f"local-dir:{tiny(tmp_path / 'model')}", device="cpu")
     image = picture((120, 80))
-    one, again, other = model.view(image, "a"), model.view(image, "a"), model.view(image, "b")
+    one = model.view(image, "a")
+    again = model.view(image, "a")
+    other = model.view(image, "b")
     assert one.shape == (3, 32, 32)
     assert torch.equal(one, again)
     assert not torch.equal(one, other)
@@ -364,7 +369,8 @@ def test_a_model_in_memory_gives_the_same_backbone_and_is_pickled_with_its_weigh
     model, _, preprocess = open_clip.create_model_and_transforms(name)
     given = wrapped(model, preprocess, open_clip.get_tokenizer(name))
     named = load_backbone(name, device="cpu")
-    pixels, text = named.preprocess(picture())[None], named.encode_texts(["a cat"])
+    pixels = named.preprocess(picture())[None]
+    text = named.encode_texts(["a cat"])
     expected = named.encode_images(pixels)
     assert (given.identity.model, given.identity.weights) == ("loaded", named.identity.weights)
     assert not any(parameter.requires_grad for parameter in model.parameters())
@@ -392,7 +398,8 @@ def test_a_pickled_backbone_opens_its_model_again_on_first_use(
     data = pickle.dumps(model)
     assert len(data) < 10_000
     monkeypatch.chdir(tiny_folder.parent)
-    there, pixels = pickle.loads(data), some_pixels(model, 1)
+    there = pickle.loads(data)
+    pixels = some_pixels(model, 1)
     assert (there._opened, there.identity, there.dim, there.has_text) == (
         None,
         model.identity,
@@ -433,7 +440,8 @@ def test_a_backbone_pickled_on_a_gpu_runs_on_the_cpu_of_another_machine(tiny_fol
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     model = load_backbone(f"local-dir:{tiny_folder}", device="cpu")
     expected = model.encode_texts(["a cat"])
-    model._device, model.precision = torch.device("cuda"), "float16"
+    model._device = torch.device("cuda")
+    model.precision = "float16"
     there = carried(model)
     assert (there._device.type, there.precision) == ("cpu", "float32")
     assert_array_equal(there.encode_texts(["a cat"]), expected)

@@ -76,7 +76,8 @@ def test_the_discriminant_without_text_matches_scikit_learn_up_to_a_temperature(
 
 def test_the_discriminant_with_text_is_a_weighted_sum_of_both():
     text = unit_rows(C, D, 5)
-    bare, both = baselines.discriminant(cache_of(40)), baselines.discriminant(cache_of(40, text))
+    bare = baselines.discriminant(cache_of(40))
+    both = baselines.discriminant(cache_of(40, text))
     parts = torch.stack([bare.weights.flatten(), torch.from_numpy(text).flatten()], 1).double()
     solved = torch.linalg.lstsq(parts, both.weights.flatten().double()[:, None])
     assert (
@@ -90,7 +91,8 @@ def test_the_discriminant_with_text_is_a_weighted_sum_of_both():
     "rival", [baselines.class_means, baselines.linear_probe, baselines.discriminant]
 )
 def test_baselines_handle_single_shots_and_classes_without_shots(rival):
-    names, text = [*NAMES, "none"], unit_rows(C + 1, D, 5)
+    names = [*NAMES, "none"]
+    text = unit_rows(C + 1, D, 5)
     for n, weights in ((C, None), (4 * C, None), (4 * C, text)):
         logits = rival(cache_of(n, weights, names)).logits(QUERIES)
         assert logits.shape == (len(QUERIES), C + 1)

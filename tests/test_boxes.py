@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import json_rows
+from conftest import failed, json_rows
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
@@ -21,7 +21,8 @@ from retrieval_tip.data.sources import of_images
 from retrieval_tip.errors import InputError, UsageError
 
 NOISE = np.random.default_rng(0).integers(0, 256, (7, 11, 3), dtype=np.uint8)
-EDGE, LENGTH = st.floats(-0.01, 1.01), st.floats(0, 1.01)
+EDGE = st.floats(-0.01, 1.01)
+LENGTH = st.floats(0, 1.01)
 
 
 def found(bbox, conf=0.9, category="1"):
@@ -97,10 +98,11 @@ def test_each_box_is_classified_as_its_own_photo(run, things, trap):
         "--format",
         "json",
     )
-    assert done.exit_code == 3
-    assert "failed.png: the detector failed: Failure image access" in done.stderr
-    assert "unknown.png: no entry" in done.stderr
-    rows, photos = json_rows(done), trap / "photos"
+    failed(
+        done, 3, "failed.png: the detector failed: Failure image access", "unknown.png: no entry"
+    )
+    rows = json_rows(done)
+    photos = trap / "photos"
     names = [f"{photos}/site/{photo}.png#{box}" for photo in range(2) for box in (1, 2)]
     assert [row["input"] for row in rows] == [*names, f"{photos}/empty.png", f"{photos}/faint.png"]
     assert [row["detected"] for row in rows] == ["animal", "person"] * 2 + ["empty"] * 2
@@ -154,7 +156,9 @@ def test_photos_are_matched_by_the_end_of_their_path(tmp_path):
 
 
 def test_boxes_without_an_area_are_left_out(tmp_path):
-    flat, thin, whole = ([0.5, 0.5, 0, 0.2], [0.5, 0.5, 0.2, -0.001], [0, 0, 1, 1])
+    flat = [0.5, 0.5, 0, 0.2]
+    thin = [0.5, 0.5, 0.2, -0.001]
+    whole = [0, 0, 1, 1]
     photos = {"0.jpg": [flat, thin], "1.jpg": [flat, whole]}
     entries = [
         {"file": name, "detections": list(map(found, edges))} for name, edges in photos.items()

@@ -83,9 +83,11 @@ print(json.dumps([os.fsdecode(path) for path in opened if not isinstance(path, i
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
 def test_a_build_and_an_add_open_each_file_of_a_feature_table_once(tmp_path, table, kind):
-    given, files = table, [table]
+    given = table
+    files = [table]
     if kind == "folder":
-        given, whole = tmp_path / "x=1", pq.read_table(table)
+        given = tmp_path / "x=1"
+        whole = pq.read_table(table)
         files = write_parts(given, whole.slice(0, 12), whole.slice(12))
     for words in (("build", given, "--out", tmp_path / "i"), ("add", tmp_path / "i", given)):
         command = [sys.executable, "-c", OPENS, "-q", "index", *map(str, words)]

@@ -213,7 +213,8 @@ def test_deep_grey_pictures_get_the_same_answer_as_their_files(clf, tmp_path, mo
 
 def test_pictures_are_rotated_like_their_files(clf):
     """``test_images.py`` tests the rotation of files."""
-    exif, buffer = Image.Exif(), io.BytesIO()
+    exif = Image.Exif()
+    buffer = io.BytesIO()
     exif[0x0112] = 6
     noisy_photo(1, 1).save(buffer, "JPEG", exif=exif)
     assert (
@@ -279,8 +280,10 @@ def test_tables_in_memory_are_inputs(place, clf, library, monkeypatch):
     frame = module.table if library == "pyarrow" else module.DataFrame
     monkeypatch.chdir(place)
     source = open_source("new")
-    paths, labels = list(source.paths), source.labels
-    expected, right = clf.predict(paths), clf.evaluate("new").to_dict()
+    paths = list(source.paths)
+    labels = source.labels
+    expected = clf.predict(paths)
+    right = clf.evaluate("new").to_dict()
     for path, label in (("path", "label"), ("input", "class"), ("filename", "class_name")):
         table = frame({"number": list(range(len(paths))), path: paths, label: labels})
         assert (found := clf.predict(table)) == expected
@@ -301,7 +304,8 @@ def test_tables_in_memory_are_inputs(place, clf, library, monkeypatch):
 
 
 def test_a_table_in_memory_that_cannot_be_read_gives_one_error(place, clf):
-    pd, path = pytest.importorskip("pandas"), str(place / "new/red/6.png")
+    pd = pytest.importorskip("pandas")
+    path = str(place / "new/red/6.png")
     for method, frame, reason in (
         (
             clf.predict,
@@ -367,7 +371,8 @@ def held(numbers=range(6), names=("red", "green", "blue")):
 
 
 def test_photos_in_memory_become_shots(place, clf):
-    model, files = f"local-dir:{place / 'model'}", open_source(place / "photos")
+    model = f"local-dir:{place / 'model'}"
+    files = open_source(place / "photos")
     pictures = [Image.open(path) for path in files.paths]
     for photos in (
         pictures,
@@ -452,7 +457,8 @@ def test_finetune_writes_a_new_index(place, clf, tmp_path):
     clf.finetune(None, Recipe(epochs=20, lr=0.1))
     assert "not saved" in repr(clf)
     assert not np.array_equal(clf.index.keys, tuned.index.keys)
-    photo, data = place / "new/red/6.png", pickle.dumps(clf.save(tmp_path / "saved"))
+    photo = place / "new/red/6.png"
+    data = pickle.dumps(clf.save(tmp_path / "saved"))
     expected = clf.predict(photo)
     shutil.rmtree(tmp_path / "saved")
     copied = pickle.loads(data)
@@ -468,7 +474,8 @@ def test_finetune_writes_a_new_index(place, clf, tmp_path):
 
 
 def test_probabilities_and_similar_shots_match_the_definition(place, clf):
-    cache, photos = clf.index, open_source(place / "new")
+    cache = clf.index
+    photos = open_source(place / "new")
     f = torch.from_numpy(clf.reader.encode(photos).features)
     expected = (cache.logits(f).double() / cache.settings.temperature).softmax(1)
     assert_allclose(clf.predict_proba(place / "new"), expected, atol=1e-6)
@@ -481,7 +488,8 @@ def test_probabilities_and_similar_shots_match_the_definition(place, clf):
     )
     affinity = points.double() @ keys.double().T
     for row, path in enumerate(photos.paths):
-        found, best = clf.similar(path, 4), affinity[row].argsort(descending=True)[:4]
+        found = clf.similar(path, 4)
+        best = affinity[row].argsort(descending=True)[:4]
         assert_allclose([shot.affinity for shot in found], affinity[row][best], atol=1e-5)
         rows = [cache.labels["key_id"].to_pylist().index(shot.key_id) for shot in found]
         assert [cache.labels[column][rows[0]].as_py() for column in ("source", "label")] == list(
@@ -550,20 +558,20 @@ def test_score_and_classes_are_those_of_scikit_learn(place, clf):
 def test_a_pickled_classifier_works_in_another_process_without_its_folder(
     place, tmp_path, warm_path
 ):
-    joblib, sklearn = pytest.importorskip("joblib"), pytest.importorskip("sklearn.pipeline")
+    joblib = pytest.importorskip("joblib")
+    sklearn = pytest.importorskip("sklearn.pipeline")
     from retrieval_tip import ImageEncoder, TipAdapterClassifier
 
     clf = Classifier.from_folder(place / "photos", f"local-dir:{place / 'model'}", views=2)
-    folder, photo, photos = (
-        clf.index.folder,
-        str(place / "new/red/6.png"),
-        open_source(place / "photos"),
-    )
+    folder = clf.index.folder
+    photo = str(place / "new/red/6.png")
+    photos = open_source(place / "photos")
     pipeline = sklearn.make_pipeline(
         ImageEncoder(clf.reader.backbone), TipAdapterClassifier(alpha=1.0, device="cpu")
     )
     pipeline.fit(photos.paths, photos.labels)
-    expected, data = [clf.predict_proba(photo), pipeline.predict_proba([photo])], pickle.dumps(clf)
+    expected = [clf.predict_proba(photo), pipeline.predict_proba([photo])]
+    data = pickle.dumps(clf)
     joblib.dump(clf, tmp_path / "clf.joblib")
     del clf
     gc.collect()
@@ -593,7 +601,8 @@ def test_a_pickled_classifier_works_in_another_process_without_its_folder(
 def test_a_copy_of_a_classifier_is_independent_of_its_index(place, clf, tmp_path, carry):
     clf.fit(metric="within", values="solved")
     clf.add(place / "new/red/6.png", "red")
-    expected, history = clf.predict(place / "new"), len(clf.history())
+    expected = clf.predict(place / "new")
+    history = len(clf.history())
     other = carry(clf)
     other.remove(key_ids=[0])
     assert (len(clf), len(other), len(clf.history())) == (19, 18, history)
@@ -612,12 +621,14 @@ def test_a_copy_of_a_classifier_is_independent_of_its_index(place, clf, tmp_path
 
 @pytest.mark.soak  # starting processes takes ten seconds
 def test_classifiers_and_encoders_work_in_processes_of_joblib(place, clf):
-    joblib, sklearn = pytest.importorskip("joblib"), pytest.importorskip("sklearn.pipeline")
+    joblib = pytest.importorskip("joblib")
+    sklearn = pytest.importorskip("sklearn.pipeline")
     from sklearn.model_selection import cross_val_score
 
     from retrieval_tip import ImageEncoder, TipAdapterClassifier
 
-    new, photos = open_source(place / "new").paths, open_source(place / "photos")
+    new = open_source(place / "new").paths
+    photos = open_source(place / "photos")
     backbone = load_backbone(f"local-dir:{place / 'model'}", device="cpu")
     pipeline = sklearn.make_pipeline(
         ImageEncoder(backbone), TipAdapterClassifier(alpha=1.0, device="cpu")
@@ -747,7 +758,8 @@ def test_an_index_of_features_in_memory_can_be_changed_and_saved(tmp_path):
 def test_an_index_without_an_encoder_only_classifies_features(place, tmp_path):
     table = write_table(tmp_path / "t.parquet", unit_rows(6, 8), ["red", "green", "blue"] * 2)
     build_index(open_source(table), tmp_path / "i", Reader(), fit="none")
-    bare, new = Classifier.load(tmp_path / "i"), place / "new"
+    bare = Classifier.load(tmp_path / "i")
+    new = place / "new"
     assert len(bare.predict(table)) == 6
     assert "features" in repr(bare)
     several = (
@@ -886,7 +898,8 @@ def test_a_scikit_learn_pipeline_can_start_with_paths(place):
     sklearn_pipeline = pytest.importorskip("sklearn.pipeline")
     from retrieval_tip import ImageEncoder, TipAdapterClassifier
 
-    train, new = open_source(place / "photos"), open_source(place / "new")
+    train = open_source(place / "photos")
+    new = open_source(place / "new")
     pipeline = sklearn_pipeline.make_pipeline(
         ImageEncoder(f"local-dir:{place / 'model'}", device="cpu"), TipAdapterClassifier()
     )

@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from clusters import C, D, clusters, text_of, unit
-from conftest import SOAK, examples, few, needs_real, parts_of
+from conftest import SOAK, failed, few, needs_real, ok, parts_of, tries
 from dense import affinity, cache_logits, discriminant, scatter, solved
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.random import default_rng
 from numpy.testing import assert_allclose, assert_array_equal
@@ -59,16 +59,20 @@ def dense(cache, queries, form, fitted_to=None, class_prior="even", bonus=0.0):
 
     The metric is fitted to other keys and class ids if ``fitted_to`` gives them.
     """
-    keys, q = np.asarray(cache.keys, dtype=np.float64), queries.astype(np.float64)
-    ids, counts = cache.class_ids.numpy(), np.array(cache.counts)
-    some, c = counts > 0, len(counts)
+    keys = np.asarray(cache.keys, dtype=np.float64)
+    q = queries.astype(np.float64)
+    ids = cache.class_ids.numpy()
+    counts = np.array(cache.counts)
+    some = counts > 0
+    c = len(counts)
     if form.metric is not None:
         shrinkage, (own, own_ids) = form.metric.shrinkage, fitted_to or (keys, ids)
         centre = np.mean([own[own_ids == i].mean(0) for i in np.unique(own_ids)], axis=0)
         s = scatter(own, own_ids)
         s = (1 - shrinkage) * s + shrinkage * np.trace(s) / len(s) * np.eye(len(s))
         transform = np.linalg.inv(np.linalg.cholesky(s)).T
-        keys, q = unit((keys - centre) @ transform), unit((q - centre) @ transform)
+        keys = unit((keys - centre) @ transform)
+        q = unit((q - centre) @ transform)
     values = None
     if form.ridge is not None:
         ridges = form.ridge * (counts / counts[some].mean() if class_prior == "even" else counts**0)
@@ -162,7 +166,7 @@ def test_keys_of_any_norm_are_fitted(shots, norm):
         closed_form.fit(Index.from_features(1e-20 * keys, ids, NAMES))
 
 
-@settings(max_examples=examples(30), deadline=None)
+@tries(30)
 @given(
     st.integers(0, 10**6),
     st.integers(2, 6),
@@ -226,10 +230,8 @@ ORDERS = {
 @pytest.mark.parametrize("case", ORDERS)
 def test_the_order_of_the_rows_changes_no_answer(case, text, encoders):
     c, shots = ORDERS[case]
-    names, queries = (
-        [f"class {i}" for i in range(c)],
-        [clusters(3, 50 + i, c=c)[0] for i in range(encoders)],
-    )
+    names = [f"class {i}" for i in range(c)]
+    queries = [clusters(3, 50 + i, c=c)[0] for i in range(encoders)]
     parts = [clusters(shots, 7 + i, 0.6 + 0.2 * i, c)[0] for i in range(encoders)]
     ids = np.repeat(np.arange(c), shots)
     for part in parts:
@@ -248,7 +250,7 @@ def test_the_order_of_the_rows_changes_no_answer(case, text, encoders):
         assert_allclose(answers(default_rng(seed).permutation(len(ids))), before, atol=1e-4)
 
 
-@settings(max_examples=examples(25), deadline=None)
+@tries(25)
 @given(st.integers(0, 10**6), st.booleans(), st.booleans(), st.sampled_from([0.1, 3.0, 100.0]))
 def test_the_blend_minimises_the_loss(seed, with_text, with_discriminant, scale):
     draw = default_rng(seed)
@@ -343,7 +345,9 @@ def partly(covered, c=20, shots=4, noise=1.0, spread=0.6):
 def test_each_fold_is_judged_by_a_fit_without_it():
     """A fold holds out shots of each class, or whole classes, which then have the mean of the other classes."""
     cache = partly(8)
-    keys, ids, images = np.asarray(cache.keys), cache.class_ids.numpy(), np.arange(cache.n)
+    keys = np.asarray(cache.keys)
+    ids = cache.class_ids.numpy()
+    images = np.arange(cache.n)
     folds = Folds(keys, torch.from_numpy(ids), 20, cache.text_weights, images)
     folds = folds.with_shots(4, 10**6).with_classes(10**6)
     found = folds.terms(DEFAULT_FORM)[1].split([len(held.ids) for held in folds.held])
@@ -474,7 +478,8 @@ def test_a_prior_is_the_scatter_of_other_keys_around_their_class_means():
 
 @pytest.mark.parametrize(("shots", "text"), few([*itertools.product((1, 2, 4), (True, False))], 2))
 def test_a_prior_from_other_photos_improves_few_shot_accuracy(shots, text):
-    prior, right = pooled([Sums.of([clusters(40, 77, c=20)], 20, D)]), {}
+    prior = pooled([Sums.of([clusters(40, 77, c=20)], 20, D)])
+    right = {}
     for spread in (None, prior):
         for seed in range(12):
             cache, (queries, truth) = (
@@ -549,27 +554,27 @@ def test_the_known_prior_of_a_backbone_is_used_for_its_features():
 
 
 def test_a_prior_is_stored_in_the_index_and_must_have_the_same_dimension(run, tables):
-    other, index, store = tables / "other", tables / "index", f"lance://{tables / 'store'}"
-    assert run("index", "build", tables / "test.parquet", "--out", other).exit_code == 0
+    other = tables / "other"
+    index = tables / "index"
+    store = f"lance://{tables / 'store'}"
+    ok("index build", tables / "test.parquet", "--out", other)
     for place in (index, store):
-        built = run(
-            "index",
-            "build",
+        ok(
+            "index build",
             tables / "more.parquet",
             "--text",
             tables / "text.parquet",
             "--out",
             place,
         )
-        assert built.exit_code == 0, built.output
-        assert run("fit", place, "--prior", other).exit_code == 0
+        ok("fit", place, "--prior", other)
     one, same = (stores.at(place).verify() for place in (index, store))
     expected = pooled([Sums.of([clusters(20, 5)], C, D)])
     assert_allclose(one.prior, expected, rtol=1e-5, atol=1e-8)
     assert_array_equal(one.prior, same.prior)
     torch.testing.assert_close(one.metric.transform, same.metric.transform)
     first = manifest_of(index).read_bytes()
-    assert run("fit", index).exit_code == 0
+    ok("fit", index)
     files = [json.loads(raw)["files"] for raw in (first, manifest_of(index).read_bytes())]
     assert [part["sha256"] for part in files[0].values()] == [
         part["sha256"] for part in files[1].values()
@@ -577,12 +582,11 @@ def test_a_prior_is_stored_in_the_index_and_must_have_the_same_dimension(run, ta
     wide = write_table(
         tables / "wide.parquet", np.eye(10, dtype=np.float32)[[0, 0, 1, 1]], ["a", "a", "b", "b"]
     )
-    assert run("index", "build", wide, "--out", tables / "wide").exit_code == 0
-    refused = run("fit", index, "--prior", tables / "wide")
-    assert (refused.exit_code, "10 values instead of 16" in refused.stderr) == (1, True)
+    ok("index build", wide, "--out", tables / "wide")
+    failed(run("fit", index, "--prior", tables / "wide"), 1, "10 values instead of 16")
     assert (
         run(
-            "index", "build", wide, "--out", tables / "no", "--fit", "none", "--prior", other
+            "index build", wide, "--out", tables / "no", "--fit", "none", "--prior", other
         ).exit_code
         == 2
     )
@@ -591,7 +595,7 @@ def test_a_prior_is_stored_in_the_index_and_must_have_the_same_dimension(run, ta
 # -- uneven shots --
 
 
-def test_a_fit_keeps_the_class_prior_of_the_index(run, tables):
+def test_a_fit_keeps_the_class_prior_of_the_index(tables):
     index = tables / "index"
     for words, expected in (
         (
@@ -601,7 +605,7 @@ def test_a_fit_keeps_the_class_prior_of_the_index(run, tables):
         (("fit", index), "shots"),
         (("fit", index, "--class-prior", "even"), "even"),
     ):
-        assert run(*words).exit_code == 0
+        ok(*words)
         assert Index.load(index).fitted.class_prior == expected
 
 
@@ -609,10 +613,8 @@ def test_a_fit_keeps_the_class_prior_of_the_index(run, tables):
 def test_values_solve_the_linear_system(kind, monkeypatch):
     monkeypatch.setattr("retrieval_tip.retrieval.ridge.LEAST_HALF", 2)
     draw = default_rng(0)
-    points, ids = (
-        draw.normal(size=(30, 8)).astype(np.float32),
-        np.sort(draw.choice([0, 1, 3, 4, 6], 30)),
-    )
+    points = draw.normal(size=(30, 8)).astype(np.float32)
+    ids = np.sort(draw.choice([0, 1, 3, 4, 6], 30))
     targets = np.eye(7, dtype=np.float32)[draw.permutation(ids) if kind == "shuffled" else ids]
     targets = targets - draw.random((30, 7), np.float32) if kind == "residuals" else targets
     gram = np.exp(unit(points) @ unit(points).T - 1)
@@ -671,7 +673,8 @@ class Diagonal(Within):
 
 def test_a_new_form_takes_one_class_and_one_entry(tmp_path):
     """The form is fitted, judged and stored. A stored index works even without the entry."""
-    cache, form = model(shots=12, text=False), Form(Diagonal(0.1), 0.1, 1.0)
+    cache = model(shots=12, text=False)
+    form = Form(Diagonal(0.1), 0.1, 1.0)
     queries, truth = clusters(40, seed=7)
     before = (cache.logits(queries).argmax(1).numpy() == truth).mean()
     FORMS.insert(0, form)
@@ -766,9 +769,9 @@ def test_an_estimate_that_rests_on_few_classes_or_photos_is_withheld_or_explaine
 ):
     index = tmp_path / "index"
     texts = [
-        run("index", "build", uneven(tmp_path / "shots.parquet", counts), "--out", index).stderr,
+        run("index build", uneven(tmp_path / "shots.parquet", counts), "--out", index).stderr,
         run("fit", index).stderr,
-        run("index", "info", index).stdout,
+        run("index info", index).stdout,
     ]
     assert all(said in text and ("Estimated" in text) == ("Estimated" in said) for text in texts)
     cache = Index.load(index)
@@ -827,7 +830,8 @@ def test_photos_with_weak_cache_logits_have_no_match():
     cache, _ = closed_form.fit(cache)
     known, _ = clusters(40, seed=5)
     unknown = unit(default_rng(11).normal(size=(200, D))).astype(np.float32)
-    near, far = cache.classify(known, neighbours=0), cache.classify(unknown, neighbours=0)
+    near = cache.classify(known, neighbours=0)
+    far = cache.classify(unknown, neighbours=0)
     assert (
         np.mean([one.no_match for one in near])
         < 0.12
@@ -853,7 +857,8 @@ def test_no_match_ignores_classes_without_shots():
     found = [one.no_match for one in cache.classify(queries.astype(np.float32), neighbours=0)]
     strongest = cache.terms(torch.from_numpy(queries).float()).cache[:, :15].amax(1)
     assert found == (strongest < cache.settings.least_cache).tolist()
-    known, unknown = np.mean(found[:400]), np.mean(found[400:])
+    known = np.mean(found[:400])
+    unknown = np.mean(found[400:])
     assert 0.03 < known < 0.1
     assert unknown > 1.5 * known
 
@@ -911,10 +916,8 @@ def test_in_a_large_index_only_added_and_relabelled_keys_get_new_values(monkeypa
 
     def answered(cache):
         """Return ``(G + lambda / omega) V`` of the new keys, with ``omega = mean(n) / n_c``, and all values by key."""
-        rows, counts = (
-            [cache.labels["key_id"].to_pylist().index(key_id) for key_id in key_ids],
-            np.array(cache.counts),
-        )
+        rows = [cache.labels["key_id"].to_pylist().index(key_id) for key_id in key_ids]
+        counts = np.array(cache.counts)
         ridges = cache.fitted.ridge * (counts / counts.mean())[cache.class_ids[rows]][:, None]
         found = cache.terms(more).cache.numpy() + ridges * cache.values.numpy()[rows]
         return found, dict(
@@ -943,7 +946,8 @@ def test_a_fine_tuned_index_cannot_be_fitted():
 def tables(tmp_path):
     for name, shots, seed in (("train", 6, 0), ("test", 20, 5), ("more", 2, 21)):
         keys, ids = clusters(shots, seed)
-        labels, names = [NAMES[i] for i in ids], [f"{name}-{i}" for i in range(len(ids))]
+        labels = [NAMES[i] for i in ids]
+        names = [f"{name}-{i}" for i in range(len(ids))]
         write_table(tmp_path / f"{name}.parquet", keys, labels, names)
     write_table(tmp_path / "text.parquet", text_of(), NAMES)
     return tmp_path
@@ -951,10 +955,9 @@ def tables(tmp_path):
 
 def test_a_build_prints_its_estimate_and_add_fits_again(run, tables):
     out = tables / "index"
-    built = run(
-        "index", "build", tables / "train.parquet", "--text", tables / "text.parquet", "--out", out
+    built = ok(
+        "index build", tables / "train.parquet", "--text", tables / "text.parquet", "--out", out
     )
-    assert built.exit_code == 0, built.output
     estimate = (
         r"Estimated accuracy: ([\d.]+) % \(95 % interval (\d+) to (\d+) %; 30 photos, each held out in turn; "
         r"photos alone [\d.]+ %, class names"
@@ -976,7 +979,7 @@ def test_a_build_prints_its_estimate_and_add_fits_again(run, tables):
     assert [int(end) for end in percent.groups()[1:]] == [round(100 * end) for end in ends]
     rates = [right / held for _, right, held in fit["weakest"]]
     assert rates == sorted(rates)
-    run("index", "build", tables / "train.parquet", "--out", tables / "no-text")
+    run("index build", tables / "train.parquet", "--out", tables / "no-text")
     fit = Index.load(tables / "no-text").provenance["fit"]
     wrong = sum(held - right for _, right, held in fit["weakest"])
     left = (
@@ -990,20 +993,19 @@ def test_a_build_prints_its_estimate_and_add_fits_again(run, tables):
         "probability",
         "no_match",
     }
-    added = run("index", "add", out, tables / "more.parquet")
+    added = run("index add", out, tables / "more.parquet")
     assert (added.exit_code, "Fitted again" in added.stderr) == (0, True)
-    assert json.loads(run("index", "info", out, "--json").stdout)["fitted"]["keys"] == 40
-    fitted = run("-v", "fit", out, "--metric", "within", "--values", "one-hot")
-    assert fitted.exit_code == 0, fitted.output
+    assert json.loads(run("index info", out, "--json").stdout)["fitted"]["keys"] == 40
+    fitted = ok("-v fit", out, "--metric", "within", "--values", "one-hot")
     assert "Chosen form: within-class metric" in fitted.stderr
     assert "one-hot values" in fitted.stderr
-    info = json.loads(run("index", "info", out, "--json").stdout)
+    info = json.loads(run("index info", out, "--json").stdout)
     assert (info["fitted"]["keys"], info["version"], info["change"]) == (40, 3, "fit")
     judged = run("fit", out, "--val", tables / "test.parquet")
     assert "100 photos of" in judged.stderr
-    assert run("index", "verify", out).exit_code == 0
+    ok("index verify", out)
     added = run(
-        "index", "add", out, tables / "test.parquet"
+        "index add", out, tables / "test.parquet"
     )  # 140 shots instead of 40; add does not repeat --val
     assert (added.exit_code, "fit it again" in added.stderr) == (0, True)
 
@@ -1015,16 +1017,14 @@ def test_where_does_not_reduce_the_accuracy_of_excluded_classes(run, tmp_path):
     write_table(tmp_path / "test.parquet", queries, [names[i] for i in truth])
     text = write_table(tmp_path / "text.parquet", text_of(c=20), names)
     index = tmp_path / "index"
-    assert (
-        run("index", "build", tmp_path / "train.parquet", "--text", text, "--out", index).exit_code
-        == 0
-    )
+    ok("index build", tmp_path / "train.parquet", "--text", text, "--out", index)
     few = ("--where", "class_id < 4", "--json")
     kept, given = (
         run("evaluate", index, tmp_path / "test.parquet", *few, *more)
         for more in ((), ("--alpha", 300))
     )
-    kept, given = json.loads(kept.stdout), json.loads(given.stdout)
+    kept = json.loads(kept.stdout)
+    given = json.loads(given.stdout)
     assert kept["top1"] > kept["zero_shot_top1"] - 0.02
     assert (given["alpha"], given["top1"] < kept["top1"] - 0.05) == (300, True)
 
@@ -1038,17 +1038,15 @@ def test_where_does_not_reduce_the_accuracy_of_excluded_classes(run, tmp_path):
     ],
 )
 def test_conflicting_options_are_refused(run, tables, options):
-    result = run("index", "build", tables / "train.parquet", "--out", tables / "o", *options)
+    result = run("index build", tables / "train.parquet", "--out", tables / "o", *options)
     assert (result.exit_code, (tables / "o").exists()) == (2, False)
     assert "fit" in result.stderr
 
 
 def test_leave_one_out_refuses_solved_values(run, tables):
     out = tables / "index"
-    run("index", "build", tables / "train.parquet", "--text", tables / "text.parquet", "--out", out)
-    result = run("search-hp", out)
-    assert result.exit_code == 2
-    assert "retrieval-tip fit" in result.stderr
+    run("index build", tables / "train.parquet", "--text", tables / "text.parquet", "--out", out)
+    failed(run("search-hp", out), 2, "retrieval-tip fit")
 
 
 @pytest.mark.parametrize(
@@ -1132,7 +1130,8 @@ def test_only_photos_drawn_at_random_say_how_sure_an_index_of_chosen_photos_may_
     assert settings["suggested"].temperature == closed_form.EARLY  # nothing is known yet
     assert settings["random"].temperature != settings["plain"].temperature
     held = held_out_probabilities(indexes["random"])
-    sure, right = held.pred_probs.max(1)[drawn].mean(), held.right[drawn].mean()
+    sure = held.pred_probs.max(1)[drawn].mean()
+    right = held.right[drawn].mean()
     assert sure == pytest.approx(right, abs=0.15)
     few = Index.from_features(keys[::8], ids[::8], NAMES)
     few, _ = closed_form.fit(few)
@@ -1154,7 +1153,7 @@ def test_the_scatter_of_keys_that_are_nearly_equal_is_finite():
 
 
 @pytest.mark.parametrize("address", ["{}", "lance://{}"], ids=["folder", "lance"])
-def test_equal_and_nearly_equal_keys_can_be_built(run, tmp_path, address):
+def test_equal_and_nearly_equal_keys_can_be_built(tmp_path, address):
     for seed, (n, c, d, apart) in enumerate(
         itertools.product((12, 40), (3,), (8, 24), (0, 1e-8, 1e-6))
     ):
@@ -1162,6 +1161,6 @@ def test_equal_and_nearly_equal_keys_can_be_built(run, tmp_path, address):
         keys = unit(draw.normal(size=d) + apart * draw.normal(size=(n, d)))
         table = write_table(tmp_path / "keys.parquet", keys, [f"class {i % c}" for i in range(n)])
         place = address.format(tmp_path / f"index-{seed}")
-        assert run("index", "build", table, "--out", place).exit_code == 0
+        ok("index build", table, "--out", place)
         chances = stores.at(place).load().classify(keys).to_arrow()["probability"]
         assert np.isfinite(chances.to_numpy()).all()

@@ -59,13 +59,17 @@ def table(path, sources, labels=None):
 
 def _write(job):
     """Add, remove and reorganise keys until the time is up, and return a record of the changes."""
-    place, number = job["place"], job["number"]
-    rng, own, path = random.Random(number), dict[str, int](), Path(f"{job['out']}.parquet")
+    place = job["place"]
+    number = job["number"]
+    rng = random.Random(number)
+    own = dict[str, int]()
+    path = Path(f"{job['out']}.parquet")
     versions, key_ids, removed, done = [], [], [], 0
     end = time.monotonic() + job["seconds"]
     while time.monotonic() < end or not versions:
         done += 1
-        what, change = rng.random(), None
+        what = rng.random()
+        change = None
         try:
             if what < 0.6 or not own:
                 sources = [f"{number}/{done}/{i}" for i in range(rng.randint(1, 5))]
@@ -147,13 +151,16 @@ READ = {
 
 def _read(job):
     """Read in every way until the time is up. An open index does not change, and no version is older than another."""
-    place, ways = job["place"], random.Random(job["number"])
-    versions, staying = [0], stores.at(place).load()
+    place = job["place"]
+    ways = random.Random(job["number"])
+    versions = [0]
+    staying = stores.at(place).load()
     end = time.monotonic() + job["seconds"]
     while (
         time.monotonic() < end or len(versions) < 3
     ):  # even if a busy machine gives the reader no time
-        expected, before = staying.logits(QUERIES), staying
+        expected = staying.logits(QUERIES)
+        before = staying
         versions.append(READ[ways.choice([*READ])](place, staying))
         assert versions[-1] >= versions[-2]
         staying = staying.reload()
@@ -178,11 +185,16 @@ PHOTOS = [f"{i:064x}" for i in range(8)]
 
 def _edit(job):
     """Make random edits, some of the same keys, photos and classes as another writer. Return what was acknowledged."""
-    place, number, rng = job["place"], job["number"], random.Random(job["number"])
-    path, ids, done = Path(f"{job['out']}.parquet"), [*range(len(BASE))], []
+    place = job["place"]
+    number = job["number"]
+    rng = random.Random(job["number"])
+    path = Path(f"{job['out']}.parquet")
+    ids = [*range(len(BASE))]
+    done = []
     for step in range(job["edits"]):
         what = rng.choice(["add", "label", "label", "relabel", "remove", "rename"])
-        some, names = rng.sample(ids, min(len(ids), 3)), rng.sample(SHARED, 3)
+        some = rng.sample(ids, min(len(ids), 3))
+        names = rng.sample(SHARED, 3)
         try:
             if what == "add":
                 asked = {f"{number}/{step}/{i}": name for i, name in enumerate(names)}
@@ -285,7 +297,8 @@ def test_writers_lose_nothing_and_readers_never_fail(
     server.start(*jobs)
     assert server.wait() == [0] * len(jobs)
     records = [json.loads(Path(job["out"]).read_text()) for job in jobs]
-    written, read = records[:writers], records[writers:]
+    written = records[:writers]
+    read = records[writers:]
     # No version was lost or made twice.
     versions = sorted(version for one in written for version in one["versions"])
     last = stores.at(place).manifest().version
@@ -323,7 +336,10 @@ def replayed(labels, done):
     """
     labels, names, sources = dict(labels), set(labels.values()), {}
     for one in done:
-        what, key_ids, edits, before = one["what"], one["key_ids"], dict(one["edits"]), dict(labels)
+        what = one["what"]
+        key_ids = one["key_ids"]
+        edits = dict(one["edits"])
+        before = dict(labels)
         if what == "add":
             labels |= {
                 key_id: name for key_id, (_, name) in zip(key_ids, one["asked"], strict=True)
@@ -332,10 +348,8 @@ def replayed(labels, done):
                 key_id: source for key_id, (source, _) in zip(key_ids, one["asked"], strict=True)
             }
         elif what == "label":
-            asked, photos = (
-                dict(one["asked"]),
-                {source: key_id for key_id, source in sources.items()},
-            )
+            asked = dict(one["asked"])
+            photos = {source: key_id for key_id, source in sources.items()}
             known = {photos[digest]: name for digest, name in asked.items() if digest in photos}
             fresh = [
                 digest
@@ -359,10 +373,8 @@ def replayed(labels, done):
             old, new = one["asked"]
             assert old in names
             assert {*key_ids} == {key_id for key_id, name in labels.items() if name == old}
-            labels, names = (
-                {key_id: new if name == old else name for key_id, name in labels.items()},
-                names - {old},
-            )
+            labels = {key_id: new if name == old else name for key_id, name in labels.items()}
+            names = names - {old}
             names.add(new)
         names |= {name for key_id in key_ids if (name := labels[key_id]) is not None}
         labels = {key_id: name for key_id, name in labels.items() if name is not None}
@@ -485,7 +497,9 @@ def test_two_builds_into_one_new_folder_do_not_disturb_each_other(server, tmp_pa
 @pytest.mark.parametrize("name", ["lock", "data", "folder"])
 def test_a_writer_recreates_what_a_failed_build_removed(index, tmp_path, monkeypatch, name):
     """Another writer fails, and removes its files just before this writer gets the lock."""
-    folder, lock, tried = tmp_path / "new", store_files.lock, []
+    folder = tmp_path / "new"
+    lock = store_files.lock
+    tried = []
 
     def late(*arguments, **named):
         if not tried:
@@ -505,7 +519,8 @@ def test_a_writer_recreates_what_a_failed_build_removed(index, tmp_path, monkeyp
 
 def test_a_read_only_folder_can_be_read_and_refuses_every_change(index, tmp_path):
     changes.add(index, open_source(table(tmp_path / "more.parquet", ["more"])), Reader())
-    place, more = tmp_path / "mounted", open_source(table(tmp_path / "last.parquet", ["last"]))
+    place = tmp_path / "mounted"
+    more = open_source(table(tmp_path / "last.parquet", ["last"]))
     place.mkdir()
     if AS_ROOT:  # permissions do not stop root, a read-only file system does
         mount(place, "size=1m")
@@ -553,7 +568,10 @@ def test_a_read_only_folder_can_be_read_and_refuses_every_change(index, tmp_path
 @pytest.mark.parametrize("end", ["SIGCONT", "SIGKILL"])
 def test_a_writer_waits_until_a_stopped_writer_continues_or_dies(server, index, monkeypatch, end):
     """Meanwhile, an impatient writer gets an error that names the process, and readers do not wait."""
-    job, looks, flock, named = {"work": "configure", "place": str(index)}, [], fcntl.flock, 0
+    job = {"work": "configure", "place": str(index)}
+    looks = []
+    flock = fcntl.flock
+    named = 0
     assert (
         server.run(job) == server.run(job) == 0
     )  # only the first creates the folder of earlier manifests

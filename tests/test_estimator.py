@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 import warm
-from conftest import cache_of, examples, few
-from hypothesis import given, settings
+from conftest import cache_of, few, tries
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.random import default_rng
 from numpy.testing import assert_allclose, assert_array_equal
@@ -73,7 +73,7 @@ def test_scikit_learns_own_checks(estimator, check):
     check(estimator)
 
 
-@settings(max_examples=examples(15), deadline=None)
+@tries(15)
 @given(
     alpha=st.floats(0, 20),
     beta=st.floats(0, 50),
@@ -149,7 +149,8 @@ def test_labels_can_have_any_type(labels):
 def test_one_or_two_classes_are_enough():
     two = np.isin(Y, ["ant", "cat"])
     made = classifier(text_weights=None, class_names=None).fit(X[two], Y[two])
-    scores, proba = made.decision_function(QUERIES), made.predict_proba(QUERIES)
+    scores = made.decision_function(QUERIES)
+    proba = made.predict_proba(QUERIES)
     assert scores.shape == (40,)
     assert_array_equal(made.predict(QUERIES), np.where(scores > 0, "cat", "ant"))
     assert_allclose(proba[:, 1], 1 / (1 + np.exp(-scores)), rtol=1e-4)
@@ -178,7 +179,8 @@ def test_rows_are_normalised_by_default():
 
 
 def test_a_zero_row_stays_zero():
-    keys, queries = X.copy(), QUERIES.copy()
+    keys = X.copy()
+    queries = QUERIES.copy()
     keys[3], queries[2] = 0, 0
     queries[5] = 0.5 * np.eye(D)[7]  # zeros in some columns do not make a zero row
     made = classifier().fit(keys, Y)

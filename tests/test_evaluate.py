@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import cache_of
+from conftest import cache_of, ok
 from dense import affinity, cache_logits, nearest
 from numpy.random import default_rng
 from tables import read_features, unit, write_table
@@ -72,7 +72,8 @@ def source(tmp_path):
 
 def expected(k=None):
     A = affinity(QUERIES, KEYS)
-    text, cache = 10 * affinity(QUERIES, TEXT), cache_logits(A, Y, C, 3, met=nearest(A, k))
+    text = 10 * affinity(QUERIES, TEXT)
+    cache = cache_logits(A, Y, C, 3, met=nearest(A, k))
     return text + 2 * cache, text, cache
 
 
@@ -119,17 +120,12 @@ def test_a_source_without_any_known_class_is_refused_by_name(tmp_path):
 
 
 @pytest.fixture
-def mixed(tmp_path, run):
+def mixed(tmp_path):
     """A fitted index of five classes and a name without shots, and photos of all eight classes."""
-    shots, text = (
-        labelled_table(tmp_path / "shots.parquet", Y[:20], KEYS[:20]),
-        tmp_path / "text.parquet",
-    )
+    shots = labelled_table(tmp_path / "shots.parquet", Y[:20], KEYS[:20])
+    text = tmp_path / "text.parquet"
     write_table(text, TEXT[:6], NAMES[:6])
-    assert (
-        run("-q", "index", "build", shots, "--text", text, "--out", tmp_path / "index").exit_code
-        == 0
-    )
+    ok("-q index build", shots, "--text", text, "--out", tmp_path / "index")
     rng = default_rng(7)
     truth = rng.integers(0, C, 160)
     return tmp_path / "index", labelled_table(
@@ -186,12 +182,7 @@ def test_unknown_classes_are_right_if_they_match_no_class(mixed, run):
 
 def test_without_a_threshold_every_unknown_photo_is_wrong(mixed, run):
     shots = mixed[0].parent / "shots.parquet"
-    assert (
-        run(
-            "-q", "index", "build", shots, "--fit", "none", "--out", mixed[0].parent / "plain"
-        ).exit_code
-        == 0
-    )
+    ok("-q index build", shots, "--fit", "none", "--out", mixed[0].parent / "plain")
     found = json.loads(run("evaluate", mixed[0].parent / "plain", mixed[1], "--json").stdout)
     assert (found["known_no_match"], found["unknown_no_match"], found["auroc"]) == (
         None,
@@ -219,11 +210,9 @@ def test_shots_are_classified_as_by_an_index_without_them(tmp_path, run, kind, s
     )
     text = write_table(tmp_path / "text.parquet", TEXT[:4], NAMES[:4])
     place = tmp_path / "index" if store == "folder" else f"lance://{tmp_path}/index"
-    options, k = (
-        {"with text": ["--text", text], "nearest keys": ["--fit", "none"]}.get(kind, []),
-        kind == "nearest keys",
-    )
-    assert run("-q", "index", "build", table, "--out", place, *options).exit_code == 0
+    options = {"with text": ["--text", text], "nearest keys": ["--fit", "none"]}.get(kind, [])
+    k = kind == "nearest keys"
+    ok("-q index build", table, "--out", place, *options)
     asked = [1, 7, 12, 20, 28, 33, 38]
     test = write_table(
         tmp_path / "test.parquet",
@@ -233,7 +222,8 @@ def test_shots_are_classified_as_by_an_index_without_them(tmp_path, run, kind, s
     )
     index = at(place).load()
     index = index.with_settings(index.settings.override(**({"k": 3, "tail": False} if k else {})))
-    found, expected = evaluate(index, open_source(test), Reader()), []
+    found = evaluate(index, open_source(test), Reader())
+    expected = []
     for photo in asked:
         others = [i for i in range(40) if digests[i] != digests[photo]]
         own = Index.from_features(
@@ -264,10 +254,7 @@ def test_shots_are_classified_as_by_an_index_without_them(tmp_path, run, kind, s
 
 def test_rows_without_a_digest_are_shots_if_id_and_feature_are_equal(tmp_path, run):
     shots = labelled_table(tmp_path / "shots.parquet", Y, KEYS)
-    assert (
-        run("-q", "index", "build", shots, "--fit", "none", "--out", tmp_path / "index").exit_code
-        == 0
-    )
+    ok("-q index build", shots, "--fit", "none", "--out", tmp_path / "index")
     other = labelled_table(tmp_path / "other.parquet", Y, -KEYS)  # numbered in the same way
     for table, expected in ((shots, len(Y)), (other, 0)):
         assert (

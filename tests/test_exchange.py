@@ -135,10 +135,8 @@ def test_an_index_without_text_cannot_export_text(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.bfloat16])
 def test_an_index_from_the_recipe_answers_like_the_research_code(tmp_path, monkeypatch, dtype):
     monkeypatch.chdir(tmp_path)
-    keys, values = (
-        torch.from_numpy(unit_rows(30, 8)).to(dtype).T,
-        torch.eye(3)[torch.arange(30) * 7 % 3],
-    )
+    keys = torch.from_numpy(unit_rows(30, 8)).to(dtype).T
+    values = torch.eye(3)[torch.arange(30) * 7 % 3]
     Path("caches").mkdir()
     torch.save(keys, "caches/keys_16shots.pt")
     torch.save(values.half(), "caches/values_16shots.pt")

@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from clusters import round_clusters as clusters
-from conftest import cache_of, examples, needs_real
-from hypothesis import example, given, settings
+from conftest import cache_of, failed, needs_real, ok, tries
+from hypothesis import example, given
 from hypothesis import strategies as st
 from numpy.random import default_rng
 from numpy.testing import assert_allclose
@@ -152,7 +152,8 @@ def plain(cache, shots, recipe):
 @pytest.mark.parametrize("with_val", [False, True])
 @pytest.mark.parametrize("train", [("keys",), ("values",), ("keys", "values")])
 def test_twenty_epochs_match_plain_torch(shots, val, train, with_val):
-    cache, recipe = index(), replace(OWN, epochs=20, train=train, seed=4)
+    cache = index()
+    recipe = replace(OWN, epochs=20, train=train, seed=4)
     tuned = finetune.finetune(cache, shots, Reader(), recipe, val=val if with_val else None)
     history, curve = plain(cache, shots, recipe)
     keys, values = history[tuned.record["epoch"]]
@@ -205,7 +206,9 @@ def test_the_result_can_be_saved_with_its_provenance(shots, val, tmp_path, train
     cache.save(tmp_path / "parent")
     cache = Index.load(tmp_path / "parent")
     cache.settings = cache.settings.override(temperature=3.0)
-    keys, text, before = np.array(cache.keys), cache.text_weights.clone(), cache.__dict__.copy()
+    keys = np.array(cache.keys)
+    text = cache.text_weights.clone()
+    before = cache.__dict__.copy()
     tuned = finetune.finetune(cache, shots, Reader(), Recipe(train=train), val=val)
     assert before.keys() <= cache.__dict__.keys()
     assert {name for name in before if before[name] is not cache.__dict__[name]} == set()
@@ -295,7 +298,8 @@ def train_with_curve(monkeypatch, cache, material, curve):
 @pytest.fixture(scope="module")
 def material(tmp_path_factory):
     folder = tmp_path_factory.mktemp("material")
-    shots, val = shots_table(folder / "shots.parquet"), queries_table(folder / "val.parquet")
+    shots = shots_table(folder / "shots.parquet")
+    val = queries_table(folder / "val.parquet")
     return _Material.of(index(), shots, Reader(), OWN, val)
 
 
@@ -303,7 +307,7 @@ def test_the_kept_epoch_follows_the_rule(material, monkeypatch):
     kept = set()
     monkeypatch.setattr(finetune, "BATCH", 1024)
 
-    @settings(max_examples=examples(150), deadline=None)
+    @tries(150)
     @example(
         [(30, 1.0), (30, 1.0), (24, 0.5)]
     )  # no epoch is better: a lower loss does not outweigh accuracy
@@ -335,7 +339,8 @@ def test_a_collapse_is_reported_and_discarded(
     shots, val, tmp_path, caplog, monkeypatch, train, with_val, lr, epochs, batch
 ):
     monkeypatch.setattr(finetune, "BATCH", batch)
-    cache, recipe = index(), replace(OWN, train=train, lr=lr, epochs=epochs)
+    cache = index()
+    recipe = replace(OWN, train=train, lr=lr, epochs=epochs)
     tuned = finetune.finetune(cache, shots, Reader(), recipe, val=val if with_val else None)
     fell = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     if tuned.record["collapsed"] is None:  # no collapse: the kept epoch is sound
@@ -419,7 +424,8 @@ def photos(things):
 
 def test_validation_images_have_one_view_for_any_encoder_settings(lit_mini, photos):
     cache, source = photos
-    shots, val = source.take([0, 1, 8, 9, 16]), source.take([2, 10, 18])
+    shots = source.take([0, 1, 8, 9, 16])
+    val = source.take([2, 10, 18])
     recipe = replace(OWN, epochs=2)
     one, other = (
         finetune.finetune(
@@ -438,7 +444,8 @@ def test_training_draws_one_view_of_each_photo(lit_mini, photos, monkeypatch):
     chosen = source.take(
         [first[0], first[0], first[0] + 1, first[1], first[1] + 1, first[2], first[0] + 1]
     )
-    material, seen = _Material.of(cache, chosen, Reader(lit_mini), recipe, None), set()
+    material = _Material.of(cache, chosen, Reader(lit_mini), recipe, None)
+    seen = set()
     every = Reader(lit_mini).encode_views(chosen.take([0, 2, 3, 4, 5]), view_names(recipe.seed, 3))
     for epoch in range(40):
         ((features, ids),) = material.batches(recipe, epoch)
@@ -477,12 +484,7 @@ def place(tmp_path, run):
 def fitted_index(run, place, *more):
     """Build the index of the shots, by default with a closed-form fit."""
     text = ("--text", place / "text.parquet", "--logit-scale", 10)
-    assert (
-        run(
-            "index", "build", place / "train.parquet", *text, *more, "--out", place / "index"
-        ).exit_code
-        == 0
-    )
+    ok("index build", place / "train.parquet", *text, *more, "--out", place / "index")
     return Index.load(place / "index")
 
 
@@ -494,14 +496,12 @@ def tune(run, place, *more, out=None):
 
 
 def test_finetune_trains_on_the_source_of_the_index_by_default(run, place):
-    result = run("finetune", place / "index", "--out", place / "tuned", *HELPFUL)
-    assert result.exit_code == 0, result.stderr
+    result = ok("finetune", place / "index", "--out", place / "tuned", *HELPFUL)
     keys, tuned = (Index.load(place / name).keys for name in ("index", "tuned"))
     assert not np.array_equal(keys, tuned)
     (place / "train.parquet").unlink()
     result = run("finetune", place / "index", "--out", place / "again", "--epochs", 2)
-    assert result.exit_code == 1
-    assert "shot 0: no such file, though it is a shot of the index; give --source" in result.stderr
+    failed(result, 1, "shot 0: no such file, though it is a shot of the index; give --source")
     assert not (place / "again").exists()
 
 
@@ -532,7 +532,8 @@ def test_training_without_gain_is_discarded(run, place):
     assert printed["kept"] == "as it was"
     assert printed["after"] <= printed["before"]
     assert printed["epoch"] is None
-    kept, test = verify(place / "tuned"), open_source(place / "test.parquet")
+    kept = verify(place / "tuned")
+    test = open_source(place / "test.parquet")
     assert (kept.settings, kept.fitted, kept.curve) == (index.settings, index.fitted, None)
     features = Reader().encode(test).features
     assert_allclose(kept.logits(features), index.logits(features), rtol=1e-5)
@@ -550,7 +551,8 @@ def test_the_printed_accuracy_is_of_held_out_photos(run, place):
             table.set_column(table.schema.get_field_index("label"), "label", column),
             place / f"{name}.parquet",
         )
-    index, shots = fitted_index(run, place), open_source(place / "views.parquet")
+    index = fitted_index(run, place)
+    shots = open_source(place / "views.parquet")
     tuned = finetune.finetune(index, shots, Reader(), Recipe(epochs=40, lr=0.03))
     assert tuned.index.curve["accuracy"][-1].as_py() > 0.9
     printed = json.loads(tune(run, place, "--epochs", 40, "--lr", 0.03, "--json").stdout)
@@ -619,7 +621,8 @@ def test_fine_tuning_does_not_lower_accuracy_on_real_features(shared, tmp_path):
             sources=own.sources,
         )
         tuned = finetune.finetune(cache, shots_of(cache, own), Reader(), Recipe(seed=seed)).index
-        queries, ids = Reader().encode(test).features, cache.ids_of(test)
+        queries = Reader().encode(test).features
+        ids = cache.ids_of(test)
         for found, results in ((cache, before), (tuned, after)):
             results.append(float((found.logits(queries).argmax(1).numpy() == ids).mean()))
         assert not np.array_equal(tuned.keys, cache.keys)

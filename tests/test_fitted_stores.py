@@ -135,7 +135,8 @@ def test_a_key_far_from_norm_1_is_refused_unless_a_metric_scales_it(built, name,
 
 
 def test_a_different_beta_for_one_call_warns_once(run, built, tmp_path):
-    asked, place = write_table(tmp_path / "asked.parquet", QUERIES), built["solved", "folder"]
+    asked = write_table(tmp_path / "asked.parquet", QUERIES)
+    place = built["solved", "folder"]
     warn_once.cache_clear()
     for options, warnings in (((), 0), (("--beta", 6), 1), (("--beta", 7), 0)):
         stderr = run("classify", place, asked, "--format", "json", *options).stderr

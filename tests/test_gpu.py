@@ -12,6 +12,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from conftest import LIT_MINI
 from numpy.random import default_rng
 from numpy.testing import assert_allclose, assert_array_equal
 from torch.nn import functional
@@ -105,7 +106,8 @@ def test_gpu_answers_over_all_keys_match_the_cpu(stored):
     keys = keys.astype(stored)
     on_cpu = Keys(keys, ids, 1000).cache_logits(queries, 7.5)
     for number in range(torch.cuda.device_count()):
-        over, f = Keys(keys, ids, 1000, f"cuda:{number}"), queries.to(f"cuda:{number}")
+        over = Keys(keys, ids, 1000, f"cuda:{number}")
+        f = queries.to(f"cuda:{number}")
         for size in (1, 16, 17, 3000):
             found = over.cache_logits(f[:size], 7.5)
             assert torch.equal(
@@ -118,7 +120,8 @@ def test_gpu_answers_over_all_keys_match_the_cpu(stored):
 @pytest.mark.gpu
 def test_a_gpu_holds_one_block_of_affinities_at_a_time():
     keys, ids, queries = random_keys(200_000, 20_000, 64, 200)
-    over, f = Keys(keys, ids, 200, "cuda"), queries.cuda()
+    over = Keys(keys, ids, 200, "cuda")
+    f = queries.cuda()
     over.cache_logits(f[:10], 7.5)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -132,7 +135,8 @@ def test_float32_convolutions_are_not_rounded_to_tf32(lit_mini):
         pytest.skip(
             f"SKIPPED: torch {torch.__version__} has only the older setting, which needs a GPU"
         )
-    before, within = conv.fp32_precision, []
+    before = conv.fp32_precision
+    within = []
     model = object.__new__(type(lit_mini))
     model.__dict__ |= lit_mini.__dict__ | {
         "_device": SimpleNamespace(type="cuda")
@@ -147,7 +151,8 @@ def test_float32_convolutions_are_not_rounded_to_tf32(lit_mini):
 
 
 def test_weights_with_channels_last_are_the_same_backbone(lit_mini):
-    pixels, model = torch.rand(3, 3, *lit_mini.size), deepcopy(lit_mini._model)
+    pixels = torch.rand(3, 3, *lit_mini.size)
+    model = deepcopy(lit_mini._model)
     model.visual.to(memory_format=torch.channels_last)
     assert weights_digest(model) == lit_mini.identity.weights
     found, expected = (
@@ -197,7 +202,8 @@ def test_answers_on_a_gpu_repeat_bit_for_bit():
 @pytest.mark.gpu
 def test_search_hp_holds_few_affinities_on_a_gpu():
     rows, ids, names = labelled(400_000, 16, 20)
-    cache, some = Index.from_features(rows, ids, names, device="cuda"), slice(0, 2000)
+    cache = Index.from_features(rows, ids, names, device="cuda")
+    some = slice(0, 2000)
     queries = Queries(rows[some].numpy(), ids[some], "made")
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -221,7 +227,7 @@ def test_threads_can_search_several_indexes_on_a_gpu_at_once():
 def test_float32_features_on_a_gpu_match_the_cpu_and_other_features_are_made_in_large_batches(
     shared,
 ):
-    place = f"local-dir:{shared / 'models' / 'lit-mini'}"
+    place = LIT_MINI
     on_cpu, on_gpu_ = (
         load_backbone(place, device=device, precision="float32") for device in ("cpu", "cuda")
     )
@@ -249,7 +255,8 @@ def gpus():
     with ExitStack() as stack:
 
         def make(number=1, free=1 << 30, current=0, torch_sees=True, fails=""):
-            real, copies = vector_index.faiss(), []
+            real = vector_index.faiss()
+            copies = []
 
             def copy(where, number, index, options):
                 if fails:
@@ -284,7 +291,8 @@ def gpus():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_a_search_by_torch_is_exact_for_any_k_and_blocks(dtype):
-    keys, queries = torch.from_numpy(KEYS).to(dtype), torch.from_numpy(QUERIES)
+    keys = torch.from_numpy(KEYS).to(dtype)
+    queries = torch.from_numpy(QUERIES)
     dense = queries.double() @ keys.double().T
     for k in (1, 40, 300):
         with mock.patch.multiple(vector_index, PRODUCTS={"cpu": 16 * 37}, QUERIES={"cpu": 2}):
@@ -377,7 +385,9 @@ def test_missing_gpu_memory_is_reported(gpus, error, shown):
 
 def test_one_thread_at_a_time_searches_on_gpus(gpus):
     gpus()
-    inside, most, together = [], [], threading.Barrier(4)
+    inside = []
+    most = []
+    together = threading.Barrier(4)
 
     def search(features, k):
         inside.append(1)

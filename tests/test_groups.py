@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import SHARED, cache_of, needs_real
+from conftest import SHARED, cache_of, failed, needs_real
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from numpy.random import default_rng
@@ -60,10 +60,8 @@ def test_groups_match_average_linkage(m, threshold, with_metric, with_copies, se
     features = features.astype(np.float32)
     if with_copies:
         features[m // 2 :] = features[: m - m // 2]
-    mean, transform = (
-        draw.normal(size=6).astype(np.float32),
-        draw.normal(size=(6, 6)).astype(np.float32),
-    )
+    mean = draw.normal(size=6).astype(np.float32)
+    transform = draw.normal(size=(6, 6)).astype(np.float32)
     metric = tip.Metric(*map(torch.from_numpy, (mean, transform))) if with_metric else None
     found = group(features, threshold, metric)
     points = unit(
@@ -79,7 +77,8 @@ def test_groups_match_average_linkage(m, threshold, with_metric, with_copies, se
 
 
 def test_photos_beyond_the_limit_join_the_groups_of_a_sample(monkeypatch):
-    sizes, real = [], groups._linked
+    sizes = []
+    real = groups._linked
     monkeypatch.setattr(
         groups, "_linked", lambda points, t: sizes.append(len(points)) or real(points, t)
     )
@@ -114,7 +113,8 @@ def test_the_threshold_is_midway_between_same_class_and_other_class_similarity(c
     cache = cache_of(keys, ids, ["a", "b", "c"], device="cpu")
     points = keys.astype(float)
     if with_metric:
-        mean, transform = unit_rows(1, 5, 1)[0], unit_rows(5, 5, 2)
+        mean = unit_rows(1, 5, 1)[0]
+        transform = unit_rows(5, 5, 2)
         cache.metric = tip.Metric(torch.from_numpy(mean), torch.from_numpy(transform))
         points = unit((points - mean) @ transform)
     a, b = np.triu_indices(len(ids), 1)
@@ -128,13 +128,15 @@ def test_the_threshold_is_midway_between_same_class_and_other_class_similarity(c
 @needs_real
 def test_unknown_classes_of_real_photos_become_groups(things):
     whole = Index.load(things)
-    ids, keys = whole.class_ids.numpy(), np.asarray(whole.keys)
+    ids = whole.class_ids.numpy()
+    keys = np.asarray(whole.keys)
     known = np.isin(ids, default_rng(0).permutation(10)[:6])
     cache = Index.from_features(keys[known], ids[known], whole.class_names)
     cache, _ = closed_form.fit(cache, forms=FORMS[:1])
     answers = groups.group_no_match(cache, keys[~known], cache.classify(keys[~known]))
     numbers = answers.to_arrow()["group"].to_numpy(zero_copy_only=False)
-    own, found = ids[~known], set()
+    own = ids[~known]
+    found = set()
     for number in range(1, int(np.nanmax(numbers)) + 1):
         classes, sizes = np.unique(own[numbers == number], return_counts=True)
         found |= set(classes[2 * sizes > sizes.sum()])
@@ -165,7 +167,8 @@ def test_far_photos_of_several_kinds_are_not_offered_as_one_group(seed):
     threshold = threshold_of(index)
     [one] = [part for part in group(food[rows[0]], threshold, index.metric) if len(part) > 4]
     assert len(one) > 60
-    mixed, kinds = food[np.concatenate(rows)], np.repeat(range(5), 80)
+    mixed = food[np.concatenate(rows)]
+    kinds = np.repeat(range(5), 80)
     sizes = [
         np.bincount(kinds[part], minlength=5) for part in group(mixed, threshold, index.metric)
     ]
@@ -192,7 +195,8 @@ def test_the_command_numbers_the_groups_largest_first(folder, run, tmp_path, mon
     kinds = np.array([0, 5, 5, 9, 1, 5, 9, 12, 2])
     rows = unit(4 * np.eye(16)[kinds] + unit_rows(9, 16, 1)).astype(np.float32)
     rows[7] = unit(-rows[1:2] - rows[3:4])[0]  # unlike any other photo
-    table, out = write_table(tmp_path / "new.parquet", rows), tmp_path / "answers.csv"
+    table = write_table(tmp_path / "new.parquet", rows)
+    out = tmp_path / "answers.csv"
     done = run("classify", folder, table, "--group-no-match", "--out", out)
     assert (done.exit_code, "6 with no match" in done.stderr) == (0, True)
     with out.open() as file:
@@ -231,8 +235,7 @@ def test_photos_with_a_match_get_no_group(folder, run, tmp_path):
 def test_groups_need_a_fitted_index(folder, run, tmp_path):
     table = write_table(tmp_path / "new.parquet", unit_rows(2, 16))
     cache_of(unit_rows(4, 16), [0, 0, 1, 1], ["a", "b"], device="cpu").save(tmp_path / "plain")
-    done = run("classify", tmp_path / "plain", table, "--group-no-match")
-    assert (done.exit_code, "fit" in done.stderr) == (2, True)
+    failed(run("classify", tmp_path / "plain", table, "--group-no-match"), 2, "fit")
     for photos in (table, tmp_path / "none.png"):  # checked before any photo is read
         with pytest.raises(UsageError, match=r"group_no_match: .*fit"):
             Classifier.load(tmp_path / "plain").predict(photos, group_no_match=True)

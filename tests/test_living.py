@@ -172,13 +172,15 @@ class Living(RuleBasedStateMachine):
 
     def start(self):
         """Open the first version of the index."""
-        self.kept, self.version = {1: self.state}, 1
+        self.kept = {1: self.state}
+        self.version = 1
         self.read(self.store.load())
         self.program = self.store.load()
 
     def read(self, index):
         """Have a reader keep the current version open. Its keys and logits should stay the same."""
-        self.reader, self.read_keys = index, sorted(self.state.keys)
+        self.reader = index
+        self.read_keys = sorted(self.state.keys)
         self.read_logits = self.state.fresh().logits(QUERIES, "all")
 
     def commit(self, state, change=None):
@@ -190,7 +192,8 @@ class Living(RuleBasedStateMachine):
         if fitted is not None:
             grown = len(state.keys) >= (1.125 if fitted.automatic else 2) * fitted.keys
             outdated = grown or self.state.bare.intersection(state.text) != state.bare
-            automatic, beta = fitted.automatic, state.settings.beta
+            automatic = fitted.automatic
+            beta = state.settings.beta
             assert (change.fit is not None, change.fit_due) == (
                 outdated and automatic,
                 outdated and not automatic,
@@ -201,16 +204,15 @@ class Living(RuleBasedStateMachine):
                 )
         elif change is not None:
             assert (change.fit, change.fit_due) == (None, False)
-        self.state, self.version = state, self.version + 1
+        self.state = state
+        self.version = self.version + 1
         self.kept[self.version] = state
         self.kept = dict(list(self.kept.items())[-KEPT:])
 
     def with_fit(self, state, fit_again):
         """Return the state with the fit of the index. A fresh build that is fitted in the same way has the same."""
-        index, kind = (
-            self.store.load(),
-            "Classes" if state.factory.startswith("Classes") else "Flat",
-        )
+        index = self.store.load()
+        kind = "Classes" if state.factory.startswith("Classes") else "Flat"
         fresh = state.fresh(index.in_memory().labels["key_id"].to_pylist(), kind)
         fresh, _ = fit_again(fresh)
         assert (
@@ -251,13 +253,13 @@ class Living(RuleBasedStateMachine):
                 st.sampled_from([*self.state.text, *names]), min_size=n - new, max_size=n - new
             )
         )
-        labels, added = [*names, *drawn], None
-        vectors, sources = self.vectors(labels), [f"{how} {self.drawn} {i}" for i in range(n)]
+        labels = [*names, *drawn]
+        added = None
+        vectors = self.vectors(labels)
+        sources = [f"{how} {self.drawn} {i}" for i in range(n)]
         text = dict(zip(names, self.vectors(names), strict=True)) if new else {}
-        both, more = (
-            self.state.text | text,
-            {"camera": [f"it's {i}" for i in range(n)], "digest": sources},
-        )
+        both = self.state.text | text
+        more = {"camera": [f"it's {i}" for i in range(n)], "digest": sources}
         table = open_source(
             write_table(self.tables / "new.parquet", vectors, labels, sources, **more)
         )
@@ -270,11 +272,9 @@ class Living(RuleBasedStateMachine):
             build_index(table, other, Reader(), text=weights, fit="none")
             added = changes.merge(self.place, other)
             order = np.argsort([list(both).index(label) for label in labels], kind="stable")
-            labels, vectors, sources = (
-                [labels[i] for i in order],
-                vectors[order],
-                [sources[i] for i in order],
-            )
+            labels = [labels[i] for i in order]
+            vectors = vectors[order]
+            sources = [sources[i] for i in order]
             more = {name: [column[i] for i in order] for name, column in more.items()}
         else:
             more = {"camera": [None] * n, "digest": sources}
@@ -334,10 +334,8 @@ class Living(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def relabel(self, data):
-        chosen, label = (
-            self.draw_key_ids(data, 4),
-            data.draw(st.sampled_from(list(self.state.text))),
-        )
+        chosen = self.draw_key_ids(data, 4)
+        label = data.draw(st.sampled_from(list(self.state.text)))
         if not chosen:
             return
         moved = [key_id for key_id in chosen if self.state.keys[key_id].label != label]
@@ -430,21 +428,19 @@ class Living(RuleBasedStateMachine):
     @rule(data=st.data())
     def clone(self, data):
         """Go on with a copy of some version in the same or another kind of store."""
-        version, kind = (
-            data.draw(st.sampled_from(list(self.kept))),
-            data.draw(st.sampled_from(self.kinds)),
-        )
+        version = data.draw(st.sampled_from(list(self.kept)))
+        kind = data.draw(st.sampled_from(self.kinds))
         self.copies += 1
         place = made(self.tables, kind, f"copy {self.copies}")
         changes.clone(self.place, place, version)
         factory = self.kept[version].factory if kind == self.kind == "folder" else "Flat"
-        old, copy = (
-            self.store.load(version=version),
-            stores.at(place).load(),
-        )
+        old = self.store.load(version=version)
+        copy = stores.at(place).load()
         assert copy.provenance | {"index": None} == old.provenance | {"index": None}
         self.next_key_id = self.store.manifest(version).next_key_id
-        self.place, self.store, self.kind = place, stores.at(place), kind
+        self.place = place
+        self.store = stores.at(place)
+        self.kind = kind
         self.state = replace(self.kept[version], factory=factory)
         self.start()
 
@@ -514,17 +510,22 @@ class Living(RuleBasedStateMachine):
 
     def check_each_class_counts_exactly_or_at_its_mean(self, index, fresh, A, tail):
         """A sample of the keys determines which classes count exactly, so the test accepts either sum."""
-        ids, c, beta = fresh.class_ids.numpy(), len(fresh.class_names), fresh.settings.beta
+        ids = fresh.class_ids.numpy()
+        c = len(fresh.class_names)
+        beta = fresh.settings.beta
         none = np.zeros((1, len(ids)), dtype=bool)
         whole, mean = (cache_logits(A, ids, c, beta, met=met, tail=tail) for met in (None, none))
         found = index.terms(QUERIES, K, tail).cache.numpy()
-        is_whole, is_mean = np.isclose(found, whole, atol=1e-4), np.isclose(found, mean, atol=1e-4)
+        is_whole = np.isclose(found, whole, atol=1e-4)
+        is_mean = np.isclose(found, mean, atol=1e-4)
         assert (is_whole | is_mean).all()
         assert is_whole.any()
 
     def check_values_and_sums(self, index):
         """Solved values solve their system, and the sums are those of the keys."""
-        ids, c, counts = index.class_ids.numpy(), len(index.class_names), np.array(index.counts)
+        ids = index.class_ids.numpy()
+        c = len(index.class_names)
+        counts = np.array(index.counts)
         if index.values is not None:
             ridges = (index.fitted.ridge * counts / counts[counts > 0].mean())[ids]
             gram = np.exp(
@@ -540,10 +541,8 @@ class Living(RuleBasedStateMachine):
                 gram @ values, targets, rtol=0, atol=tolerance * max(1, np.abs(values).max())
             )
         if index.rows.sums is not None:
-            wide, one_hot = (
-                np.asarray(index.rows.in_memory().keys).astype(np.float64),
-                np.eye(c)[ids],
-            )
+            wide = np.asarray(index.rows.in_memory().keys).astype(np.float64)
+            one_hot = np.eye(c)[ids]
             assert_array_equal(index.rows.sums.counts, one_hot.sum(0))
             assert_allclose(index.rows.sums.sums, one_hot.T @ wide, atol=1e-9)
             assert_allclose(index.rows.sums.second, wide.T @ wide, atol=1e-9)

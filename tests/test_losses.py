@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SOAK, few
+from conftest import SOAK, few, ok
 from fastapi.testclient import TestClient
 from sealing import refused
 from serving import app_of
@@ -69,7 +69,8 @@ def tables(tmp_path_factory):
 @pytest.fixture(scope="module")
 def built(tables, tmp_path_factory):
     """An index of three versions in each kind of store."""
-    place, found = tmp_path_factory.mktemp("built"), {}
+    place = tmp_path_factory.mktemp("built")
+    found = {}
     for kind in KINDS:
         found[kind] = made(place, kind, kind)
         train = open_source(tables / "train.parquet")
@@ -138,8 +139,7 @@ def test_a_refused_command_leaves_every_byte(run, place, tables, left):
         "fit", place, "--metric", "within", "--values", "solved", "--prior", tables / "missing"
     ).exit_code
     assert own(place) == before
-    done = run("index", "remove", place, "--key-ids", 0)
-    assert done.exit_code == 0, done.output
+    ok("index remove", place, "--key-ids", 0)
     gone = (
         LEFT[:1] if place.startswith("s3:") else LEFT
     )  # no temporary file is written into a bucket
@@ -149,7 +149,7 @@ def test_a_refused_command_leaves_every_byte(run, place, tables, left):
 @pytest.mark.parametrize("kind", KINDS[:2])
 @pytest.mark.parametrize("command", ["add", "build"])
 def test_a_disk_that_a_killed_writer_has_filled_recovers_with_the_next_change(
-    run, built, tables, small_disk, kind, command
+    built, tables, small_disk, kind, command
 ):
     disk = small_disk(4096)
     place = copied(disk, kind, built[kind])
@@ -166,22 +166,19 @@ def test_a_disk_that_a_killed_writer_has_filled_recovers_with_the_next_change(
             "--text",
             tables / "text.parquet",
         ]
-    done = run("index", *words)
-    assert done.exit_code == 0, done.output
+    ok("index", *words)
     assert stores.at(place).verify().version == 4
     assert not left.exists()
 
 
 def test_the_loss_of_the_newest_version_is_noticed_and_can_be_undone_or_accepted(
-    run, place, tables, caplog
+    place, tables, caplog
 ):
     """Readers warn, writers refuse and delete nothing, and a key id is never used again."""
     name = "manifests/000003.json"
-    lost, whole, next_key_id = (
-        everything(place)[name],
-        own(place),
-        stores.at(place).manifest().next_key_id,
-    )
+    lost = everything(place)[name]
+    whole = own(place)
+    next_key_id = stores.at(place).manifest().next_key_id
     put(place, name, None)
     before = own(place)
     with caplog.at_level(logging.WARNING):
@@ -209,7 +206,7 @@ def test_the_loss_of_the_newest_version_is_noticed_and_can_be_undone_or_accepted
     assert stores.at(place).verify().version == 3
     assert own(place) == whole
     put(place, name, None)
-    assert run(*shlex.split(command)[1:]).exit_code == 0
+    ok(*shlex.split(command)[1:])
     assert stores.at(place).verify().version == 4
     assert stores.at(place).history()["version"].to_pylist() == [1, 2, 4]
     added = changes.add(place, open_source(tables / "later.parquet"), Reader())
@@ -219,7 +216,8 @@ def test_the_loss_of_the_newest_version_is_noticed_and_can_be_undone_or_accepted
 def test_an_index_without_any_manifest_is_not_built_again(place, tables):
     for number in (1, 2, 3):
         put(place, f"manifests/{number:06d}.json", None)
-    before, train = own(place), open_source(tables / "train.parquet")
+    before = own(place)
+    train = open_source(tables / "train.parquet")
     refused(
         lambda: build_index(train, place, Reader(), fit="none"),
         "000003.json",
@@ -327,7 +325,8 @@ def test_a_file_deleted_during_a_slow_upload_is_put_again(slow, tables):
 
 def test_an_upload_of_half_a_day_is_repeated_before_the_manifest(slow, tables, monkeypatch):
     """Then no other process finds it old while the manifest is created."""
-    put_again, real = [], BucketFiles.put
+    put_again = []
+    real = BucketFiles.put
 
     def note(self, name, *parts):
         put_again.append(name)

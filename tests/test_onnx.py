@@ -7,6 +7,7 @@ import onnx
 import onnxruntime
 import pytest
 from clusters import C, clusters, text_of
+from conftest import json_rows, ok
 from numpy.testing import assert_allclose
 from PIL import Image
 from serving import caltech_photos
@@ -66,15 +67,15 @@ def test_logits_of_features_equal_those_of_the_package(form, covered, tmp_path):
 
 def test_an_exported_graph_with_an_encoder_classifies_pixels(run, things, shared, tmp_path):
     file = tmp_path / "things.onnx"
-    done = run("index", "export", things, "--onnx", file)
-    assert done.exit_code == 0, done.output
+    done = ok("index export", things, "--onnx", file)
     assert "pixels to logits of 10 classes" in done.stdout
     assert (
         "10 of 10 photos classified as by the package, with probabilities within 0.0001\n"
         in done.stdout
     )
     props = onnxruntime.InferenceSession(file).get_modelmeta().custom_metadata_map
-    labels, preprocess = json.loads(props["labels"]), json.loads(props["preprocess"])
+    labels = json.loads(props["labels"])
+    preprocess = json.loads(props["preprocess"])
     assert (preprocess["size"], preprocess["resize_mode"], preprocess["shorter_side"]) == (
         [224, 224],
         "shortest",
@@ -84,23 +85,18 @@ def test_an_exported_graph_with_an_encoder_classifies_pixels(run, things, shared
     pixels = np.stack([prepared(path, 224) for path in paths])
     _, (logits, _) = run_in(file, pixels)
     answers = run("classify", things, *paths, "--logits", "--format", "json", "--no-cache")
-    rows = [json.loads(line) for line in answers.stdout.splitlines()]
+    rows = json_rows(answers)
     expected = np.array([row["logits"] for row in rows])
     assert_allclose(logits, expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max())
     assert [labels[i] for i in logits.argmax(1)] == [row["label"] for row in rows]
 
 
 def test_the_suffix_of_a_file_selects_onnx(run, things, tmp_path):
-    done = run("index", "export", things, "--out", tmp_path / "a.onnx", "--features")
-    assert done.exit_code == 0, done.stderr
-    assert (
-        run("index", "export", things, "--onnx", tmp_path / "b.onnx", "--features").exit_code == 0
-    )
+    ok("index export", things, "--out", tmp_path / "a.onnx", "--features")
+    ok("index export", things, "--onnx", tmp_path / "b.onnx", "--features")
     one, other = (onnx.load(tmp_path / f"{name}.onnx").graph for name in "ab")
     assert one == other
-    both = run(
-        "index", "export", things, "--out", tmp_path / "c.onnx", "--onnx", tmp_path / "d.onnx"
-    )
+    both = run("index export", things, "--out", tmp_path / "c.onnx", "--onnx", tmp_path / "d.onnx")
     assert (both.exit_code, both.stdout, sorted(one.name for one in tmp_path.iterdir())) == (
         2,
         "",
@@ -109,13 +105,12 @@ def test_the_suffix_of_a_file_selects_onnx(run, things, tmp_path):
 
 
 def test_an_index_without_its_photos_is_exported_without_a_comparison(
-    run, things, tmp_path, monkeypatch
+    things, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(
         "retrieval_tip.index.onnx_graph.read_item", lambda _: read_item(tmp_path / "gone.jpg")
     )
-    done = run("index", "export", things, "--onnx", tmp_path / "things.onnx")
-    assert done.exit_code == 0, done.output
+    done = ok("index export", things, "--onnx", tmp_path / "things.onnx")
     assert "no photo of the index could be read" in done.stderr
     assert "classified as" not in done.stdout
 
@@ -127,17 +122,18 @@ def prepared(path, side):
     image = image.resize(
         [max(side, int(edge * scale)) for edge in image.size], Image.Resampling.BICUBIC
     )
-    left, top = round((image.width - side) / 2), round((image.height - side) / 2)
+    left = round((image.width - side) / 2)
+    top = round((image.height - side) / 2)
     return np.asarray(image.crop((left, top, left + side, top + side)), dtype=np.float32).transpose(
         2, 0, 1
     )
 
 
-def test_an_index_with_a_k_is_exported_with_all_keys(tmp_path, run):
+def test_an_index_with_a_k_is_exported_with_all_keys(tmp_path):
     cache = index()
     cache.settings = cache.settings.override(k=3)
     cache.save(tmp_path / "i")
-    assert run("index", "export", tmp_path / "i", "--onnx", tmp_path / "i.onnx").exit_code == 0
+    ok("index export", tmp_path / "i", "--onnx", tmp_path / "i.onnx")
     queries = clusters(3, seed=7)[0]
     assert_allclose(
         run_in(tmp_path / "i.onnx", queries)[1][0],

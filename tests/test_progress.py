@@ -17,7 +17,8 @@ from retrieval_tip.labelling import progress
 from retrieval_tip.labelling.progress import Estimate, estimate_rest, gain_of
 
 NAMES = list("abcd")
-CENTRES, TEXT = unit_rows(4, 10, 5), unit(unit_rows(4, 10, 5) + 0.8 * unit_rows(4, 10, 6))
+CENTRES = unit_rows(4, 10, 5)
+TEXT = unit(unit_rows(4, 10, 5) + 0.8 * unit_rows(4, 10, 6))
 
 
 def index_of(n, text, seed=0):
@@ -32,7 +33,8 @@ def index_of(n, text, seed=0):
 
 def answers_of(index, features, ids, kept, photos):
     """Return the logits of photos from a new index of the kept photos, with the settings of ``index``."""
-    kept, text = list(kept), TEXT if index.has_text else None
+    kept = list(kept)
+    text = TEXT if index.has_text else None
     other = Index.from_features(features[kept], ids[kept], NAMES, text)
     other, _ = closed_form.fit(other, forms=[Form.of(index.fitted, index.settings.beta)])
     other.settings = replace(index.settings)
@@ -60,7 +62,9 @@ def wrong_of(probabilities, labels, rest):
     """Return how probably each answer to the rest is wrong, at the temperature that suits the held-out answers best."""
     possible = probabilities[np.arange(len(labels)), labels] > 0
     with np.errstate(divide="ignore"):
-        logs, answers, own = np.log(probabilities[possible]), np.log(rest), labels[possible]
+        logs = np.log(probabilities[possible])
+        answers = np.log(rest)
+        own = labels[possible]
 
     def loss(log_factor):
         p = scipy.special.softmax(np.exp(log_factor) * logs, axis=1)[np.arange(len(own)), own]
@@ -76,10 +80,8 @@ def wrong_of(probabilities, labels, rest):
 @pytest.mark.parametrize("text", [True, False])
 def test_labelled_photos_tell_how_often_an_answer_is_right(text):
     index, features, ids = index_of(40, text)
-    rest, temperature = (
-        unit(CENTRES[np.arange(60) % 4] + 1.5 * unit_rows(60, 10, 9)),
-        index.settings.temperature,
-    )
+    rest = unit(CENTRES[np.arange(60) % 4] + 1.5 * unit_rows(60, 10, 9))
+    temperature = index.settings.temperature
     before = index.logits(rest).numpy()
     asked = [1, 7, 12, 20, 28, 33, 38]  # at most PARTS, so that each is held out alone
     logits = answers_without(index, features, ids, asked, range(40))
@@ -108,7 +110,8 @@ def test_labelled_photos_tell_how_often_an_answer_is_right(text):
 
 def test_the_estimate_is_a_mean_of_classifiers_that_lack_the_last_labels():
     index, features, ids = index_of(40, False)
-    rest, asked = unit(CENTRES[np.arange(60) % 4] + 1.5 * unit_rows(60, 10, 9)), range(10, 40)
+    rest = unit(CENTRES[np.arange(60) % 4] + 1.5 * unit_rows(60, 10, 9))
+    asked = range(10, 40)
     wrong = []
     for kept in (40, 35, 30):  # at least 20 of the photos that are held out
         sources = [f"photo-{max(i, 1)}" for i in range(kept)]
@@ -129,10 +132,12 @@ def test_the_estimate_is_a_mean_of_classifiers_that_lack_the_last_labels():
 def test_the_gain_counts_the_answers_that_half_of_the_labels_would_lose(text):
     index, features, ids = index_of(40, text)
     rest = unit(CENTRES[np.arange(60) % 4] + 1.5 * unit_rows(60, 10, 9))
-    found, now = estimate_rest(index, [1, 7], rest), index.logits(rest).numpy()
+    found = estimate_rest(index, [1, 7], rest)
+    now = index.logits(rest).numpy()
     half = answers_of(index, features, ids, range(20), rest).argmax(axis=1)
     p = probabilities(now, index.settings.temperature)
-    wrong, lost = found.wrong / 60, (p.max(axis=1) - p[np.arange(60), half]).mean()
+    wrong = found.wrong / 60
+    lost = (p.max(axis=1) - p[np.arange(60), half]).mean()
     assert lost > 0.01
     falls = wrong / (wrong + lost)  # with 40 labels instead of 20, and again with 80 labels
     assert gain_of(index, rest, found, 40) == pytest.approx(wrong - wrong * falls, rel=1e-3)

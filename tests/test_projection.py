@@ -39,7 +39,8 @@ def test_a_projection_is_reproducible_and_keeps_the_random_state():
     torch.manual_seed(7)
     expected = torch.rand(3)
     torch.manual_seed(7)
-    one, two = projected(cache), projected(cache)
+    one = projected(cache)
+    two = projected(cache)
     assert torch.rand(3).tolist() == expected.tolist()
     assert_array_equal(one.places, two.places)
 
@@ -83,7 +84,8 @@ def test_tsne_keeps_neighbours_together_that_pca_cannot_separate():
         far = np.linalg.norm(found.places[:, None] - found.places[None], axis=2) + 9 * np.eye(120)
         return float((found.class_ids[far.argmin(axis=1)] == found.class_ids).mean())
 
-    near, far = projected(cache, "tsne"), projected(cache, "pca")
+    near = projected(cache, "tsne")
+    far = projected(cache, "pca")
     assert same(near) > 0.98
     assert same(far) < 0.95
     assert (near.method, far.method) == ("tsne", "pca")

@@ -17,7 +17,8 @@ def test_class_names_become_words():
 
 def test_text_weights_are_unit_means_of_unit_prompts(lit_mini, monkeypatch):
     """Normalise the feature of each prompt, average over templates, and normalise, for one class."""
-    names, templates = ["grand_piano", "cat"], ["a photo of a {}.", "itap of a {}.", "{}"]
+    names = ["grand_piano", "cat"]
+    templates = ["a photo of a {}.", "itap of a {}.", "{}"]
     monkeypatch.setattr(prompts, "PROMPTS", 2)
     weights = text_weights(lit_mini, names, templates)
     encoded = lit_mini.encode_texts(

@@ -45,7 +45,7 @@ from retrieval_tip.server.served import Backbones, Maker, Served, open_all
 from retrieval_tip.server.service import Service
 from retrieval_tip.settings import Ask
 
-from conftest import SHARED, with_code  # isort: skip
+from conftest import SHARED, ok, with_code  # isort: skip
 
 TOKEN = "open sesame"
 pytestmark = pytest.mark.usefixtures("one_encoder")
@@ -329,7 +329,8 @@ def test_relative_image_paths_start_at_the_root(own, tmp_path):
 
 
 def test_map_and_audit_equal_those_of_the_library(both, things):
-    found, cache = both.get("/v1/indexes/things/map").json(), Index.load(things)
+    found = both.get("/v1/indexes/things/map").json()
+    cache = Index.load(things)
     expected = projected(cache)
     assert_allclose(found["places"], expected.places, atol=1e-4)
     assert found["method"] == expected.method
@@ -339,14 +340,17 @@ def test_map_and_audit_equal_those_of_the_library(both, things):
     )
     assert len(both.get("/v1/indexes/things/map?limit=7").json()["places"]) == 7
     assert both.get("/v1/indexes/things/map?method=umap").status_code == 422
-    shots, doubted = both.get("/v1/indexes/things/audit").json(), audit(cache)
+    shots = both.get("/v1/indexes/things/audit").json()
+    doubted = audit(cache)
     assert [shot["key_id"] for shot in shots] == doubted["key_id"].to_pylist()[:100]
     assert len(both.get("/v1/indexes/things/audit?limit=1").json()) == min(1, len(doubted))
 
 
 def test_maps_and_audits_are_limited_in_size_and_number(own, monkeypatch):
     """All limits above the number of keys show the same map, which is computed once."""
-    go, limits, real = threading.Event(), [], routes_module.projected
+    go = threading.Event()
+    limits = []
+    real = routes_module.projected
 
     def slow(cache, method, limit):
         assert go.wait(30)
@@ -452,7 +456,7 @@ def test_adding_a_shot_changes_the_answer_and_removing_it_undoes_that(own, photo
     assert Index.load(own).n == 80
 
 
-def test_gc_deletes_photos_that_no_kept_version_uses(own, run, monkeypatch):
+def test_gc_deletes_photos_that_no_kept_version_uses(own, monkeypatch):
     sent = [path for path, _ in caltech_photos(SHARED, "test", 10, 1)[:3]]
     with serving(own, token=TOKEN) as client:
         for path in sent:
@@ -465,12 +469,13 @@ def test_gc_deletes_photos_that_no_kept_version_uses(own, run, monkeypatch):
     foreign = [shots / "notes.txt", shots / "new" / "0123456789abcdef.jpg", shots / "new" / "a.jpg"]
     for path in foreign:
         path.write_bytes(sent[0].read_bytes())
-    link, elsewhere = shots / "new" / f"{'0' * 16}.jpg", own.parent / unused.name
+    link = shots / "new" / f"{'0' * 16}.jpg"
+    elsewhere = own.parent / unused.name
     shutil.copy(unused, elsewhere)
     link.symlink_to(elsewhere)
     (shots / "linked").symlink_to(own.parent)
 
-    assert run("index", "gc", own, "--keep", 2).exit_code == 0  # the previous version still uses it
+    ok("index", "gc", own, "--keep", 2)  # the previous version still uses it
     assert unused.exists()
     monkeypatch.setattr("retrieval_tip.store.files.LOCK_WAIT", 0.0)
     with photos_module.adding(shots):  # as the server does before it saves a version
@@ -623,7 +628,8 @@ def test_shots_are_relabelled_classes_renamed_and_versions_rolled_back(own):
             return status, answer["index"], answer["version"], answer["key_ids"]
 
         first, other, third = client.get("/v1/indexes/own").json()["class_names"][:3]
-        shots, others = keys(first), keys(other)
+        shots = keys(first)
+        others = keys(other)
         assert relabelled(shots[:2], other) == (200, "own", 2, shots[:2])
         assert keys(first) == shots[2:]
         assert relabelled(shots[2:], other) == (200, "own", 3, shots[2:])
@@ -665,7 +671,8 @@ def test_shots_are_relabelled_classes_renamed_and_versions_rolled_back(own):
 
 
 def test_the_accuracy_follows_label_changes(own):
-    names, fitted = Index.load(own).class_names, fit_index(own).fit
+    names = Index.load(own).class_names
+    fitted = fit_index(own).fit
     with serving(own, token=TOKEN) as client:
         before = client.get("/v1/indexes/own/accuracy").json()
         assert fitted.interval is not None
@@ -687,7 +694,8 @@ def test_the_accuracy_follows_label_changes(own):
 
 def test_exemplars_are_the_shots_nearest_to_their_class_mean(both, things):
     cache = Index.load(things)
-    keys, ids = np.asarray(cache.keys, dtype=np.float64), cache.class_ids.numpy()
+    keys = np.asarray(cache.keys, dtype=np.float64)
+    ids = cache.class_ids.numpy()
     found = both.get("/v1/indexes/things/exemplars").json()
     assert {one["class_id"] for one in found} == set(ids.tolist())
     for one in found:
@@ -768,7 +776,8 @@ def test_a_photo_that_becomes_a_shot_is_decoded_once(
     own, tmp_path, lit_mini, photo, truth, monkeypatch
 ):
     """Its key is the feature that the encoder makes, and its file and digest are those of the photo."""
-    decoded, decode = [], images.decode
+    decoded = []
+    decode = images.decode
 
     def counted(data, *arguments, **options):
         decoded.append(hashlib.sha256(data).hexdigest())
@@ -811,7 +820,8 @@ def test_a_photo_that_becomes_a_shot_is_decoded_once(
 
 def test_another_spelling_makes_a_new_class_and_a_warning(own):
     cache = Index.load(own)
-    label, other = cache.class_names[0], cache.class_names[0].upper()
+    label = cache.class_names[0]
+    other = cache.class_names[0].upper()
     sent = {"features": [cache.keys[0].tolist()], "labels": [other]}
     with serving(own, token=TOKEN) as client:
         body = client.post("/v1/indexes/own/keys", json=sent).json()
@@ -1253,7 +1263,8 @@ def test_readable_images_are_classified_and_the_others_are_reported(both, photo,
 @pytest.fixture
 def busy(own, monkeypatch):
     """Return a function that yields a client while its large photos wait to be decoded."""
-    go, real = threading.Event(), service_module.pixels_of
+    go = threading.Event()
+    real = service_module.pixels_of
 
     def pixels(data, *arguments, **options):
         assert images.area(data) < 1_000_000 or go.wait(30)
@@ -1372,7 +1383,8 @@ def test_errors_name_request_fields_instead_of_command_options(both, own, tmp_pa
     for norms in ("unit", "keep"):
         assert both.post(f"/v1/classify?index=food&norms={norms}", json=long).status_code == 200
     cache = Index.load(own)
-    keys, names = np.asarray(cache.keys), cache.class_names[:2]
+    keys = np.asarray(cache.keys)
+    names = cache.class_names[:2]
     Index.from_features(keys[:2], names, names, keys[:2]).save(tmp_path / "text")
     with serving(tmp_path / "text", token=TOKEN) as client:
         sent = {"features": [keys[2].tolist()], "labels": ["new"]}

@@ -9,6 +9,7 @@ import re
 
 import numpy as np
 import pytest
+from conftest import ok
 from fastapi.testclient import TestClient
 from hypothesis import given
 from hypothesis import strategies as st
@@ -45,9 +46,9 @@ def fitted(features, labels, names=NAMES, text=None):
 
 
 @pytest.fixture
-def index(tmp_path, run):
+def index(tmp_path):
     train = write_table(tmp_path / "train.parquet", *photos(0, 12))
-    assert run("index", "build", train, "--out", tmp_path / "index").exit_code == 0
+    ok("index build", train, "--out", tmp_path / "index")
     return tmp_path / "index"
 
 
@@ -127,16 +128,15 @@ def test_every_door_gives_the_sets_of_the_definition(run, index, queries, covera
     assert covered == pytest.approx(coverage, abs=0.08)
 
 
-def test_csv_separates_the_classes_of_a_set_by_a_bar_that_names_may_contain(run, tmp_path, queries):
+def test_csv_separates_the_classes_of_a_set_by_a_bar_that_names_may_contain(tmp_path, queries):
     names = ["bluebell", "a|b", "back\\slash", "end\\", '|"|']
     features, labels = photos(0, 12)
     renamed = [names[NAMES.index(label)] for label in labels]
     train = write_table(tmp_path / "odd.parquet", features, renamed)
-    assert run("index", "build", train, "--out", tmp_path / "odd").exit_code == 0
+    ok("index build", train, "--out", tmp_path / "odd")
 
     def rows(style):
-        done = run("classify", tmp_path / "odd", queries, "--coverage", 0.95, "--format", style)
-        assert done.exit_code == 0
+        done = ok("classify", tmp_path / "odd", queries, "--coverage", 0.95, "--format", style)
         return done.stdout
 
     expected = [json.loads(line) for line in rows("json").splitlines()]
@@ -179,7 +179,7 @@ def test_options_that_change_the_answers_exclude_sets(run, index, queries):
 def test_with_few_photos_every_set_has_all_classes(run, tmp_path, queries):
     for each, coverage, held in ((3, 0.95, 15), (1, 0.5, 0)):
         few = write_table(tmp_path / "few.parquet", *photos(0, each))
-        assert run("index", "build", few, "--out", tmp_path / "few").exit_code == 0
+        ok("index build", few, "--out", tmp_path / "few")
         done = run(
             "classify", tmp_path / "few", queries, "--coverage", coverage, "--format", "json"
         )
@@ -252,10 +252,8 @@ STALE = [
 
 @pytest.mark.parametrize("kind", ["folder", "lance"])
 def test_sets_need_another_fit_after_a_change(tmp_path, kind):
-    place, copy = (
-        made(tmp_path, kind),
-        made(tmp_path, "lance" if kind == "folder" else "folder", "copy"),
-    )
+    place = made(tmp_path, kind)
+    copy = made(tmp_path, "lance" if kind == "folder" else "folder", "copy")
     build_index(source(tmp_path / "t.parquet", *photos(0, 12)), place, Reader())
     features = photos(1, 10)[0]
 

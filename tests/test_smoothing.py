@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import food_index, json_rows, needs_real
+from conftest import food_index, json_rows, needs_real, ok
 from numpy.testing import assert_allclose
 from tables import read_features, unit, write_table
 
@@ -73,7 +73,8 @@ def test_answers_follow_the_formula_and_held_out_photos_choose_the_weight(index)
     held = np.zeros((2, 20, 5))
     for part, others in without_parts(index, np.arange(20)):
         held[:, part] = alone_and_given(others, index.keys[part], folder)
-    weights, ids = np.arange(15) / 20, index.class_ids.numpy()
+    weights = np.arange(15) / 20
+    ids = index.class_ids.numpy()
     own, given = held[:, np.arange(20), ids, None]
     scores = (
         np.log((1 - weights) * own + weights * given + 1e-3).sum(0)
@@ -129,12 +130,11 @@ def asked(index, tmp_path):
 
 def test_commands_explain_smoothed_answers(index, asked, tmp_path, run):
     folder, _ = photos(60, 1)
-    plain, done = json_rows(run(*asked)), run(*asked, "--top", 5, "--smooth", "--explain")
-    found, rows, alone = (
-        smooth(index, [FeatureBlock.of(folder)]),
-        json_rows(done),
-        {row["input"]: row for row in plain},
-    )
+    plain = json_rows(run(*asked))
+    done = run(*asked, "--top", 5, "--smooth", "--explain")
+    found = smooth(index, [FeatureBlock.of(folder)])
+    rows = json_rows(done)
+    alone = {row["input"]: row for row in plain}
     assert f"{found.words}\n" in done.stderr
     for row, mixed in zip(rows, smoothed(index, folder), strict=True):
         assert row["similar"][0]["input"] == row["input"]
@@ -168,7 +168,7 @@ def test_the_narrowest_group_has_its_smoothed_probability(index, asked, tmp_path
     (tmp_path / "groups.csv").write_text(
         "species,family\nant,insect\nbee,insect\ncat,mammal\ndog,mammal\neel,fish\n"
     )
-    assert run("index", "set", asked[1], "--groups", tmp_path / "groups.csv").exit_code == 0
+    ok("index set", asked[1], "--groups", tmp_path / "groups.csv")
     rows = json_rows(run(*asked, "--smooth", "--at-least", 0.8))
     for row, p in zip(rows, smoothed(index, photos(60, 1)[0]), strict=True):
         families = {"insect": p[0] + p[1], "mammal": p[2] + p[3], "fish": p[4]}

@@ -117,7 +117,8 @@ def check(place, truth, forms=((None, True), (8, True))):
 def base(tmp_path_factory):
     """An index of sixty keys of three classes, and a class without keys, in each kind of store."""
     place = tmp_path_factory.mktemp("base")
-    features, labels = unit_rows(N, D), [NAMES[i % 7 % 3] for i in range(N)]
+    features = unit_rows(N, D)
+    labels = [NAMES[i % 7 % 3] for i in range(N)]
     table = source(
         place / "train.parquet",
         features,
@@ -125,7 +126,8 @@ def base(tmp_path_factory):
         [f"it's {i}" for i in range(N)],
         camera=list("abc") * 20,
     )
-    names, text = [*NAMES, BARE], unit_rows(4, D, 1)
+    names = [*NAMES, BARE]
+    text = unit_rows(4, D, 1)
     write_table(place / "text.parquet", text, names)
     found = {}
     for kind in KINDS:
@@ -162,7 +164,8 @@ class Pets:
 
     def refused(self, call, *words, error=StoreError):
         """Check that a call is refused and changes nothing."""
-        version, before = self.store.manifest(), labels_of(self.place)
+        version = self.store.manifest()
+        before = labels_of(self.place)
         text = refused(call, *words, error=error)
         assert self.store.manifest() == version
         assert labels_of(self.place) == before
@@ -208,7 +211,8 @@ def local_pets(base, tmp_path):
 
 def test_a_build_contains_the_keys_labels_and_columns_of_its_source(pets):
     pets.check(forms=FORMS)
-    store, rows = pets.store, labels_of(pets.place)
+    store = pets.store
+    rows = labels_of(pets.place)
     manifest = store.manifest()
     assert (manifest.version, manifest.parent, manifest.n, manifest.d, manifest.next_key_id) == (
         1,
@@ -247,7 +251,8 @@ def test_a_build_contains_the_keys_labels_and_columns_of_its_source(pets):
 
 @pytest.mark.parametrize("kind", TRIED)
 def test_an_index_of_one_key_answers(kind, tmp_path):
-    place, features = made(tmp_path, kind), unit_rows(1, 4, 3)
+    place = made(tmp_path, kind)
+    features = unit_rows(1, 4, 3)
     table = source(tmp_path / "one.parquet", features, ["only"])
     built = build_index(table, place, Reader(), fit="none")
     truth = Truth(
@@ -271,9 +276,11 @@ def test_an_index_of_one_key_answers(kind, tmp_path):
 def test_columns_and_class_names_of_added_keys_may_be_new(pets, tmp_path):
     """``test_living.py`` makes sure that keys and answers are right after any edits."""
     pets.add(unit_rows(2, D, 20), ["cat", HOSTILE], camera=["z", None], weather=["sun", "rain"])
-    names, new = [*pets.truth.names, "a' OR '1'='1", "日"], unit_rows(2, D, 21)
+    names = [*pets.truth.names, "a' OR '1'='1", "日"]
+    new = unit_rows(2, D, 21)
     text = write_table(tmp_path / "new.parquet", new, names[-2:])
-    pets.truth.names, pets.truth.text = names, np.concatenate([pets.truth.text, new])
+    pets.truth.names = names
+    pets.truth.text = np.concatenate([pets.truth.text, new])
     added = pets.add(
         unit_rows(4, D, 22), [*names[-2:], names[-2], BARE], text=text, weather=["fog"] * 4
     )
@@ -297,7 +304,9 @@ def ids_of(pets, label):
 
 
 def test_keys_are_found_removed_and_relabelled_by_id_and_by_condition(pets):
-    place, model, before = pets.place, pets.open(), labels_of(pets.place)
+    place = pets.place
+    model = pets.open()
+    before = labels_of(pets.place)
     for name in [*NAMES, BARE, "nobody", "' OR ''='"]:
         assert sorted(model.find(labels=[name])["key_id"].to_pylist()) == ids_of(pets, name)
     assert sorted(model.find(source="IT'S 5")["key_id"].to_pylist()) == [5, *range(50, 60)]
@@ -393,7 +402,8 @@ def test_settings_can_be_changed(pets):
     assert model.settings == Settings(0.5, 2.0, 100.0, 8, False, 3.0)
     assert model.provenance["alpha"] == "given"
     changes.configure(pets.place, k="all")
-    model, folder = pets.open(), made(pets.tables, "folder", "clone")
+    model = pets.open()
+    folder = made(pets.tables, "folder", "clone")
     changes.clone(pets.place, folder)
     assert model.settings.k is None
     same = stores.at(folder).load().rows.statistics()
@@ -408,7 +418,8 @@ def test_settings_can_be_changed(pets):
     pets.refused(
         lambda: changes.configure(pets.place, alpha=1e145), "alpha 1e+145", error=InputError
     )
-    out, table = made(pets.tables, pets.kind, "out"), pets.table(QUERIES, ["cat", "dog"] * 6)
+    out = made(pets.tables, pets.kind, "out")
+    table = pets.table(QUERIES, ["cat", "dog"] * 6)
     refused(
         lambda: build_index(table, out, Reader(), alpha=1e145),
         "alpha 1e+145",
@@ -596,7 +607,8 @@ def bucket_pets(base, tmp_path):
 def beaten(monkeypatch, meanwhile, times=1, *, early=False):
     """Have another writer commit right before the next commits, or right after the next writers open their version."""
     owner, name = (lance_store.TableWriter, "__init__") if early else (BucketFiles, "create")
-    real, left = getattr(owner, name), [*range(times)]
+    real = getattr(owner, name)
+    left = [*range(times)]
 
     def slow(self, *arguments):
         if early:
@@ -666,7 +678,8 @@ def test_the_second_of_two_writers_in_a_bucket_edits_the_newer_version(
     found = EDITS[edit](bucket_pets, 1)
     assert (found.version, found.key_ids, found.labels) == (3, expected.key_ids, expected.labels)
     assert labels_of(bucket_pets.place) == labels_of(alone.place)
-    own, same = bucket_pets.store.verify(), alone.store.verify()
+    own = bucket_pets.store.verify()
+    same = alone.store.verify()
     assert (own.class_names, own.next_key_id) == (same.class_names, same.next_key_id)
     assert_allclose(own.logits(QUERIES, 8), same.logits(QUERIES, 8), atol=EXACT)
     assert bucket_pets.store.history()["change"] == alone.store.history()["change"]
@@ -777,7 +790,8 @@ def test_all_files_of_a_manifest_are_flushed_before_the_manifest(local_pets, mon
         flushed.append(Path(f"/proc/self/fd/{handle}").resolve())
         real(handle)
 
-    flushed, real = [], os.fsync
+    flushed = []
+    real = os.fsync
     monkeypatch.setattr(os, "fsync", fsync)
     calls = (
         lambda: local_pets.add(unit_rows(2, D, 20), ["cat", BARE]),
@@ -878,7 +892,8 @@ def test_reading_a_missing_store_creates_nothing(kind, tmp_path, base):
 def test_a_manifest_of_another_version_is_refused(pets):
     """``test_store.py`` tests other wrong manifests."""
     changes.configure(pets.place, k=3)
-    first, name = everything(pets.place)["manifests/000001.json"], "manifests/000002.json"
+    first = everything(pets.place)["manifests/000001.json"]
+    name = "manifests/000002.json"
     put(pets.place, name, first)
     for call in (pets.open, pets.store.history, lambda: changes.configure(pets.place, k=4)):
         refused(call, name)
@@ -909,7 +924,8 @@ def refusing(pets, reader, name):
 
     The files of a table are only read by ``verify`` and ``rollback``.
     """
-    at, in_table = pets.store, name.startswith("keys.lance")
+    at = pets.store
+    in_table = name.startswith("keys.lance")
     named = {
         m.version: {*m.digests, *(file.name for file in m.data_files)}
         for m in map(at.manifest, range(1, 5))
@@ -970,11 +986,9 @@ def test_damage_of_any_file_of_any_version_is_refused_by_name(fitted, capfd):
 @pytest.mark.parametrize("version", [1, 2])
 def test_verify_ignores_a_version_deleted_during_the_check(local_pets, monkeypatch, version):
     changes.rename(local_pets.place, BARE, "second")
-    wanted, real, raced = (
-        local_pets.store.manifest(version).files["classes"].name,
-        LocalFiles.problem,
-        [],
-    )
+    wanted = local_pets.store.manifest(version).files["classes"].name
+    real = LocalFiles.problem
+    raced = []
 
     def raced_with(self, file, whole):
         if file.name == wanted and not raced:
@@ -1134,7 +1148,8 @@ def test_an_index_opened_before_a_fork_is_refused(local_pets):
 
 
 def test_threads_can_share_an_open_index(local_pets):
-    opened, expected = local_pets.open(), local_pets.truth.logits(QUERIES, 8)
+    opened = local_pets.open()
+    expected = local_pets.truth.logits(QUERIES, 8)
     failed = []
 
     def ask():
@@ -1169,7 +1184,8 @@ def test_many_keys_get_an_index_that_later_changes_update(tmp_path, monkeypatch,
     drawn = partial(clustered, classes=classes)
     monkeypatch.setattr(lance_rows, "INDEX_FROM", 3000)
     monkeypatch.setattr(lance_rows, "UNINDEXED", 500)
-    place, last = made(tmp_path, "lance"), f"c{classes - 1}"
+    place = made(tmp_path, "lance")
+    last = f"c{classes - 1}"
     rows, labels = drawn(2900, 1)
     build_index(source(tmp_path / "t.parquet", rows, labels), place, Reader(), fit="none")
     at = stores.at(place)
@@ -1182,9 +1198,11 @@ def test_many_keys_get_an_index_that_later_changes_update(tmp_path, monkeypatch,
     assert (
         model.settings.k == lance_rows.index_kind("auto", 3100, classes)[1]
     )  # as in a fresh build
-    rows, labels = np.concatenate([rows, more]), labels + more_labels
+    rows = np.concatenate([rows, more])
+    labels = labels + more_labels
     queries, truths = drawn(200, 3)
-    by_all, by_index = model.logits(queries, "all"), model.logits(queries, 64)
+    by_all = model.logits(queries, "all")
+    by_index = model.logits(queries, 64)
     winners = by_index.argmax(dim=1)
     assert (winners == by_all.argmax(dim=1)).float().mean() >= 0.99
     assert (
@@ -1237,13 +1255,15 @@ def test_many_keys_get_an_index_that_later_changes_update(tmp_path, monkeypatch,
     ],
 )
 def test_affinities_are_inner_products_with_the_stored_keys_or_points(tmp_path, dtype, fit):
-    place, n = made(tmp_path, "lance"), 1000
+    place = made(tmp_path, "lance")
+    n = 1000
     rows, labels = clustered(n, 1)
     table = source(tmp_path / "t.parquet", rows, labels)
     build_index(table, place, Reader(), index="Classes", dtype=dtype, **fit)
     model = stores.at(place).verify()
     assert (model.index_type, model.manifest.built.auto_index) == ("Classes", False)
-    stored, column = model.rows.of(range(n)).keys, "vector" if fit == PLAIN else "_point"
+    stored = model.rows.of(range(n)).keys
+    column = "vector" if fit == PLAIN else "_point"
     assert stored.dtype == dtype
     assert np.array_equal(stored, rows.astype(dtype))
     pets = Pets(place, None, tmp_path, "lance")
@@ -1255,7 +1275,8 @@ def test_affinities_are_inner_products_with_the_stored_keys_or_points(tmp_path, 
     points = (
         (lambda x: x) if fit == PLAIN else (lambda x: model.metric(torch.from_numpy(x)).numpy())
     )
-    queries, stored = clustered(60, 3)[0], points(stored.astype(np.float32))
+    queries = clustered(60, 3)[0]
+    stored = points(stored.astype(np.float32))
     exact = points(queries) @ stored.T
     for q, one in enumerate(model.classify(queries, k=20, neighbours=10)):
         ids = [near.key_id for near in one.neighbours]
@@ -1267,7 +1288,8 @@ def test_affinities_are_inner_products_with_the_stored_keys_or_points(tmp_path, 
 
 
 def test_commands_take_the_address_of_a_bucket(run, bucket_pets):
-    own, copy = bucket_pets.place, made(bucket_pets.tables, "lance", "copy")
+    own = bucket_pets.place
+    copy = made(bucket_pets.tables, "lance", "copy")
     more = write_table(bucket_pets.tables / "more.parquet", unit_rows(2, D, 20), ["cat", BARE])
     for words, said in (
         (("add", own, more), f"{own}: version 2, added 2 shots\n"),

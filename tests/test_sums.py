@@ -41,7 +41,8 @@ NAMES = [f"class {i}" for i in range(C)]
 
 def defined(keys, ids, c):
     """Compute the sums by definition, with a one-hot matrix."""
-    wide, one_hot = keys.astype(np.float64), np.eye(c)[ids]
+    wide = keys.astype(np.float64)
+    one_hot = np.eye(c)[ids]
     return Sums(one_hot.sum(0).astype(np.int64), one_hot.T @ wide, wide.T @ wide)
 
 
@@ -91,11 +92,13 @@ def test_sums_match_their_definition_as_keys_come_and_go(n, c, d, seed, dtype, c
 
 def test_a_thousand_changes_leave_no_rounding_error():
     keys, ids = drawn(3000, 7, 24, 0)
-    rng, there = default_rng(1), np.zeros(3000, dtype=bool)
+    rng = default_rng(1)
+    there = np.zeros(3000, dtype=bool)
     sums = Sums.of([], 7, 24)
     for _ in range(1000):
         rows = rng.permutation(3000)[: rng.integers(1, 200)]
-        new, gone = rows[~there[rows]], rows[there[rows]]
+        new = rows[~there[rows]]
+        gone = rows[there[rows]]
         sums = sums.added(keys[new], ids[new]).added(keys[gone], ids[gone], -1)
         there[rows] ^= True
     close(sums, defined(keys[there], ids[there], 7), 1e-11)
@@ -108,7 +111,8 @@ def test_a_thousand_changes_leave_no_rounding_error():
 @pytest.mark.parametrize("what", ["a key", "a label", "a sum", "a product", "a key too few"])
 def test_sums_of_other_keys_do_not_fit(what):
     keys, ids = drawn(20_000, 50, 16, 3)
-    sums, order = Sums.of([(keys, ids)], 50, 16), np.argsort(ids, kind="stable")
+    sums = Sums.of([(keys, ids)], 50, 16)
+    order = np.argsort(ids, kind="stable")
     assert sums.are_of((keys[rows], ids[rows]) for rows in np.array_split(order, 9))
     if what == "a key":
         keys[0, 0] += 1e-2
@@ -119,7 +123,8 @@ def test_sums_of_other_keys_do_not_fit(what):
     elif what == "a product":
         sums.second[3, 4] += 1e-2
     else:
-        keys, ids = keys[1:], ids[1:]
+        keys = keys[1:]
+        ids = ids[1:]
     assert not sums.are_of([(keys, ids)])
 
 

@@ -11,8 +11,8 @@ import pytest
 import timm
 import torch
 import warm
-from conftest import examples, few
-from hypothesis import given, settings
+from conftest import few, tries
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 from open_clip.transform import PreprocessCfg, image_transform_v2
@@ -42,7 +42,8 @@ def cosines(one, other):
 
 def test_features_match_torch_for_any_number_of_images(compiled):
     place, identity, *_ = compiled
-    model, plain = load_backbone(identity.model, device="cpu"), by_torch(identity.model)
+    model = load_backbone(identity.model, device="cpu")
+    plain = by_torch(identity.model)
     for number in (1, 2, 5):
         pixels = some_pixels(plain, number)
         assert_allclose(
@@ -100,7 +101,8 @@ def test_common_architectures_can_be_converted(name, place):
         }  # which is not converted
         visual = open_clip.CLIP(**config).visual
     model = torch.nn.Module()
-    model.visual, model.encode_image = visual.eval(), visual.forward
+    model.visual = visual.eval()
+    model.encode_image = visual.forward
     identity = identity_of(name)
     compiled = tower.converted(model, identity, (224, 224), "float32")
     pixels = torch.randn(2, 3, 224, 224)
@@ -151,10 +153,8 @@ def test_a_tower_that_differs_from_torch_is_not_used(folder, place, caplog, monk
 def test_without_a_cache_the_tower_is_compiled_each_time(folder, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("RETRIEVAL_TIP_CACHE", str(tmp_path / "file"))
-    compiled, plain = (
-        load_backbone(f"local-dir:{folder}", device="cpu"),
-        by_torch(f"local-dir:{folder}"),
-    )
+    compiled = load_backbone(f"local-dir:{folder}", device="cpu")
+    plain = by_torch(f"local-dir:{folder}")
     pixels = some_pixels(plain, 3)
     assert_allclose(
         unit(compiled.encode_images(pixels)), unit(plain.encode_images(pixels)), atol=1e-5
@@ -204,7 +204,7 @@ TIMM = {
 }
 
 
-@settings(max_examples=examples(60), deadline=None)
+@tries(60)
 @given(
     size=SIZES,
     interpolation=st.sampled_from(["bicubic", "bilinear"]),
@@ -219,7 +219,7 @@ def test_views_match_open_clip(size, interpolation, mode):
     assert torch.equal(tower.view(image, config), expected)
 
 
-@settings(max_examples=examples(60), deadline=None)
+@tries(60)
 @given(size=SIZES, crop_pct=st.sampled_from([0.875, 0.9, 0.95, 1.0]))
 def test_views_match_timm(size, crop_pct):
     from timm.data.transforms_factory import create_transform

@@ -41,7 +41,8 @@ def clustered_vectors(seed, n, d=D, spread=0.7):
     return x.astype(np.float32)
 
 
-KEYS, QUERIES = clustered_vectors(1, 640), clustered_vectors(2, 9)
+KEYS = clustered_vectors(1, 640)
+QUERIES = clustered_vectors(2, 9)
 EXACT = QUERIES.astype(np.float64) @ KEYS.T.astype(np.float64)
 NEAREST = np.argsort(-EXACT, axis=1)
 
@@ -256,7 +257,8 @@ def test_a_file_that_is_not_an_index_is_refused(content, tmp_path):
 @pytest.mark.gpu
 @every_type
 def test_a_gpu_index_gives_the_answers_of_the_cpu(factory):
-    cpu, gpu = built(factory), VectorIndex(built(factory)._cpu, factory, "auto")
+    cpu = built(factory)
+    gpu = VectorIndex(built(factory)._cpu, factory, "auto")
     if factory in ("Flat", "IVF16,Flat"):  # FAISS supports only some types on GPUs
         assert gpu.device == "cuda"
     for k in (1, 10, 100):

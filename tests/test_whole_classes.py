@@ -6,10 +6,10 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from conftest import cache_of, examples
+from conftest import cache_of, tries
 from dense import Case, affinity, cache_logits, cases, shots_like_clip
 from dense import betas as some_betas
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.random import default_rng
 from numpy.testing import assert_allclose, assert_array_equal
@@ -24,7 +24,8 @@ from retrieval_tip.settings import Settings
 
 C, SHOTS, D = 40, 16, 64
 BETA, SCALE = 5.5, 100.0
-alphas, betas = st.sampled_from([0.0, 0.1, 1.0, 20.0]), st.just(0.0) | some_betas
+alphas = st.sampled_from([0.0, 0.1, 1.0, 20.0])
+betas = st.just(0.0) | some_betas
 
 
 @st.composite
@@ -33,11 +34,10 @@ def at_the_means(draw):
 
     Few distinct values make ties and reached bounds common. A class may have no keys.
     """
-    q, c = draw(st.integers(1, 4)), draw(st.integers(1, 6))
-    alpha, slack = (
-        draw(st.sampled_from([0.0, 0.5, 1.0, 4.0])),
-        draw(st.sampled_from([0.0, 0.125, 1.0, 10.0])),
-    )
+    q = draw(st.integers(1, 4))
+    c = draw(st.integers(1, 6))
+    alpha = draw(st.sampled_from([0.0, 0.5, 1.0, 4.0]))
+    slack = draw(st.sampled_from([0.0, 0.125, 1.0, 10.0]))
     beta = draw(st.sampled_from([0.0, 1.0, 5.5]))
     numbers = draw(st.lists(st.sampled_from([0.0, 1.0, 2.0, 16.0]), min_size=c, max_size=c))
 
@@ -54,12 +54,13 @@ def at_the_means(draw):
     return text, cache, cache * (1 + slack * used), alpha, slack
 
 
-@settings(max_examples=examples(400), deadline=None)
+@tries(400)
 @given(at_the_means(), st.integers(1, 7))
 def test_every_class_that_could_win_is_promising(given_, most):
     text, cache, true, alpha, slack = given_
     classes, met = promising(tip.Terms(text, cache), Settings(alpha=alpha), slack, most)
-    lower, exact = text + alpha * cache, text + alpha * true
+    lower = text + alpha * cache
+    exact = text + alpha * true
     assert classes.shape == met.shape == (len(text), min(most, text.shape[1]))
     ranked = lower.gather(1, classes)
     assert (ranked[:, 0] == lower.amax(1)).all()
@@ -94,10 +95,8 @@ def test_every_class_that_could_win_is_promising(given_, most):
     ],
 )
 def test_only_classes_that_could_win_are_promising(text, cache, alpha, slack, met):
-    terms, own = (
-        tip.Terms(torch.tensor([text]).float(), torch.tensor([cache]).float()),
-        Settings(alpha=alpha),
-    )
+    terms = tip.Terms(torch.tensor([text]).float(), torch.tensor([cache]).float())
+    own = Settings(alpha=alpha)
     classes, found = promising(terms, own, slack, len(text))
     assert sorted(classes[found].tolist()) == met or alpha > 1e38
     assert found[0, 0]
@@ -122,7 +121,8 @@ def of_case(case, text=True, **changes):
 
 def exact_parts(cache, features):
     """Return text and cache logits over all keys by definition."""
-    ids, c = cache.labels["class_id"].to_numpy(), len(cache.class_names)
+    ids = cache.labels["class_id"].to_numpy()
+    c = len(cache.class_names)
     values = None if cache.values is None else cache.values.numpy()
     text = cache.settings.logit_scale * affinity(features, cache.text_weights)
     return text, cache_logits(affinity(features, cache.keys), ids, c, cache.settings.beta, values)
@@ -158,7 +158,7 @@ block_sizes = st.tuples(
 )
 
 
-@settings(max_examples=examples(60), deadline=None)
+@tries(60)
 @given(
     cases(), alphas, st.floats(0, 30), st.integers(1, 90), st.booleans(), st.booleans(), block_sizes
 )
@@ -166,10 +166,8 @@ def test_each_class_counts_whole_or_at_its_mean(case, alpha, beta, k, text, valu
     """With one-hot values, or without values."""
     values = np.eye(case.c, dtype=np.float32)[case.y] if valued else None
     cache = of_case(case, text, alpha=alpha, beta=beta, values=values)
-    exact, lower = (
-        case.logits(beta),
-        case.logits(beta, met=np.zeros(case.A.shape, dtype=bool), tail=True),
-    )
+    exact = case.logits(beta)
+    lower = case.logits(beta, met=np.zeros(case.A.shape, dtype=bool), tail=True)
     queries, keys, gathered = sizes
     blocks = mock.patch.multiple(
         "retrieval_tip.retrieval.keys", QUERY_BLOCK=queries, KEY_BLOCK=keys, GATHERED=gathered
@@ -237,7 +235,7 @@ def test_no_class_is_searched_if_only_one_without_keys_can_win():
         assert {p.label for p in cache.classify(f, k=5)} == {"class 1"}
 
 
-@settings(max_examples=examples(30), deadline=None)
+@tries(30)
 @given(cases(), st.integers(1, 120))
 def test_nearest_keys_have_exact_affinities_in_order(case, k):
     """Up to 8 classes are all searched, so that no slot is empty."""
@@ -256,10 +254,8 @@ def test_classes_with_few_or_no_keys_near_a_query_leave_no_slot_empty():
     f = unit(rng.standard_normal((5, 6)) - 9 * np.eye(6)[0])
     assert (cache.nearest(torch.from_numpy(f), 4)[1] >= 0).all()
     assert all(len(p.neighbours) == 4 for p in cache.classify(f, k=30, neighbours=4))
-    near, far = (
-        rng.standard_normal((10, 8)) * 0.1 + np.eye(8)[0],
-        rng.standard_normal((200, 8)) + np.eye(8)[1],
-    )
+    near = rng.standard_normal((10, 8)) * 0.1 + np.eye(8)[0]
+    far = rng.standard_normal((200, 8)) + np.eye(8)[1]
     ids = np.r_[np.arange(10), np.repeat([10, 11], 100)]
     cache = model(unit(np.concatenate([near, far])), ids, 12)
     assert (cache.nearest(torch.from_numpy(np.eye(8, dtype=np.float32)[:1]), 20)[1] >= 0).all()
@@ -278,7 +274,8 @@ def check_same(one, other, queries, k=64):
 def test_some_of_the_keys_give_the_answers_of_a_new_build(index, material):
     """The tests of changes in ``test_living.py`` add and remove keys."""
     array, ids, text, queries = material
-    cache, rows = model(array, ids, C, text, index=index), np.r_[0:40, 60:400, 7, 7]
+    cache = model(array, ids, C, text, index=index)
+    rows = np.r_[0:40, 60:400, 7, 7]
     cache.logits(queries[:5], 64)  # computes the sums of keys
     cache = cache.take(rows)
     check_same(cache, model(array[rows], ids[rows], C, text, index=index), queries[:50])
