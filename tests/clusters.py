@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.random import default_rng
 
 C, D = 5, 16
 
@@ -13,8 +14,8 @@ def unit(x):
 
 def round_clusters(n, c, d, seed, spread=0.6):
     """Return unit rows around one centre per class, and their class ids, in turn."""
-    generator = np.random.default_rng(seed)
-    centres = np.random.default_rng(99).normal(size=(c, d))
+    generator = default_rng(seed)
+    centres = default_rng(99).normal(size=(c, d))
     ids = np.arange(n) % c
     rows = centres[ids] + spread * generator.normal(size=(n, d)) * np.sqrt(d) / 2
     return unit(rows).astype(np.float32), ids
@@ -22,8 +23,8 @@ def round_clusters(n, c, d, seed, spread=0.6):
 
 def clusters(shots, seed=0, spread=0.6, c=C, d=D):
     """Return unit features ``[c * shots, d]``, which vary most in a few uninformative directions, and class ids."""
-    draw = np.random.default_rng(seed)
-    means = np.random.default_rng(99).normal(size=(c, d))
+    draw = default_rng(seed)
+    means = default_rng(99).normal(size=(c, d))
     wide = np.ones(d)
     wide[: d // 4] = 4
     features = np.repeat(means, shots, 0) + spread * draw.normal(size=(c * shots, d)) * wide
@@ -32,7 +33,5 @@ def clusters(shots, seed=0, spread=0.6, c=C, d=D):
 
 def text_of(c=C, d=D, seed=99, noise=1.0):
     """Return text weights near the means of :func:`clusters`."""
-    means = np.random.default_rng(seed).normal(size=(c, d))
-    return unit(means + noise * np.random.default_rng(3).normal(size=means.shape)).astype(
-        np.float32
-    )
+    means = default_rng(seed).normal(size=(c, d))
+    return unit(means + noise * default_rng(3).normal(size=means.shape)).astype(np.float32)

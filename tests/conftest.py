@@ -35,7 +35,8 @@ from retrieval_tip.cli import main
 from retrieval_tip.cli.group import commands_of
 from retrieval_tip.settings import Settings
 
-MEMORY, ROOM = Path("/dev/shm"), 4 << 30
+MEMORY = Path("/dev/shm")
+ROOM = 4 << 30
 if (
     MEMORY.is_dir()
     and min(shutil.disk_usage(MEMORY).free, psutil.virtual_memory().available) > ROOM
@@ -79,6 +80,9 @@ NO_DATA = ROOT / "build" / "no-data"
 """A folder that does not exist, which stands for missing test data."""
 SHARED = _shared()
 REAL = (SHARED / "data" / "splits").is_dir()
+
+LIT_MINI = f"local-dir:{SHARED / 'models' / 'lit-mini'}"
+"""A small real dual encoder, as ``--model`` takes it."""
 
 SOAK = bool(os.environ.get("RETRIEVAL_TIP_SOAK"))
 """``make soak``: every kill, every damaged file, Ray, the browser. Otherwise, the same tests use a sample."""
@@ -149,6 +153,11 @@ def few(cases, number=4):
 def examples(number):
     """Return the number of examples of a property: ``number`` in a soak, else a sixth, but at least eight."""
     return number if SOAK or ATTACK else min(number, max(8, number // 6))
+
+
+def tries(number):
+    """Run a property with :func:`examples` of this number."""
+    return settings(max_examples=examples(number))
 
 
 settings.register_profile("sized", max_examples=examples(100), deadline=None)
@@ -346,12 +355,30 @@ def run():
     return command_line
 
 
-def command_line(*arguments, stdin=None):
-    """Run a command in this process. An exception that would print a traceback fails the test."""
-    result = CliRunner().invoke(main, [str(argument) for argument in arguments], input=stdin)
+def command_line(command, *arguments, stdin=None):
+    """Run a command in this process: its first words in one string, then one argument each.
+
+    An exception that would print a traceback fails the test.
+    """
+    words = [*str(command).split(), *map(str, arguments)]
+    result = CliRunner().invoke(main, words, input=stdin)
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result
+
+
+def ok(*arguments):
+    """Run a command that has to succeed."""
+    result = command_line(*arguments)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def failed(result, status, *words):
+    """Check that a command failed with this exit status, and that its error contains these words."""
+    assert result.exit_code == status, result.output
+    for word in words:
+        assert str(word) in result.stderr
 
 
 def json_rows(done, *statuses):

@@ -54,7 +54,9 @@ def scatter(K, y):
 
 def discriminant(f, K, y, c):
     """Return ``f M^T + b``, from the means of the classes. Classes without keys get the mean of the others."""
-    f, K, counts = f.astype(np.float64), K.astype(np.float64), np.bincount(y, minlength=c)
+    f = f.astype(np.float64)
+    K = K.astype(np.float64)
+    counts = np.bincount(y, minlength=c)
     some = counts > 0
     means = (np.eye(c)[y].T @ K)[some] / counts[some, None]
     squares = (means**2).sum(1)
@@ -75,7 +77,8 @@ class Case:
         self, seed, counts, q=7, d=12, *, half=False, off_sphere=False, shuffled=False, spread=0.7
     ):
         self.rng = rng = np.random.default_rng(seed)
-        self.c, self.y = len(counts), np.repeat(np.arange(len(counts)), counts)
+        self.c = len(counts)
+        self.y = np.repeat(np.arange(len(counts)), counts)
         if shuffled:
             self.y = rng.permutation(self.y)
         means = rng.standard_normal((self.c, d))
@@ -121,7 +124,8 @@ class Case:
 def cases(*, least_d=2, least_q=1, **options):
     """Draw small cases, in which some classes have no keys."""
     counts = st.lists(st.integers(0, 12), min_size=1, max_size=6).filter(any)
-    q, d = st.integers(least_q, 8), st.integers(least_d, 10)
+    q = st.integers(least_q, 8)
+    d = st.integers(least_d, 10)
     return st.builds(Case, st.integers(0, 2**32 - 1), counts, q, d, **options)
 
 
@@ -136,13 +140,11 @@ def food(shared, shots):
     y = np.array([names.index(label) for label in labels])
     chosen = np.concatenate([np.flatnonzero(y == i)[: shots - i % 3] for i in range(len(names))])
     case = Case(0, [1])
-    case.f, case.K, case.y, case.W, case.c = (
-        features("test")[0][::5],
-        K[chosen],
-        y[chosen],
-        W,
-        len(W),
-    )
+    case.f = features("test")[0][::5]
+    case.K = K[chosen]
+    case.y = y[chosen]
+    case.W = W
+    case.c = len(W)
     return case
 
 

@@ -13,7 +13,9 @@ class Node:
     """An element of a page, with its attributes and children."""
 
     def __init__(self, name="", attributes=()):
-        self.name, self.attributes, self.inside = name, dict(attributes), []
+        self.name = name
+        self.attributes = dict(attributes)
+        self.inside = []
 
     def all(self, name=None, **attributes):
         for part in self.inside:

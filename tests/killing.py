@@ -30,7 +30,9 @@ class FullDisk:
     """
 
     def __init__(self, monkeypatch):
-        self.stop, self.calls, self._real = 0, 0, os.fsync
+        self.stop = 0
+        self.calls = 0
+        self._real = os.fsync
         monkeypatch.setattr(os, "fsync", self._fsync)
 
     def _fsync(self, handle):
@@ -45,7 +47,9 @@ class Steps:
     """Counter of a job's steps by name, which kills or stops the process before step number ``at``, or fails there."""
 
     def __init__(self, at, how):
-        self.at, self.how, self.names = at, how, list[str]()
+        self.at = at
+        self.how = how
+        self.names = list[str]()
 
     def step(self, name):
         self.names.append(name)
@@ -194,7 +198,8 @@ def one_thread():
 
     from retrieval_tip.retrieval import vector_index
 
-    threads, found = torch.get_num_threads(), vector_index.faiss().omp_get_max_threads()
+    threads = torch.get_num_threads()
+    found = vector_index.faiss().omp_get_max_threads()
     torch.set_num_threads(1)
     vector_index.faiss().omp_set_num_threads(1)
     yield

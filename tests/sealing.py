@@ -55,7 +55,8 @@ def body_of(folder):
 
 def resealed(index, kind, data, **entry):
     """Replace a data file of the first segment, adapt name and manifest, and return the new file."""
-    body, digest = body_of(index), hashlib.sha256(data).hexdigest()
+    body = body_of(index)
+    digest = hashlib.sha256(data).hexdigest()
     file = body["files"][kind]
     (index / file["name"]).unlink()
     name = f"data/{kind}-{digest[:16]}{Path(file['name']).suffix}"

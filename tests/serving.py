@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import uvicorn
-from conftest import command_line
+from conftest import LIT_MINI, ok
 from fastapi.testclient import TestClient
 
 from retrieval_tip import Index
@@ -48,9 +48,8 @@ def build(shared, out, items, *options):
     table = out.with_suffix(".csv")
     with table.open("w", newline="") as file:
         csv.writer(file).writerows([("path", "label"), *items])
-    model = f"local-dir:{shared / 'models' / 'lit-mini'}"
-    result = command_line("index", "build", table, "--out", out, "--model", model, *options)
-    assert result.exit_code == 0, result.output
+    model = LIT_MINI
+    ok("index build", table, "--out", out, "--model", model, *options)
     return out
 
 

@@ -55,7 +55,8 @@ def create(place):
     work = place.with_name("docs")  # shared with the examples of the docs
     work.mkdir(parents=True, exist_ok=True)
     try:
-        stamps, encoder = demo.stamps(work), demo.weights(work)
+        stamps = demo.stamps(work)
+        encoder = demo.weights(work)
     except (demo.CannotBeHadError, OSError):
         return None
     with tempfile.TemporaryDirectory(dir=place.parent) as folder:
@@ -86,7 +87,8 @@ def write_photos(stamps, out):
             ImageOps.contain(picture, (300, 300)).save(
                 out / "101_ObjectCategories" / path, quality=90
             )
-            test, val = max(4, len(files) // 4), max(1, len(files) // 8)
+            test = max(4, len(files) // 4)
+            val = max(1, len(files) // 8)
             part = "test" if number < test else "val" if number < test + val else "train"
             parts[part].append((path, label, name))
     (out / "split_zhou_Caltech101.json").write_text(json.dumps(parts))
@@ -100,7 +102,8 @@ def write_features(out):
 
     out.mkdir(parents=True)
     rng = np.random.default_rng(1)
-    common, own = rng.normal(size=D), rng.normal(size=(len(DISHES), D))
+    common = rng.normal(size=D)
+    own = rng.normal(size=(len(DISHES), D))
     for part, each, spread in (("train", 200, 0.8), ("test", 50, 0.8), ("text", 1, 0.1)):
         ids = np.repeat(np.arange(len(DISHES)), each)
         rows = (

@@ -63,7 +63,7 @@ def copied(tmp_path, kind, place, name="own"):
 
 def labels_of(place):
     """Return the rows of the label store by key id, without times and versions."""
-    return rows_of(stores.at(place).load(device="cpu").labels)
+    return rows_of(stores.at(place).load().labels)
 
 
 def rows_of(table):

@@ -7,6 +7,7 @@ import zlib
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.random import default_rng
 from PIL import Image
 
 TINY = {
@@ -47,7 +48,7 @@ def write_parts(folder, *tables):
 
 def unit_rows(n, d, seed=0):
     """Return random features of norm 1."""
-    rows = np.random.default_rng(seed).normal(size=(n, d)).astype(np.float32)
+    rows = default_rng(seed).normal(size=(n, d)).astype(np.float32)
     return unit(rows)
 
 
@@ -80,9 +81,7 @@ def tiny(folder, seed=0, **config):
 
 def picture(size=(50, 40)):
     """Return an image of random pixels."""
-    return Image.fromarray(
-        np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
-    )
+    return Image.fromarray(default_rng(0).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8))
 
 
 def some_pixels(model, number=2):

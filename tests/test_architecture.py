@@ -41,7 +41,8 @@ def test_a_broken_docstring_reference_is_reported(tmp_path):
 
 
 def test_the_method_only_imports_torch():
-    modules, packages = ["__init__", "tip"], set()
+    modules = ["__init__", "tip"]
+    packages = set()
     for module in modules:  # which grows
         for node in ast.parse((ROOT / "retrieval_tip" / f"{module}.py").read_text()).body:
             names = [name.name for name in node.names] if isinstance(node, ast.Import) else []
@@ -81,7 +82,8 @@ def test_nobody_assigns_to_an_index_from_outside():
 
     code = "a.x, (self.b.y, c[0].z) = a.x\na.x += 1\nself.x = a.x\nsetattr(a, 'x', 1)\ndel a.x"
     assert sorted(found[0] for found in assigned(code)) == [1, 1, 1, 2, 4, 5]
-    fields_of_index, package = {field.name for field in fields(Index)}, ROOT / "retrieval_tip"
+    fields_of_index = {field.name for field in fields(Index)}
+    package = ROOT / "retrieval_tip"
     places = [
         f"{name}:{line}: {owner}.{attribute}"
         for name in sorted(

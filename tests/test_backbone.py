@@ -19,6 +19,7 @@ import open_clip
 import pytest
 import torch
 from conftest import with_code
+from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
 from safetensors.torch import save_file
 from tables import TINY, picture, some_pixels, tiny
@@ -47,10 +48,8 @@ def test_features_match_plain_open_clip(lit_mini, shared):
         image = model.encode_image(preprocess(Image.open(path).convert("RGB"))[None]).numpy()
         text = model.encode_text(tokens).numpy()
     ours = lit_mini.encode_images(lit_mini.preprocess(images.decode(read_item(path)))[None])
-    np.testing.assert_allclose(ours, image, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(
-        lit_mini.encode_texts(["a photo of a panda."]), text, rtol=1e-4, atol=1e-5
-    )
+    assert_allclose(ours, image, rtol=1e-4, atol=1e-5)
+    assert_allclose(lit_mini.encode_texts(["a photo of a panda."]), text, rtol=1e-4, atol=1e-5)
     assert lit_mini.dim == 1280
     assert lit_mini.logit_scale == pytest.approx(100, rel=1e-3)
 
@@ -164,7 +163,8 @@ def test_damaged_model_folders_are_named(tmp_path):
 
 @pytest.mark.parametrize("data", [b"garbage", pickle.dumps(Path("x"), 2)], ids=["garbage", "code"])
 def test_damaged_weights_and_code_are_refused_without_advice_to_run_them(data, tmp_path):
-    folder, file = tiny(tmp_path / "model"), tmp_path / "weights.bin"
+    folder = tiny(tmp_path / "model")
+    file = tmp_path / "weights.bin"
     (folder / "open_clip_model.safetensors").unlink()
     for place, model in (
         (folder / "open_clip_pytorch_model.bin", f"local-dir:{folder}"),
@@ -226,7 +226,8 @@ def test_the_first_build_prints_no_messages_from_transformers(shared, tmp_path):
 
 def test_loading_a_model_quietly_keeps_messages_of_other_threads(caplog):
     """Warnings about unreadable images appear even while another thread loads the model."""
-    inside, said = threading.Event(), threading.Event()
+    inside = threading.Event()
+    said = threading.Event()
 
     def opening():
         with catalogue.quiet():
@@ -259,7 +260,8 @@ def test_autocast_features_are_close_to_float32(tmp_path):
     half = load_backbone(f"local-dir:{folder}", device="cpu", precision="bfloat16")
     assert (exact.precision, half.precision) == ("float32", "bfloat16")
     pixels = exact.preprocess(picture())[None]
-    a, b = unit(exact.encode_images(pixels)), unit(half.encode_images(pixels))
+    a = unit(exact.encode_images(pixels))
+    b = unit(half.encode_images(pixels))
     assert b.dtype == np.float32
     assert 0.98 < float((a * b).sum()) < 1 - 1e-9
 
@@ -268,7 +270,9 @@ def test_views_are_cropped_and_flipped_as_in_the_paper(tmp_path):
     """Crops have area 0.5 to 1 and aspect 3/4 to 4/3. Half are flipped. The same seed gives the same view."""
     model = load_backbone(f"local-dir:{tiny(tmp_path / 'model')}", device="cpu")
     image = picture((120, 80))
-    one, again, other = model.view(image, "a"), model.view(image, "a"), model.view(image, "b")
+    one = model.view(image, "a")
+    again = model.view(image, "a")
+    other = model.view(image, "b")
     assert one.shape == (3, 32, 32)
     assert torch.equal(one, again)
     assert not torch.equal(one, other)
@@ -293,9 +297,7 @@ def test_views_are_cropped_and_flipped_as_in_the_paper(tmp_path):
 
 
 def test_unit_names_the_row_that_cannot_be_normalised():
-    np.testing.assert_allclose(
-        unit(np.array([[3.0, 4.0]], dtype=np.float32)), [[0.6, 0.8]], rtol=1e-6
-    )
+    assert_allclose(unit(np.array([[3.0, 4.0]], dtype=np.float32)), [[0.6, 0.8]], rtol=1e-6)
     for bad in (0.0, np.nan, np.inf):
         with pytest.raises(InputError, match="feature 1"):
             unit(np.array([[1.0, 0.0], [bad, 0.0]], dtype=np.float32))
@@ -330,7 +332,7 @@ def test_an_image_encoder_gives_the_same_features_as_plain_timm(image_weights, t
     torch.testing.assert_close(ours.preprocess(picture()), view)
     with torch.inference_mode():
         plain = model.forward_head(model.forward_features(view[None]), pre_logits=True).numpy()
-    np.testing.assert_allclose(ours.encode_images(view[None]), plain, rtol=1e-4, atol=1e-5)
+    assert_allclose(ours.encode_images(view[None]), plain, rtol=1e-4, atol=1e-5)
     assert (ours.dim, ours.has_text) == (1280, False)
     own = tmp_path / "own.safetensors"
     save_file(
@@ -367,15 +369,16 @@ def test_a_model_in_memory_gives_the_same_backbone_and_is_pickled_with_its_weigh
     model, _, preprocess = open_clip.create_model_and_transforms(name)
     given = wrapped(model, preprocess, open_clip.get_tokenizer(name))
     named = load_backbone(name, device="cpu")
-    pixels, text = named.preprocess(picture())[None], named.encode_texts(["a cat"])
+    pixels = named.preprocess(picture())[None]
+    text = named.encode_texts(["a cat"])
     expected = named.encode_images(pixels)
     assert (given.identity.model, given.identity.weights) == ("loaded", named.identity.weights)
     assert not any(parameter.requires_grad for parameter in model.parameters())
     shutil.rmtree(tmp_path / "model")
     for there in (given, carried(given), copy.deepcopy(given)):
         torch.testing.assert_close(there.preprocess(picture())[None], pixels)
-        np.testing.assert_allclose(there.encode_images(pixels), expected, rtol=1e-4, atol=1e-5)
-        np.testing.assert_array_equal(there.encode_texts(["a cat"]), text)
+        assert_allclose(there.encode_images(pixels), expected, rtol=1e-4, atol=1e-5)
+        assert_array_equal(there.encode_texts(["a cat"]), text)
         assert (there.dim, there.logit_scale, there.identity) == (
             named.dim,
             named.logit_scale,
@@ -395,22 +398,23 @@ def test_a_pickled_backbone_opens_its_model_again_on_first_use(
     data = pickle.dumps(model)
     assert len(data) < 10_000
     monkeypatch.chdir(tiny_folder.parent)
-    there, pixels = pickle.loads(data), some_pixels(model, 1)
+    there = pickle.loads(data)
+    pixels = some_pixels(model, 1)
     assert (there._opened, there.identity, there.dim, there.has_text) == (
         None,
         model.identity,
         1280,
         False,
     )
-    np.testing.assert_array_equal(there.encode_images(pixels), model.encode_images(pixels))
+    assert_array_equal(there.encode_images(pixels), model.encode_images(pixels))
     assert pickle.loads(data)._opened is there._opened  # tasks of joblib share one model
     dual = load_backbone(f"local-dir:{tiny_folder.name}", device="cpu")
     data = pickle.dumps(dual)
     monkeypatch.chdir(tmp_path)
     there = pickle.loads(pickle.dumps(pickle.loads(data)))
     assert (there.logit_scale, there._opened) == (dual.logit_scale, None)
-    np.testing.assert_array_equal(there.encode_texts(["a cat"]), dual.encode_texts(["a cat"]))
-    np.testing.assert_array_equal(
+    assert_array_equal(there.encode_texts(["a cat"]), dual.encode_texts(["a cat"]))
+    assert_array_equal(
         there.encode_images(some_pixels(dual, 1)), dual.encode_images(some_pixels(dual, 1))
     )
 
@@ -436,7 +440,8 @@ def test_a_backbone_pickled_on_a_gpu_runs_on_the_cpu_of_another_machine(tiny_fol
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     model = load_backbone(f"local-dir:{tiny_folder}", device="cpu")
     expected = model.encode_texts(["a cat"])
-    model._device, model.precision = torch.device("cuda"), "float16"
+    model._device = torch.device("cuda")
+    model.precision = "float16"
     there = carried(model)
     assert (there._device.type, there.precision) == ("cpu", "float32")
-    np.testing.assert_array_equal(there.encode_texts(["a cat"]), expected)
+    assert_array_equal(there.encode_texts(["a cat"]), expected)

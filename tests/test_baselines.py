@@ -7,6 +7,7 @@ import pytest
 import torch
 from clusters import round_clusters as clusters
 from conftest import ROOT
+from numpy.testing import assert_allclose
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import LogisticRegression
 from tables import unit_rows
@@ -24,7 +25,7 @@ SETTINGS = Settings(logit_scale=10.0)
 
 def cache_of(n, text=None, names=NAMES):
     keys, ids = clusters(n, C, D, 1, spread=1.2)
-    return Index.from_features(keys, ids, names, text, settings=SETTINGS, device="cpu")
+    return Index.from_features(keys, ids, names, text, settings=SETTINGS)
 
 
 QUERIES, _ = clusters(200, C, D, 2, spread=1.2)
@@ -36,7 +37,7 @@ def test_class_means_are_unit_means_of_the_shots():
         [np.asarray(cache.keys)[cache.class_ids.numpy() == c].mean(0) for c in range(C)]
     )
     cosines = QUERIES @ (means / np.linalg.norm(means, axis=1, keepdims=True)).T
-    np.testing.assert_allclose(
+    assert_allclose(
         baselines.class_means(cache).logits(QUERIES), 100 * cosines, rtol=1e-5, atol=1e-4
     )
 
@@ -70,12 +71,13 @@ def test_the_discriminant_without_text_matches_scikit_learn_up_to_a_temperature(
     scales = (ours[:, :1] - ours[:, 1:]) / (
         log[:, :1] - log[:, 1:]
     )  # one common factor is a temperature
-    np.testing.assert_allclose(scales, np.median(scales), rtol=0.02)
+    assert_allclose(scales, np.median(scales), rtol=0.02)
 
 
 def test_the_discriminant_with_text_is_a_weighted_sum_of_both():
     text = unit_rows(C, D, 5)
-    bare, both = baselines.discriminant(cache_of(40)), baselines.discriminant(cache_of(40, text))
+    bare = baselines.discriminant(cache_of(40))
+    both = baselines.discriminant(cache_of(40, text))
     parts = torch.stack([bare.weights.flatten(), torch.from_numpy(text).flatten()], 1).double()
     solved = torch.linalg.lstsq(parts, both.weights.flatten().double()[:, None])
     assert (
@@ -89,7 +91,8 @@ def test_the_discriminant_with_text_is_a_weighted_sum_of_both():
     "rival", [baselines.class_means, baselines.linear_probe, baselines.discriminant]
 )
 def test_baselines_handle_single_shots_and_classes_without_shots(rival):
-    names, text = [*NAMES, "none"], unit_rows(C + 1, D, 5)
+    names = [*NAMES, "none"]
+    text = unit_rows(C + 1, D, 5)
     for n, weights in ((C, None), (4 * C, None), (4 * C, text)):
         logits = rival(cache_of(n, weights, names)).logits(QUERIES)
         assert logits.shape == (len(QUERIES), C + 1)

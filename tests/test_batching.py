@@ -6,8 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
-from conftest import examples
-from hypothesis import given, settings
+from conftest import tries
+from hypothesis import given
 from hypothesis import strategies as st
 
 from retrieval_tip.errors import InputError
@@ -29,7 +29,8 @@ def batches(run, most):
 
 
 async def test_waiting_requests_become_one_batch_unless_they_are_cancelled():
-    go, seen = threading.Event(), []
+    go = threading.Event()
+    seen = []
 
     def run(key, items):
         assert go.wait(30)
@@ -57,7 +58,7 @@ async def test_waiting_requests_become_one_batch_unless_they_are_cancelled():
     most=st.integers(1, 8),
     bad=st.none() | st.integers(0, 9),
 )
-@settings(max_examples=examples(50), deadline=None)
+@tries(50)
 def test_each_request_gets_its_own_answer_or_its_own_error(calls, most, bad):
     done = []
 
@@ -87,7 +88,9 @@ class Work:
     """Work that takes turns, records the order in which they begin, and ends when it is told to."""
 
     def __init__(self, room):
-        self.turns, self.begun, self.tasks = Turns("test", room), "", {}
+        self.turns = Turns("test", room)
+        self.begun = ""
+        self.tasks = {}
         self.gates = {name: asyncio.Event() for name in "abcdefghz"}
 
     async def start(self, client, names, *costs):
@@ -145,7 +148,8 @@ class Maker:
     """A maker of values that waits until it is opened, and records what it made."""
 
     def __init__(self):
-        self.open, self.made = threading.Event(), []
+        self.open = threading.Event()
+        self.made = []
 
     def making(self, value):
         def make():

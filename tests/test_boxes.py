@@ -8,9 +8,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import json_rows
+from conftest import failed, json_rows
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.testing import assert_array_equal
 from PIL import Image
 from serving import caltech_photos
 
@@ -20,7 +21,8 @@ from retrieval_tip.data.sources import of_images
 from retrieval_tip.errors import InputError, UsageError
 
 NOISE = np.random.default_rng(0).integers(0, 256, (7, 11, 3), dtype=np.uint8)
-EDGE, LENGTH = st.floats(-0.01, 1.01), st.floats(0, 1.01)
+EDGE = st.floats(-0.01, 1.01)
+LENGTH = st.floats(0, 1.01)
 
 
 def found(bbox, conf=0.9, category="1"):
@@ -37,7 +39,7 @@ def test_a_crop_has_the_pixels_that_a_box_touches(left, top, width, height):
     rows = [y for y in range(7) if y + 1 > top * 7 and y < (top + height) * 7]
     columns = [x for x in range(11) if x + 1 > left * 11 and x < (left + width) * 11]
     if rows and columns and width * height > 0:
-        np.testing.assert_array_equal(part, NOISE[rows][:, columns])
+        assert_array_equal(part, NOISE[rows][:, columns])
     else:  # at least one pixel is left
         assert part.size
 
@@ -96,10 +98,11 @@ def test_each_box_is_classified_as_its_own_photo(run, things, trap):
         "--format",
         "json",
     )
-    assert done.exit_code == 3
-    assert "failed.png: the detector failed: Failure image access" in done.stderr
-    assert "unknown.png: no entry" in done.stderr
-    rows, photos = json_rows(done), trap / "photos"
+    failed(
+        done, 3, "failed.png: the detector failed: Failure image access", "unknown.png: no entry"
+    )
+    rows = json_rows(done)
+    photos = trap / "photos"
     names = [f"{photos}/site/{photo}.png#{box}" for photo in range(2) for box in (1, 2)]
     assert [row["input"] for row in rows] == [*names, f"{photos}/empty.png", f"{photos}/faint.png"]
     assert [row["detected"] for row in rows] == ["animal", "person"] * 2 + ["empty"] * 2
@@ -107,9 +110,7 @@ def test_each_box_is_classified_as_its_own_photo(run, things, trap):
         (None, None, None)
     ] * 2
     alone = json_rows(run("classify", things, trap / "halves", "--logits", "--format", "json"))
-    np.testing.assert_array_equal(
-        [row["logits"] for row in rows[:4]], [row["logits"] for row in alone]
-    )
+    assert_array_equal([row["logits"] for row in rows[:4]], [row["logits"] for row in alone])
 
 
 def test_boxes_belong_to_the_burst_of_their_photo(run, things, trap):
@@ -155,7 +156,9 @@ def test_photos_are_matched_by_the_end_of_their_path(tmp_path):
 
 
 def test_boxes_without_an_area_are_left_out(tmp_path):
-    flat, thin, whole = ([0.5, 0.5, 0, 0.2], [0.5, 0.5, 0.2, -0.001], [0, 0, 1, 1])
+    flat = [0.5, 0.5, 0, 0.2]
+    thin = [0.5, 0.5, 0.2, -0.001]
+    whole = [0, 0, 1, 1]
     photos = {"0.jpg": [flat, thin], "1.jpg": [flat, whole]}
     entries = [
         {"file": name, "detections": list(map(found, edges))} for name, edges in photos.items()

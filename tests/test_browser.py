@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from browser import PATIENCE, Opened, chromium
-from conftest import ROOT
+from conftest import ROOT, ok
 from PIL import Image
 from playwright.sync_api import expect
 from sealing import manifest_of
@@ -54,27 +54,24 @@ class Files(http.server.SimpleHTTPRequestHandler):
 
 
 @pytest.fixture
-def fitted(own, run):
+def fitted(own):
     """The index of ten classes, fitted, so that it knows which photos have no match."""
-    assert run("fit", own).exit_code == 0
+    ok("fit", own)
     return own
 
 
 @pytest.fixture
-def site(runtime, fitted, run, tmp_path):
+def site(runtime, fitted, tmp_path):
     """The address of the page with an index of ten classes."""
     folder = tmp_path / "site"
     shutil.copytree(ROOT / "docs/browser", folder)
     shutil.copytree(runtime, folder / "ort")
-    index = Index.load(fitted, device="cpu")
+    index = Index.load(fitted)
     Reader(load_backbone(index.backbone.model, device="cpu")).store_int8(
         of_images(index.labels["source"].to_pylist())
     )
     for name, precision in (("things", "float32"), ("int8", "int8")):
-        done = run(
-            "index", "export", fitted, "--onnx", folder / f"{name}.onnx", "--precision", precision
-        )
-        assert done.exit_code == 0, done.output
+        ok("index export", fitted, "--onnx", folder / f"{name}.onnx", "--precision", precision)
     server = http.server.ThreadingHTTPServer(
         ("127.0.0.1", 0), functools.partial(Files, directory=folder)
     )
@@ -95,7 +92,8 @@ LOGITS = """async ([graph, at]) => {
 
 def test_a_photo_is_classified_in_the_browser(site, fitted, shared, run, tmp_path):
     paths = [Path(path) for path, _ in caltech_photos(shared, "test", 10, 1)]
-    turned, clear = tmp_path / "turned.jpg", tmp_path / "clear.png"
+    turned = tmp_path / "turned.jpg"
+    clear = tmp_path / "clear.png"
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.open(paths[0]).convert("RGB").save(turned, exif=exif, quality=95)

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from numpy.testing import assert_allclose
 from tables import unit_rows, write_parts, write_table
 
 from retrieval_tip import verify
@@ -82,9 +83,11 @@ print(json.dumps([os.fsdecode(path) for path in opened if not isinstance(path, i
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
 def test_a_build_and_an_add_open_each_file_of_a_feature_table_once(tmp_path, table, kind):
-    given, files = table, [table]
+    given = table
+    files = [table]
     if kind == "folder":
-        given, whole = tmp_path / "x=1", pq.read_table(table)
+        given = tmp_path / "x=1"
+        whole = pq.read_table(table)
         files = write_parts(given, whole.slice(0, 12), whole.slice(12))
     for words in (("build", given, "--out", tmp_path / "i"), ("add", tmp_path / "i", given)):
         command = [sys.executable, "-c", OPENS, "-q", "index", *map(str, words)]
@@ -112,8 +115,8 @@ def test_text_tables_average_prompts_and_order_the_classes(tmp_path, table):
     names, weights = read_text_table(text)
     assert names == ("cat", "dog", "ant", "bee")
     mean = (rows[0] + rows[3]) / 2
-    np.testing.assert_allclose(weights[0], mean / np.linalg.norm(mean), rtol=1e-5)
-    np.testing.assert_allclose(weights[1:], rows[[1, 2, 4]], rtol=1e-5)
+    assert_allclose(weights[0], mean / np.linalg.norm(mean), rtol=1e-5)
+    assert_allclose(weights[1:], rows[[1, 2, 4]], rtol=1e-5)
     cache = build(table, tmp_path / "i", text=text)  # dog has no key, which is allowed
     assert cache.class_names == ["cat", "dog", "ant", "bee"]
     assert cache.logits(unit_rows(2, 8)).shape == (2, 4)
@@ -145,17 +148,17 @@ def test_views_of_photos_are_averaged_then_normalised(shared, lit_mini, tmp_path
     pixels = [lit_mini.view(images.decode(data), f"{digest}/crop/5/{v}") for v in range(3)]
     mean = lit_mini.encode_images(torch.stack(pixels)).mean(axis=0)
     row = cache.labels["digest"].to_pylist().index(digest)
-    np.testing.assert_allclose(cache.keys[row], mean / np.linalg.norm(mean), atol=1e-5)
+    assert_allclose(cache.keys[row], mean / np.linalg.norm(mean), atol=1e-5)
     assert cache.labels["views"].to_pylist() == [3, 3, 3]
 
 
 def test_suspicious_sources_get_a_warning(tmp_path, caplog):
     rows = np.eye(6, dtype=np.float32)
     one = write_table(tmp_path / "one.parquet", rows[:2], ["cat", "cat"])
-    build_index(open_source(one), tmp_path / "1", Reader(), fit="none", device="cpu")
+    build_index(open_source(one), tmp_path / "1", Reader(), fit="none")
     assert "only one class, cat" in caplog.text
     bare = write_table(tmp_path / "bare.parquet", rows[:3], ["cat", "cat", "dog"])
-    build_index(open_source(bare), tmp_path / "2", Reader(), fit="none", device="cpu")
+    build_index(open_source(bare), tmp_path / "2", Reader(), fit="none")
     assert "only one photo of dog" in caplog.text
     views = write_table(
         tmp_path / "views.parquet",
@@ -163,12 +166,12 @@ def test_suspicious_sources_get_a_warning(tmp_path, caplog):
         ["cat"] * 3 + ["dog"] * 3,
         ids=["a", "a", "a", "b", "b", "c"],
     )
-    build_index(open_source(views), tmp_path / "4", Reader(), device="cpu")
+    build_index(open_source(views), tmp_path / "4", Reader())
     assert "6 rows have 3 ids (a, b); rows with the same id count as one photo" in caplog.text
     assert caplog.text.count("only one photo of cat") == 1
     words = write_table(tmp_path / "words.parquet", rows[:2], ["cat", "dog"])
     shots = write_table(tmp_path / "shots.parquet", rows, ["cat", "dog"] * 3)
-    build_index(open_source(words), tmp_path / "3", Reader(), text=shots, fit="none", device="cpu")
+    build_index(open_source(words), tmp_path / "3", Reader(), text=shots, fit="none")
     assert "--text has 6 rows" in caplog.text
 
 
@@ -176,9 +179,7 @@ def test_labels_take_the_spelling_of_the_text_table(tmp_path):
     rows = np.eye(4, dtype=np.float32)
     words = write_table(tmp_path / "words.parquet", rows[:2], ["grand_piano", "Cat"])
     shots = write_table(tmp_path / "shots.parquet", rows, ["Grand Piano", "cat"] * 2)
-    cache = build_index(
-        open_source(shots), tmp_path / "i", Reader(), text=words, fit="none", device="cpu"
-    )
+    cache = build_index(open_source(shots), tmp_path / "i", Reader(), text=words, fit="none")
     assert cache.class_names == ["grand_piano", "Cat"]
     assert cache.counts == [2, 2]
 
@@ -221,7 +222,7 @@ def test_text_weights_are_normalised_for_rows_of_any_norm(table, tmp_path, norms
         )
         for path in texts
     ]
-    np.testing.assert_allclose(
+    assert_allclose(
         made[0].logits(unit_rows(4, D, 3)), made[1].logits(unit_rows(4, D, 3)), rtol=1e-5
     )
 

@@ -12,10 +12,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from conftest import cache_of, examples, needs_real, parts_of
+from conftest import cache_of, needs_real, parts_of, tries
 from dense import affinity, cache_logits, nearest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from numpy.random import default_rng
+from numpy.testing import assert_allclose, assert_array_equal
 from sealing import manifest_of, npy, refused, resealed, snapshot
 from tables import read_features, unit
 
@@ -35,7 +37,7 @@ EXACT_TYPES = ["Flat", "IVF16,Flat", "HNSW32"]
 COMPRESSED = ["SQfp16", "SQ8", "IVF16,SQfp16", "PQ8", "PCA16,Flat"]
 
 
-_rng = np.random.default_rng(0)
+_rng = default_rng(0)
 _means = unit(_rng.standard_normal((C, D)))
 Y = _rng.permutation(np.repeat(np.arange(C), [1, 60, 3, 20, 40, 16, 16, 0, 80, 5, 25, 54]))
 N = len(Y)
@@ -58,11 +60,11 @@ def model(**changes):
     return cache_of(**arguments)
 
 
-VALUES = np.random.default_rng(3).standard_normal((N, C)).astype(np.float32)
+VALUES = default_rng(3).standard_normal((N, C)).astype(np.float32)
 KINDS = {
     "float32": KEYS,
     "float16": KEYS.astype(np.float16),
-    "fine-tuned": KEYS * np.random.default_rng(1).uniform(0.5, 1.5, (N, 1)).astype(np.float32),
+    "fine-tuned": KEYS * default_rng(1).uniform(0.5, 1.5, (N, 1)).astype(np.float32),
 }
 
 
@@ -77,7 +79,7 @@ def built(tmp_path_factory):
             return made
         place = at(f"{store}{tmp_path_factory.mktemp('built') / 'index'}")
         place.copy_from(made, "test")
-        return place.load(device="cpu")
+        return place.load()
 
     return make
 
@@ -87,8 +89,10 @@ def dense(model_, k=None, tail=True):
 
     An approximate search decides which keys count.
     """
-    whole, own = model_.in_memory(), model_.settings
-    A, y = affinity(QUERIES, whole.keys), whole.class_ids.numpy()
+    whole = model_.in_memory()
+    own = model_.settings
+    A = affinity(QUERIES, whole.keys)
+    y = whole.class_ids.numpy()
     if model_.index_type.startswith("Classes") or k is None or k >= model_.n:
         met = nearest(A, None)
     elif model_.index_type == "Flat":
@@ -103,54 +107,50 @@ def dense(model_, k=None, tail=True):
 
 def check_logits(model_, k=None, tail=True):
     text, alone, *_ = dense(model_, k, tail)
-    terms, scale = model_.terms(QUERIES, k, tail), abs(alone).max()
-    np.testing.assert_allclose(terms.text, text, atol=1e-4)
-    np.testing.assert_allclose(terms.cache, alone, rtol=5e-4, atol=1e-4 * scale)
-    logits, alpha = model_.logits(QUERIES, k, tail), model_.settings.alpha
+    terms = model_.terms(QUERIES, k, tail)
+    scale = abs(alone).max()
+    assert_allclose(terms.text, text, atol=1e-4)
+    assert_allclose(terms.cache, alone, rtol=5e-4, atol=1e-4 * scale)
+    logits = model_.logits(QUERIES, k, tail)
+    alpha = model_.settings.alpha
     assert logits.dtype == torch.float32
-    np.testing.assert_allclose(
-        logits, text + alpha * alone, rtol=5e-4, atol=2e-4 * (1 + alpha * scale)
-    )
+    assert_allclose(logits, text + alpha * alone, rtol=5e-4, atol=2e-4 * (1 + alpha * scale))
 
 
 def check_evidence(model_, k=None, tail=True, shown=7):
     """Check that answers follow from the logits, and that the shots with the largest contributions are named."""
     *_, A, V, met = dense(model_, k, tail)
-    logits, labels = model_.logits(QUERIES, k, tail).numpy(), model_.in_memory().labels.to_pylist()
-    row_of, beta = {row["key_id"]: i for i, row in enumerate(labels)}, model_.settings.beta
+    logits = model_.logits(QUERIES, k, tail).numpy()
+    labels = model_.in_memory().labels.to_pylist()
+    row_of = {row["key_id"]: i for i, row in enumerate(labels)}
+    beta = model_.settings.beta
     for q, answer in enumerate(
         model_.classify(QUERIES, top=3, k=k or "all", tail=tail, neighbours=shown)[:4]
     ):
         best = [NAMES.index(label) for label in answer.labels]
         own = answer.logits  # in another batch, the last digits may differ
-        np.testing.assert_allclose(own, logits[q], rtol=1e-4, atol=1e-5 * abs(logits).max())
-        np.testing.assert_array_equal(own[best], -np.sort(-own)[:3])
+        assert_allclose(own, logits[q], rtol=1e-4, atol=1e-5 * abs(logits).max())
+        assert_array_equal(own[best], -np.sort(-own)[:3])
         chances = np.exp(own.astype(np.float64) - own.max())
-        np.testing.assert_allclose(answer.probabilities, (chances / chances.sum())[best], atol=1e-6)
+        assert_allclose(answer.probabilities, (chances / chances.sum())[best], atol=1e-6)
         assert (answer.label, answer.probability) == (answer.labels[0], answer.probabilities[0])
         total = answer.text_logit + answer.cache_logit
         assert total == pytest.approx(own[best[0]], rel=1e-5, abs=1e-4)
         weights = np.exp(-beta * (1 - A[q]))
-        given, tolerance = (
-            weights[:, None] * V[:, best],
-            {"rtol": 1e-3, "atol": 1e-6 * weights[met[q]].max()},
-        )
+        given = weights[:, None] * V[:, best]
+        tolerance = {"rtol": 1e-3, "atol": 1e-6 * weights[met[q]].max()}
         rows = [row_of[one.key_id] for one in answer.neighbours]
         assert len(set(rows)) == len(rows) == min(shown, met[q].sum())
-        np.testing.assert_allclose(given[rows, 0], -np.sort(-given[met[q], 0])[:shown], **tolerance)
+        assert_allclose(given[rows, 0], -np.sort(-given[met[q], 0])[:shown], **tolerance)
         for one, row in zip(answer.neighbours, rows, strict=True):
             assert met[q, row]
             assert (one.source, one.label) == (labels[row]["source"], labels[row]["label"])
             assert one.affinity == pytest.approx(A[q, row], abs=1e-5)
-            np.testing.assert_allclose(
-                [one.weight, *one.gives], [weights[row], *given[row]], **tolerance
-            )
-        lowest, against = (
-            given[met[q], 0].min(),
-            answer.opposing.gives if answer.opposing else [0, 0],
-        )
+            assert_allclose([one.weight, *one.gives], [weights[row], *given[row]], **tolerance)
+        lowest = given[met[q], 0].min()
+        against = answer.opposing.gives if answer.opposing else [0, 0]
         expected = lowest if lowest < 0 else max(0, given[met[q], 1].max())
-        np.testing.assert_allclose(against[0 if lowest < 0 else 1], expected, **tolerance)
+        assert_allclose(against[0 if lowest < 0 else 1], expected, **tolerance)
 
 
 STORED = [("Flat", ""), ("Flat", "lance://")]
@@ -160,7 +160,7 @@ STORED = [("Flat", ""), ("Flat", "lance://")]
 @pytest.mark.parametrize(
     ("index", "store"), [*((index, None) for index in EXACT_TYPES + COMPRESSED), *STORED]
 )
-@settings(max_examples=examples(60), deadline=None)
+@tries(60)
 @given(
     st.sampled_from(sorted(KINDS)),
     st.booleans(),
@@ -211,7 +211,7 @@ def test_real_features_give_the_published_accuracy(shared):
         read_features(food / f"{part}.parquet") for part in ("train", "test", "text")
     )
     own = Settings(alpha=1.17, beta=5.5)
-    cache = Index.from_features(K, labels.tolist(), names.tolist(), W, settings=own, device="cpu")
+    cache = Index.from_features(K, labels.tolist(), names.tolist(), W, settings=own)
     assert (names[cache.logits(f).argmax(1).numpy()] == truth).mean() > 0.97
     assert round((names[cache.terms(f).text.argmax(1).numpy()] == truth).mean(), 3) == 0.973
 
@@ -238,7 +238,7 @@ FEATURES = {
 }
 
 
-@pytest.mark.parametrize(("labels", "features"), zip(LABELS, FEATURES, strict=True))
+@pytest.mark.parametrize(("labels", "features"), [*zip(LABELS, FEATURES, strict=True)])
 @pytest.mark.filterwarnings("error")
 def test_labels_may_be_names_or_ids_and_features_tensors_or_arrays(labels, features):
     make = FEATURES[features]
@@ -253,7 +253,9 @@ def test_labels_may_be_names_or_ids_and_features_tensors_or_arrays(labels, featu
 
 @pytest.mark.parametrize("make", [np.array, torch.tensor])
 def test_changing_the_arrays_later_has_no_effect(make):
-    keys, text, queries = make(KEYS), make(TEXT), make(QUERIES)
+    keys = make(KEYS)
+    text = make(TEXT)
+    queries = make(QUERIES)
     cache = model(keys=keys, text_weights=text)
     before = cache.logits(queries)
     keys *= 2
@@ -271,12 +273,13 @@ def test_without_text_the_cache_alone_decides():
 
 
 def test_the_number_of_neighbours_and_labels_is_limited():
-    cache, some = model(), QUERIES[:2]
+    cache = model()
+    some = QUERIES[:2]
     asked = ({}, 5), ({"k": 3}, 3), ({"neighbours": 10 * N}, N), ({"neighbours": 0}, 0)
     for options, number in asked:
         assert [len(one.neighbours) for one in cache.classify(some, **options)] == [number] * 2
     assert sorted(cache.classify(some, top=99)[0].labels) == sorted(NAMES)
-    only = Index.from_features(KEYS[:9], ["only"] * 9, ["only"], device="cpu").classify(some)[0]
+    only = Index.from_features(KEYS[:9], ["only"] * 9, ["only"]).classify(some)[0]
     assert (len(only.neighbours), only.opposing) == (5, None)
 
 
@@ -483,15 +486,15 @@ def test_added_keys_get_ids_and_one_hot_values_and_removed_keys_leave(index):
     assert sorted(cache.labels["key_id"].to_pylist()) == list(range(N))
     assert cache.keys.dtype == np.float16
     mixed = np.concatenate([VALUES[:half], np.eye(C)[Y[half:]]])
-    np.testing.assert_array_equal(cache.values, mixed[cache.labels["key_id"]])
+    assert_array_equal(cache.values, mixed[cache.labels["key_id"]])
     for gone in ([], [0, 5, *range(half, N, 2)]):
         cache = cache.edited(Edits(remove=gone))
         assert cache.n == cache.index.n == N - len(gone)
         for k in (None, 16):
             check_logits(cache, k)
     kept = cache.labels["key_id"].to_numpy()
-    np.testing.assert_array_equal(cache.keys, KEYS.astype(np.float16)[kept])
-    np.testing.assert_array_equal(cache.values, mixed[kept])
+    assert_array_equal(cache.keys, KEYS.astype(np.float16)[kept])
+    assert_array_equal(cache.values, mixed[kept])
 
 
 @pytest.mark.parametrize(
@@ -537,7 +540,8 @@ def test_added_keys_get_ids_and_one_hot_values_and_removed_keys_leave(index):
 )
 def test_a_refused_change_changes_nothing(edits, error, message):
     cache = model(keys=KEYS.astype(np.float16), index="IVF16,Flat", values=VALUES)
-    before, labels = cache.logits(QUERIES, 16), cache.labels
+    before = cache.logits(QUERIES, 16)
+    labels = cache.labels
     with pytest.raises(error, match=message):
         cache.edited(edits)
     assert (cache.n, cache.index.n) == (N, N)
@@ -548,7 +552,7 @@ def test_a_refused_change_changes_nothing(edits, error, message):
 def reopened(cache, place):
     cache.save(place)
     assert verify(place).n == cache.n
-    return Index.load(str(place), device="cpu")
+    return Index.load(str(place))
 
 
 CARRY = {
@@ -591,7 +595,7 @@ def test_a_pickle_from_a_gpu_is_loaded_on_the_cpu_of_another_machine(monkeypatch
     cache.device = "cuda:1"
     there = pickle.loads(pickle.dumps(cache))
     assert there.device == "cpu"
-    np.testing.assert_array_equal(there.logits(QUERIES), model().logits(QUERIES))
+    assert_array_equal(there.logits(QUERIES), model().logits(QUERIES))
 
 
 CURVE = pa.table({"epoch": [1, 2, 3], "loss": [0.9, 0.5, 0.4]})
@@ -611,10 +615,13 @@ def names(folder):
 def test_a_fine_tuned_index_is_loaded_as_it_was_saved_and_its_files_are_copied_to_later_versions(
     index, tmp_path
 ):
-    cache, loaded, first = model(values=VALUES), Index.load(index, device="cpu"), names(index)
+    cache = model(values=VALUES)
+    loaded = Index.load(index)
+    first = names(index)
     for k, tail in ((None, True), (9, True), (9, False)):
         assert torch.equal(loaded.logits(QUERIES, k, tail), cache.logits(QUERIES, k, tail))
-    manifest, described = Versions(index).manifest(), Versions(index).describe()
+    manifest = Versions(index).manifest()
+    described = Versions(index).describe()
     rows = {"keys": N, "labels": N, "text": C, "values": N, "curve": 3}
     assert {kind: file.rows for kind, file in manifest.files.items()} == rows
     assert Manifest.from_bytes(manifest.to_bytes(), "x") == manifest
@@ -678,10 +685,8 @@ def test_gpu_answers_match_the_cpu(index, values, tmp_path):
     model(index=index, values=values).save(tmp_path / "x")
     cpu, gpu = (Index.load(tmp_path / "x", device=device) for device in ("cpu", "cuda"))
     for k, tail in ((None, True), (16, True), (16, False)):
-        one, other = (
-            cpu.logits(QUERIES, k, tail),
-            gpu.logits(torch.from_numpy(QUERIES).cuda(), k, tail),
-        )
+        one = cpu.logits(QUERIES, k, tail)
+        other = gpu.logits(torch.from_numpy(QUERIES).cuda(), k, tail)
         assert other.device.type == "cuda"
         torch.testing.assert_close(
             other.cpu(), one, rtol=0, atol=2e-3 if k is None or index == "Flat" else 0.05

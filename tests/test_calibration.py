@@ -8,9 +8,10 @@ import math
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import examples, food_index
+from conftest import examples, failed, food_index, ok
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from numpy.random import default_rng
 from scipy.special import log_softmax
 from sealing import manifest_of
 from tables import read_features, unit_rows, write_table
@@ -49,7 +50,7 @@ def nll(logits, labels, temperature):
 
 def planted(n, c, temperature, seed, scale=1.0):
     """Return logits, and labels drawn from their softmax at a temperature."""
-    rng = np.random.default_rng(seed)
+    rng = default_rng(seed)
     logits = scale * rng.normal(size=(n, c))
     chances = softmax(logits / temperature).cumsum(axis=1)
     labels = (rng.random((n, 1)) > chances[:, :-1]).sum(axis=1)
@@ -60,7 +61,8 @@ def planted(n, c, temperature, seed, scale=1.0):
 @given(answers, st.sampled_from((1, 2, 7, BINS)))
 def test_the_error_and_the_bins_match_a_loop(items, bins):
     confidence, right = (list(column) for column in zip(*items, strict=True))
-    edges, expected = np.linspace(0, 1, bins + 1), []
+    edges = np.linspace(0, 1, bins + 1)
+    expected = []
     for m in range(bins):
         inside = [
             i
@@ -95,7 +97,7 @@ def test_a_planted_temperature_is_found(temperature):
     st.floats(1e-3, 1e3),
 )
 def test_the_temperature_is_optimal_and_scales_with_the_logits(n, c, seed, spread, factor):
-    rng = np.random.default_rng(seed)
+    rng = default_rng(seed)
     logits = rng.normal(size=(n, c)) * spread
     labels = np.where(rng.random(n) < 0.7, logits.argmax(axis=1), rng.integers(0, c, n))
     found = fit_temperature(logits, labels)
@@ -159,16 +161,15 @@ def test_calibrate_writes_a_version_with_its_provenance(run, food):
     folder, val, test = food
     features = read_features(test)[0]
     before = json.loads(run("evaluate", folder, test, "--json").stdout)
-    shown = run("fit", "--calibrate", folder, "--val", val)
-    assert shown.exit_code == 0, shown.output
+    shown = ok("fit --calibrate", folder, "--val", val)
     facts = dict(line.split(maxsplit=1) for line in shown.stdout.splitlines())
     assert {"temperature", "n", "top1", "ece_before", "ece_after", "version"} == facts.keys()
     assert (facts["n"], facts["version"]) == ("450", "2")
-    info = json.loads(run("index", "info", folder, "--json").stdout)
+    info = json.loads(run("index info", folder, "--json").stdout)
     assert info["temperature"] == pytest.approx(float(facts["temperature"]), rel=1e-3)
     assert info["provenance"]["temperature"] == f"fitted on {val}, n=450"
     assert (info["version"], info["earlier_versions"]) == (2, [1])
-    cache = Index.load(folder, device="cpu")
+    cache = Index.load(folder)
     assert cache.settings.temperature == info["temperature"]
     assert cache.classify(features[:3])[0].probability < 1
     after = json.loads(run("evaluate", folder, test, "--json").stdout)
@@ -178,8 +179,8 @@ def test_calibrate_writes_a_version_with_its_provenance(run, food):
         k: v for k, v in after.items() if k not in ("ece", "temperature")
     }
     # a second fit ignores the previous temperature
-    assert run("fit", "--calibrate", folder, "--val", val).exit_code == 0
-    assert Index.load(folder, device="cpu").settings.temperature == cache.settings.temperature
+    ok("fit --calibrate", folder, "--val", val)
+    assert Index.load(folder).settings.temperature == cache.settings.temperature
 
 
 def test_a_failed_calibration_changes_nothing(run, food, tmp_path):
@@ -188,17 +189,15 @@ def test_a_failed_calibration_changes_nothing(run, food, tmp_path):
     odd = write_table(
         tmp_path / "odd.parquet", unit_rows(3, 512), ["apple_pie", "nonsense", "tacos"]
     )
-    refused = run("fit", "--calibrate", folder, "--val", odd)
-    assert refused.exit_code == 1
-    assert "nonsense" in refused.stderr
-    assert run("fit", "--calibrate", folder, "--val", tmp_path / "nowhere.parquet").exit_code == 1
-    assert run("fit", "--calibrate", folder).exit_code == 2
+    failed(run("fit --calibrate", folder, "--val", odd), 1, "nonsense")
+    assert run("fit --calibrate", folder, "--val", tmp_path / "nowhere.parquet").exit_code == 1
+    assert run("fit --calibrate", folder).exit_code == 2
     assert manifest_of(folder).read_bytes() == manifest
 
 
 def test_shots_are_classified_without_themselves(run, food, tmp_path):
     folder, _, _ = food
-    cache = Index.load(folder, device="cpu")
+    cache = Index.load(folder)
     shots = write_table(
         tmp_path / "shots.parquet",
         cache.keys,
@@ -206,13 +205,13 @@ def test_shots_are_classified_without_themselves(run, food, tmp_path):
         cache.labels["source"].to_pylist(),
     )
     expected = json.loads(run("evaluate", folder, shots, "--json").stdout)
-    done = run("fit", "--calibrate", folder, "--val", shots)
+    done = run("fit --calibrate", folder, "--val", shots)
     facts = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
     assert expected["held_out"] == int(facts["n"]) == 72
     assert float(facts["top1"]) == pytest.approx(expected["top1"], rel=1e-3)
     assert float(facts["ece_before"]) == pytest.approx(expected["ece"], rel=1e-3)
     one = write_table(tmp_path / "one.parquet", cache.keys[:1], [cache.labels["label"][0].as_py()])
-    assert "every answer is right" in run("fit", "--calibrate", folder, "--val", one).stderr
+    assert "every answer is right" in run("fit --calibrate", folder, "--val", one).stderr
     assert (
         expected["top1"]
         < 1
@@ -222,7 +221,7 @@ def test_shots_are_classified_without_themselves(run, food, tmp_path):
 
 def test_classify_and_evaluate_withhold_the_same_answers(run, food, tmp_path):
     folder, val, test = food
-    assert run("fit", "--calibrate", folder, "--val", val).exit_code == 0
+    ok("fit --calibrate", folder, "--val", val)
     truth = pq.read_table(test)["label"].to_pylist()
     for threshold in (0.0, 0.7, 0.97, 1.0):
         result = json.loads(

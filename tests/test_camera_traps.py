@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 from cameras import encoded, gps_of
 from click.testing import CliRunner
-from conftest import json_rows, needs_real
+from conftest import json_rows, needs_real, ok
 from PIL import Image
 from referees import referee
 from serving import caltech_photos
@@ -118,10 +118,8 @@ def rows_of(run, *arguments):
 
 @pytest.mark.parametrize("options", [[], ["--burst", 10]], ids=str)
 def test_each_photo_is_a_detection_with_its_best_classes(options, run, animals, card):
-    document, names = (
-        written(run, animals, card, *options, status=3),
-        Index.load(animals).class_names,
-    )
+    document = written(run, animals, card, *options, status=3)
+    names = Index.load(animals).class_names
     photos = {photo["file"]: photo for photo in document["images"]}
     assert list(photos) == [
         "101/a.jpg",
@@ -160,7 +158,8 @@ def test_each_photo_is_a_detection_with_its_best_classes(options, run, animals, 
 
 
 def test_detections_pass_through_and_animals_get_classes(run, animals, card, boxes):
-    before, names = json.loads(boxes.read_text()), Index.load(animals).class_names
+    before = json.loads(boxes.read_text())
+    names = Index.load(animals).class_names
     document = written(run, animals, card, "--boxes", boxes, status=3)
     rows = rows_of(run, animals, card, "--boxes", boxes, "--categories", "animal")
     at = {
@@ -402,9 +401,9 @@ def test_boxes_and_bursts_in_a_package(run, animals, card, boxes, tmp_path):
 @needs_real
 def test_classes_can_be_empty_people_or_vehicles(run, animals, card, tmp_path):
     own = tmp_path / "own"
-    assert run("index", "clone", animals, own).exit_code == 0
+    ok("index clone", animals, own)
     for old, new in (("accordion", "Empty"), ("airplane", "person"), ("anchor", "Vehicle")):
-        assert run("index", "rename", own, old, new).exit_code == 0
+        ok("index rename", own, old, new)
     made = packed(run, tmp_path, own, card, *BERLIN)
     kinds = [row["observationType"] for row in made.observations.values()]
     assert kinds == ["blank", "human", "vehicle", "animal", "unknown"]

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pytest
 import torch
 import warm
+from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
 from tables import tiny, unit_rows, write_table
 
@@ -67,9 +68,7 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def kept(place):
-    Classifier.from_folder(
-        place / "photos", f"local-dir:{place / 'model'}", out=place / "index", device="cpu"
-    )
+    Classifier.from_folder(place / "photos", f"local-dir:{place / 'model'}", out=place / "index")
     return place / "index"
 
 
@@ -77,7 +76,7 @@ def kept(place):
 def clf(kept, tmp_path):
     """A classifier whose index a test can change."""
     shutil.copytree(kept, tmp_path / "index")
-    return Classifier.load(tmp_path / "index", device="cpu")
+    return Classifier.load(tmp_path / "index")
 
 
 def test_predict_gives_the_answers_of_its_cache_model_and_encoder(place, kept, clf):
@@ -139,17 +138,17 @@ def test_batches_of_arrays_are_several_photos(place, clf):
         list(photos),
         list(batch / 255),
     ):
-        np.testing.assert_allclose(clf.predict_proba(given), expected, atol=1e-6)
+        assert_allclose(clf.predict_proba(given), expected, atol=1e-6)
     night = np.ones_like(photos)
     dim = clf.predict_proba(night)
     mixed = np.concatenate([night, photos]).astype(
         np.float32
     )  # the first photos only have ones, but not the batch
-    np.testing.assert_allclose(clf.predict_proba(mixed), np.concatenate([dim, expected]), atol=1e-6)
+    assert_allclose(clf.predict_proba(mixed), np.concatenate([dim, expected]), atol=1e-6)
     grey = photos.mean(axis=3).astype(np.uint8)
     greys = clf.predict_proba([Image.fromarray(one) for one in grey])
     for given in (list(grey), grey[..., None], grey[:, None], grey[:, None] / 255):
-        np.testing.assert_allclose(clf.predict_proba(given), greys, atol=1e-6)
+        assert_allclose(clf.predict_proba(given), greys, atol=1e-6)
     assert clf.predict_proba(batch[:0]).shape == (0, 3)
 
 
@@ -214,7 +213,8 @@ def test_deep_grey_pictures_get_the_same_answer_as_their_files(clf, tmp_path, mo
 
 def test_pictures_are_rotated_like_their_files(clf):
     """``test_images.py`` tests the rotation of files."""
-    exif, buffer = Image.Exif(), io.BytesIO()
+    exif = Image.Exif()
+    buffer = io.BytesIO()
     exif[0x0112] = 6
     noisy_photo(1, 1).save(buffer, "JPEG", exif=exif)
     assert (
@@ -229,7 +229,7 @@ def test_unit_features_are_classified_and_others_refused(clf):
     assert len(clf.predict(keys[:4])) == 4
     tensor = torch.from_numpy(keys.copy())
     assert clf.predict(tensor[0]) == clf.predict(keys[0])
-    np.testing.assert_array_equal(clf.predict_proba(tensor[:4]), clf.predict_proba(keys[:4]))
+    assert_array_equal(clf.predict_proba(tensor[:4]), clf.predict_proba(keys[:4]))
     assert clf.similar(tensor[0]) == clf.similar(keys[0])
     assert clf.suggest(tensor[:4], 2).inputs == clf.suggest(keys[:4], 2).inputs
     for scale in (15, 2, 0.5):
@@ -271,7 +271,7 @@ def test_predictions_can_be_read_as_an_arrow_table(place, clf):
     assert answers[3:].inputs == answers.inputs[3:]
     with pytest.raises(IndexError):
         print(answers[len(answers)])
-    np.testing.assert_array_equal(answers[2].logits, table["logits"][2].as_py())
+    assert_array_equal(answers[2].logits, table["logits"][2].as_py())
 
 
 @pytest.mark.parametrize("library", ["pandas", "polars", "pyarrow"])
@@ -280,8 +280,10 @@ def test_tables_in_memory_are_inputs(place, clf, library, monkeypatch):
     frame = module.table if library == "pyarrow" else module.DataFrame
     monkeypatch.chdir(place)
     source = open_source("new")
-    paths, labels = list(source.paths), source.labels
-    expected, right = clf.predict(paths), clf.evaluate("new").to_dict()
+    paths = list(source.paths)
+    labels = source.labels
+    expected = clf.predict(paths)
+    right = clf.evaluate("new").to_dict()
     for path, label in (("path", "label"), ("input", "class"), ("filename", "class_name")):
         table = frame({"number": list(range(len(paths))), path: paths, label: labels})
         assert (found := clf.predict(table)) == expected
@@ -302,7 +304,8 @@ def test_tables_in_memory_are_inputs(place, clf, library, monkeypatch):
 
 
 def test_a_table_in_memory_that_cannot_be_read_gives_one_error(place, clf):
-    pd, path = pytest.importorskip("pandas"), str(place / "new/red/6.png")
+    pd = pytest.importorskip("pandas")
+    path = str(place / "new/red/6.png")
     for method, frame, reason in (
         (
             clf.predict,
@@ -368,7 +371,8 @@ def held(numbers=range(6), names=("red", "green", "blue")):
 
 
 def test_photos_in_memory_become_shots(place, clf):
-    model, files = f"local-dir:{place / 'model'}", open_source(place / "photos")
+    model = f"local-dir:{place / 'model'}"
+    files = open_source(place / "photos")
     pictures = [Image.open(path) for path in files.paths]
     for photos in (
         pictures,
@@ -376,10 +380,8 @@ def test_photos_in_memory_become_shots(place, clf):
         files.paths,
         [Path(path).read_bytes() for path in files.paths],
     ):
-        made = Classifier.from_images(photos, iter(files.labels), model=model, device="cpu")
-        np.testing.assert_allclose(
-            np.asarray(made.index.keys), np.asarray(clf.index.keys), atol=1e-5
-        )
+        made = Classifier.from_images(photos, iter(files.labels), model=model)
+        assert_allclose(np.asarray(made.index.keys), np.asarray(clf.index.keys), atol=1e-5)
         assert made.classes == clf.classes
     new = open_source(place / "new")
     images = open_images([np.asarray(Image.open(path)) for path in new.paths], new.labels)
@@ -404,7 +406,7 @@ def test_globs_are_accepted_as_in_the_commands(place, clf, tmp_path):
 
 def test_after_each_change_the_new_version_is_used(place, tmp_path):
     """This includes an index that is not saved."""
-    clf = Classifier.from_folder(place / "photos", f"local-dir:{place / 'model'}", device="cpu")
+    clf = Classifier.from_folder(place / "photos", f"local-dir:{place / 'model'}")
     assert "not saved" in repr(clf)
     assert clf.remove(key_ids=[0]).key_ids == [0]
     assert len(clf) == 17
@@ -431,7 +433,7 @@ def test_after_each_change_the_new_version_is_used(place, tmp_path):
     assert clf.index.settings.temperature == result.temperature != 1
     assert (clf.predict_proba(place / "new").argmax(1) == before.argmax(1)).all()
     assert clf.audit(borderline=True).equals(audit(Index.load(clf.index.place), borderline=True))
-    other = Classifier.from_folder(place / "new", f"local-dir:{place / 'model'}", device="cpu")
+    other = Classifier.from_folder(place / "new", f"local-dir:{place / 'model'}")
     assert len(clf.merge(other).key_ids) == 6
     stored = clf.save(f"lance://{tmp_path}/store.lance")
     assert stored.remove(key_ids=[3]).version == stored.index.version
@@ -444,40 +446,41 @@ def test_after_each_change_the_new_version_is_used(place, tmp_path):
 def test_finetune_writes_a_new_index(place, clf, tmp_path):
     """The old index does not change. Its alpha is so small that training helps."""
     changes.configure(clf.index.place, alpha=0.0)
-    clf, old = (Classifier.load(clf.index.place, device="cpu") for _ in "ab")
+    clf, old = (Classifier.load(clf.index.place) for _ in "ab")
     recipe = Recipe(epochs=1)
     tuned = clf.finetune(tmp_path / "f", recipe, val=place / "new")
     assert clf.index.place == str(tmp_path / "f")
-    np.testing.assert_array_equal(clf.index.keys, tuned.index.keys)
+    assert_array_equal(clf.index.keys, tuned.index.keys)
     assert clf.reader.backbone.identity == clf.index.backbone == old.index.backbone
     changes.configure(tmp_path / "f", alpha=0.01)
-    clf = Classifier.load(tmp_path / "f", device="cpu")
+    clf = Classifier.load(tmp_path / "f")
     clf.finetune(None, Recipe(epochs=20, lr=0.1))
     assert "not saved" in repr(clf)
     assert not np.array_equal(clf.index.keys, tuned.index.keys)
-    photo, data = place / "new/red/6.png", pickle.dumps(clf.save(tmp_path / "saved"))
+    photo = place / "new/red/6.png"
+    data = pickle.dumps(clf.save(tmp_path / "saved"))
     expected = clf.predict(photo)
     shutil.rmtree(tmp_path / "saved")
     copied = pickle.loads(data)
     assert copied.predict(photo) == expected
     copied.save(tmp_path / "copied")
     assert (
-        Classifier.load(tmp_path / "copied", device="cpu").predict(photo).probabilities
-        == expected.probabilities
+        Classifier.load(tmp_path / "copied").predict(photo).probabilities == expected.probabilities
     )
-    made = Classifier.from_folder(held(), f"local-dir:{place / 'model'}", device="cpu")
+    made = Classifier.from_folder(held(), f"local-dir:{place / 'model'}")
     with pytest.raises(InputError, match=r"photo \d: no such file"):
         made.finetune(None, recipe)
     assert made.finetune(None, recipe, source=held(), val=held()).compared.n == 6
 
 
 def test_probabilities_and_similar_shots_match_the_definition(place, clf):
-    cache, photos = clf.index, open_source(place / "new")
+    cache = clf.index
+    photos = open_source(place / "new")
     f = torch.from_numpy(clf.reader.encode(photos).features)
     expected = (cache.logits(f).double() / cache.settings.temperature).softmax(1)
-    np.testing.assert_allclose(clf.predict_proba(place / "new"), expected, atol=1e-6)
-    np.testing.assert_allclose(clf.predict_proba(f.numpy(), k="all"), expected, atol=1e-6)
-    np.testing.assert_allclose(clf.predict_proba(photos.paths[2]), expected[2:3], atol=1e-6)
+    assert_allclose(clf.predict_proba(place / "new"), expected, atol=1e-6)
+    assert_allclose(clf.predict_proba(f.numpy(), k="all"), expected, atol=1e-6)
+    assert_allclose(clf.predict_proba(photos.paths[2]), expected[2:3], atol=1e-6)
     assert clf.predict_proba([]).shape == (0, 3)
     points, keys = (
         (x if cache.metric is None else cache.metric(x))
@@ -485,15 +488,14 @@ def test_probabilities_and_similar_shots_match_the_definition(place, clf):
     )
     affinity = points.double() @ keys.double().T
     for row, path in enumerate(photos.paths):
-        found, best = clf.similar(path, 4), affinity[row].argsort(descending=True)[:4]
-        np.testing.assert_allclose(
-            [shot.affinity for shot in found], affinity[row][best], atol=1e-5
-        )
+        found = clf.similar(path, 4)
+        best = affinity[row].argsort(descending=True)[:4]
+        assert_allclose([shot.affinity for shot in found], affinity[row][best], atol=1e-5)
         rows = [cache.labels["key_id"].to_pylist().index(shot.key_id) for shot in found]
         assert [cache.labels[column][rows[0]].as_py() for column in ("source", "label")] == list(
             found[0][1:3]
         )
-        np.testing.assert_allclose(affinity[row][rows], affinity[row][best], atol=1e-5)
+        assert_allclose(affinity[row][rows], affinity[row][best], atol=1e-5)
     assert [shot.key_id for shot in clf.similar(f[0].numpy(), 2)] == [
         s.key_id for s in clf.similar(photos.paths[0], 2)
     ]
@@ -505,11 +507,11 @@ def test_photos_are_sorted_and_two_classifiers_compared(place, kept, clf, tmp_pa
     )
     assert done.done == 3
     clf.relabel("red", where="label = 'blue'")
-    for other in (kept, Classifier.load(kept, device="cpu")):
+    for other in (kept, Classifier.load(kept)):
         both = clf.compare(other, place / "new")
         assert both.names == (clf.index.place, str(kept))
         assert [own.top1 for own in both.evaluations] == [
-            one.evaluate(place / "new").top1 for one in (clf, Classifier.load(kept, device="cpu"))
+            one.evaluate(place / "new").top1 for one in (clf, Classifier.load(kept))
         ]
     in_memory = clf.compare(kept, held())
     assert (in_memory.n, in_memory.skipped) == (6, [])
@@ -517,7 +519,7 @@ def test_photos_are_sorted_and_two_classifiers_compared(place, kept, clf, tmp_pa
 
 
 def test_photos_in_memory_are_suggested_even_if_shots_have_the_same_names(place):
-    clf = Classifier.from_folder(held(), f"local-dir:{place / 'model'}", device="cpu")
+    clf = Classifier.from_folder(held(), f"local-dir:{place / 'model'}")
     others = [noisy_photo(100 + seed, 0) for seed in range(3)]
     found = clf.suggest([*others, noisy_photo(0, 0)], 4)
     assert (sorted(found.inputs), found.known) == (["photo 0", "photo 1", "photo 2"], 1)
@@ -544,7 +546,7 @@ def test_score_and_classes_are_those_of_scikit_learn(place, clf):
     assert clf.score(Image.open(new.paths[0]), [answers[0]]) == 1
     assert clf.score(clf.reader.encode(new).features, answers) == 1
     assert isinstance(clf.classes_, np.ndarray)
-    np.testing.assert_array_equal(clf.classes_[clf.predict_proba(new.paths).argmax(1)], answers)
+    assert_array_equal(clf.classes_[clf.predict_proba(new.paths).argmax(1)], answers)
     with pytest.raises(InputError, match=r"^y: got 5 labels for 6 photos; give one per photo"):
         clf.score(new.paths, answers[1:])
     with pytest.raises(
@@ -556,22 +558,20 @@ def test_score_and_classes_are_those_of_scikit_learn(place, clf):
 def test_a_pickled_classifier_works_in_another_process_without_its_folder(
     place, tmp_path, warm_path
 ):
-    joblib, sklearn = pytest.importorskip("joblib"), pytest.importorskip("sklearn.pipeline")
+    joblib = pytest.importorskip("joblib")
+    sklearn = pytest.importorskip("sklearn.pipeline")
     from retrieval_tip import ImageEncoder, TipAdapterClassifier
 
-    clf = Classifier.from_folder(
-        place / "photos", f"local-dir:{place / 'model'}", device="cpu", views=2
-    )
-    folder, photo, photos = (
-        clf.index.folder,
-        str(place / "new/red/6.png"),
-        open_source(place / "photos"),
-    )
+    clf = Classifier.from_folder(place / "photos", f"local-dir:{place / 'model'}", views=2)
+    folder = clf.index.folder
+    photo = str(place / "new/red/6.png")
+    photos = open_source(place / "photos")
     pipeline = sklearn.make_pipeline(
         ImageEncoder(clf.reader.backbone), TipAdapterClassifier(alpha=1.0, device="cpu")
     )
     pipeline.fit(photos.paths, photos.labels)
-    expected, data = [clf.predict_proba(photo), pipeline.predict_proba([photo])], pickle.dumps(clf)
+    expected = [clf.predict_proba(photo), pipeline.predict_proba([photo])]
+    data = pickle.dumps(clf)
     joblib.dump(clf, tmp_path / "clf.joblib")
     del clf
     gc.collect()
@@ -591,22 +591,23 @@ def test_a_pickled_classifier_works_in_another_process_without_its_folder(
     )
     assert done.stderr == ""
     chances, shown, added = done.stdout.splitlines()
-    np.testing.assert_allclose(json.loads(chances), [expected[0], *expected], atol=1e-6)
+    assert_allclose(json.loads(chances), [expected[0], *expected], atol=1e-6)
     assert shown.endswith(f"{place / 'model'}, not saved)")
     assert added == "2 2"  # version and views
-    assert len(Classifier.load(tmp_path / "new", device="cpu")) == 19
+    assert len(Classifier.load(tmp_path / "new")) == 19
 
 
 @pytest.mark.parametrize("carry", [copy.deepcopy, lambda clf: pickle.loads(pickle.dumps(clf))])
 def test_a_copy_of_a_classifier_is_independent_of_its_index(place, clf, tmp_path, carry):
     clf.fit(metric="within", values="solved")
     clf.add(place / "new/red/6.png", "red")
-    expected, history = clf.predict(place / "new"), len(clf.history())
+    expected = clf.predict(place / "new")
+    history = len(clf.history())
     other = carry(clf)
     other.remove(key_ids=[0])
     assert (len(clf), len(other), len(clf.history())) == (19, 18, history)
     assert copy.copy(clf).index is clf.index
-    stored = Classifier.load(clf.index.folder, device="cpu").save(f"lance://{tmp_path}/store.lance")
+    stored = Classifier.load(clf.index.folder).save(f"lance://{tmp_path}/store.lance")
     copies = [carry(clf), carry(stored)]
     shutil.rmtree(clf.index.folder)
     for one in copies:
@@ -620,12 +621,14 @@ def test_a_copy_of_a_classifier_is_independent_of_its_index(place, clf, tmp_path
 
 @pytest.mark.soak  # starting processes takes ten seconds
 def test_classifiers_and_encoders_work_in_processes_of_joblib(place, clf):
-    joblib, sklearn = pytest.importorskip("joblib"), pytest.importorskip("sklearn.pipeline")
+    joblib = pytest.importorskip("joblib")
+    sklearn = pytest.importorskip("sklearn.pipeline")
     from sklearn.model_selection import cross_val_score
 
     from retrieval_tip import ImageEncoder, TipAdapterClassifier
 
-    new, photos = open_source(place / "new").paths, open_source(place / "photos")
+    new = open_source(place / "new").paths
+    photos = open_source(place / "photos")
     backbone = load_backbone(f"local-dir:{place / 'model'}", device="cpu")
     pipeline = sklearn.make_pipeline(
         ImageEncoder(backbone), TipAdapterClassifier(alpha=1.0, device="cpu")
@@ -636,7 +639,7 @@ def test_classifiers_and_encoders_work_in_processes_of_joblib(place, clf):
     alone, both = (
         cross_val_score(pipeline, photos.paths, photos.labels, cv=2, n_jobs=n) for n in (None, 2)
     )
-    np.testing.assert_array_equal(both, alone)
+    assert_array_equal(both, alone)
 
 
 PHOTO = Image.new("RGB", (8, 8))
@@ -735,7 +738,7 @@ MISUSE = {
 
 @pytest.mark.parametrize("words", MISUSE)
 def test_misuse_gives_one_clear_error(place, kept, words):
-    clf = Classifier.load(kept, device="cpu")
+    clf = Classifier.load(kept)
     for call in MISUSE[words]:
         with pytest.raises(RetrievalTipError, match=f"^[^;]*{re.escape(words)}") as error:
             call(clf)
@@ -749,13 +752,14 @@ def test_an_index_of_features_in_memory_can_be_changed_and_saved(tmp_path):
     assert clf.predict_proba(keys).shape == (4, 2)
     assert (len(clf.remove(key_ids=[0]).key_ids), len(clf), len(clf.history())) == (1, 3, 2)
     assert "not saved" in repr(clf)
-    assert len(Classifier.load(clf.save(tmp_path / "index").index.place, device="cpu")) == 3
+    assert len(Classifier.load(clf.save(tmp_path / "index").index.place)) == 3
 
 
 def test_an_index_without_an_encoder_only_classifies_features(place, tmp_path):
     table = write_table(tmp_path / "t.parquet", unit_rows(6, 8), ["red", "green", "blue"] * 2)
-    build_index(open_source(table), tmp_path / "i", Reader(), device="cpu", fit="none")
-    bare, new = Classifier.load(tmp_path / "i", device="cpu"), place / "new"
+    build_index(open_source(table), tmp_path / "i", Reader(), fit="none")
+    bare = Classifier.load(tmp_path / "i")
+    new = place / "new"
     assert len(bare.predict(table)) == 6
     assert "features" in repr(bare)
     several = (
@@ -858,7 +862,7 @@ def test_as_module_computes_logits_from_pixels(place, clf):
         answer = clf.predict(path, top=3)
         assert clf.classes[int(row.argmax())] == answer.label
         chances = (row / clf.index.settings.temperature).softmax(0)
-        np.testing.assert_allclose(
+        assert_allclose(
             [chances[clf.classes.index(name)] for name in answer.labels],
             answer.probabilities,
             atol=1e-3,
@@ -873,9 +877,7 @@ def test_an_index_without_a_folder_can_be_saved(place, tmp_path):
         f"local-dir:{place / 'model'}"
     )
     tokenizer = __import__("open_clip").get_tokenizer(f"local-dir:{place / 'model'}")
-    clf = Classifier.from_folder(
-        place / "photos", (model, preprocess, tokenizer), device="cpu", fit="none"
-    )
+    clf = Classifier.from_folder(place / "photos", (model, preprocess, tokenizer), fit="none")
     assert "not saved" in repr(clf)
     before = clf.predict(place / "new/red/6.png")
     clf.save(tmp_path / "saved")
@@ -883,9 +885,7 @@ def test_an_index_without_a_folder_can_be_saved(place, tmp_path):
     again = Classifier.load(tmp_path / "saved", wrapped(model, preprocess, tokenizer))
     assert again.predict(place / "new/red/6.png").label == before.label
     with pytest.raises(BackboneError, match="cannot be compared"):
-        Classifier.load(
-            tmp_path / "saved", f"local-dir:{tiny(tmp_path / 'other', seed=1)}", device="cpu"
-        )
+        Classifier.load(tmp_path / "saved", f"local-dir:{tiny(tmp_path / 'other', seed=1)}")
 
 
 def test_a_report_shows_photos_in_memory_and_the_figures_of_evaluate(place, clf, tmp_path):
@@ -898,7 +898,8 @@ def test_a_scikit_learn_pipeline_can_start_with_paths(place):
     sklearn_pipeline = pytest.importorskip("sklearn.pipeline")
     from retrieval_tip import ImageEncoder, TipAdapterClassifier
 
-    train, new = open_source(place / "photos"), open_source(place / "new")
+    train = open_source(place / "photos")
+    new = open_source(place / "new")
     pipeline = sklearn_pipeline.make_pipeline(
         ImageEncoder(f"local-dir:{place / 'model'}", device="cpu"), TipAdapterClassifier()
     )
@@ -906,13 +907,9 @@ def test_a_scikit_learn_pipeline_can_start_with_paths(place):
     backbone = load_backbone(f"local-dir:{place / 'model'}", device="cpu")
     features = pipeline[0].transform(new.sources)
     plain = Reader(backbone).encode(new).features
-    np.testing.assert_allclose(
-        features, plain / np.linalg.norm(plain, axis=1, keepdims=True), atol=1e-5
-    )
+    assert_allclose(features, plain / np.linalg.norm(plain, axis=1, keepdims=True), atol=1e-5)
     assert pipeline.score(new.sources, new.labels) > 1 / 3
-    np.testing.assert_array_equal(
-        ImageEncoder(backbone).transform(new.sources), features
-    )  # no fit is needed
+    assert_array_equal(ImageEncoder(backbone).transform(new.sources), features)  # no fit is needed
     assert pytest.importorskip("sklearn").clone(ImageEncoder(backbone)).model is backbone
     with pytest.raises(InputError, match=r"^gone.png: no such file$"):
         ImageEncoder(backbone).transform(["gone.png"])

@@ -60,10 +60,8 @@ def rendered(node):
 def in_source():
     """Yield the path of each file and each command in its messages."""
     for path in sorted((ROOT / "retrieval_tip").rglob("*.py")):
-        name, tree = (
-            str(path.relative_to(ROOT / "retrieval_tip")),
-            ast.parse(path.read_text(encoding="utf-8")),
-        )
+        name = str(path.relative_to(ROOT / "retrieval_tip"))
+        tree = ast.parse(path.read_text(encoding="utf-8"))
         docs = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
         inner = {
             id(part)
@@ -114,7 +112,8 @@ def shell(shared, tmp_path, warm_path, monkeypatch):
     (tmp_path / PLACE).mkdir()
     photos = [path for path, _ in caltech_photos(shared, "train", len(PHOTOS), 12)]
     for name, number in PHOTOS.items():
-        files, photos = photos[:12], photos[12:]
+        files = photos[:12]
+        photos = photos[12:]
         for at, file in enumerate(files):
             place = tmp_path / PLACE / ("my photos" if at < number else "more") / name
             place.mkdir(parents=True, exist_ok=True)

@@ -61,7 +61,8 @@ def test_the_manifest_of_an_earlier_program_is_ignored_beside_the_others(tmp_pat
     """A backup or a synchronised folder can bring it back."""
     place = Path(copied("fitted", tmp_path))
     shutil.copy(place / "manifests/000001.json", place / "manifest.json")
-    every, newest = snapshot(place), at(str(place)).manifest()
+    every = snapshot(place)
+    newest = at(str(place)).manifest()
     refused(lambda: changes.remove(place, key_ids=[9999]), "9999", error=InputError)
     assert snapshot(place) == every
     changes.configure(place, temperature=4.0)
@@ -117,7 +118,7 @@ def test_a_folder_with_only_the_manifest_of_an_earlier_program_is_named(tmp_path
             failed.stderr.count("in an earlier format, which is no longer read"),
         ) == (1, 1)
     table = write_table(tmp_path / "t.parquet", unit_rows(4, 8), ["a", "b"] * 2)
-    assert "is not an index and not empty" in run("index", "build", table, "--out", place).stderr
+    assert "is not an index and not empty" in run("index build", table, "--out", place).stderr
     assert snapshot(place) == before
 
 

@@ -59,13 +59,17 @@ def table(path, sources, labels=None):
 
 def _write(job):
     """Add, remove and reorganise keys until the time is up, and return a record of the changes."""
-    place, number = job["place"], job["number"]
-    rng, own, path = random.Random(number), dict[str, int](), Path(f"{job['out']}.parquet")
+    place = job["place"]
+    number = job["number"]
+    rng = random.Random(number)
+    own = dict[str, int]()
+    path = Path(f"{job['out']}.parquet")
     versions, key_ids, removed, done = [], [], [], 0
     end = time.monotonic() + job["seconds"]
     while time.monotonic() < end or not versions:
         done += 1
-        what, change = rng.random(), None
+        what = rng.random()
+        change = None
         try:
             if what < 0.6 or not own:
                 sources = [f"{number}/{done}/{i}" for i in range(rng.randint(1, 5))]
@@ -134,8 +138,8 @@ def check_description(place):
 
 
 READ = {
-    "load": lambda place, _: check_whole(stores.at(place).load(device="cpu")),
-    "fast": lambda place, _: check_whole(stores.at(place).load(device="cpu", verify="fast")),
+    "load": lambda place, _: check_whole(stores.at(place).load()),
+    "fast": lambda place, _: check_whole(stores.at(place).load(verify="fast")),
     "reload": lambda _, staying: check_whole(staying.reload()),
     "describe": lambda place, _: check_description(place),
     "history": lambda place, _: check_history(place),
@@ -147,13 +151,16 @@ READ = {
 
 def _read(job):
     """Read in every way until the time is up. An open index does not change, and no version is older than another."""
-    place, ways = job["place"], random.Random(job["number"])
-    versions, staying = [0], stores.at(place).load(device="cpu")
+    place = job["place"]
+    ways = random.Random(job["number"])
+    versions = [0]
+    staying = stores.at(place).load()
     end = time.monotonic() + job["seconds"]
     while (
         time.monotonic() < end or len(versions) < 3
     ):  # even if a busy machine gives the reader no time
-        expected, before = staying.logits(QUERIES), staying
+        expected = staying.logits(QUERIES)
+        before = staying
         versions.append(READ[ways.choice([*READ])](place, staying))
         assert versions[-1] >= versions[-2]
         staying = staying.reload()
@@ -166,7 +173,6 @@ def _build(job):
         open_source(job["table"]),
         job["place"],
         Reader(norms=job.get("norms", "check")),
-        device="cpu",
         fit="none",
     )
 
@@ -179,11 +185,16 @@ PHOTOS = [f"{i:064x}" for i in range(8)]
 
 def _edit(job):
     """Make random edits, some of the same keys, photos and classes as another writer. Return what was acknowledged."""
-    place, number, rng = job["place"], job["number"], random.Random(job["number"])
-    path, ids, done = Path(f"{job['out']}.parquet"), [*range(len(BASE))], []
+    place = job["place"]
+    number = job["number"]
+    rng = random.Random(job["number"])
+    path = Path(f"{job['out']}.parquet")
+    ids = [*range(len(BASE))]
+    done = []
     for step in range(job["edits"]):
         what = rng.choice(["add", "label", "label", "relabel", "remove", "rename"])
-        some, names = rng.sample(ids, min(len(ids), 3)), rng.sample(SHARED, 3)
+        some = rng.sample(ids, min(len(ids), 3))
+        names = rng.sample(SHARED, 3)
         try:
             if what == "add":
                 asked = {f"{number}/{step}/{i}": name for i, name in enumerate(names)}
@@ -258,7 +269,6 @@ def index(tmp_path):
         open_source(table(tmp_path / "base.parquet", BASE)),
         tmp_path / "index",
         Reader(),
-        device="cpu",
         fit="none",
     )
     return tmp_path / "index"
@@ -287,7 +297,8 @@ def test_writers_lose_nothing_and_readers_never_fail(
     server.start(*jobs)
     assert server.wait() == [0] * len(jobs)
     records = [json.loads(Path(job["out"]).read_text()) for job in jobs]
-    written, read = records[:writers], records[writers:]
+    written = records[:writers]
+    read = records[writers:]
     # No version was lost or made twice.
     versions = sorted(version for one in written for version in one["versions"])
     last = stores.at(place).manifest().version
@@ -325,7 +336,10 @@ def replayed(labels, done):
     """
     labels, names, sources = dict(labels), set(labels.values()), {}
     for one in done:
-        what, key_ids, edits, before = one["what"], one["key_ids"], dict(one["edits"]), dict(labels)
+        what = one["what"]
+        key_ids = one["key_ids"]
+        edits = dict(one["edits"])
+        before = dict(labels)
         if what == "add":
             labels |= {
                 key_id: name for key_id, (_, name) in zip(key_ids, one["asked"], strict=True)
@@ -334,10 +348,8 @@ def replayed(labels, done):
                 key_id: source for key_id, (source, _) in zip(key_ids, one["asked"], strict=True)
             }
         elif what == "label":
-            asked, photos = (
-                dict(one["asked"]),
-                {source: key_id for key_id, source in sources.items()},
-            )
+            asked = dict(one["asked"])
+            photos = {source: key_id for key_id, source in sources.items()}
             known = {photos[digest]: name for digest, name in asked.items() if digest in photos}
             fresh = [
                 digest
@@ -361,10 +373,8 @@ def replayed(labels, done):
             old, new = one["asked"]
             assert old in names
             assert {*key_ids} == {key_id for key_id, name in labels.items() if name == old}
-            labels, names = (
-                {key_id: new if name == old else name for key_id, name in labels.items()},
-                names - {old},
-            )
+            labels = {key_id: new if name == old else name for key_id, name in labels.items()}
+            names = names - {old}
             names.add(new)
         names |= {name for key_id in key_ids if (name := labels[key_id]) is not None}
         labels = {key_id: name for key_id, name in labels.items() if name is not None}
@@ -377,10 +387,7 @@ def test_random_edits_of_two_writers_in_a_bucket_are_all_there(server, index, tm
     """The versions tell in which order they were made, so a dictionary can repeat them."""
     place = made(tmp_path, "s3")
     changes.clone(index, place)
-    labels = {
-        row["key_id"]: row["label"]
-        for row in stores.at(place).load(device="cpu").labels.to_pylist()
-    }
+    labels = {row["key_id"]: row["label"] for row in stores.at(place).load().labels.to_pylist()}
     common = {"work": "edit", "place": place, "edits": 200 if SOAK else 10}
     jobs = [common | {"number": number, "out": f"{tmp_path}/edit {number}"} for number in range(2)]
     server.start(*jobs)
@@ -456,7 +463,7 @@ class Inline:
 
 @pytest.mark.parametrize("name", READ)
 def test_a_reader_survives_deletion_of_its_version_at_any_access(index, monkeypatch, name):
-    staying = Index.load(index, device="cpu")
+    staying = Index.load(index)
     before = staying.logits(QUERIES)
     accesses = delete_at_every_access(monkeypatch, index, lambda: READ[name](index, staying))
     assert accesses > 5
@@ -490,7 +497,9 @@ def test_two_builds_into_one_new_folder_do_not_disturb_each_other(server, tmp_pa
 @pytest.mark.parametrize("name", ["lock", "data", "folder"])
 def test_a_writer_recreates_what_a_failed_build_removed(index, tmp_path, monkeypatch, name):
     """Another writer fails, and removes its files just before this writer gets the lock."""
-    folder, lock, tried = tmp_path / "new", store_files.lock, []
+    folder = tmp_path / "new"
+    lock = store_files.lock
+    tried = []
 
     def late(*arguments, **named):
         if not tried:
@@ -503,14 +512,15 @@ def test_a_writer_recreates_what_a_failed_build_removed(index, tmp_path, monkeyp
         return lock(*arguments, **named)
 
     monkeypatch.setattr(store_files, "lock", late)
-    Index.load(index, device="cpu").save(folder)
+    Index.load(index).save(folder)
     assert tried
     assert verify(folder).version == 1
 
 
 def test_a_read_only_folder_can_be_read_and_refuses_every_change(index, tmp_path):
     changes.add(index, open_source(table(tmp_path / "more.parquet", ["more"])), Reader())
-    place, more = tmp_path / "mounted", open_source(table(tmp_path / "last.parquet", ["last"]))
+    place = tmp_path / "mounted"
+    more = open_source(table(tmp_path / "last.parquet", ["last"]))
     place.mkdir()
     if AS_ROOT:  # permissions do not stop root, a read-only file system does
         mount(place, "size=1m")
@@ -530,7 +540,7 @@ def test_a_read_only_folder_can_be_read_and_refuses_every_change(index, tmp_path
             lambda: changes.rollback(folder),
             lambda: changes.merge(folder, index),
             lambda: Versions(folder).collect(1),
-            lambda: build_index(more, folder, Reader(), device="cpu", fit="none"),
+            lambda: build_index(more, folder, Reader(), fit="none"),
         ]
         for write in writers:
             with pytest.raises(StoreError) as error:
@@ -558,7 +568,10 @@ def test_a_read_only_folder_can_be_read_and_refuses_every_change(index, tmp_path
 @pytest.mark.parametrize("end", ["SIGCONT", "SIGKILL"])
 def test_a_writer_waits_until_a_stopped_writer_continues_or_dies(server, index, monkeypatch, end):
     """Meanwhile, an impatient writer gets an error that names the process, and readers do not wait."""
-    job, looks, flock, named = {"work": "configure", "place": str(index)}, [], fcntl.flock, 0
+    job = {"work": "configure", "place": str(index)}
+    looks = []
+    flock = fcntl.flock
+    named = 0
     assert (
         server.run(job) == server.run(job) == 0
     )  # only the first creates the folder of earlier manifests
@@ -583,7 +596,7 @@ def test_a_writer_waits_until_a_stopped_writer_continues_or_dies(server, index, 
                     for who in (owner, "another process")
                 ]
                 named += owner in text
-                assert Index.load(index, device="cpu").version in (first, first + 1)
+                assert Index.load(index).version in (first, first + 1)
             monkeypatch.setattr(store_files, "LOCK_WAIT", 60.0)
             looks.clear()
             waiting = pool.submit(changes.configure, index, k=8)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import ROOT
+from conftest import ROOT, ok
 from PIL import Image
 
 from retrieval_tip import open_source
@@ -80,7 +80,7 @@ def test_the_demo_never_replaces_foreign_photos(tmp_path):
     assert (tmp_path / "work/photos.csv").read_text() == "mine"
 
 
-def test_the_demo_and_its_next_commands_run_on_your_own_photos(run, tmp_path, monkeypatch):
+def test_the_demo_and_its_next_commands_run_on_your_own_photos(tmp_path, monkeypatch):
     import timm
 
     torch.manual_seed(0)
@@ -111,7 +111,7 @@ def test_the_demo_and_its_next_commands_run_on_your_own_photos(run, tmp_path, mo
     own = ("serve indexes/demo-2", "index audit indexes/demo-2", "models")
     assert shown == [*(f"{program} {command}" for command in own), "make demo PHOTOS=FOLDER"]
     for command in (f"{shown[0]} --help", shown[1]):
-        assert run(*shlex.split(command)[1:]).exit_code == 0
+        ok(*shlex.split(command)[1:])
 
 
 def test_the_installer_prints_progress_and_failures(tmp_path):

@@ -14,6 +14,7 @@ import httpx
 import killing
 import numpy as np
 import pytest
+from conftest import LIT_MINI
 from PIL import Image
 from serving import InProcess, caltech_photos, labelling_app, server
 
@@ -177,7 +178,7 @@ def test_dropped_photos_are_shown_labelled_counted_and_finished(
             "restored"
         )
         assert not [*tmp_path.rglob("*.xmp")]
-    assert places.at(session.place).load(device="cpu").n == 16
+    assert places.at(session.place).load().n == 16
 
 
 def test_a_later_session_has_the_dropped_photos_under_their_numbers(photos, tmp_path, lit_mini):
@@ -256,7 +257,8 @@ def test_a_photo_that_fills_the_disk_is_not_kept(photos, tmp_path, lit_mini, sma
     noise = io.BytesIO()
     pixels = np.random.default_rng(0).integers(0, 256, (500, 500, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(noise, "PNG")  # which cannot be compressed
-    one, disk = next((tmp_path / "outside").iterdir()), small_disk(256)
+    one = next((tmp_path / "outside").iterdir())
+    disk = small_disk(256)
     with Session(tmp_path, lit_mini, disk / "ix") as session:
         assert "No space left" in session.drop(noise.getvalue(), names=["large.png"], status=503)
         session.drop(one)
@@ -312,7 +314,7 @@ def test_photos_dropped_on_a_killed_server_are_there_with_their_labels(
         "--out",
         tmp_path / "ix",
         "--model",
-        f"local-dir:{shared / 'models' / 'lit-mini'}",
+        LIT_MINI,
     )
     again = {"path": warm_path, "command": "label", "port": None}
     with server(*given, **again) as (url, process):
@@ -348,7 +350,7 @@ def test_photos_dropped_on_a_killed_server_are_there_with_their_labels(
             for photo, path in zip(dropped, outside, strict=True)
         }
         assert own.items() >= wanted.items()
-    rows = places.at(tmp_path / "ix").load(device="cpu").labels.to_pylist()
+    rows = places.at(tmp_path / "ix").load().labels.to_pylist()
     assert {row["digest"]: row["label"] for row in rows} == {
         hashlib.sha256(path.read_bytes()).hexdigest(): photos[path.name] for path in outside
     }

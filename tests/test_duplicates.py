@@ -6,9 +6,10 @@ from unittest import mock
 import numpy as np
 import pyarrow as pa
 import pytest
-from conftest import examples
-from hypothesis import given, settings
+from conftest import tries
+from hypothesis import given
 from hypothesis import strategies as st
+from numpy.random import default_rng
 from tables import unit_rows
 
 from retrieval_tip.model import label_table
@@ -35,10 +36,11 @@ def labels_of(ids, digests=None, key_ids=None, c=None):
 
 def keys_with_duplicates(seed, n=24, c=3, d=6):
     """Return keys of any norm, some repeated, moved slightly or scaled, with class ids and repeated digests."""
-    generator = np.random.default_rng(seed)
+    generator = default_rng(seed)
     keys = generator.normal(size=(n, d)).astype(np.float32)
     for row in range(1, n):
-        draw, other = generator.integers(6), generator.integers(row)
+        draw = generator.integers(6)
+        other = generator.integers(row)
         if draw == 0:
             keys[row] = keys[other]
         elif draw == 1:
@@ -72,14 +74,14 @@ def by_pair(found):
     return {(pair.key_id, pair.other_key_id): pair.kind for pair in found.pairs}
 
 
-@settings(max_examples=examples(100), deadline=None)
+@tries(100)
 @given(st.integers(0, 10**6), st.booleans(), st.sampled_from([0, 10**6]), st.booleans())
 def test_duplicates_match_a_comparison_of_every_pair(seed, some, budget, half):
     keys, ids, digests = keys_with_duplicates(seed)
     keys = keys.astype(np.float16) if half else keys
     cosines = unit(keys) @ unit(keys).T
     least = 0.97 if np.abs(cosines - 0.97).min() > 1e-5 else 0.97002
-    fresh = np.random.default_rng(seed).choice(24, 5, replace=False) if some else None
+    fresh = default_rng(seed).choice(24, 5, replace=False) if some else None
     with mock.patch.object(module, "NEAR", least):
         found = duplicates(keys, labels_of(ids, digests), fresh, budget=budget)
     assert found.compared == ("all" if budget else "digests")
@@ -103,7 +105,7 @@ def unit(keys):
     return f / np.linalg.norm(f, axis=1, keepdims=True)
 
 
-@settings(max_examples=examples(200), deadline=None)
+@tries(200)
 @given(st.integers(0, 10**6), st.integers(1, 12), st.sampled_from([0, 10**6]))
 def test_the_closest_duplicates_are_returned_and_all_are_counted(seed, most, budget):
     keys, ids, digests = keys_with_duplicates(seed)

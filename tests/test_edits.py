@@ -127,7 +127,9 @@ class Session:
     """A labelling session for photos, which saves soon."""
 
     def __init__(self, folder, photos, backbone):
-        self.folder, self.photos, self.cache = folder, [*photos], EncodingCache.default()
+        self.folder = folder
+        self.photos = [*photos]
+        self.cache = EncodingCache.default()
         sources = list(open_inputs([str(folder.parent / "photos")]))
         reader = Reader(backbone, cache=self.cache)
         self.app = labelling_app(folder, sources, reader, limits=ALONE, token=TOKEN)
@@ -192,7 +194,8 @@ def test_a_session_saves_nothing_on_damage_and_everything_when_it_is_mended(
     folder, photos, session
 ):
     """The keys are damaged while the session has them open."""
-    label, before = photos[session.photos[0]], places.at(folder).manifest()
+    label = photos[session.photos[0]]
+    before = places.at(folder).manifest()
     keys = folder / before.files["keys"].name
     whole = keys.read_bytes()
     with keys.open("rb+") as file:  # in place, so that the open index sees it
@@ -251,12 +254,13 @@ def http(folder):
 
 @pytest.mark.parametrize("edit", EDITS)
 def test_a_change_over_http_reads_no_version(seen, folder, http, edit):
-    index = Index.load(folder, device="cpu")
+    index = Index.load(folder)
     with seen.edit(folder):
         answer = EDITS[edit](http, index)
         assert answer.status_code in (200, 201), answer.text
     assert answer.json()["version"] == 2
-    shown, kept = http.get("").json(), places.at(folder).verify()
+    shown = http.get("").json()
+    kept = places.at(folder).verify()
     assert (shown["version"], shown["n"], shown["class_names"]) == (2, kept.n, kept.class_names)
 
 
@@ -270,7 +274,7 @@ def test_a_photo_that_becomes_a_shot_is_decoded_once(seen, folder, http, photos)
 
 
 def test_features_and_groups_need_no_temporary_file(folder, http, monkeypatch):
-    index = Index.load(folder, device="cpu")
+    index = Index.load(folder)
     monkeypatch.setattr(tempfile, "tempdir", str(folder / "missing"))
     for edit in ("features", "features of a new class", "groups"):
         answer = EDITS[edit](http, index)

@@ -9,11 +9,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from conftest import failed, ok
 from dense import scatter
 from fake import IDENTITY, Fake
 from fastapi.testclient import TestClient
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.random import default_rng
+from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
 from serving import app_of
 from tables import tiny, unit, unit_rows, write_table
@@ -40,8 +43,8 @@ OTHER = replace(IDENTITY, model="other", weights="sha256:02", preprocess={"size"
 
 def of_class(ids, d, noise, seed):
     """Return unit features around a mean of each class."""
-    draw = np.random.default_rng(seed)
-    means = np.random.default_rng(d).normal(size=(len(NAMES), d))
+    draw = default_rng(seed)
+    means = default_rng(d).normal(size=(len(NAMES), d))
     return unit((means[ids] + noise * draw.normal(size=(len(ids), d))).astype(np.float32))
 
 
@@ -51,7 +54,7 @@ def two(each, noises=(0.6, 0.6), seed=0):
 
 
 def fitted(features, ids, text=None):
-    index = Index.from_features(features, ids, NAMES, text, device="cpu")
+    index = Index.from_features(features, ids, NAMES, text)
     index, _ = closed_form.fit(index)
     return index
 
@@ -70,15 +73,13 @@ class Other(Fake):
 @given(st.integers(1, 5), st.lists(st.integers(1, 5), min_size=2, max_size=3), st.integers(0, 99))
 def test_joined_features_have_unit_norm_and_the_mean_affinity_weighted_by_shares(n, widths, seed):
     parts = [unit_rows(n, d, seed) for seed, d in enumerate(widths)]
-    joined, shares = (
-        side_by_side(parts),
-        np.random.default_rng(seed).dirichlet(np.ones(len(widths))),
-    )
+    joined = side_by_side(parts)
+    shares = default_rng(seed).dirichlet(np.ones(len(widths)))
     scaled = joined * scale_of([Part(d, "feature") for d in widths], tuple(shares)).numpy()
     expected = sum(share * part @ part.T for share, part in zip(shares, parts, strict=True))
-    np.testing.assert_allclose(scaled @ scaled.T, expected, atol=1e-5)
-    np.testing.assert_allclose(np.linalg.norm(joined, axis=1), 1, rtol=1e-5)
-    np.testing.assert_allclose(
+    assert_allclose(scaled @ scaled.T, expected, atol=1e-5)
+    assert_allclose(np.linalg.norm(joined, axis=1), 1, rtol=1e-5)
+    assert_allclose(
         joined @ joined.T, np.mean([part @ part.T for part in parts], axis=0), atol=1e-5
     )
 
@@ -86,7 +87,7 @@ def test_joined_features_have_unit_norm_and_the_mean_affinity_weighted_by_shares
 def test_without_a_fit_all_encoders_count_equally():
     ids, features = two(3)
     text = [unit_rows(len(NAMES), d, d) for d in WIDTHS]
-    index = Index.from_features(features, ids, NAMES, text, device="cpu")
+    index = Index.from_features(features, ids, NAMES, text)
     queries = [unit_rows(5, d, 100 + d) for d in WIDTHS]
     assert index.shares == (0.5, 0.5)
     K, W, f = (
@@ -94,20 +95,16 @@ def test_without_a_fit_all_encoders_count_equally():
     )
     expected = tip.answer(f, K, torch.eye(len(NAMES))[torch.from_numpy(ids)], W)
     torch.testing.assert_close(index.logits(queries), expected, rtol=1e-4, atol=1e-4)
-    blocks = Index.from_features(
-        np.concatenate(features, 1), ids, NAMES, device="cpu", blocks=WIDTHS
-    )
-    np.testing.assert_array_equal(blocks.keys, index.keys)
+    blocks = Index.from_features(np.concatenate(features, 1), ids, NAMES, blocks=WIDTHS)
+    assert_array_equal(blocks.keys, index.keys)
 
 
 @pytest.mark.parametrize("with_text", [False, True])
 def test_an_encoder_without_a_share_changes_no_answer(with_text):
     ids, features = two(8, (0.5, 50.0))
     text = [of_class(np.arange(len(NAMES)), d, 0.1, 7) for d in WIDTHS] if with_text else None
-    alone = Index.from_features(
-        features[0], ids, NAMES, None if text is None else text[0], device="cpu"
-    )
-    index = Index.from_features(features, ids, NAMES, text, device="cpu")
+    alone = Index.from_features(features[0], ids, NAMES, None if text is None else text[0])
+    index = Index.from_features(features, ids, NAMES, text)
     made = []
     for one in (alone, index):  # the same photos are in the same folds
         digests = pa.array([f"photo {row}" for row in range(one.n)])
@@ -117,9 +114,10 @@ def test_an_encoder_without_a_share_changes_no_answer(with_text):
     alone, index = made
     assert index.shares == (1.0, 0.0)
     own, more = two(4, seed=50)[1]
-    a, b = index.classify([own, more]), alone.classify(own)
+    a = index.classify([own, more])
+    b = alone.classify(own)
     assert [one.label for one in a] == [one.label for one in b]
-    np.testing.assert_allclose([x.probability for x in a], [x.probability for x in b], atol=2e-3)
+    assert_allclose([x.probability for x in a], [x.probability for x in b], atol=2e-3)
     torch.testing.assert_close(index.logits([own, more]), index.logits([own, np.roll(more, 1, 0)]))
 
 
@@ -127,7 +125,8 @@ def test_an_encoder_without_a_share_changes_no_answer(with_text):
 def test_shares_do_not_depend_on_the_order(each):
     ids, features = two(each, (0.8, 0.5))
     queries = two(5, (0.8, 0.5), seed=9)[1]
-    index, mirrored = fitted(features, ids), fitted(features[::-1], ids)
+    index = fitted(features, ids)
+    mirrored = fitted(features[::-1], ids)
     assert index.shares == pytest.approx(mirrored.shares[::-1])
     assert sum(index.shares) == pytest.approx(1)
     torch.testing.assert_close(
@@ -152,15 +151,13 @@ def test_two_encoders_that_err_independently_are_more_accurate_than_one():
 def alike(c=12):
     """Return one photo of each class, to an encoder and to another that finds the same classes alike."""
     one = unit_rows(c, 10, 7)
-    turned = one @ np.linalg.qr(np.random.default_rng(5).normal(size=(10, 10)))[0]
-    return one, unit(turned + 0.1 * np.random.default_rng(6).normal(size=turned.shape)).astype(
-        np.float32
-    )
+    turned = one @ np.linalg.qr(default_rng(5).normal(size=(10, 10)))[0]
+    return one, unit(turned + 0.1 * default_rng(6).normal(size=turned.shape)).astype(np.float32)
 
 
 def one_shot(*features):
     names = [f"class {number:02d}" for number in range(len(features[0]))]
-    index = Index.from_features(list(features), names, names, device="cpu")
+    index = Index.from_features(list(features), names, names)
     return closed_form.fit(index)
 
 
@@ -173,7 +170,7 @@ def test_with_one_shot_an_encoder_to_which_all_photos_look_alike_gets_more():
 
 def test_with_one_shot_only_encoders_that_find_the_same_classes_alike_as_the_first_count():
     one, other = alike()
-    useless = other[np.random.default_rng(5).permutation(len(other))]
+    useless = other[default_rng(5).permutation(len(other))]
     index, choice = one_shot(one, useless, other)
     assert [share > 0 for share in index.shares] == [True, False, True]
     assert [one_shot(*both)[0].shares for both in ((one, useless), (useless, one))] == [
@@ -185,7 +182,7 @@ def test_with_one_shot_only_encoders_that_find_the_same_classes_alike_as_the_fir
 
 
 def test_features_of_other_photos_rarely_agree():
-    draw = np.random.default_rng(0)
+    draw = default_rng(0)
     found = [agree(draw.normal(size=(c, 6)), draw.normal(size=(c, 9))) for c in range(4, 204)]
     assert sum(found) <= 33  # of 200; 10 % are expected
     assert not agree(np.ones((9, 3)), draw.normal(size=(9, 4)))
@@ -195,9 +192,9 @@ def test_features_of_other_photos_rarely_agree():
 @pytest.mark.parametrize("each", [1, 3])
 def test_the_prior_of_joined_encoders_is_scaled_by_their_shares(each):
     ids, features = two(each)
-    root = np.random.default_rng(1).normal(size=(sum(WIDTHS), 40)) / 10
+    root = default_rng(1).normal(size=(sum(WIDTHS), 40)) / 10
     prior = root @ root.T
-    index = Index.from_features(features, ids, NAMES, device="cpu")
+    index = Index.from_features(features, ids, NAMES)
     index, choice = closed_form.fit(index, closed_form.FitRequest(prior=prior))
     form = choice.form
     assert form.metric is not None
@@ -211,7 +208,7 @@ def test_the_prior_of_joined_encoders_is_scaled_by_their_shares(each):
         scale, scale
     )
     transform = index.metric.transform.double().numpy()
-    np.testing.assert_allclose(transform @ transform.T, inverse, rtol=1e-3, atol=1e-4)
+    assert_allclose(transform @ transform.T, inverse, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -223,7 +220,7 @@ def test_the_known_prior_of_one_of_the_encoders_is_used(each, shares, monkeypatc
     Joining another encoder must not lose what the prior adds to the accuracy of the first one.
     """
     ids, features = two(each)
-    root = np.random.default_rng(1).normal(size=(WIDTHS[0], 40)) / 10
+    root = default_rng(1).normal(size=(WIDTHS[0], 40)) / 10
     known = root @ root.T
     monkeypatch.setattr(
         folds, "known_prior", lambda part: known if part.identity == IDENTITY else None
@@ -234,7 +231,7 @@ def test_the_known_prior_of_one_of_the_encoders_is_used(each, shares, monkeypatc
         known / 2,
         np.eye(WIDTHS[1]) / WIDTHS[1] / 2,
     )
-    index, given, plain = (Index.from_features(features, ids, NAMES, device="cpu") for _ in "abc")
+    index, given, plain = (Index.from_features(features, ids, NAMES) for _ in "abc")
     index.parts = tuple(
         replace(part, identity=one)
         for part, one in zip(index.parts, (IDENTITY, OTHER), strict=True)
@@ -251,7 +248,7 @@ def test_the_known_prior_of_one_of_the_encoders_is_used(each, shares, monkeypatc
         )
     torch.testing.assert_close(index.logits(queries).argmax(1), same.logits(queries).argmax(1))
     if each == 1:  # alpha does not grow with the number of values of the other encoder
-        alone = Index.from_features(features[0], ids, NAMES, device="cpu")
+        alone = Index.from_features(features[0], ids, NAMES)
         alone, _ = closed_form.fit(alone, closed_form.FitRequest(prior=known))
         assert index.settings.alpha == pytest.approx(alone.settings.alpha)
 
@@ -270,27 +267,25 @@ def test_columns_of_a_table_are_encoders(tmp_path, run):
     ids, (clip, cnn) = two(6)
     box = unit_rows(len(ids), 4, 3)
     shots = table_of(tmp_path, "shots", ids, {"clip": clip, "box": box, "cnn": cnn})
-    result = run("index", "build", shots, "--features", "clip,cnn", "--out", tmp_path / "own")
-    assert result.exit_code == 0, result.stderr
-    index = places.at(tmp_path / "own").load(device="cpu")
+    ok("index build", shots, "--features", "clip,cnn", "--out", tmp_path / "own")
+    index = places.at(tmp_path / "own").load()
     assert [(part.width, part.column) for part in index.parts] == [(6, "clip"), (10, "cnn")]
     assert "box" in index.labels.column_names
     assert "cnn" not in index.labels.column_names
-    assert "encoders" in run("index", "info", tmp_path / "own").output
-    assert json.loads(run("index", "info", tmp_path / "own", "--json").output)[
-        "encoders"
-    ].keys() == {"clip", "cnn"}
+    assert "encoders" in run("index info", tmp_path / "own").output
+    assert json.loads(run("index info", tmp_path / "own", "--json").output)["encoders"].keys() == {
+        "clip",
+        "cnn",
+    }
     new = table_of(tmp_path, "new", ids, {"cnn": cnn, "clip": clip})
     answers = run("classify", tmp_path / "own", new, "--format", "json").output.splitlines()
     expected = index.classify([clip, cnn])
     assert [json.loads(line)["label"] for line in answers] == [one.label for one in expected]
-    assert run("index", "add", tmp_path / "own", new).exit_code == 0
+    ok("index add", tmp_path / "own", new)
     lost = table_of(tmp_path, "lost", ids, {"clip": clip})
-    refused = run("classify", tmp_path / "own", lost)
-    assert (refused.exit_code, "'cnn'" in refused.stderr) == (1, True)
+    failed(run("classify", tmp_path / "own", lost), 1, "'cnn'")
     assert (
-        run("index", "build", shots, "--features", "clip,dog", "--out", tmp_path / "no").exit_code
-        == 1
+        run("index build", shots, "--features", "clip,dog", "--out", tmp_path / "no").exit_code == 1
     )
 
 
@@ -312,7 +307,7 @@ def test_a_missing_feature_is_refused_with_its_row_and_column(tmp_path):
 
 @pytest.fixture
 def photos(tmp_path):
-    draw = np.random.default_rng(0)
+    draw = default_rng(0)
     for number, name in enumerate(("red", "green", "blue")):
         (tmp_path / "photos" / name).mkdir(parents=True)
         for i in range(5):
@@ -324,7 +319,10 @@ def photos(tmp_path):
 
 
 def test_each_photo_is_read_once_and_each_encoder_has_its_own_cache(photos, tmp_path):
-    first, second, cache, reads = Fake(), Other(), EncodingCache(tmp_path / "cache"), []
+    first = Fake()
+    second = Other()
+    cache = EncodingCache(tmp_path / "cache")
+    reads = []
 
     def read(path):
         reads.append(path)
@@ -337,13 +335,14 @@ def test_each_photo_is_read_once_and_each_encoder_has_its_own_cache(photos, tmp_
         Reader(Joined([first, second]), cache=cache).encode(replace(source, load=read)).features
     )
     assert (first.prepared, len(reads)) == (made, 15)
-    np.testing.assert_allclose(
+    assert_allclose(
         joined, side_by_side([alone, Reader(second).encode(source).features]), atol=1e-6
     )
 
 
 def test_an_encoder_without_a_share_is_not_run_for_queries(photos):
-    first, second = Fake(), Other()
+    first = Fake()
+    second = Other()
     second.batches.clear()
     backbone = Joined([first, second])
     source = open_source(photos)
@@ -395,14 +394,14 @@ def test_names_join_encoders_and_their_weights(tmp_path):
         load_backbone(f"local-dir:{plus}+", device="cpu")
 
 
-def test_everything_that_takes_an_encoder_takes_two(photos, tmp_path, run, monkeypatch):
+def test_everything_that_takes_an_encoder_takes_two(photos, tmp_path, monkeypatch):
     monkeypatch.setenv("RETRIEVAL_TIP_CACHE", str(tmp_path / "cache"))
     a, b = (f"local-dir:{tiny(tmp_path / name, seed)}" for seed, name in enumerate("ab"))
-    own, table = tmp_path / "own", tmp_path / "table.parquet"
+    own = tmp_path / "own"
+    table = tmp_path / "table.parquet"
 
     def done(*arguments):
-        result = run(*arguments)
-        assert result.exit_code == 0, result.output + result.stderr
+        result = ok(*arguments)
         return str(result.output)
 
     done("index", "build", photos, "--out", own, "--model", f"{a}+{b}")
@@ -446,7 +445,8 @@ def test_everything_that_takes_an_encoder_takes_two(photos, tmp_path, run, monke
 
 
 def test_features_of_another_encoder_are_refused(photos, tmp_path):
-    first, second = Fake(), Other()
+    first = Fake()
+    second = Other()
     source = open_source(photos)
     own = tmp_path / "own"
     build_index(

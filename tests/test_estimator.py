@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 import warm
-from conftest import cache_of, examples, few
-from hypothesis import given, settings
+from conftest import cache_of, few, tries
+from hypothesis import given
 from hypothesis import strategies as st
+from numpy.random import default_rng
+from numpy.testing import assert_allclose, assert_array_equal
 from sklearn.exceptions import NotFittedError
 from sklearn.utils.estimator_checks import parametrize_with_checks
 from tables import unit
@@ -29,7 +31,7 @@ SORTED = np.array(["ant", "bee", "cat", "dog"])
 SORTING = [1, 3, 2, 0]
 
 
-_rng = np.random.default_rng(0)
+_rng = default_rng(0)
 TEXT = unit(_rng.standard_normal((C, D)))  # in the order of NAMES
 IDS = _rng.permutation(np.repeat(np.arange(C), [9, 20, 14, 17]))
 X = unit(TEXT[IDS] + 0.3 * _rng.standard_normal((len(IDS), D)))
@@ -71,7 +73,7 @@ def test_scikit_learns_own_checks(estimator, check):
     check(estimator)
 
 
-@settings(max_examples=examples(15), deadline=None)
+@tries(15)
 @given(
     alpha=st.floats(0, 20),
     beta=st.floats(0, 50),
@@ -89,10 +91,10 @@ def test_logits_match_the_cache_model(alpha, beta, text, **how):
     logits = expected.logits(QUERIES, **how)
     scores = made.fit(X, Y).decision_function(QUERIES)
     assert scores.dtype == np.float32
-    np.testing.assert_allclose(scores, logits, rtol=1e-5, atol=1e-4)
+    assert_allclose(scores, logits, rtol=1e-5, atol=1e-4)
     proba = made.predict_proba(QUERIES)
-    np.testing.assert_allclose(proba, logits.softmax(dim=1), atol=1e-4)
-    np.testing.assert_array_equal(made.predict(QUERIES), SORTED[scores.argmax(axis=1)])
+    assert_allclose(proba, logits.softmax(dim=1), atol=1e-4)
+    assert_array_equal(made.predict(QUERIES), SORTED[scores.argmax(axis=1)])
 
 
 def test_default_settings_give_the_answers_of_a_built_index(tmp_path):
@@ -104,25 +106,21 @@ def test_default_settings_give_the_answers_of_a_built_index(tmp_path):
         )
         write_table(tmp_path / f"{name}.parquet", table.schema, [table])
     source = open_source(tmp_path / "shots.parquet")
-    index = build_index(
-        source, tmp_path / "index", Reader(), text=tmp_path / "text.parquet", device="cpu"
-    )
+    index = build_index(source, tmp_path / "index", Reader(), text=tmp_path / "text.parquet")
     made = TipAdapterClassifier(TEXT, NAMES, device="cpu").fit(X, Y)
     assert made.index_.fitted == index.fitted
     answers = index.classify(QUERIES, top=C)
     assert made.predict(QUERIES).tolist() == [answer.label for answer in answers]
     for probabilities, answer in zip(made.predict_proba(QUERIES), answers, strict=True):
         by_label = dict(zip(answer.labels, answer.probabilities, strict=True))
-        np.testing.assert_allclose(
-            probabilities, [by_label[name] for name in made.classes_], atol=1e-5
-        )
+        assert_allclose(probabilities, [by_label[name] for name in made.classes_], atol=1e-5)
 
 
 def test_text_weights_without_class_names_are_in_sorted_order():
     expected = classifier().fit(X, Y).decision_function(QUERIES)
     for text in (TEXT[SORTING], TEXT[SORTING].tolist(), torch.from_numpy(TEXT[SORTING])):
         made = classifier(text_weights=text, class_names=None).fit(X, Y)
-        np.testing.assert_array_equal(made.decision_function(QUERIES), expected)
+        assert_array_equal(made.decision_function(QUERIES), expected)
 
 
 @pytest.mark.parametrize(
@@ -139,7 +137,7 @@ def test_text_weights_without_class_names_are_in_sorted_order():
 def test_labels_can_have_any_type(labels):
     y = [labels[i] for i in IDS]
     made = classifier(class_names=labels).fit(X, y)
-    np.testing.assert_array_equal(made.classes_, np.unique(np.asarray(labels)))
+    assert_array_equal(made.classes_, np.unique(np.asarray(labels)))
     assert made.classes_.dtype == np.asarray(labels).dtype
     got = made.predict(QUERIES)
     assert got.tolist() == [
@@ -151,10 +149,11 @@ def test_labels_can_have_any_type(labels):
 def test_one_or_two_classes_are_enough():
     two = np.isin(Y, ["ant", "cat"])
     made = classifier(text_weights=None, class_names=None).fit(X[two], Y[two])
-    scores, proba = made.decision_function(QUERIES), made.predict_proba(QUERIES)
+    scores = made.decision_function(QUERIES)
+    proba = made.predict_proba(QUERIES)
     assert scores.shape == (40,)
-    np.testing.assert_array_equal(made.predict(QUERIES), np.where(scores > 0, "cat", "ant"))
-    np.testing.assert_allclose(proba[:, 1], 1 / (1 + np.exp(-scores)), rtol=1e-4)
+    assert_array_equal(made.predict(QUERIES), np.where(scores > 0, "cat", "ant"))
+    assert_allclose(proba[:, 1], 1 / (1 + np.exp(-scores)), rtol=1e-4)
     one = TipAdapterClassifier(device="cpu").fit(X, np.full(len(X), 7))
     assert one.predict_proba(QUERIES).tolist() == [[1.0]] * 40
     assert one.predict(QUERIES).tolist() == [7] * 40
@@ -169,27 +168,26 @@ def test_a_class_without_keys_is_predicted_from_its_text():
 
 
 def test_rows_are_normalised_by_default():
-    lengths = np.random.default_rng(1).uniform(0.1, 100, (len(X), 1))
+    lengths = default_rng(1).uniform(0.1, 100, (len(X), 1))
     expected = classifier().fit(X, Y).decision_function(QUERIES)
     long = classifier().fit(X * lengths, Y)
-    np.testing.assert_allclose(long.decision_function(7 * QUERIES), expected, atol=1e-4)
+    assert_allclose(long.decision_function(7 * QUERIES), expected, atol=1e-4)
     for extreme in (1e-320, 1e-200, 1e200):
-        np.testing.assert_allclose(
+        assert_allclose(
             long.decision_function(QUERIES[:1].astype(float) * extreme), expected[:1], rtol=0.02
         )
 
 
 def test_a_zero_row_stays_zero():
-    keys, queries = X.copy(), QUERIES.copy()
+    keys = X.copy()
+    queries = QUERIES.copy()
     keys[3], queries[2] = 0, 0
     queries[5] = 0.5 * np.eye(D)[7]  # zeros in some columns do not make a zero row
     made = classifier().fit(keys, Y)
     scores = made.decision_function(queries)
-    np.testing.assert_allclose(
-        scores[2], np.exp(-5.5) * np.unique(Y, return_counts=True)[1], rtol=1e-5
-    )
+    assert_allclose(scores[2], np.exp(-5.5) * np.unique(Y, return_counts=True)[1], rtol=1e-5)
     assert made.predict(queries)[2] == "ant"  # it has the most keys
-    np.testing.assert_allclose(
+    assert_allclose(
         scores, cache(keys=keys).logits(np.where(queries == 0.5, 1, queries)), atol=1e-4
     )
 
@@ -206,10 +204,10 @@ def test_partial_fits_equal_one_fit_on_all_rows(how):
     bound = (
         1e-5 * np.abs(expected).max()
     )  # the sums behind a fitted metric were added in another order
-    np.testing.assert_allclose(parts.decision_function(QUERIES), expected, rtol=0, atol=bound)
+    assert_allclose(parts.decision_function(QUERIES), expected, rtol=0, atol=bound)
     (affinity, rows), (expected, same) = (made.kneighbors(QUERIES, 9) for made in (parts, whole))
-    np.testing.assert_allclose(affinity, expected, rtol=0, atol=1e-5)
-    np.testing.assert_array_equal(rows, same)
+    assert_allclose(affinity, expected, rtol=0, atol=1e-5)
+    assert_array_equal(rows, same)
     assert parts.fit(X[:30], Y[:30]).index_.n == 30
 
 
@@ -221,7 +219,7 @@ def test_partial_fit_needs_to_know_the_classes():
     assert made.classes_.tolist() == SORTED.tolist()
     made.partial_fit(X[1:], Y[1:], classes=SORTED)
     whole = classifier().fit(X, Y).decision_function(QUERIES)
-    np.testing.assert_array_equal(made.decision_function(QUERIES), whole)
+    assert_array_equal(made.decision_function(QUERIES), whole)
     for wrong in (["ant"], [*NAMES, "cow"]):
         with pytest.raises(UsageError, match=r"classes: .*first call"):
             made.partial_fit(X, Y, classes=wrong)
@@ -231,7 +229,7 @@ def test_partial_fit_needs_to_know_the_classes():
         made.partial_fit(X[:2], ["ant", "cow"])
     with pytest.raises(ValueError, match="expecting 16 features"):
         made.partial_fit(X[:, 1:], Y)
-    np.testing.assert_array_equal(made.decision_function(QUERIES), whole)
+    assert_array_equal(made.decision_function(QUERIES), whole)
 
 
 @pytest.mark.parametrize("index", ["Flat", "HNSW8", "SQ8"])
@@ -245,9 +243,9 @@ def test_kneighbors_are_sorted_rows_of_the_training_data(index):
         np.int64,
     )
     assert (np.diff(affinity, axis=1) <= 0).all()
-    np.testing.assert_allclose(affinity, np.einsum("qd,qkd->qk", QUERIES, X[rows]), atol=1e-5)
+    assert_allclose(affinity, np.einsum("qd,qkd->qk", QUERIES, X[rows]), atol=1e-5)
     if index == "Flat":
-        np.testing.assert_array_equal(rows, np.argsort(-(QUERIES @ X.T), axis=1)[:, :10])
+        assert_array_equal(rows, np.argsort(-(QUERIES @ X.T), axis=1)[:, :10])
     assert rows[0].tolist() == [one.key_id for one in made.index_.similar(QUERIES[:1], 10)[0]]
     assert made.kneighbors(X)[0].shape == (len(X), 5)
     if index != "SQ8":
@@ -292,7 +290,7 @@ def test_a_failed_fit_keeps_the_fitted_model():
     before = made.decision_function(QUERIES)
     with pytest.raises(UsageError):
         made.set_params(index="Nonsense").fit(X, Y[::-1])
-    np.testing.assert_array_equal(made.decision_function(QUERIES), before)
+    assert_array_equal(made.decision_function(QUERIES), before)
 
 
 def fresh(script, python=sys.executable):

@@ -8,8 +8,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import cache_of
+from conftest import cache_of, ok
 from dense import affinity, cache_logits, nearest
+from numpy.random import default_rng
 from tables import read_features, unit, write_table
 
 from retrieval_tip import Index
@@ -26,7 +27,7 @@ C, D, SHOTS, Q = 8, 16, 4, 300
 NAMES = [f"class {i}" for i in range(C)]
 
 
-_rng = np.random.default_rng(0)
+_rng = default_rng(0)
 _means = unit(_rng.standard_normal((C, D)))
 Y = np.repeat(np.arange(C), SHOTS)
 KEYS = unit(_means[Y] + 0.4 * _rng.standard_normal((len(Y), D)))
@@ -71,7 +72,8 @@ def source(tmp_path):
 
 def expected(k=None):
     A = affinity(QUERIES, KEYS)
-    text, cache = 10 * affinity(QUERIES, TEXT), cache_logits(A, Y, C, 3, met=nearest(A, k))
+    text = 10 * affinity(QUERIES, TEXT)
+    cache = cache_logits(A, Y, C, 3, met=nearest(A, k))
     return text + 2 * cache, text, cache
 
 
@@ -118,18 +120,13 @@ def test_a_source_without_any_known_class_is_refused_by_name(tmp_path):
 
 
 @pytest.fixture
-def mixed(tmp_path, run):
+def mixed(tmp_path):
     """A fitted index of five classes and a name without shots, and photos of all eight classes."""
-    shots, text = (
-        labelled_table(tmp_path / "shots.parquet", Y[:20], KEYS[:20]),
-        tmp_path / "text.parquet",
-    )
+    shots = labelled_table(tmp_path / "shots.parquet", Y[:20], KEYS[:20])
+    text = tmp_path / "text.parquet"
     write_table(text, TEXT[:6], NAMES[:6])
-    assert (
-        run("-q", "index", "build", shots, "--text", text, "--out", tmp_path / "index").exit_code
-        == 0
-    )
-    rng = np.random.default_rng(7)
+    ok("-q index build", shots, "--text", text, "--out", tmp_path / "index")
+    rng = default_rng(7)
     truth = rng.integers(0, C, 160)
     return tmp_path / "index", labelled_table(
         tmp_path / "mixed.parquet", truth, unit(_means[truth] + 0.4 * rng.standard_normal((160, D)))
@@ -167,7 +164,7 @@ def test_unknown_classes_are_right_if_they_match_no_class(mixed, run):
     assert (found["coverage"], found["selective_top1"]) == pytest.approx(
         (sure.mean(), right[sure].mean())
     )
-    cache = Index.load(index, device="cpu")
+    cache = Index.load(index)
     features, _ = read_features(test)
     terms = cache.terms(features)
     strength = terms.cache[:, np.array(cache.counts) > 0].amax(1).numpy()
@@ -185,12 +182,7 @@ def test_unknown_classes_are_right_if_they_match_no_class(mixed, run):
 
 def test_without_a_threshold_every_unknown_photo_is_wrong(mixed, run):
     shots = mixed[0].parent / "shots.parquet"
-    assert (
-        run(
-            "-q", "index", "build", shots, "--fit", "none", "--out", mixed[0].parent / "plain"
-        ).exit_code
-        == 0
-    )
+    ok("-q index build", shots, "--fit", "none", "--out", mixed[0].parent / "plain")
     found = json.loads(run("evaluate", mixed[0].parent / "plain", mixed[1], "--json").stdout)
     assert (found["known_no_match"], found["unknown_no_match"], found["auroc"]) == (
         None,
@@ -204,8 +196,8 @@ def test_without_a_threshold_every_unknown_photo_is_wrong(mixed, run):
 
 def shots_of(n):
     """Return features, class ids and digests of shots of four unequal classes. Shots 0 and 1 are copies."""
-    ids = np.random.default_rng(1).choice(4, n, p=[0.5, 0.25, 0.2, 0.05])
-    features = unit(_means[ids] + 0.4 * np.random.default_rng(2).standard_normal((n, D)))
+    ids = default_rng(1).choice(4, n, p=[0.5, 0.25, 0.2, 0.05])
+    features = unit(_means[ids] + 0.4 * default_rng(2).standard_normal((n, D)))
     return features, ids, [f"digest {max(i, 1)}" for i in range(n)]
 
 
@@ -218,11 +210,9 @@ def test_shots_are_classified_as_by_an_index_without_them(tmp_path, run, kind, s
     )
     text = write_table(tmp_path / "text.parquet", TEXT[:4], NAMES[:4])
     place = tmp_path / "index" if store == "folder" else f"lance://{tmp_path}/index"
-    options, k = (
-        {"with text": ["--text", text], "nearest keys": ["--fit", "none"]}.get(kind, []),
-        kind == "nearest keys",
-    )
-    assert run("-q", "index", "build", table, "--out", place, *options).exit_code == 0
+    options = {"with text": ["--text", text], "nearest keys": ["--fit", "none"]}.get(kind, [])
+    k = kind == "nearest keys"
+    ok("-q index build", table, "--out", place, *options)
     asked = [1, 7, 12, 20, 28, 33, 38]
     test = write_table(
         tmp_path / "test.parquet",
@@ -230,9 +220,10 @@ def test_shots_are_classified_as_by_an_index_without_them(tmp_path, run, kind, s
         [*(NAMES[i] for i in ids[asked]), *(NAMES[i % 4] for i in TRUTH[:5])],
         digest=[*(digests[i] for i in asked), *("new",) * 5],
     )
-    index = at(place).load(device="cpu")
+    index = at(place).load()
     index = index.with_settings(index.settings.override(**({"k": 3, "tail": False} if k else {})))
-    found, expected = evaluate(index, open_source(test), Reader()), []
+    found = evaluate(index, open_source(test), Reader())
+    expected = []
     for photo in asked:
         others = [i for i in range(40) if digests[i] != digests[photo]]
         own = Index.from_features(
@@ -240,7 +231,6 @@ def test_shots_are_classified_as_by_an_index_without_them(tmp_path, run, kind, s
             ids[others],
             NAMES[:4],
             TEXT[:4] if index.has_text else None,
-            device="cpu",
         )
         if index.fitted is not None:
             own, _ = closed_form.fit(own, forms=[Form.of(index.fitted, index.settings.beta)])
@@ -264,10 +254,7 @@ def test_shots_are_classified_as_by_an_index_without_them(tmp_path, run, kind, s
 
 def test_rows_without_a_digest_are_shots_if_id_and_feature_are_equal(tmp_path, run):
     shots = labelled_table(tmp_path / "shots.parquet", Y, KEYS)
-    assert (
-        run("-q", "index", "build", shots, "--fit", "none", "--out", tmp_path / "index").exit_code
-        == 0
-    )
+    ok("-q index build", shots, "--fit", "none", "--out", tmp_path / "index")
     other = labelled_table(tmp_path / "other.parquet", Y, -KEYS)  # numbered in the same way
     for table, expected in ((shots, len(Y)), (other, 0)):
         assert (
@@ -277,9 +264,7 @@ def test_rows_without_a_digest_are_shots_if_id_and_feature_are_equal(tmp_path, r
 
 
 def test_trained_values_of_the_other_keys_are_kept(tmp_path):
-    values = np.eye(C, dtype=np.float32)[Y] + 0.1 * np.random.default_rng(4).standard_normal(
-        (len(Y), C)
-    )
+    values = np.eye(C, dtype=np.float32)[Y] + 0.1 * default_rng(4).standard_normal((len(Y), C))
     cache = model(values=values.astype(np.float32))
     test = labelled(tmp_path, [NAMES[i] for i in Y[:2]], KEYS[:2])
     test = replace(test, items=test.items.set_column(0, "source", pa.array(["key 0", "key 1"])))
@@ -319,7 +304,7 @@ def test_shots_of_an_index_that_is_too_large_to_copy_are_left_out(
 
 
 def test_the_only_photo_of_an_index_is_refused(tmp_path):
-    cache = Index.from_features(KEYS[:1], [0], NAMES, TEXT, sources=["q0"], device="cpu")
+    cache = Index.from_features(KEYS[:1], [0], NAMES, TEXT, sources=["q0"])
     with pytest.raises(InputError, match="or has no other photo"):
         evaluate(cache, labelled(tmp_path, NAMES[:1], KEYS[:1]), Reader())
 

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import ROOT
+from numpy.testing import assert_allclose, assert_array_equal
 from tables import unit_rows
 
 from retrieval_tip.backbones.base import Identity
@@ -43,7 +44,6 @@ def cache_of(n=40, d=8, dtype="float32", **options):
         names,
         unit_rows(3, d, 5),
         settings=Settings(alpha=2.0, beta=3.0),
-        device="cpu",
         **options,
     )
     return replace(cache, backbone=IDENTITY)
@@ -59,7 +59,6 @@ def rebuilt(cache, tmp_path, **options):
         text=tmp_path / "text.parquet",
         alpha=cache.settings.alpha,
         beta=cache.settings.beta,
-        device="cpu",
         **options,
     )
 
@@ -70,16 +69,16 @@ def test_an_index_built_from_an_export_is_the_same(tmp_path, dtype):
     labels = cache.labels.append_column("camera", pa.array([f"c{i}" for i in range(40)]))
     cache = replace(cache, rows=replace(cache.rows, labels=labels))
     built = rebuilt(cache, tmp_path, dtype=dtype)
-    np.testing.assert_array_equal(built.keys, cache.keys)
+    assert_array_equal(built.keys, cache.keys)
     assert built.keys.dtype == cache.keys.dtype
     assert built.class_names == cache.class_names
     for column in ("label", "source", "shot", "views", "camera", "digest", "class_id"):
         assert built.labels[column].to_pylist() == cache.labels[column].to_pylist(), column
     assert built.backbone == IDENTITY
     queries = unit_rows(20, 8, 4)
-    np.testing.assert_allclose(built.text_weights, cache.text_weights, atol=1e-7)
-    np.testing.assert_allclose(built.logits(queries), cache.logits(queries), atol=2e-5)
-    np.testing.assert_allclose(built.logits(queries, 5), cache.logits(queries, 5), atol=2e-5)
+    assert_allclose(built.text_weights, cache.text_weights, atol=1e-7)
+    assert_allclose(built.logits(queries), cache.logits(queries), atol=2e-5)
+    assert_allclose(built.logits(queries, 5), cache.logits(queries, 5), atol=2e-5)
 
 
 def test_the_exported_table_has_the_columns_of_the_label_store(tmp_path):
@@ -94,7 +93,7 @@ def test_the_exported_table_has_the_columns_of_the_label_store(tmp_path):
         assert table[column].to_pylist() == cache.labels[column].to_pylist()
     assert table["id"].to_pylist() == cache.labels["source"].to_pylist()
     assert FeatureTable(ParquetFiles(tmp_path / "t.parquet")).identity() == IDENTITY
-    np.testing.assert_array_equal(rows_of(tmp_path / "t.parquet"), cache.keys)
+    assert_array_equal(rows_of(tmp_path / "t.parquet"), cache.keys)
 
 
 def test_fine_tuned_keys_are_exported_unchanged_and_need_their_norms(tmp_path, caplog):
@@ -102,9 +101,9 @@ def test_fine_tuned_keys_are_exported_unchanged_and_need_their_norms(tmp_path, c
     keys = np.asarray(cache.keys) * 3
     tuned = replace(cache, rows=replace(cache.rows, keys=keys))
     built = rebuilt(tuned, tmp_path, norms="keep")
-    np.testing.assert_array_equal(built.keys, keys)
+    assert_array_equal(built.keys, keys)
     queries = unit_rows(9, 8, 4)
-    np.testing.assert_allclose(built.logits(queries), tuned.logits(queries), rtol=1e-5)
+    assert_allclose(built.logits(queries), tuned.logits(queries), rtol=1e-5)
     assert not caplog.records
     trained = replace(tuned, rows=replace(tuned.rows, values=torch.ones(40, 3)))
     export_table(trained, tmp_path / "keys.parquet")
@@ -131,16 +130,14 @@ def test_an_index_without_text_cannot_export_text(tmp_path):
     export_text(cache, tmp_path / "t.parquet")
     names, weights = read_text_table(tmp_path / "t.parquet")
     assert list(names) == cache.class_names
-    np.testing.assert_allclose(weights, cache.text_weights.numpy(), atol=1e-7)
+    assert_allclose(weights, cache.text_weights.numpy(), atol=1e-7)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.bfloat16])
 def test_an_index_from_the_recipe_answers_like_the_research_code(tmp_path, monkeypatch, dtype):
     monkeypatch.chdir(tmp_path)
-    keys, values = (
-        torch.from_numpy(unit_rows(30, 8)).to(dtype).T,
-        torch.eye(3)[torch.arange(30) * 7 % 3],
-    )
+    keys = torch.from_numpy(unit_rows(30, 8)).to(dtype).T
+    values = torch.eye(3)[torch.arange(30) * 7 % 3]
     Path("caches").mkdir()
     torch.save(keys, "caches/keys_16shots.pt")
     torch.save(values.half(), "caches/values_16shots.pt")
@@ -162,4 +159,4 @@ def test_an_index_from_the_recipe_answers_like_the_research_code(tmp_path, monke
         * torch.exp(-4.0 * (1 - queries @ torch.nn.functional.normalize(keys.float(), dim=0)))
         @ values
     )
-    np.testing.assert_allclose(cache.logits(queries).cpu(), expected, rtol=1e-4, atol=1e-4)
+    assert_allclose(cache.logits(queries).cpu(), expected, rtol=1e-4, atol=1e-4)

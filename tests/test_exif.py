@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 import numpy as np
 import pytest
 from cameras import GPS, encoded, gps_of
-from conftest import json_rows
+from conftest import json_rows, ok
 from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
@@ -19,7 +19,8 @@ from retrieval_tip.data.exif import UNKNOWN, Taken, taken
 from retrieval_tip.labelling.bursts import bursts
 
 START = datetime(2026, 3, 1, 23, 59, 55)
-LATITUDE, LONGITUDE = st.floats(-89.9, 89.9), st.floats(-179.9, 179.9)
+LATITUDE = st.floats(-89.9, 89.9)
+LONGITUDE = st.floats(-179.9, 179.9)
 PHOTOS = st.lists(
     st.tuples(st.sampled_from(["a/", "b/", ""]), st.none() | st.integers(0, 60)), max_size=12
 )
@@ -33,7 +34,8 @@ def test_time_and_place_are_read_from_exif(time, latitude, longitude, style):
     assert (found.latitude, found.longitude) == pytest.approx((latitude, longitude), abs=1e-6)
 
 
-NAN, HUGE = IFDRational(0, 0), 2**32 - 1
+NAN = IFDRational(0, 0)
+HUGE = 2**32 - 1
 LATITUDES = [(NAN, 0, 0), (HUGE, HUGE, HUGE), (IFDRational(1, 0), 0, 0), (1, 2), (1, 2, 3, 4)]
 WRONG = [
     *({GPS.GPSLatitude: latitude} for latitude in LATITUDES),
@@ -142,8 +144,8 @@ def test_classify_reports_exif_and_bursts(run, things, traps):
 
 def test_a_burst_has_no_match_if_no_photo_of_it_has_one(run, things, traps, tmp_path_factory):
     index = tmp_path_factory.mktemp("index") / "fitted"
-    assert run("index", "clone", things, index).exit_code == 0
-    assert run("fit", index).exit_code == 0
+    ok("index clone", things, index)
+    ok("fit", index)
     Image.effect_noise((300, 300), 200).convert("RGB").save(traps / "noise.jpg")
     (traps / "c").mkdir()
     for name in ("1.jpg", "2.jpg"):

@@ -17,9 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import examples
+from conftest import tries
 from fake import IDENTITY, Fake, Reads, picture, pictures, source_of, with_identity
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tables import unit_rows, write_parts
 
@@ -61,8 +61,10 @@ def photos(tmp_path_factory):
 
 def by_hand(path, names, *, reduce=True):
     """Return the digest of an image and the raw features of its views. Only the centre may be of a reduced image."""
-    data, backbone = read_item(path), Fake()
-    digest, image = hashlib.sha256(data).hexdigest(), images.decode(data)
+    data = read_item(path)
+    backbone = Fake()
+    digest = hashlib.sha256(data).hexdigest()
+    image = images.decode(data)
     centre = backbone.preprocess(images.decode(data, 12) if reduce else image)
     views = [
         centre if name == CENTRE else backbone.view(image, f"{digest}/{name}") for name in names
@@ -76,7 +78,7 @@ numbers = st.lists(st.integers(0, 16), min_size=1, max_size=20).filter(
 drawn_views = st.tuples(st.integers(1, 4), st.integers(1, 2))
 
 
-@settings(max_examples=examples(60), deadline=None)
+@tries(60)
 @given(numbers, drawn_views, drawn_views, st.integers(1, 9), st.integers(1, 4), st.booleans())
 def test_each_image_is_read_and_encoded_once(
     tmp_path_factory, photos, order, views, before, batch_size, workers, cached
@@ -86,7 +88,8 @@ def test_each_image_is_read_and_encoded_once(
     names = view_names(seed, number)
     each = [*names, CENTRE] if number > 1 else names
     found = {path: by_hand(path, each) for path in source.paths if path not in photos[15:]}
-    cache, known = EncodingCache(tmp_path_factory.mktemp("cache")) if cached else None, set()
+    cache = EncodingCache(tmp_path_factory.mktemp("cache")) if cached else None
+    known = set()
 
     if cached:  # under other names, since images are identified by their content
         moved = shutil.copytree(Path(photos[0]).parent, tmp_path_factory.mktemp("moved") / "moved")
@@ -96,15 +99,14 @@ def test_each_image_is_read_and_encoded_once(
             of_images(sorted(map(str, moved.iterdir()))), first
         )
     for mean, own in ((True, names), (False, each)):
-        backbone, fresh = Fake(), set(own) - known
+        backbone = Fake()
+        fresh = set(own) - known
         reads.clear()
         reader = Reader(backbone, number, seed, "check", batch_size, workers, cache)
         counted = replace(source, load=reads)
         result = reader.encode(counted) if mean else reader.encode_views(counted, own)
-        digests, known = (
-            [digest for digest, _ in found.values()],
-            known | (set(own) if cached else set()),
-        )
+        digests = [digest for digest, _ in found.values()]
+        known = known | (set(own) if cached else set())
         assert reads == dict.fromkeys([Path(path).name for path in source.paths], 1)
         assert max(backbone.batches, default=0) <= batch_size
         assert len(set(digests)) * len(fresh) <= sum(backbone.batches) <= len(digests) * len(fresh)
@@ -141,7 +143,8 @@ def test_reduction_only_changes_large_jpegs_and_those_little(photos):
 
 
 def test_an_unreadable_image_is_named(photos, caplog):
-    reader, views = Reader(Fake()), view_names(1, 2)
+    reader = Reader(Fake())
+    views = view_names(1, 2)
     for _ in range(2):
         reader.encode_views(of_images(photos), views)
     assert [skipped.reason.partition(":")[0] for skipped in reader.skipped] == [
@@ -197,7 +200,8 @@ def with_cache(folder, use):
     ],
 )
 def test_another_backbone_or_precision_encodes_again(folder, tmp_path, change, fresh):
-    source, backbone = source_of(folder), Fake(**change)
+    source = source_of(folder)
+    backbone = Fake(**change)
     right = fill(tmp_path / "c", source)
     found = with_cache(tmp_path / "c", lambda cache: all_of(Reader(backbone, cache=cache), source))
     assert np.array_equal(found[1], right)
@@ -245,7 +249,8 @@ def updated(change):
 
 def flipped(seed):
     def damage(file):
-        generator, damaged = np.random.default_rng(seed), bytearray(file.read_bytes())
+        generator = np.random.default_rng(seed)
+        damaged = bytearray(file.read_bytes())
         for place in generator.integers(0, len(damaged) if seed % 2 else 4096, 40):
             damaged[place] ^= 1 << generator.integers(0, 8)
         file.write_bytes(damaged)
@@ -281,7 +286,8 @@ DAMAGES = [
 
 @pytest.mark.parametrize(("damage", "fresh"), DAMAGES, ids=range(len(DAMAGES)))
 def test_a_damaged_cache_never_gives_wrong_features(folder, tmp_path, damage, fresh):
-    source, file = source_of(folder), tmp_path / "c/encodings-2.sqlite"
+    source = source_of(folder)
+    file = tmp_path / "c/encodings-2.sqlite"
     right = fill(tmp_path / "c", source)
     damage(file)
     backbone = Fake()
@@ -555,11 +561,9 @@ def test_an_encoded_table_contains_the_features_of_readable_images(folder, tmp_p
     (tmp_path / "list.csv").write_text(f"path,label,note\n{lines}")
     (folder / "03.png").write_bytes(b"")
     out = tmp_path / "caf\udce9.parquet"  # not UTF-8
-    source, reader, read = (
-        open_source(tmp_path / "list.csv"),
-        Reader(Fake(), batch_size=5),
-        [0, 1, 2, *range(4, 12)],
-    )
+    source = open_source(tmp_path / "list.csv")
+    reader = Reader(Fake(), batch_size=5)
+    read = [0, 1, 2, *range(4, 12)]
     assert encode_table(source, out, reader) == 11
     assert len(reader.skipped) == 1
     table = pq.read_table(pa.BufferReader(out.read_bytes()))
@@ -642,11 +646,12 @@ def test_writing_to_a_link_replaces_its_target(folder, tmp_path):
 @pytest.fixture(scope="module")
 def large_table(tmp_path_factory):
     """A table whose rows are read in several blocks, and in which three rows share an id."""
-    path, rows = tmp_path_factory.mktemp("table") / "t.parquet", unit_rows(20_000, 4)
+    path = tmp_path_factory.mktemp("table") / "t.parquet"
+    rows = unit_rows(20_000, 4)
     return open_items(table_of(path, list(rows), id=[str(i % 6_667) for i in range(20_000)])), rows
 
 
-@settings(max_examples=examples(60), deadline=None)
+@tries(60)
 @given(
     st.lists(
         st.integers(0, 12) | st.sampled_from([6667, 6670, 13_334, 13_340, 19_999]),
@@ -662,7 +667,8 @@ def test_rows_can_be_taken_in_any_order_and_those_that_share_an_id_are_the_views
     positions, found = all_of(Reader(), source)
     assert positions.tolist() == list(range(len(order)))
     assert np.array_equal(found, rows[order])
-    views, shots = Reader().encode_views(source, []), {}
+    views = Reader().encode_views(source, [])
+    shots = {}
     for place, row in enumerate(order):
         shots.setdefault(row % 6_667, []).append(place)
     assert list(views) == [places[0] for places in shots.values()]
@@ -671,7 +677,8 @@ def test_rows_can_be_taken_in_any_order_and_those_that_share_an_id_are_the_views
 
 
 def test_the_parts_of_a_folder_are_one_table(tmp_path):
-    rows, numbers = unit_rows(6, 4), [f"{row}" for row in range(6)]
+    rows = unit_rows(6, 4)
+    numbers = [f"{row}" for row in range(6)]
     kinds = [pa.float32(), pa.float16(), pa.float64()]
     halves = [
         pa.array(list(some), pa.list_(pa.float16()))
@@ -725,7 +732,8 @@ def test_few_of_many_parts_are_open_at_a_time(tmp_path):
 
 
 def test_labelled_features_in_memory_are_a_source(tmp_path):
-    rows, labels = unit_rows(3, 4), ["x", "y", "x"]
+    rows = unit_rows(3, 4)
+    labels = ["x", "y", "x"]
     source = of_features(["a", "b", "c"], labels, rows)
     assert (source.sources, source.labels, source.class_names) == (
         ["a", "b", "c"],
@@ -734,7 +742,7 @@ def test_labelled_features_in_memory_are_a_source(tmp_path):
     )
     for one in (source, pickle.loads(pickle.dumps(source))):
         assert np.array_equal(Reader().encode(one).features, rows)
-    built = build_index(source, tmp_path / "index", Reader(), fit="none", device="cpu")
+    built = build_index(source, tmp_path / "index", Reader(), fit="none")
     assert np.array_equal(np.sort(built.keys, axis=0), np.sort(rows, axis=0))
     for norms, reason in (
         ("check", "features: row 1: norm 2 instead of 1"),

@@ -79,7 +79,8 @@ def test_system_errors_are_passed_on(tmp_path):
 
 
 def test_files_and_links_to_files_are_read(tmp_path):
-    path, link = tmp_path / "x", tmp_path / "link"
+    path = tmp_path / "x"
+    link = tmp_path / "link"
     path.write_bytes(b"anything")
     link.symlink_to("x")
     with open_regular(link) as file:
@@ -143,10 +144,8 @@ def test_files_of_the_kernel_are_refused(path, tmp_path):
 
 @pytest.mark.skipif(os.name != "posix", reason="SKIPPED: needs locks on files")
 def test_the_next_writer_removes_the_files_of_a_killed_one(tmp_path):
-    out, others = (
-        tmp_path / "x.csv",
-        [".y.csv.0123abcd.tmp", ".x.csv.old.tmp", ".x.csv.tmp", "x.csv.0123abcd.tmp"],
-    )
+    out = tmp_path / "x.csv"
+    others = [".y.csv.0123abcd.tmp", ".x.csv.old.tmp", ".x.csv.tmp", "x.csv.0123abcd.tmp"]
     for name in others:
         (tmp_path / name).touch()
     (tmp_path / ".x.csv.0123abcd.tmp").symlink_to(tmp_path / "elsewhere")

@@ -11,9 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from clusters import round_clusters as clusters
-from conftest import cache_of, examples, needs_real
-from hypothesis import example, given, settings
+from conftest import cache_of, failed, needs_real, ok, tries
+from hypothesis import example, given
 from hypothesis import strategies as st
+from numpy.random import default_rng
+from numpy.testing import assert_allclose
 from tables import unit, unit_rows, write_table
 from torch.nn import functional
 
@@ -53,15 +55,11 @@ def index(**changes):
 def shots_table(path, counts=None, spread=0.05, order=3):
     """Write views of the shots as rows that share an id, by default ragged and interleaved."""
     keys, ids = clusters(SHOTS, C, D, 1)
-    generator = np.random.default_rng(8)
+    generator = default_rng(8)
     counts = counts or [1 + i % 4 for i in range(SHOTS)]
     shot = np.repeat(np.arange(SHOTS), counts)
     rows = unit(keys[shot] + spread * generator.standard_normal((len(shot), D)))
-    turn = (
-        np.arange(len(shot))
-        if order is None
-        else np.random.default_rng(order).permutation(len(shot))
-    )
+    turn = np.arange(len(shot)) if order is None else default_rng(order).permutation(len(shot))
     names = [f"shot {shot[i]}" for i in turn]
     return open_source(write_table(path, rows[turn], [NAMES[ids[shot[i]]] for i in turn], names))
 
@@ -129,7 +127,7 @@ def plain(cache, shots, recipe):
     for epoch in range(-1, recipe.epochs):
         total, right = 0.0, 0
         if epoch >= 0:
-            random = np.random.default_rng((recipe.seed, epoch))
+            random = default_rng((recipe.seed, epoch))
             counts = np.array([len(own) for own in views.values()])
             rows = torch.from_numpy(counts.cumsum() - counts + random.integers(0, counts))
             for batch in torch.from_numpy(random.permutation(len(rows))).split(finetune.BATCH):
@@ -154,7 +152,8 @@ def plain(cache, shots, recipe):
 @pytest.mark.parametrize("with_val", [False, True])
 @pytest.mark.parametrize("train", [("keys",), ("values",), ("keys", "values")])
 def test_twenty_epochs_match_plain_torch(shots, val, train, with_val):
-    cache, recipe = index(), replace(OWN, epochs=20, train=train, seed=4)
+    cache = index()
+    recipe = replace(OWN, epochs=20, train=train, seed=4)
     tuned = finetune.finetune(cache, shots, Reader(), recipe, val=val if with_val else None)
     history, curve = plain(cache, shots, recipe)
     keys, values = history[tuned.record["epoch"]]
@@ -176,12 +175,12 @@ def test_twenty_epochs_match_plain_torch(shots, val, train, with_val):
     by_column = [
         [row[name] for row in rows] for name in ("loss", "accuracy", "val_loss", "val_accuracy")
     ]
-    np.testing.assert_allclose(np.array(by_column[:2]).T[1:], curve[1:, :2], rtol=1e-5)
+    assert_allclose(np.array(by_column[:2]).T[1:], curve[1:, :2], rtol=1e-5)
     assert curve[-1, 0] < curve[1, 0] or train == (
         "values",
     )  # so few steps hardly change values of 1
     if with_val:
-        np.testing.assert_allclose(np.array(by_column[2:]).T, curve[:, 2:], rtol=1e-5)
+        assert_allclose(np.array(by_column[2:]).T, curve[:, 2:], rtol=1e-5)
     else:
         assert np.isnan(by_column[2:]).all()
         assert (tuned.record["epoch"], tuned.choice, tuned.record["collapsed"]) == (20, None, None)
@@ -205,9 +204,11 @@ def test_only_the_same_seed_gives_the_same_bits(shots, val):
 def test_the_result_can_be_saved_with_its_provenance(shots, val, tmp_path, train):
     cache = index()
     cache.save(tmp_path / "parent")
-    cache = Index.load(tmp_path / "parent", device="cpu")
+    cache = Index.load(tmp_path / "parent")
     cache.settings = cache.settings.override(temperature=3.0)
-    keys, text, before = np.array(cache.keys), cache.text_weights.clone(), cache.__dict__.copy()
+    keys = np.array(cache.keys)
+    text = cache.text_weights.clone()
+    before = cache.__dict__.copy()
     tuned = finetune.finetune(cache, shots, Reader(), Recipe(train=train), val=val)
     assert before.keys() <= cache.__dict__.keys()
     assert {name for name in before if before[name] is not cache.__dict__[name]} == set()
@@ -265,7 +266,7 @@ def test_an_index_in_half_precision_is_close_to_float32(shots, tmp_path):
     found = verify(tmp_path / "tuned")
     assert found.keys.dtype == "float16"
     assert not np.array_equal(exact.index.keys, found.keys)
-    np.testing.assert_allclose(found.keys.astype(np.float32), exact.index.keys, atol=2e-3)
+    assert_allclose(found.keys.astype(np.float32), exact.index.keys, atol=2e-3)
     assert abs(accuracy(exact.index) - accuracy(found)) <= 0.01
     assert losses(near)[-1] == pytest.approx(losses(exact)[-1], rel=0.01)
 
@@ -297,7 +298,8 @@ def train_with_curve(monkeypatch, cache, material, curve):
 @pytest.fixture(scope="module")
 def material(tmp_path_factory):
     folder = tmp_path_factory.mktemp("material")
-    shots, val = shots_table(folder / "shots.parquet"), queries_table(folder / "val.parquet")
+    shots = shots_table(folder / "shots.parquet")
+    val = queries_table(folder / "val.parquet")
     return _Material.of(index(), shots, Reader(), OWN, val)
 
 
@@ -305,7 +307,7 @@ def test_the_kept_epoch_follows_the_rule(material, monkeypatch):
     kept = set()
     monkeypatch.setattr(finetune, "BATCH", 1024)
 
-    @settings(max_examples=examples(150), deadline=None)
+    @tries(150)
     @example(
         [(30, 1.0), (30, 1.0), (24, 0.5)]
     )  # no epoch is better: a lower loss does not outweigh accuracy
@@ -322,7 +324,7 @@ def test_the_kept_epoch_follows_the_rule(material, monkeypatch):
         tuned = train_with_curve(monkeypatch, cache, material, curve)
         epoch = tuned.record["epoch"]
         assert epoch == kept_by_definition(curve, 60)
-        np.testing.assert_allclose(tuned.index.keys - 0.001 * epoch, cache.keys, atol=1e-4)
+        assert_allclose(tuned.index.keys - 0.001 * epoch, cache.keys, atol=1e-4)
         assert len(tuned.index.curve) == len(curve)  # all epochs ran
         kept.add(min(epoch, 2))
 
@@ -337,7 +339,8 @@ def test_a_collapse_is_reported_and_discarded(
     shots, val, tmp_path, caplog, monkeypatch, train, with_val, lr, epochs, batch
 ):
     monkeypatch.setattr(finetune, "BATCH", batch)
-    cache, recipe = index(), replace(OWN, train=train, lr=lr, epochs=epochs)
+    cache = index()
+    recipe = replace(OWN, train=train, lr=lr, epochs=epochs)
     tuned = finetune.finetune(cache, shots, Reader(), recipe, val=val if with_val else None)
     fell = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     if tuned.record["collapsed"] is None:  # no collapse: the kept epoch is sound
@@ -416,12 +419,13 @@ def test_holding_out_shots_does_not_change_the_training(shots, tmp_path):
 @pytest.fixture
 def photos(things):
     """An index of photos, eight for each class, and the photos."""
-    return Index.load(things, device="cpu"), open_source(things.with_suffix(".csv"))
+    return Index.load(things), open_source(things.with_suffix(".csv"))
 
 
 def test_validation_images_have_one_view_for_any_encoder_settings(lit_mini, photos):
     cache, source = photos
-    shots, val = source.take([0, 1, 8, 9, 16]), source.take([2, 10, 18])
+    shots = source.take([0, 1, 8, 9, 16])
+    val = source.take([2, 10, 18])
     recipe = replace(OWN, epochs=2)
     one, other = (
         finetune.finetune(
@@ -440,7 +444,8 @@ def test_training_draws_one_view_of_each_photo(lit_mini, photos, monkeypatch):
     chosen = source.take(
         [first[0], first[0], first[0] + 1, first[1], first[1] + 1, first[2], first[0] + 1]
     )
-    material, seen = _Material.of(cache, chosen, Reader(lit_mini), recipe, None), set()
+    material = _Material.of(cache, chosen, Reader(lit_mini), recipe, None)
+    seen = set()
     every = Reader(lit_mini).encode_views(chosen.take([0, 2, 3, 4, 5]), view_names(recipe.seed, 3))
     for epoch in range(40):
         ((features, ids),) = material.batches(recipe, epoch)
@@ -479,13 +484,8 @@ def place(tmp_path, run):
 def fitted_index(run, place, *more):
     """Build the index of the shots, by default with a closed-form fit."""
     text = ("--text", place / "text.parquet", "--logit-scale", 10)
-    assert (
-        run(
-            "index", "build", place / "train.parquet", *text, *more, "--out", place / "index"
-        ).exit_code
-        == 0
-    )
-    return Index.load(place / "index", device="cpu")
+    ok("index build", place / "train.parquet", *text, *more, "--out", place / "index")
+    return Index.load(place / "index")
 
 
 def tune(run, place, *more, out=None):
@@ -496,14 +496,12 @@ def tune(run, place, *more, out=None):
 
 
 def test_finetune_trains_on_the_source_of_the_index_by_default(run, place):
-    result = run("finetune", place / "index", "--out", place / "tuned", *HELPFUL)
-    assert result.exit_code == 0, result.stderr
-    keys, tuned = (Index.load(place / name, device="cpu").keys for name in ("index", "tuned"))
+    result = ok("finetune", place / "index", "--out", place / "tuned", *HELPFUL)
+    keys, tuned = (Index.load(place / name).keys for name in ("index", "tuned"))
     assert not np.array_equal(keys, tuned)
     (place / "train.parquet").unlink()
     result = run("finetune", place / "index", "--out", place / "again", "--epochs", 2)
-    assert result.exit_code == 1
-    assert "shot 0: no such file, though it is a shot of the index; give --source" in result.stderr
+    failed(result, 1, "shot 0: no such file, though it is a shot of the index; give --source")
     assert not (place / "again").exists()
 
 
@@ -534,19 +532,18 @@ def test_training_without_gain_is_discarded(run, place):
     assert printed["kept"] == "as it was"
     assert printed["after"] <= printed["before"]
     assert printed["epoch"] is None
-    kept, test = verify(place / "tuned"), open_source(place / "test.parquet")
+    kept = verify(place / "tuned")
+    test = open_source(place / "test.parquet")
     assert (kept.settings, kept.fitted, kept.curve) == (index.settings, index.fitted, None)
     features = Reader().encode(test).features
-    np.testing.assert_allclose(kept.logits(features), index.logits(features), rtol=1e-5)
+    assert_allclose(kept.logits(features), index.logits(features), rtol=1e-5)
 
 
 def test_the_printed_accuracy_is_of_held_out_photos(run, place):
     """Random labels can be memorised, but tell nothing about held-out shots."""
     rows = pq.read_table(place / "views.parquet")
     names = sorted(set(rows["id"].to_pylist()))
-    drawn = dict(
-        zip(names, np.random.default_rng(0).choice(NAMES, len(names)).tolist(), strict=True)
-    )
+    drawn = dict(zip(names, default_rng(0).choice(NAMES, len(names)).tolist(), strict=True))
     for name in ("train", "views"):
         table = pq.read_table(place / f"{name}.parquet")
         column = pa.array([drawn[one] for one in table["id"].to_pylist()])
@@ -554,7 +551,8 @@ def test_the_printed_accuracy_is_of_held_out_photos(run, place):
             table.set_column(table.schema.get_field_index("label"), "label", column),
             place / f"{name}.parquet",
         )
-    index, shots = fitted_index(run, place), open_source(place / "views.parquet")
+    index = fitted_index(run, place)
+    shots = open_source(place / "views.parquet")
     tuned = finetune.finetune(index, shots, Reader(), Recipe(epochs=40, lr=0.03))
     assert tuned.index.curve["accuracy"][-1].as_py() > 0.9
     printed = json.loads(tune(run, place, "--epochs", 40, "--lr", 0.03, "--json").stdout)
@@ -564,21 +562,19 @@ def test_the_printed_accuracy_is_of_held_out_photos(run, place):
 
 def test_validation_accuracy_is_measured_before_and_after_training(run, place):
     """Python gives the result of the command."""
-    cache = Index.load(place / "index", device="cpu")
+    cache = Index.load(place / "index")
     shots, val = (open_source(place / f"{name}.parquet") for name in ("views", "val"))
     printed = json.loads(
         tune(run, place, "--val", place / "val.parquet", *HELPFUL, "--json").stdout
     )
     assert printed["kept"] == "trained"
     assert (printed["before"], printed["n"]) == (pytest.approx(accuracy(cache, 30, 3)), len(val))
-    assert printed["after"] == pytest.approx(
-        accuracy(Index.load(place / "tuned", device="cpu"), 30, 3)
-    )
+    assert printed["after"] == pytest.approx(accuracy(Index.load(place / "tuned"), 30, 3))
     tuned = finetune.finetune_into(
         place / "again", cache, shots, Reader(), Recipe(epochs=20, lr=0.03), val=val
     )
     assert tuned.facts() | {"seconds": 0} == printed | {"seconds": 0}
-    one, other = (Index.load(place / name, device="cpu") for name in ("tuned", "again"))
+    one, other = (Index.load(place / name) for name in ("tuned", "again"))
     assert np.array_equal(one.keys, other.keys)
     assert one.settings == other.settings
 
@@ -623,10 +619,10 @@ def test_fine_tuning_does_not_lower_accuracy_on_real_features(shared, tmp_path):
             text,
             settings=own_settings,
             sources=own.sources,
-            device="cpu",
         )
         tuned = finetune.finetune(cache, shots_of(cache, own), Reader(), Recipe(seed=seed)).index
-        queries, ids = Reader().encode(test).features, cache.ids_of(test)
+        queries = Reader().encode(test).features
+        ids = cache.ids_of(test)
         for found, results in ((cache, before), (tuned, after)):
             results.append(float((found.logits(queries).argmax(1).numpy() == ids).mean()))
         assert not np.array_equal(tuned.keys, cache.keys)
@@ -645,5 +641,5 @@ def test_training_on_a_gpu_matches_the_cpu(shots, val, train):
     moved_by = cpu.index.keys - index().keys
     assert cpu.record["epoch"] == gpu.record["epoch"]
     assert np.linalg.norm(gpu.index.keys - cpu.index.keys) < 1e-2 * np.linalg.norm(moved_by)
-    np.testing.assert_allclose(losses(gpu), losses(cpu), rtol=1e-3)
+    assert_allclose(losses(gpu), losses(cpu), rtol=1e-3)
     assert abs(accuracy(gpu.index) - accuracy(cpu.index)) <= 0.01

@@ -12,6 +12,7 @@ import pytest
 from click.testing import CliRunner
 from clusters import clusters, text_of
 from fastapi.testclient import TestClient
+from numpy.testing import assert_allclose
 from sealing import refused
 from serving import app_of
 from stored import copied, done, everything, made, source
@@ -83,12 +84,12 @@ def check_same(one, other, *, every=(("all", True), (8, True), (8, False))):
         [np.nan if part is None else part for part in asdict(model.settings).values()]
         for model in (one, other)
     ]
-    np.testing.assert_allclose(*found, rtol=1e-5)
+    assert_allclose(*found, rtol=1e-5)
     other = other.with_settings(one.settings)
     assert one.fitted == other.fitted
     for k, tail in every:
         a, b = (model.logits(QUERIES, k, tail).numpy() for model in (one, other))
-        np.testing.assert_allclose(b, a, atol=1e-5 * np.abs(a).max())
+        assert_allclose(b, a, atol=1e-5 * np.abs(a).max())
     for a, b in zip(
         one.classify(QUERIES, neighbours=6), other.classify(QUERIES, neighbours=6), strict=True
     ):
@@ -96,7 +97,7 @@ def check_same(one, other, *, every=(("all", True), (8, True), (8, False))):
         assert [near.key_id for near in a.neighbours] == [near.key_id for near in b.neighbours]
         for what in ("affinity", "weight", "gives"):
             mine, theirs = ([getattr(near, what) for near in found.neighbours] for found in (a, b))
-            np.testing.assert_allclose(mine, theirs, atol=1e-5)
+            assert_allclose(mine, theirs, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -107,7 +108,7 @@ def test_a_store_has_the_fit_of_a_folder(built, name):
     assert store.provenance["fit"] == folder.provenance["fit"]
     for part in ("mean", "transform") if store.metric else ():
         found, expected = (getattr(model.metric, part).numpy() for model in (store, folder))
-        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+        assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
     kept = {kind for kind in ("metric", "values", "scores") if getattr(store, kind) is not None}
     assert store.manifest.files.keys() == {"classes"} | kept
     assert has_points(built[name, "lance"]) == (
@@ -134,7 +135,8 @@ def test_a_key_far_from_norm_1_is_refused_unless_a_metric_scales_it(built, name,
 
 
 def test_a_different_beta_for_one_call_warns_once(run, built, tmp_path):
-    asked, place = write_table(tmp_path / "asked.parquet", QUERIES), built["solved", "folder"]
+    asked = write_table(tmp_path / "asked.parquet", QUERIES)
+    place = built["solved", "folder"]
     warn_once.cache_clear()
     for options, warnings in (((), 0), (("--beta", 6), 1), (("--beta", 7), 0)):
         stderr = run("classify", place, asked, "--format", "json", *options).stderr

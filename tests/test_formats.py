@@ -9,8 +9,10 @@ import buckets
 import numpy as np
 import pytest
 from clusters import clusters, text_of
+from conftest import failed, ok
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
 from serving import caltech_photos
 from tables import tiny
@@ -48,8 +50,7 @@ def written(folder, document):
 def classified(run, things, paths, style, *options):
     """Return the rows of ``classify``, and its document in another format."""
     rows = run("classify", things, *paths, "--format", "json", *options).stdout.splitlines()
-    done = run("classify", things, *paths, "--format", style, *options)
-    assert done.exit_code == 0, done.output
+    done = ok("classify", things, *paths, "--format", style, *options)
     return list(map(json.loads, rows)), json.loads(done.stdout)
 
 
@@ -61,10 +62,11 @@ def test_classify_writes_every_format(run, things, shared, tmp_path):
             rows, document = classified(run, things, paths, style, *options)
             assert document == json.loads(json.dumps(convert(rows, names)))
     out = tmp_path / "answers.json"
-    assert run("classify", things, *paths, "--format", "coco", "--out", out).exit_code == 0
+    ok("classify", things, *paths, "--format", "coco", "--out", out)
     assert open_source(out).paths == tuple(map(str, paths))
-    done = run("classify", things, *paths, "--format", "coco", "--boxes", out)
-    assert (done.exit_code, "leave out --boxes" in done.stderr) == (2, True)
+    failed(
+        run("classify", things, *paths, "--format", "coco", "--boxes", out), 2, "leave out --boxes"
+    )
 
 
 def test_written_coco_is_read_back(answers, tmp_path):
@@ -169,7 +171,8 @@ def test_photos_with_several_annotations(tmp_path):
 def test_photos_in_a_bucket_are_only_read_below_a_given_root(run, tmp_path, monkeypatch):
     """Somebody else's label file must not make the program send the user's credentials anywhere."""
     buckets.use(monkeypatch, buckets.endpoint())
-    bucket, photo = f"s3://{buckets.fresh_bucket()}", io.BytesIO()
+    bucket = f"s3://{buckets.fresh_bucket()}"
+    photo = io.BytesIO()
     Image.new("RGB", (8, 8)).save(photo, "PNG")
     remote.system_of(bucket).pipe_file(f"{bucket}/a.png", photo.getvalue())
     model = (
@@ -189,17 +192,16 @@ def test_photos_in_a_bucket_are_only_read_below_a_given_root(run, tmp_path, monk
     ):
         labels = written(tmp_path, document)
         for root in ((), ("--root", tmp_path), ("--root", f"{bucket}-2")):
-            refused = run("encode", labels, *model, *root)
-            assert refused.exit_code == 1
-            assert (
-                f"{bucket}/a.png: lies outside the root; to read it there, give --root {bucket}"
-                in refused.stderr
+            failed(
+                run("encode", labels, *model, *root),
+                1,
+                f"{bucket}/a.png: lies outside the root; to read it there, give --root {bucket}",
             )
-        done = run("encode", labels, *model, "--root", bucket)
-        assert done.exit_code == 0, done.stderr
+        ok("encode", labels, *model, "--root", bucket)
 
 
-IMAGE, CATEGORY = {"id": 1, "file_name": "a.jpg"}, {"id": 1, "name": "cat"}
+IMAGE = {"id": 1, "file_name": "a.jpg"}
+CATEGORY = {"id": 1, "name": "cat"}
 NOTE = {"image_id": 1, "category_id": 1}
 WRONG = [
     ({"images": []}, "no list 'categories'"),
@@ -279,19 +281,19 @@ def index(wrong=()):
     keys, ids = clusters(12)
     ids = ids.copy()
     ids[list(wrong)] = (ids[list(wrong)] + 1) % len(NAMES)
-    return Index.from_features(keys, ids, NAMES, text_of(), device="cpu")
+    return Index.from_features(keys, ids, NAMES, text_of())
 
 
 def test_held_out_probabilities_belong_to_the_photos_in_order():
     cache = index(wrong=[3, 30])
     chances, labels, key_ids = held_out_probabilities(cache)
     assert chances.shape == (cache.n, len(NAMES))
-    np.testing.assert_array_equal(labels, cache.class_ids.numpy())
-    np.testing.assert_array_equal(key_ids, cache.labels["key_id"])
-    np.testing.assert_allclose(chances.sum(1), 1, atol=1e-5)
+    assert_array_equal(labels, cache.class_ids.numpy())
+    assert_array_equal(key_ids, cache.labels["key_id"])
+    assert_allclose(chances.sum(1), 1, atol=1e-5)
     found = held_out_probabilities(cache, np.arange(cache.n))
-    np.testing.assert_array_equal(found.pred_probs, chances)
-    np.testing.assert_array_equal(found.right, chances.argmax(1) == labels)
+    assert_array_equal(found.pred_probs, chances)
+    assert_array_equal(found.right, chances.argmax(1) == labels)
     with pytest.raises(UsageError, match="one photo"):
         held_out_probabilities(cache.take(np.arange(1)))
 

@@ -12,6 +12,9 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from conftest import LIT_MINI
+from numpy.random import default_rng
+from numpy.testing import assert_allclose, assert_array_equal
 from torch.nn import functional
 
 from retrieval_tip import Index, doctor
@@ -87,7 +90,7 @@ def test_torch_builds_are_matched_with_gpu_generations(capability, arches, runs)
 
 def random_keys(n, q, d, c):
     """Return unit keys ``[n, d]`` around a common mean, class ids (every second class has keys), and queries."""
-    rng = np.random.default_rng(n)
+    rng = default_rng(n)
     common = rng.standard_normal(d)
     rows = [common + 0.7 * rng.standard_normal((m, d)) for m in (n, q)]
     keys, queries = [
@@ -103,7 +106,8 @@ def test_gpu_answers_over_all_keys_match_the_cpu(stored):
     keys = keys.astype(stored)
     on_cpu = Keys(keys, ids, 1000).cache_logits(queries, 7.5)
     for number in range(torch.cuda.device_count()):
-        over, f = Keys(keys, ids, 1000, f"cuda:{number}"), queries.to(f"cuda:{number}")
+        over = Keys(keys, ids, 1000, f"cuda:{number}")
+        f = queries.to(f"cuda:{number}")
         for size in (1, 16, 17, 3000):
             found = over.cache_logits(f[:size], 7.5)
             assert torch.equal(
@@ -116,7 +120,8 @@ def test_gpu_answers_over_all_keys_match_the_cpu(stored):
 @pytest.mark.gpu
 def test_a_gpu_holds_one_block_of_affinities_at_a_time():
     keys, ids, queries = random_keys(200_000, 20_000, 64, 200)
-    over, f = Keys(keys, ids, 200, "cuda"), queries.cuda()
+    over = Keys(keys, ids, 200, "cuda")
+    f = queries.cuda()
     over.cache_logits(f[:10], 7.5)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -130,7 +135,8 @@ def test_float32_convolutions_are_not_rounded_to_tf32(lit_mini):
         pytest.skip(
             f"SKIPPED: torch {torch.__version__} has only the older setting, which needs a GPU"
         )
-    before, within = conv.fp32_precision, []
+    before = conv.fp32_precision
+    within = []
     model = object.__new__(type(lit_mini))
     model.__dict__ |= lit_mini.__dict__ | {
         "_device": SimpleNamespace(type="cuda")
@@ -145,13 +151,14 @@ def test_float32_convolutions_are_not_rounded_to_tf32(lit_mini):
 
 
 def test_weights_with_channels_last_are_the_same_backbone(lit_mini):
-    pixels, model = torch.rand(3, 3, *lit_mini.size), deepcopy(lit_mini._model)
+    pixels = torch.rand(3, 3, *lit_mini.size)
+    model = deepcopy(lit_mini._model)
     model.visual.to(memory_format=torch.channels_last)
     assert weights_digest(model) == lit_mini.identity.weights
     found, expected = (
         lit_mini._forward(one.encode_image, pixels) for one in (model, lit_mini._model)
     )
-    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
+    assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_auto_uses_all_keys_on_a_gpu_if_they_fit(monkeypatch):
@@ -170,7 +177,7 @@ def test_auto_uses_all_keys_on_a_gpu_if_they_fit(monkeypatch):
 
 def labelled(n, d, c):
     """Return unit keys ``[n, d]``, their class ids and the class names."""
-    rng = np.random.default_rng(0)
+    rng = default_rng(0)
     rows = functional.normalize(
         torch.from_numpy(rng.standard_normal((n, d)).astype(np.float32)), dim=1
     )
@@ -195,7 +202,8 @@ def test_answers_on_a_gpu_repeat_bit_for_bit():
 @pytest.mark.gpu
 def test_search_hp_holds_few_affinities_on_a_gpu():
     rows, ids, names = labelled(400_000, 16, 20)
-    cache, some = Index.from_features(rows, ids, names, device="cuda"), slice(0, 2000)
+    cache = Index.from_features(rows, ids, names, device="cuda")
+    some = slice(0, 2000)
     queries = Queries(rows[some].numpy(), ids[some], "made")
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -219,12 +227,12 @@ def test_threads_can_search_several_indexes_on_a_gpu_at_once():
 def test_float32_features_on_a_gpu_match_the_cpu_and_other_features_are_made_in_large_batches(
     shared,
 ):
-    place = f"local-dir:{shared / 'models' / 'lit-mini'}"
+    place = LIT_MINI
     on_cpu, on_gpu_ = (
         load_backbone(place, device=device, precision="float32") for device in ("cpu", "cuda")
     )
     pixels = torch.rand(5, 3, *on_cpu.size)
-    np.testing.assert_allclose(
+    assert_allclose(
         on_gpu_.encode_images(pixels), on_cpu.encode_images(pixels), rtol=1e-3, atol=1e-4
     )
     model = load_backbone(place, device="cuda")
@@ -232,7 +240,7 @@ def test_float32_features_on_a_gpu_match_the_cpu_and_other_features_are_made_in_
     assert model.encode_images(pixels).shape == (5, model.dim)
 
 
-RNG = np.random.default_rng(0)
+RNG = default_rng(0)
 KEYS = RNG.standard_normal((300, 16)).astype(np.float32)
 QUERIES = RNG.standard_normal((5, 16)).astype(np.float32)
 SIZE = 300 * (16 * 4 + 8)
@@ -247,7 +255,8 @@ def gpus():
     with ExitStack() as stack:
 
         def make(number=1, free=1 << 30, current=0, torch_sees=True, fails=""):
-            real, copies = vector_index.faiss(), []
+            real = vector_index.faiss()
+            copies = []
 
             def copy(where, number, index, options):
                 if fails:
@@ -282,13 +291,14 @@ def gpus():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_a_search_by_torch_is_exact_for_any_k_and_blocks(dtype):
-    keys, queries = torch.from_numpy(KEYS).to(dtype), torch.from_numpy(QUERIES)
+    keys = torch.from_numpy(KEYS).to(dtype)
+    queries = torch.from_numpy(QUERIES)
     dense = queries.double() @ keys.double().T
     for k in (1, 40, 300):
         with mock.patch.multiple(vector_index, PRODUCTS={"cpu": 16 * 37}, QUERIES={"cpu": 2}):
             affinity, rows = exact_search(keys, queries, k)
-        np.testing.assert_allclose(affinity, dense.topk(k).values, rtol=0, atol=1e-5)
-        np.testing.assert_allclose(dense.gather(1, rows), affinity, rtol=0, atol=1e-5)
+        assert_allclose(affinity, dense.topk(k).values, rtol=0, atol=1e-5)
+        assert_allclose(dense.gather(1, rows), affinity, rtol=0, atol=1e-5)
         torch.testing.assert_close(exact_search(keys, queries, k)[0], affinity)
     assert exact_search(keys, queries[:0], 4)[1].shape == (0, 4)
 
@@ -344,7 +354,7 @@ def test_a_fallback_to_the_cpu_warns_once(gpus, caplog, free, number, device, fa
     for _ in range(2):
         index = VectorIndex.build(KEYS, "IVF4,Flat", device)
         for _ in range(2):
-            np.testing.assert_array_equal(index.search(QUERIES, 4)[1], expected[1])
+            assert_array_equal(index.search(QUERIES, 4)[1], expected[1])
         assert index.device == "cpu"
     assert len(warnings_of(caplog)) == 1
     assert message in warnings_of(caplog)[0]
@@ -375,7 +385,9 @@ def test_missing_gpu_memory_is_reported(gpus, error, shown):
 
 def test_one_thread_at_a_time_searches_on_gpus(gpus):
     gpus()
-    inside, most, together = [], [], threading.Barrier(4)
+    inside = []
+    most = []
+    together = threading.Barrier(4)
 
     def search(features, k):
         inside.append(1)
@@ -397,7 +409,7 @@ def test_one_thread_at_a_time_searches_on_gpus(gpus):
 @pytest.mark.parametrize("factory", ["Flat", "IVF4,Flat", "PCA8,IVF4,Flat", "IVF4,SQ8"])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 def test_results_stay_on_the_gpu_of_the_queries(factory, dtype):
-    keys = np.random.default_rng(0).standard_normal((500, 32)).astype(dtype)
+    keys = default_rng(0).standard_normal((500, 32)).astype(dtype)
     for number in range(torch.cuda.device_count()):
         index = VectorIndex.build(keys, factory, f"cuda:{number}")
         queries = torch.from_numpy(keys[:9].astype(np.float32)).to(f"cuda:{number}")
@@ -406,5 +418,5 @@ def test_results_stay_on_the_gpu_of_the_queries(factory, dtype):
         expected, expected_rows = VectorIndex.build(keys, factory, "cpu").search(
             queries.cpu().numpy(), 5
         )
-        np.testing.assert_allclose(affinity.cpu().numpy(), expected, rtol=1e-2)
+        assert_allclose(affinity.cpu().numpy(), expected, rtol=1e-2)
         assert (rows.cpu().numpy()[:, 0] == expected_rows[:, 0]).all()

@@ -7,9 +7,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import SHARED, cache_of, needs_real
+from conftest import SHARED, cache_of, failed, needs_real
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from numpy.random import default_rng
 from sklearn.cluster import AgglomerativeClustering
 from tables import unit, unit_rows, write_table
 
@@ -54,15 +55,13 @@ def parted(points, rows, threshold):
     st.integers(0, 2**32 - 1),
 )
 def test_groups_match_average_linkage(m, threshold, with_metric, with_copies, seed):
-    draw = np.random.default_rng(seed)
+    draw = default_rng(seed)
     features = draw.normal(size=(m, 6)) + draw.normal(size=(5, 6))[np.arange(m) % 5]
     features = features.astype(np.float32)
     if with_copies:
         features[m // 2 :] = features[: m - m // 2]
-    mean, transform = (
-        draw.normal(size=6).astype(np.float32),
-        draw.normal(size=(6, 6)).astype(np.float32),
-    )
+    mean = draw.normal(size=6).astype(np.float32)
+    transform = draw.normal(size=(6, 6)).astype(np.float32)
     metric = tip.Metric(*map(torch.from_numpy, (mean, transform))) if with_metric else None
     found = group(features, threshold, metric)
     points = unit(
@@ -78,7 +77,8 @@ def test_groups_match_average_linkage(m, threshold, with_metric, with_copies, se
 
 
 def test_photos_beyond_the_limit_join_the_groups_of_a_sample(monkeypatch):
-    sizes, real = [], groups._linked
+    sizes = []
+    real = groups._linked
     monkeypatch.setattr(
         groups, "_linked", lambda points, t: sizes.append(len(points)) or real(points, t)
     )
@@ -113,7 +113,8 @@ def test_the_threshold_is_midway_between_same_class_and_other_class_similarity(c
     cache = cache_of(keys, ids, ["a", "b", "c"], device="cpu")
     points = keys.astype(float)
     if with_metric:
-        mean, transform = unit_rows(1, 5, 1)[0], unit_rows(5, 5, 2)
+        mean = unit_rows(1, 5, 1)[0]
+        transform = unit_rows(5, 5, 2)
         cache.metric = tip.Metric(torch.from_numpy(mean), torch.from_numpy(transform))
         points = unit((points - mean) @ transform)
     a, b = np.triu_indices(len(ids), 1)
@@ -126,14 +127,16 @@ def test_the_threshold_is_midway_between_same_class_and_other_class_similarity(c
 
 @needs_real
 def test_unknown_classes_of_real_photos_become_groups(things):
-    whole = Index.load(things, device="cpu")
-    ids, keys = whole.class_ids.numpy(), np.asarray(whole.keys)
-    known = np.isin(ids, np.random.default_rng(0).permutation(10)[:6])
-    cache = Index.from_features(keys[known], ids[known], whole.class_names, device="cpu")
+    whole = Index.load(things)
+    ids = whole.class_ids.numpy()
+    keys = np.asarray(whole.keys)
+    known = np.isin(ids, default_rng(0).permutation(10)[:6])
+    cache = Index.from_features(keys[known], ids[known], whole.class_names)
     cache, _ = closed_form.fit(cache, forms=FORMS[:1])
     answers = groups.group_no_match(cache, keys[~known], cache.classify(keys[~known]))
     numbers = answers.to_arrow()["group"].to_numpy(zero_copy_only=False)
-    own, found = ids[~known], set()
+    own = ids[~known]
+    found = set()
     for number in range(1, int(np.nanmax(numbers)) + 1):
         classes, sizes = np.unique(own[numbers == number], return_counts=True)
         found |= set(classes[2 * sizes > sizes.sum()])
@@ -151,12 +154,12 @@ def features_of(path):
 @pytest.mark.parametrize("seed", range(3))
 def test_far_photos_of_several_kinds_are_not_offered_as_one_group(seed):
     """Among photos of flowers, photos of five dishes resemble each other. Photos of one dish stay together."""
-    draw = np.random.default_rng(seed)
+    draw = default_rng(seed)
     flowers, names = features_of("clip-vitb32/oxford_flowers/test.parquet")
     known = draw.permutation(np.unique(names))[:17]
     shots = np.concatenate([draw.permutation(np.flatnonzero(names == name))[:8] for name in known])
     index = Index.from_features(
-        flowers[shots], np.repeat(range(17), 8), [str(name) for name in known], device="cpu"
+        flowers[shots], np.repeat(range(17), 8), [str(name) for name in known]
     )
     index, _ = closed_form.fit(index)
     food, dishes = features_of("clip-food9/train.parquet")
@@ -164,7 +167,8 @@ def test_far_photos_of_several_kinds_are_not_offered_as_one_group(seed):
     threshold = group_similarity(index)
     [one] = [part for part in group(food[rows[0]], threshold, index.metric) if len(part) > 4]
     assert len(one) > 60
-    mixed, kinds = food[np.concatenate(rows)], np.repeat(range(5), 80)
+    mixed = food[np.concatenate(rows)]
+    kinds = np.repeat(range(5), 80)
     sizes = [
         np.bincount(kinds[part], minlength=5) for part in group(mixed, threshold, index.metric)
     ]
@@ -181,9 +185,7 @@ def test_far_photos_of_several_kinds_are_not_offered_as_one_group(seed):
 def folder(tmp_path):
     """A fitted index of three classes."""
     ids = np.arange(60) % 3
-    cache = Index.from_features(
-        unit(3 * np.eye(16)[ids] + unit_rows(60, 16)), ids, ["a", "b", "c"], device="cpu"
-    )
+    cache = Index.from_features(unit(3 * np.eye(16)[ids] + unit_rows(60, 16)), ids, ["a", "b", "c"])
     cache, _ = closed_form.fit(cache)
     cache.save(tmp_path / "index")
     return tmp_path / "index"
@@ -193,14 +195,15 @@ def test_the_command_numbers_the_groups_largest_first(folder, run, tmp_path, mon
     kinds = np.array([0, 5, 5, 9, 1, 5, 9, 12, 2])
     rows = unit(4 * np.eye(16)[kinds] + unit_rows(9, 16, 1)).astype(np.float32)
     rows[7] = unit(-rows[1:2] - rows[3:4])[0]  # unlike any other photo
-    table, out = write_table(tmp_path / "new.parquet", rows), tmp_path / "answers.csv"
+    table = write_table(tmp_path / "new.parquet", rows)
+    out = tmp_path / "answers.csv"
     done = run("classify", folder, table, "--group-no-match", "--out", out)
     assert (done.exit_code, "6 with no match" in done.stderr) == (0, True)
     with out.open() as file:
         written = list(csv.DictReader(file))
     assert [row["group"] for row in written] == ["", "1", "1", "2", "", "1", "2", "", ""]
     assert [row["no_match"] for row in written] == [str(kind > 2) for kind in kinds]
-    clf = Classifier.load(folder, device="cpu")
+    clf = Classifier.load(folder)
     for photos in (table, rows):
         numbers = [answer.group for answer in clf.predict(photos, group_no_match=True)]
         assert numbers == [int(row["group"]) if row["group"] else None for row in written]
@@ -225,16 +228,14 @@ def test_photos_with_a_match_get_no_group(folder, run, tmp_path):
     done = run("classify", folder, table, "--group-no-match", "--format", "json")
     assert [json.loads(line)["group"] for line in done.stdout.splitlines()] == [None] * 3
     assert [
-        answer.group
-        for answer in Classifier.load(folder, device="cpu").predict(np.eye(16, dtype="f")[:1])
+        answer.group for answer in Classifier.load(folder).predict(np.eye(16, dtype="f")[:1])
     ] == [None]
 
 
 def test_groups_need_a_fitted_index(folder, run, tmp_path):
     table = write_table(tmp_path / "new.parquet", unit_rows(2, 16))
     cache_of(unit_rows(4, 16), [0, 0, 1, 1], ["a", "b"], device="cpu").save(tmp_path / "plain")
-    done = run("classify", tmp_path / "plain", table, "--group-no-match")
-    assert (done.exit_code, "fit" in done.stderr) == (2, True)
+    failed(run("classify", tmp_path / "plain", table, "--group-no-match"), 2, "fit")
     for photos in (table, tmp_path / "none.png"):  # checked before any photo is read
         with pytest.raises(UsageError, match=r"group_no_match: .*fit"):
-            Classifier.load(tmp_path / "plain", device="cpu").predict(photos, group_no_match=True)
+            Classifier.load(tmp_path / "plain").predict(photos, group_no_match=True)

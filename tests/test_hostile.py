@@ -25,9 +25,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ATTACK, SOAK
+from conftest import ATTACK, SOAK, ok
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from numpy.testing import assert_allclose
 from PIL import Image
 from sealing import body_of, manifest_of, sealed, snapshot
 from serving import listens, server
@@ -43,9 +44,11 @@ from retrieval_tip.index import changes
 from retrieval_tip.index.build import build_index
 from retrieval_tip.store.versions import Versions
 
-D, CLASSES = 8, ["cat", "dog", "owl"]
+D = 8
+CLASSES = ["cat", "dog", "owl"]
 pytestmark = pytest.mark.timeout(1800 if ATTACK else 300)
-SECONDS, MEMORY = 60, 1 << 30
+SECONDS = 60
+MEMORY = 1 << 30
 """Maximum seconds of one example on a busy machine, and maximum additional memory of a test."""
 
 
@@ -93,7 +96,8 @@ def refused(call):
 def mutated(draw, raws):
     """Draw bytes with a bit flipped, a run overwritten or cut out, an end missing, or a part repeated."""
     raw = draw(raws)
-    at, size = draw(st.integers(0, len(raw) - 1)), draw(st.integers(1, 64))
+    at = draw(st.integers(0, len(raw) - 1))
+    size = draw(st.integers(1, 64))
     if draw(st.booleans()):  # near the header
         at = min(at, 100)
     how = draw(st.sampled_from(["flip", "zeros", "ones", "noise", "cut", "head", "tail", "twice"]))
@@ -200,10 +204,8 @@ NAME = st.sampled_from(["id", "label", "feature", "path", "Feature", "", "x\n", 
 @st.composite
 def feature_tables(draw):
     """Draw tables of six rows with mostly valid columns; some names, types or values are wrong."""
-    width, kind = (
-        draw(st.integers(1, 9)),
-        draw(st.sampled_from([pa.float16(), pa.float32(), pa.float64()])),
-    )
+    width = draw(st.integers(1, 9))
+    kind = draw(st.sampled_from([pa.float16(), pa.float32(), pa.float64()]))
     rows = [[*row] for row in unit_rows(6, width, draw(st.integers(0, 9))).tolist()]
     for _ in range(draw(st.integers(0, 2))):
         row = draw(st.integers(0, 5))
@@ -248,10 +250,8 @@ def test_any_feature_table_is_refused_or_read_exactly(tmp_path_factory, table, n
         assert np.isfinite(expected).all()
         lengths = np.linalg.norm(expected.astype(np.float64), axis=1, keepdims=True)
         if norms == "check":
-            np.testing.assert_allclose(lengths, 1, atol=1e-2)
-        np.testing.assert_allclose(
-            found, expected / lengths if norms == "unit" else expected, rtol=1e-3
-        )
+            assert_allclose(lengths, 1, atol=1e-2)
+        assert_allclose(found, expected / lengths if norms == "unit" else expected, rtol=1e-3)
 
 
 @tried(2000)
@@ -300,7 +300,6 @@ def world(tmp_path_factory):
         place / "index",
         Reader(),
         text=place / "text.parquet",
-        device="cpu",
     )
     changes.configure(place / "index", alpha=2.0)
     changes.add(place / "index", open_source(place / "queries.parquet"), Reader())
@@ -345,13 +344,13 @@ def test_what_is_no_file_is_refused_in_place_of_any_file(world, special):
             path.unlink()
             SPECIAL[special](path)
             for call in (
-                lambda: Index.load(index, device="cpu"),
+                lambda: Index.load(index),
                 lambda: changes.configure(index, alpha=3.0),
             ):
                 assert refused(call) is None, path.name
             shutil.rmtree(path) if special == "folder" else path.unlink(missing_ok=True)
             path.write_bytes(whole)
-        assert Index.load(index, device="cpu").version == 3
+        assert Index.load(index).version == 3
 
 
 VALUES = st.recursive(
@@ -393,7 +392,7 @@ def test_any_manifest_is_refused_or_answers(world, data):
             else:
                 node[key if how == "value" else data.draw(st.text(max_size=5))] = value
         manifest_of(index).write_bytes(sealed(body))
-        cache = refused(lambda: Index.load(index, device="cpu"))
+        cache = refused(lambda: Index.load(index))
         if cache is not None:
             refused(lambda: cache.classify(unit_rows(2, D)))
         refused(lambda: Versions(index).describe())
@@ -466,7 +465,8 @@ SLOW = {"epochs", "seeds", "folds", "shots", "ray", "help", "workers"}
 
 
 def command_of(line):
-    command, words = main, list(line)
+    command = main
+    words = list(line)
     while isinstance(command, click.Group):
         command = command.commands[words.pop(0)]
     return command, words
@@ -513,7 +513,7 @@ def test_any_command_answers_or_fails_in_one_line(run, world, monkeypatch, data)
         assert not [path for path in folder.rglob("*.tmp") if path.name not in ("x.tmp",)]
         for place in (folder / "index", folder / "new"):
             if (place / "manifests").is_dir():
-                assert run("--quiet", "index", "verify", place).exit_code == 0
+                ok("--quiet index verify", place)
         monkeypatch.chdir(world)
 
 
@@ -582,7 +582,7 @@ def served(things, tmp_path_factory, warm_path):
         idle = process.memory_info().rss
         yield address
         assert process.memory_info().rss - idle < MEMORY
-    Index.load(place, device="cpu")
+    Index.load(place)
 
 
 @tried(1500)

@@ -78,7 +78,6 @@ def cache():
         [0, 1, 2] * 4,
         names,
         settings=Settings(alpha=2.0, beta=5.5),
-        device="cpu",
         sources=sources,
     )
 
@@ -109,7 +108,7 @@ def test_a_classifier_shows_its_keys_classes_and_settings(cache, tmp_path):
     ):
         assert expected in page.text
     cache.save(tmp_path / "in<dex")
-    page = check_markup(Index.load(tmp_path / "in<dex", device="cpu")._repr_html_())
+    page = check_markup(Index.load(tmp_path / "in<dex")._repr_html_())
     assert f"{tmp_path / 'in<dex'}, version 1" in page.text
 
 

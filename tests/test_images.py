@@ -19,7 +19,10 @@ from retrieval_tip.data.images import decode, find, thumbnail
 from retrieval_tip.data.source import MAX_BYTES, read_item
 from retrieval_tip.errors import InputError, UsageError
 
-RED, GREEN, BLUE, YELLOW = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0)
+RED = (255, 0, 0)
+GREEN = (0, 255, 0)
+BLUE = (0, 0, 255)
+YELLOW = (255, 255, 0)
 EXACT = ["PNG", "GIF", "TIFF", "BMP", "PPM"]
 LOSSY = ["JPEG", "WEBP", "MPO"]
 OTHERS = ["TGA", "PCX", "SGI", "IM", "DDS", "QOI", "ICO", "ICNS", "DIB", "XBM", "MSP", "EPS", "PDF"]
@@ -29,7 +32,8 @@ OPTIONAL = {"AVIF": "avif", "JPEG2000": "jpg_2000"}
 def quarters(width=32, height=32):
     """Return red and green above blue and yellow, so that each rotation and each flip looks different."""
     image = Image.new("RGB", (width, height))
-    w, h = width // 2, height // 2
+    w = width // 2
+    h = height // 2
     for colour, x, y in ((RED, 0, 0), (GREEN, w, 0), (BLUE, 0, h), (YELLOW, w, h)):
         image.paste(colour, (x, y, x + w, y + h))
     return image
@@ -94,7 +98,9 @@ TURNED = [None, *(Image.Transpose(number) for number in (0, 3, 1, 5, 4, 6, 2))]
 @pytest.mark.parametrize("style", ["JPEG", "PNG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_applied_once(style, orientation):
-    stored, turn, exif = quarters(48, 32), TURNED[orientation - 1], Image.Exif()
+    stored = quarters(48, 32)
+    turn = TURNED[orientation - 1]
+    exif = Image.Exif()
     exif[0x0112] = orientation
     assert_close(
         pixels(encoded(stored, style, exif=exif)),
@@ -145,11 +151,10 @@ def few_pixels(mode, *values):
     return image
 
 
-WHITE, LOSSLESS = [255] * 3, {"lossless": True, "exact": True}
-PALETTE, ALPHA = (
-    few_pixels("P", 0, 1),
-    few_pixels("RGBA", (0, 0, 0, 255), (0, 0, 0, 0), (0, 0, 0, 128)),
-)
+WHITE = [255] * 3
+LOSSLESS = {"lossless": True, "exact": True}
+PALETTE = few_pixels("P", 0, 1)
+ALPHA = few_pixels("RGBA", (0, 0, 0, 255), (0, 0, 0, 0), (0, 0, 0, 128))
 FEW_PIXELS = [
     (PALETTE, "PNG", {"transparency": 0}, [WHITE, [0, 255, 0]]),
     (PALETTE, "PNG", {"transparency": b"\x00\xff\x80"}, [WHITE, [0, 255, 0]]),
@@ -184,7 +189,8 @@ def test_sixteen_bit_greys_are_scaled_to_eight_bits(style):
     ramp = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
     image = Image.fromarray(ramp)
     if style == "other byte order":
-        image, style = Image.frombytes("I;16B", (16, 16), ramp.astype(">u2").tobytes()), "TIFF"
+        image = Image.frombytes("I;16B", (16, 16), ramp.astype(">u2").tobytes())
+        style = "TIFF"
     got = pixels(encoded(image, style))
     assert (got == np.arange(256).reshape(16, 16, 1)).all()
 
@@ -385,7 +391,8 @@ def test_a_reduced_jpeg_is_an_upright_rgb_image(mode, progressive, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = encoded(smooth(320, 240, mode), "JPEG", quality=95, progressive=progressive, exif=exif)
-    whole, reduced = decode(data), decode(data, 100)
+    whole = decode(data)
+    reduced = decode(data, 100)
     assert reduced.mode == "RGB"
     assert reduced.size == (whole.width // 2, whole.height // 2)
     assert_close(np.asarray(reduced), whole.resize(reduced.size, Image.Resampling.BOX), 2)

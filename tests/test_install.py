@@ -207,7 +207,8 @@ def test_all_lower_bounds_can_be_installed_together(python, tmp_path):
 def test_the_main_tests_pass_with_the_lowest_versions():
     """Install every direct requirement at its lower bound in a temporary environment of 5 GB."""
     with tempfile.TemporaryDirectory() as place:
-        python, overrides = Path(place, "venv/bin/python"), Path(place, "overrides.txt")
+        python = Path(place, "venv/bin/python")
+        overrides = Path(place, "overrides.txt")
         overrides.write_text(
             "triton ; sys_platform == 'never'\n"
         )  # PyPI's torch brings it for GPUs

@@ -42,7 +42,10 @@ from retrieval_tip.store.files import BucketFiles, LocalFiles
 
 pytestmark = [killing.needs_fork, pytest.mark.timeout(180)]
 
-D, CLASSES, KEPT, ADDED = 8, 4, 3, (24, 8, 3)
+D = 8
+CLASSES = 4
+KEPT = 3
+ADDED = (24, 8, 3)
 QUERIES = unit_rows(4, D, 99)
 PRUNED_EVERY = 5
 """Number of versions after which old versions of a table are deleted. The next change reaches this number."""
@@ -50,7 +53,8 @@ KILLS = 8 if SOAK else 1
 """Number of random moments at which a change is killed."""
 REFUSED = 7
 """Exit status of a job that ends with an error of ours."""
-UNFITTED, FITTED = {"alpha": 2.0, "beta": 4.0}, {"metric": "within", "values": "one-hot"}
+UNFITTED = {"alpha": 2.0, "beta": 4.0}
+FITTED = {"metric": "within", "values": "one-hot"}
 
 
 def make_tables(place, added=ADDED):
@@ -76,9 +80,7 @@ def table(tables, name):
 
 def built(place, tables, name, index=None, how=UNFITTED):
     text = tables / "text.parquet"
-    return build_index(
-        table(tables, name), place, Reader(), text=text, index=index, device="cpu", **how
-    )
+    return build_index(table(tables, name), place, Reader(), text=text, index=index, **how)
 
 
 def make_index(place, tables, index):
@@ -294,7 +296,8 @@ def check_tidy(place, behind=False):
     if "://" in place:
         if behind:  # the table has a version that no manifest names, which the next change removes
             changes.configure(place, temperature=2.0)
-        manifest, options = at.manifest(), storage_options(at.address) or None
+        manifest = at.manifest()
+        options = storage_options(at.address) or None
         own = lancedb.connect(at.address.uri, storage_options=options).open_table("keys")
         assert (own.version, own.count_rows()) == (manifest.table.version, manifest.n)
         at.collect(1)
@@ -317,11 +320,9 @@ def check_killed(place, world, operation):
     if operation == "first" and not at.exists():
         state = "before"
     else:
-        version, found, kept = (
-            at.manifest().version,
-            answer(place),
-            at.history()["version"].to_pylist(),
-        )
+        version = at.manifest().version
+        found = answer(place)
+        kept = at.history()["version"].to_pylist()
         assert kept[-1] == version
         if operation == "gc":
             assert (version, found) == (4, world.before)
@@ -437,7 +438,8 @@ def test_a_change_stopped_at_any_step_leaves_the_old_or_the_new_version(
 @pytest.mark.parametrize("operation", WHOLE)
 def test_a_killed_rename_copy_or_removal_leaves_whole_folders(server, worlds, operation, tmp_path):
     """Every visible folder can be read, and the next change removes hidden leftovers."""
-    world, found = worlds["Flat"], []
+    world = worlds["Flat"]
+    found = []
     assert server.run(world.job(operation, world.copy(tmp_path / "counted", "old", operation))) == 0
     for step in sampled(len(server.steps)):
         beside = tmp_path / str(step)
@@ -470,7 +472,9 @@ def test_a_change_killed_at_a_random_moment_leaves_the_old_or_the_new_version(
     server, worlds, kind, operation, tmp_path
 ):
     """The moment can also lie within a step."""
-    world, moments, seconds = worlds[kind], random.Random(operation), []
+    world = worlds[kind]
+    moments = random.Random(operation)
+    seconds = []
     for number in range(2):
         assert (
             server.run(
@@ -481,7 +485,8 @@ def test_a_change_killed_at_a_random_moment_leaves_the_old_or_the_new_version(
             == 0
         )
         seconds.append(server.seconds)
-    killed, latest = 0, min(seconds)
+    killed = 0
+    latest = min(seconds)
     for attempt in range(8):
         after = ({"after": moments.uniform(0.1, 1) * latest} for _ in range(KILLS - killed))
         killed += sum(
@@ -561,7 +566,8 @@ def test_a_change_on_a_full_disk_changes_nothing_and_succeeds_with_more_room(
     for folder in (disk / "index", tmp_path / "index"):
         make_index(folder, room, index)
     expected = change_on(name, tmp_path / "index", room, index)
-    before, old = snapshot(disk), answer(disk / "index")
+    before = snapshot(disk)
+    old = answer(disk / "index")
     for pages in range(0, 1000, 1 if SOAK else 10):
         resize(disk, pages * PAGE)
         try:

@@ -6,11 +6,12 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from conftest import examples
+from conftest import tries
 from dense import Case, Largest, affinity, cases, shots_like_clip
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from made import Made
+from numpy.testing import assert_allclose, assert_array_equal
 
 from retrieval_tip.errors import InputError
 from retrieval_tip.retrieval import keys as keys_module
@@ -44,7 +45,7 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("keys")
 
 
-@settings(max_examples=examples(60), deadline=None)
+@tries(60)
 @given(small_cases, betas, block_sizes, st.booleans(), st.booleans())
 def test_all_keys_give_the_dense_sum_for_any_shape_and_blocks(
     folder, case, beta, sizes, valued, mapped
@@ -58,21 +59,22 @@ def test_all_keys_give_the_dense_sum_for_any_shape_and_blocks(
         own = None if values is None else torch.from_numpy(values)
         found = keys_of(case, values=own).cache_logits(case.queries, beta)
     assert (found.dtype, tuple(found.shape)) == (torch.float32, expected.shape)
-    np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
+    assert_allclose(found, expected, atol=1e-4, rtol=0)
 
 
-@settings(max_examples=examples(30), deadline=None)
+@tries(30)
 @given(small_cases, block_sizes)
 def test_class_sums_and_means_match_numpy(case, sizes):
     with blocks(*sizes):
         keys = keys_of(case)
-        sums, means = keys.sums, keys.means
+        sums = keys.sums
+        means = keys.means
         together = torch.cat([rows.clone() for rows, *_ in keys.blocks()])
     one_hot = np.eye(case.c)[case.y]
     expected = one_hot.T @ case.K.astype(np.float64)
-    np.testing.assert_allclose(sums, expected, atol=1e-6)
-    np.testing.assert_allclose(means, expected / np.maximum(one_hot.sum(0), 1)[:, None], atol=1e-6)
-    np.testing.assert_array_equal(together, case.K.astype(np.float32))
+    assert_allclose(sums, expected, atol=1e-6)
+    assert_allclose(means, expected / np.maximum(one_hot.sum(0), 1)[:, None], atol=1e-6)
+    assert_array_equal(together, case.K.astype(np.float32))
     assert keys.mean_count == pytest.approx(len(case.y) / len(set(case.y.tolist())))
 
 
@@ -85,7 +87,7 @@ def test_class_sums_do_not_accumulate_rounding_errors(per_class):
     keys = Keys(rows, ids, 3)
     expected = np.float32(1e8 + per_class - 1)
     with blocks(1, 2 * per_class + 1):
-        np.testing.assert_array_equal(keys.sums.numpy(), np.full((3, 2), expected))
+        assert_array_equal(keys.sums.numpy(), np.full((3, 2), expected))
 
 
 @pytest.mark.parametrize("half", [False, True])
@@ -127,7 +129,7 @@ def some_classes(draw):
     return case, classes, case.rng.random(classes.shape) < draw(st.sampled_from([0.0, 0.3, 1.0]))
 
 
-@settings(max_examples=examples(60), deadline=None)
+@tries(60)
 @given(some_classes(), betas, block_sizes)
 def test_requested_classes_get_their_dense_sum_and_others_get_0(given_, beta, sizes):
     case, classes, met = given_
@@ -136,7 +138,7 @@ def test_requested_classes_get_their_dense_sum_and_others_get_0(given_, beta, si
         found = keys_of(case).class_logits(
             case.queries, torch.from_numpy(classes), torch.from_numpy(met), beta
         )
-    np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
+    assert_allclose(found, expected, atol=1e-4, rtol=0)
     assert (found.numpy()[~met] == 0).all()
 
 
@@ -162,7 +164,7 @@ def test_new_queries_rarely_exceed_the_slack(synthetic, beta):
     assert slack <= 1.5 * np.quantile(excess, 0.999)  # not an arbitrarily large value
 
 
-@settings(max_examples=examples(30), deadline=None)
+@tries(30)
 @given(small_cases, betas, st.integers(1, 5))
 def test_the_slack_is_the_same_for_any_block_size(case, beta, of_keys):
     with blocks(3, of_keys):
@@ -170,7 +172,7 @@ def test_the_slack_is_the_same_for_any_block_size(case, beta, of_keys):
     assert found == pytest.approx(ClassBounds(keys_of(case)).slack(beta), rel=1e-3, abs=1e-6)
 
 
-@settings(max_examples=examples(60), deadline=None)
+@tries(60)
 @given(small_cases, st.one_of(betas, st.sampled_from([0.0, 100.0, 1e3, 1e6, 1e30])))
 def test_slack_is_never_negative_or_undefined(case, beta):
     """A sum of exponentials is at least the exponential of the mean. With a negative slack, no class would be met."""

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from conftest import failed, ok
 from fastapi.testclient import TestClient
 from hypothesis import given
 from hypothesis import strategies as st
@@ -53,11 +54,9 @@ def table(tmp_path):
 
 
 @pytest.fixture
-def index(tmp_path, table, run):
+def index(tmp_path, table):
     train = write_table(tmp_path / "train.parquet", *photos(0, 6))
-    assert (
-        run("index", "build", train, "--out", tmp_path / "index", "--groups", table).exit_code == 0
-    )
+    ok("index build", train, "--out", tmp_path / "index", "--groups", table)
     return tmp_path / "index"
 
 
@@ -145,21 +144,18 @@ def test_every_door_answers_by_level(run, index, queries):
     ]
     labels = [row["label"] if not row["no_match"] else None for row in rows]
     assert [document["classification_categories"].get(number) for number in first] == labels
-    facts = json.loads(run("index", "info", index, "--json").stdout)
+    facts = json.loads(run("index info", index, "--json").stdout)
     assert facts["groups"] == {"species": 5, "genus": 3, "family": 2}
 
 
 def test_at_least_needs_groups_and_a_share_and_excludes_abstain(run, index, tmp_path, queries):
-    assert (
-        run("index", "build", tmp_path / "train.parquet", "--out", tmp_path / "bare").exit_code == 0
-    )
+    ok("index build", tmp_path / "train.parquet", "--out", tmp_path / "bare")
     for command in ("classify", "evaluate"):
         done = run(command, tmp_path / "bare", queries, "--at-least", 0.9)
         assert (done.exit_code, done.stdout) == (2, "")
         assert "index set --groups" in done.stderr
     done = run("classify", index, queries, "--at-least", 0.9, "--abstain", 0.9)
-    assert done.exit_code == 2
-    assert "--abstain" in done.stderr
+    failed(done, 2, "--abstain")
     for wrong in (-0.1, 1.1, float("nan"), "high"):
         with pytest.raises(UsageError, match="at_least"):
             Index.load(index).classify(photos(1, 1)[0], at_least=wrong)
@@ -203,7 +199,7 @@ BAD = {
 def test_an_invalid_table_is_refused_in_one_line_and_changes_nothing(run, index, table, tmp_path):
     for what, (text, reason) in BAD.items():
         table.write_text(text)
-        done = run("index", "set", index, "--groups", table)
+        done = run("index set", index, "--groups", table)
         assert done.exit_code == 1, what
         [line] = done.stderr.splitlines()
         assert reason in line
@@ -235,12 +231,9 @@ def test_groups_are_read_from_the_bytes_of_a_file(table, tmp_path):
         refused(lambda text=text: read_groups(text.encode(), ["lion"]), *words, error=InputError)
 
 
-def test_classes_that_the_index_lacks_are_named_and_have_their_groups_later(
-    run, index, table, tmp_path
-):
+def test_classes_that_the_index_lacks_are_named_and_have_their_groups_later(index, table, tmp_path):
     table.write_text(TABLE + "jaguar, Panthera ,Felidae\n")
-    done = run("index", "set", index, "--groups", table)
-    assert done.exit_code == 0
+    done = ok("index set", index, "--groups", table)
     assert "1 class is not in the index: jaguar" in done.stderr
     changes.add(
         index, source(tmp_path / "more.parquet", photos(3, 1)[0][:2], ["jaguar", "hyena"]), Reader()
@@ -292,16 +285,12 @@ def test_groups_are_set_over_http(index, table):
 
 @pytest.mark.parametrize("kind", ["folder", "lance"])
 def test_groups_survive_every_change_and_copy(tmp_path, kind, table):
-    place, copy = (
-        made(tmp_path, kind),
-        made(tmp_path, "lance" if kind == "folder" else "folder", "copy"),
-    )
-    build_index(
-        source(tmp_path / "t.parquet", *photos(0, 6)), place, Reader(), groups=table, device="cpu"
-    )
+    place = made(tmp_path, kind)
+    copy = made(tmp_path, "lance" if kind == "folder" else "folder", "copy")
+    build_index(source(tmp_path / "t.parquet", *photos(0, 6)), place, Reader(), groups=table)
 
     def now(where=place):
-        return at(where).load(device="cpu").groups
+        return at(where).load().groups
 
     groups = now()
     changes.remove(place, key_ids=[0, 1])
@@ -311,7 +300,7 @@ def test_groups_survive_every_change_and_copy(tmp_path, kind, table):
     assert now() == groups
     changes.clone(place, copy)
     assert now(copy) == groups
-    assert pickle.loads(pickle.dumps(at(place).load(device="cpu"))).groups == groups
+    assert pickle.loads(pickle.dumps(at(place).load())).groups == groups
     before = changes.rename(place, "lion", "Panthera leo").version - 1
     assert now().path("Panthera leo") == ("Felidae", "Panthera", "Panthera leo")
     assert "lion" not in now().paths

@@ -23,6 +23,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from numpy.testing import assert_allclose, assert_array_equal
 from stored import everything, made, rows_of
 from tables import unit, unit_rows, write_table
 
@@ -94,7 +95,6 @@ class State:
             np.stack(list(self.text.values())),
             settings=self.settings,
             index=kind,
-            device="cpu",
             sources=[str(key_id) for key_id in order or self.keys],
         )
         digests = pa.array(
@@ -160,7 +160,6 @@ class Living(RuleBasedStateMachine):
             text,
             settings=SETTINGS,
             index=self.factory,
-            device="cpu",
             sources=[f"built {i}" for i in range(n)],
         )
         self.store.copy_from(index, "build")
@@ -173,13 +172,15 @@ class Living(RuleBasedStateMachine):
 
     def start(self):
         """Open the first version of the index."""
-        self.kept, self.version = {1: self.state}, 1
-        self.read(self.store.load(device="cpu"))
-        self.program = self.store.load(device="cpu")
+        self.kept = {1: self.state}
+        self.version = 1
+        self.read(self.store.load())
+        self.program = self.store.load()
 
     def read(self, index):
         """Have a reader keep the current version open. Its keys and logits should stay the same."""
-        self.reader, self.read_keys = index, sorted(self.state.keys)
+        self.reader = index
+        self.read_keys = sorted(self.state.keys)
         self.read_logits = self.state.fresh().logits(QUERIES, "all")
 
     def commit(self, state, change=None):
@@ -191,7 +192,8 @@ class Living(RuleBasedStateMachine):
         if fitted is not None:
             grown = len(state.keys) >= (1.125 if fitted.automatic else 2) * fitted.keys
             outdated = grown or self.state.bare.intersection(state.text) != state.bare
-            automatic, beta = fitted.automatic, state.settings.beta
+            automatic = fitted.automatic
+            beta = state.settings.beta
             assert (change.fit is not None, change.fit_due) == (
                 outdated and automatic,
                 outdated and not automatic,
@@ -202,16 +204,15 @@ class Living(RuleBasedStateMachine):
                 )
         elif change is not None:
             assert (change.fit, change.fit_due) == (None, False)
-        self.state, self.version = state, self.version + 1
+        self.state = state
+        self.version = self.version + 1
         self.kept[self.version] = state
         self.kept = dict(list(self.kept.items())[-KEPT:])
 
     def with_fit(self, state, fit_again):
         """Return the state with the fit of the index. A fresh build that is fitted in the same way has the same."""
-        index, kind = (
-            self.store.load(device="cpu"),
-            "Classes" if state.factory.startswith("Classes") else "Flat",
-        )
+        index = self.store.load()
+        kind = "Classes" if state.factory.startswith("Classes") else "Flat"
         fresh = state.fresh(index.in_memory().labels["key_id"].to_pylist(), kind)
         fresh, _ = fit_again(fresh)
         assert (
@@ -225,7 +226,7 @@ class Living(RuleBasedStateMachine):
             ]
             for own in (fresh, index)
         )
-        np.testing.assert_allclose(*found, rtol=1e-2)  # the optimum is flat
+        assert_allclose(*found, rtol=1e-2)  # the optimum is flat
         return replace(state, settings=index.settings, metric=index.metric, fitted=index.fitted)
 
     def save_once(self, *edits):
@@ -252,13 +253,13 @@ class Living(RuleBasedStateMachine):
                 st.sampled_from([*self.state.text, *names]), min_size=n - new, max_size=n - new
             )
         )
-        labels, added = [*names, *drawn], None
-        vectors, sources = self.vectors(labels), [f"{how} {self.drawn} {i}" for i in range(n)]
+        labels = [*names, *drawn]
+        added = None
+        vectors = self.vectors(labels)
+        sources = [f"{how} {self.drawn} {i}" for i in range(n)]
         text = dict(zip(names, self.vectors(names), strict=True)) if new else {}
-        both, more = (
-            self.state.text | text,
-            {"camera": [f"it's {i}" for i in range(n)], "digest": sources},
-        )
+        both = self.state.text | text
+        more = {"camera": [f"it's {i}" for i in range(n)], "digest": sources}
         table = open_source(
             write_table(self.tables / "new.parquet", vectors, labels, sources, **more)
         )
@@ -268,14 +269,12 @@ class Living(RuleBasedStateMachine):
             assert added.classes == names
         elif how == "merge":
             other = self.tables / f"other {self.drawn}"
-            build_index(table, other, Reader(), text=weights, fit="none", device="cpu")
+            build_index(table, other, Reader(), text=weights, fit="none")
             added = changes.merge(self.place, other)
             order = np.argsort([list(both).index(label) for label in labels], kind="stable")
-            labels, vectors, sources = (
-                [labels[i] for i in order],
-                vectors[order],
-                [sources[i] for i in order],
-            )
+            labels = [labels[i] for i in order]
+            vectors = vectors[order]
+            sources = [sources[i] for i in order]
             more = {name: [column[i] for i in order] for name, column in more.items()}
         else:
             more = {"camera": [None] * n, "digest": sources}
@@ -335,10 +334,8 @@ class Living(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def relabel(self, data):
-        chosen, label = (
-            self.draw_key_ids(data, 4),
-            data.draw(st.sampled_from(list(self.state.text))),
-        )
+        chosen = self.draw_key_ids(data, 4)
+        label = data.draw(st.sampled_from(list(self.state.text)))
         if not chosen:
             return
         moved = [key_id for key_id in chosen if self.state.keys[key_id].label != label]
@@ -403,9 +400,9 @@ class Living(RuleBasedStateMachine):
         factory = data.draw(
             st.none() | st.sampled_from(["Flat"] if solved else FACTORIES[self.kind])
         )
-        before = self.store.load(device="cpu").labels.sort_by("key_id")
+        before = self.store.load().labels.sort_by("key_id")
         changes.rebuild(self.place, index=factory, dtype=dtype)
-        after = self.store.load(device="cpu").labels.sort_by("key_id")
+        after = self.store.load().labels.sort_by("key_id")
         assert after.select(before.column_names).drop_columns("shot") == before.drop_columns("shot")
         dtype = dtype or self.state.dtype
         keys = {
@@ -433,21 +430,19 @@ class Living(RuleBasedStateMachine):
     @rule(data=st.data())
     def clone(self, data):
         """Go on with a copy of some version in the same or another kind of store."""
-        version, kind = (
-            data.draw(st.sampled_from(list(self.kept))),
-            data.draw(st.sampled_from(self.kinds)),
-        )
+        version = data.draw(st.sampled_from(list(self.kept)))
+        kind = data.draw(st.sampled_from(self.kinds))
         self.copies += 1
         place = made(self.tables, kind, f"copy {self.copies}")
         changes.clone(self.place, place, version)
         factory = self.kept[version].factory if kind == self.kind == "folder" else "Flat"
-        old, copy = (
-            self.store.load(device="cpu", version=version),
-            stores.at(place).load(device="cpu"),
-        )
+        old = self.store.load(version=version)
+        copy = stores.at(place).load()
         assert copy.provenance | {"index": None} == old.provenance | {"index": None}
         self.next_key_id = self.store.manifest(version).next_key_id
-        self.place, self.store, self.kind = place, stores.at(place), kind
+        self.place = place
+        self.store = stores.at(place)
+        self.kind = kind
         self.state = replace(self.kept[version], factory=factory)
         self.start()
 
@@ -481,7 +476,7 @@ class Living(RuleBasedStateMachine):
         assert index.counts == [labels.count(name) for name in index.class_names]
         assert [index.class_names[i] for i in index.class_ids.tolist()] == labels
         expected = np.stack([self.state.keys[i].vector for i in rows])
-        np.testing.assert_array_equal(np.asarray(index.rows.in_memory().keys), expected)
+        assert_array_equal(np.asarray(index.rows.in_memory().keys), expected)
         assert len({(row["class_id"], row["shot"]) for row in rows.values()}) == len(rows)
 
     def check_answers_match_a_fresh_index(self, index):
@@ -495,11 +490,9 @@ class Living(RuleBasedStateMachine):
         A = affinity(fresh.retrieval.keys.phi(torch.from_numpy(QUERIES)), fresh.vectors)
         for q, (one, other) in enumerate(zip(predicted, expected, strict=True)):
             near = [rows[key.key_id] for key in one.neighbours]
-            np.testing.assert_allclose(
-                [key.affinity for key in one.neighbours], A[q, near], atol=1e-4
-            )
+            assert_allclose([key.affinity for key in one.neighbours], A[q, near], atol=1e-4)
             own, same = ([key.contribution for key in shown.neighbours] for shown in (one, other))
-            np.testing.assert_allclose(own, same, rtol=1e-2, atol=1e-3 * max(1, *np.abs(same)))
+            assert_allclose(own, same, rtol=1e-2, atol=1e-3 * max(1, *np.abs(same)))
         winners = [index.class_names[i] for i in index.logits(QUERIES, K).argmax(1).tolist()]
         assert [
             found.label for found in index.classify(QUERIES, k=K)
@@ -513,23 +506,28 @@ class Living(RuleBasedStateMachine):
     def check_close(self, found, expected):
         """The contributions of solved values partly cancel in float32, so their equation is checked more sharply."""
         tolerance = 1e-4 if self.state.fitted is None else 1e-2
-        np.testing.assert_allclose(
+        assert_allclose(
             found, expected, rtol=0, atol=tolerance * max(1, expected.abs().max().item())
         )
 
     def check_each_class_counts_exactly_or_at_its_mean(self, index, fresh, A, tail):
         """A sample of the keys determines which classes count exactly, so the test accepts either sum."""
-        ids, c, beta = fresh.class_ids.numpy(), len(fresh.class_names), fresh.settings.beta
+        ids = fresh.class_ids.numpy()
+        c = len(fresh.class_names)
+        beta = fresh.settings.beta
         none = np.zeros((1, len(ids)), dtype=bool)
         whole, mean = (cache_logits(A, ids, c, beta, met=met, tail=tail) for met in (None, none))
         found = index.terms(QUERIES, K, tail).cache.numpy()
-        is_whole, is_mean = np.isclose(found, whole, atol=1e-4), np.isclose(found, mean, atol=1e-4)
+        is_whole = np.isclose(found, whole, atol=1e-4)
+        is_mean = np.isclose(found, mean, atol=1e-4)
         assert (is_whole | is_mean).all()
         assert is_whole.any()
 
     def check_values_and_sums(self, index):
         """Solved values solve their system, and the sums are those of the keys."""
-        ids, c, counts = index.class_ids.numpy(), len(index.class_names), np.array(index.counts)
+        ids = index.class_ids.numpy()
+        c = len(index.class_names)
+        counts = np.array(index.counts)
         if index.values is not None:
             ridges = (index.fitted.ridge * counts / counts[counts > 0].mean())[ids]
             gram = np.exp(
@@ -541,17 +539,15 @@ class Living(RuleBasedStateMachine):
             tolerance = (
                 1e-2 if index.dtype == "float16" else 1e-3
             )  # a fit does not round the points
-            np.testing.assert_allclose(
+            assert_allclose(
                 gram @ values, targets, rtol=0, atol=tolerance * max(1, np.abs(values).max())
             )
         if index.rows.sums is not None:
-            wide, one_hot = (
-                np.asarray(index.rows.in_memory().keys).astype(np.float64),
-                np.eye(c)[ids],
-            )
-            np.testing.assert_array_equal(index.rows.sums.counts, one_hot.sum(0))
-            np.testing.assert_allclose(index.rows.sums.sums, one_hot.T @ wide, atol=1e-9)
-            np.testing.assert_allclose(index.rows.sums.second, wide.T @ wide, atol=1e-9)
+            wide = np.asarray(index.rows.in_memory().keys).astype(np.float64)
+            one_hot = np.eye(c)[ids]
+            assert_array_equal(index.rows.sums.counts, one_hot.sum(0))
+            assert_allclose(index.rows.sums.sums, one_hot.T @ wide, atol=1e-9)
+            assert_allclose(index.rows.sums.second, wide.T @ wide, atol=1e-9)
 
     @invariant()
     def versions_form_one_line_and_name_every_file(self):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SOAK, few
+from conftest import SOAK, few, ok
 from fastapi.testclient import TestClient
 from sealing import refused
 from serving import app_of
@@ -69,13 +69,12 @@ def tables(tmp_path_factory):
 @pytest.fixture(scope="module")
 def built(tables, tmp_path_factory):
     """An index of three versions in each kind of store."""
-    place, found = tmp_path_factory.mktemp("built"), {}
+    place = tmp_path_factory.mktemp("built")
+    found = {}
     for kind in KINDS:
         found[kind] = made(place, kind, kind)
         train = open_source(tables / "train.parquet")
-        build_index(
-            train, found[kind], Reader(), text=tables / "text.parquet", device="cpu", fit="none"
-        )
+        build_index(train, found[kind], Reader(), text=tables / "text.parquet", fit="none")
         changes.configure(found[kind], k=5)
         changes.add(found[kind], open_source(tables / "more.parquet"), Reader())
     return found
@@ -140,8 +139,7 @@ def test_a_refused_command_leaves_every_byte(run, place, tables, left):
         "fit", place, "--metric", "within", "--values", "solved", "--prior", tables / "missing"
     ).exit_code
     assert own(place) == before
-    done = run("index", "remove", place, "--key-ids", 0)
-    assert done.exit_code == 0, done.output
+    ok("index remove", place, "--key-ids", 0)
     gone = (
         LEFT[:1] if place.startswith("s3:") else LEFT
     )  # no temporary file is written into a bucket
@@ -151,7 +149,7 @@ def test_a_refused_command_leaves_every_byte(run, place, tables, left):
 @pytest.mark.parametrize("kind", KINDS[:2])
 @pytest.mark.parametrize("command", ["add", "build"])
 def test_a_disk_that_a_killed_writer_has_filled_recovers_with_the_next_change(
-    run, built, tables, small_disk, kind, command
+    built, tables, small_disk, kind, command
 ):
     disk = small_disk(4096)
     place = copied(disk, kind, built[kind])
@@ -168,26 +166,23 @@ def test_a_disk_that_a_killed_writer_has_filled_recovers_with_the_next_change(
             "--text",
             tables / "text.parquet",
         ]
-    done = run("index", *words)
-    assert done.exit_code == 0, done.output
+    ok("index", *words)
     assert stores.at(place).verify().version == 4
     assert not left.exists()
 
 
 def test_the_loss_of_the_newest_version_is_noticed_and_can_be_undone_or_accepted(
-    run, place, tables, caplog
+    place, tables, caplog
 ):
     """Readers warn, writers refuse and delete nothing, and a key id is never used again."""
     name = "manifests/000003.json"
-    lost, whole, next_key_id = (
-        everything(place)[name],
-        own(place),
-        stores.at(place).manifest().next_key_id,
-    )
+    lost = everything(place)[name]
+    whole = own(place)
+    next_key_id = stores.at(place).manifest().next_key_id
     put(place, name, None)
     before = own(place)
     with caplog.at_level(logging.WARNING):
-        assert stores.at(place).load(device="cpu").version == 2
+        assert stores.at(place).load().version == 2
     (warning,) = {record.getMessage() for record in caplog.records}
     command = shlex.join(["retrieval-tip", "index", "rollback", place, "2"])
     assert warning.startswith(
@@ -202,9 +197,7 @@ def test_the_loss_of_the_newest_version_is_noticed_and_can_be_undone_or_accepted
         lambda: changes.rollback(place),
         lambda: changes.rollback(place, 1),
         lambda: changes.add(place, open_source(tables / "later.parquet"), Reader()),
-        lambda: build_index(
-            open_source(tables / "more.parquet"), place, Reader(), fit="none", device="cpu"
-        ),
+        lambda: build_index(open_source(tables / "more.parquet"), place, Reader(), fit="none"),
     )
     for call in calls:
         refused(call, f"{place}/{name}", command)
@@ -213,7 +206,7 @@ def test_the_loss_of_the_newest_version_is_noticed_and_can_be_undone_or_accepted
     assert stores.at(place).verify().version == 3
     assert own(place) == whole
     put(place, name, None)
-    assert run(*shlex.split(command)[1:]).exit_code == 0
+    ok(*shlex.split(command)[1:])
     assert stores.at(place).verify().version == 4
     assert stores.at(place).history()["version"].to_pylist() == [1, 2, 4]
     added = changes.add(place, open_source(tables / "later.parquet"), Reader())
@@ -223,9 +216,10 @@ def test_the_loss_of_the_newest_version_is_noticed_and_can_be_undone_or_accepted
 def test_an_index_without_any_manifest_is_not_built_again(place, tables):
     for number in (1, 2, 3):
         put(place, f"manifests/{number:06d}.json", None)
-    before, train = own(place), open_source(tables / "train.parquet")
+    before = own(place)
+    train = open_source(tables / "train.parquet")
     refused(
-        lambda: build_index(train, place, Reader(), fit="none", device="cpu"),
+        lambda: build_index(train, place, Reader(), fit="none"),
         "000003.json",
         "restore",
     )
@@ -331,7 +325,8 @@ def test_a_file_deleted_during_a_slow_upload_is_put_again(slow, tables):
 
 def test_an_upload_of_half_a_day_is_repeated_before_the_manifest(slow, tables, monkeypatch):
     """Then no other process finds it old while the manifest is created."""
-    put_again, real = [], BucketFiles.put
+    put_again = []
+    real = BucketFiles.put
 
     def note(self, name, *parts):
         put_again.append(name)
@@ -377,7 +372,7 @@ def flip(path):
 @pytest.mark.parametrize("verify", ["full", "fast"])
 def test_damage_under_an_open_index_does_not_get_a_valid_digest(built, tmp_path, verify):
     place = copied(tmp_path, "folder", built["folder"])
-    index = Index.load(place, device="cpu", verify=verify)
+    index = Index.load(place, verify=verify)
     name = index.manifest.files["keys"].name
     flip(path_of(place) / name)
     before = own(place)
@@ -420,7 +415,7 @@ def python(place, tables, run):
 
 @contextmanager
 def classifier(place, tables, run):
-    opened = Classifier.load(place, device="cpu")
+    opened = Classifier.load(place)
     yield [
         lambda: opened.add(tables / "wide.parquet"),
         lambda: opened.relabel({0: "dog"}),
@@ -452,9 +447,7 @@ WIDE = 1024
 def large(tmp_path_factory):
     """The folder of an index whose keys only a full check reads, and of a table of one more key."""
     place = tmp_path_factory.mktemp("large")
-    index = Index.from_features(
-        unit_rows(1100, WIDE), ["cat", "dog"] * 550, ["cat", "dog"], device="cpu"
-    )
+    index = Index.from_features(unit_rows(1100, WIDE), ["cat", "dog"] * 550, ["cat", "dog"])
     index.save(place / "index")
     assert (place / "index" / index.manifest.files["keys"].name).stat().st_size > FAST_BYTES
     write_table(place / "wide.parquet", unit_rows(1, WIDE, 8), ["dog"])

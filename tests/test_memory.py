@@ -37,7 +37,7 @@ def test_a_build_holds_few_copies_of_the_features(tmp_path, compressed, fit, mos
     """A fit also holds the keys transformed by the metric, which the index contains instead of the raw keys."""
     base = peak(tmp_path / "small", 1000, DIM, "--fit", fit)
     found = peak(tmp_path / "large", ROWS, DIM, "--fit", fit, compressed=compressed)
-    assert Index.load(tmp_path / "large" / "index", device="cpu").n == ROWS
+    assert Index.load(tmp_path / "large" / "index").n == ROWS
     assert FEATURES < found - base < most * FEATURES
 
 

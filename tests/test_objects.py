@@ -14,8 +14,8 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import buckets
 import pytest
-from conftest import examples, uninstall
-from hypothesis import example, given, settings
+from conftest import tries, uninstall
+from hypothesis import example, given
 from hypothesis import strategies as st
 from stored import made
 
@@ -103,7 +103,7 @@ def test_a_bad_address_is_refused_in_one_line_without_secrets(text, expected):
     assert "ter2" not in message
 
 
-@settings(max_examples=examples(200), deadline=None)
+@tries(200)
 @given(st.sampled_from(["s3://", "gs://", "lance://", ""]), st.text() | st.text(":@/?.ab%\n"))
 @example("s3://", "a:b@c/d")
 @example("lance://", "a:b/c@d")
@@ -306,7 +306,8 @@ def test_a_bad_environment_is_reported(environment, expected, monkeypatch):
     [("AWS_ENDPOINT_URL_S3", True), ("AWS_ENDPOINT_URL", False), ("AWS_ENDPOINT", True)],
 )
 def test_obstore_and_lancedb_use_the_same_server(variable, region, bucket, monkeypatch, tmp_path):
-    lancedb, pa = pytest.importorskip("lancedb"), pytest.importorskip("pyarrow")
+    lancedb = pytest.importorskip("lancedb")
+    pa = pytest.importorskip("pyarrow")
     order = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
     monkeypatch.delenv("AWS_ENDPOINT_URL")
     for later in order[order.index(variable) :]:  # variables of lower priority name another server

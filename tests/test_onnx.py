@@ -7,6 +7,8 @@ import onnx
 import onnxruntime
 import pytest
 from clusters import C, clusters, text_of
+from conftest import json_rows, ok
+from numpy.testing import assert_allclose
 from PIL import Image
 from serving import caltech_photos
 
@@ -21,7 +23,7 @@ NAMES = ["cat", "dög", "<b>", "owl", "a b"]
 
 def index(shots=6, **options):
     keys, ids = clusters(shots)
-    return Index.from_features(keys, ids, NAMES, text_of(), device="cpu", **options)
+    return Index.from_features(keys, ids, NAMES, text_of(), **options)
 
 
 def run_in(file, given):
@@ -46,11 +48,11 @@ def test_logits_of_features_equal_those_of_the_package(form, covered, tmp_path):
     for queries in (clusters(20, seed=7)[0], clusters(1, seed=8)[0][:1], strangers):
         session, (logits, probabilities, *no_match) = run_in(tmp_path / "i.onnx", queries)
         expected = cache.logits(queries).numpy()
-        np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-3)
+        assert_allclose(logits, expected, rtol=1e-4, atol=1e-3)
         predictions = cache.classify(queries, top=C)
         for row, prediction in zip(probabilities, predictions, strict=True):
             ranked = [row[NAMES.index(label)] for label in prediction.labels]
-            np.testing.assert_allclose(ranked, prediction.probabilities, atol=1e-4)
+            assert_allclose(ranked, prediction.probabilities, atol=1e-4)
         assert [one.tolist() for one in no_match] == (
             [] if form is None else [[p.no_match for p in predictions]]
         )
@@ -65,15 +67,15 @@ def test_logits_of_features_equal_those_of_the_package(form, covered, tmp_path):
 
 def test_an_exported_graph_with_an_encoder_classifies_pixels(run, things, shared, tmp_path):
     file = tmp_path / "things.onnx"
-    done = run("index", "export", things, "--onnx", file)
-    assert done.exit_code == 0, done.output
+    done = ok("index export", things, "--onnx", file)
     assert "pixels to logits of 10 classes" in done.stdout
     assert (
         "10 of 10 photos classified as by the package, with probabilities within 0.0001\n"
         in done.stdout
     )
     props = onnxruntime.InferenceSession(file).get_modelmeta().custom_metadata_map
-    labels, preprocess = json.loads(props["labels"]), json.loads(props["preprocess"])
+    labels = json.loads(props["labels"])
+    preprocess = json.loads(props["preprocess"])
     assert (preprocess["size"], preprocess["resize_mode"], preprocess["shorter_side"]) == (
         [224, 224],
         "shortest",
@@ -83,23 +85,18 @@ def test_an_exported_graph_with_an_encoder_classifies_pixels(run, things, shared
     pixels = np.stack([prepared(path, 224) for path in paths])
     _, (logits, _) = run_in(file, pixels)
     answers = run("classify", things, *paths, "--logits", "--format", "json", "--no-cache")
-    rows = [json.loads(line) for line in answers.stdout.splitlines()]
+    rows = json_rows(answers)
     expected = np.array([row["logits"] for row in rows])
-    np.testing.assert_allclose(logits, expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max())
+    assert_allclose(logits, expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max())
     assert [labels[i] for i in logits.argmax(1)] == [row["label"] for row in rows]
 
 
 def test_the_suffix_of_a_file_selects_onnx(run, things, tmp_path):
-    done = run("index", "export", things, "--out", tmp_path / "a.onnx", "--features")
-    assert done.exit_code == 0, done.stderr
-    assert (
-        run("index", "export", things, "--onnx", tmp_path / "b.onnx", "--features").exit_code == 0
-    )
+    ok("index export", things, "--out", tmp_path / "a.onnx", "--features")
+    ok("index export", things, "--onnx", tmp_path / "b.onnx", "--features")
     one, other = (onnx.load(tmp_path / f"{name}.onnx").graph for name in "ab")
     assert one == other
-    both = run(
-        "index", "export", things, "--out", tmp_path / "c.onnx", "--onnx", tmp_path / "d.onnx"
-    )
+    both = run("index export", things, "--out", tmp_path / "c.onnx", "--onnx", tmp_path / "d.onnx")
     assert (both.exit_code, both.stdout, sorted(one.name for one in tmp_path.iterdir())) == (
         2,
         "",
@@ -108,13 +105,12 @@ def test_the_suffix_of_a_file_selects_onnx(run, things, tmp_path):
 
 
 def test_an_index_without_its_photos_is_exported_without_a_comparison(
-    run, things, tmp_path, monkeypatch
+    things, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(
         "retrieval_tip.export.onnx_graph.read_item", lambda _: read_item(tmp_path / "gone.jpg")
     )
-    done = run("index", "export", things, "--onnx", tmp_path / "things.onnx")
-    assert done.exit_code == 0, done.output
+    done = ok("index export", things, "--onnx", tmp_path / "things.onnx")
     assert "no photo of the index could be read" in done.stderr
     assert "classified as" not in done.stdout
 
@@ -126,19 +122,20 @@ def prepared(path, side):
     image = image.resize(
         [max(side, int(edge * scale)) for edge in image.size], Image.Resampling.BICUBIC
     )
-    left, top = round((image.width - side) / 2), round((image.height - side) / 2)
+    left = round((image.width - side) / 2)
+    top = round((image.height - side) / 2)
     return np.asarray(image.crop((left, top, left + side, top + side)), dtype=np.float32).transpose(
         2, 0, 1
     )
 
 
-def test_an_index_with_a_k_is_exported_with_all_keys(tmp_path, run):
+def test_an_index_with_a_k_is_exported_with_all_keys(tmp_path):
     cache = index()
     cache.settings = cache.settings.override(k=3)
     cache.save(tmp_path / "i")
-    assert run("index", "export", tmp_path / "i", "--onnx", tmp_path / "i.onnx").exit_code == 0
+    ok("index export", tmp_path / "i", "--onnx", tmp_path / "i.onnx")
     queries = clusters(3, seed=7)[0]
-    np.testing.assert_allclose(
+    assert_allclose(
         run_in(tmp_path / "i.onnx", queries)[1][0],
         cache.logits(queries, k="all").numpy(),
         rtol=1e-4,

@@ -20,7 +20,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from browser import PATIENCE, Opened, chromium
-from conftest import NO_SHARED, SHARED, SOAK, command_line, needs_real
+from conftest import LIT_MINI, NO_SHARED, SHARED, SOAK, needs_real, ok
 from PIL import Image
 from playwright.sync_api import Error, expect
 from serving import build, server
@@ -43,7 +43,7 @@ HOSTILE = '<img src=x onerror="document.title=1">'
 TOKEN = "a token"
 REFUSED = "Failed to load resource: the server responded with a status of "
 IMAGES = SHARED / "data" / "caltech101" / "101_ObjectCategories"
-MODEL = ("--model", f"local-dir:{SHARED / 'models' / 'lit-mini'}")
+MODEL = ("--model", LIT_MINI)
 PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
 
 if not SHARED.is_dir():
@@ -86,10 +86,11 @@ def served(tmp_path_factory, encodings, warm_path):
         link.symlink_to(path)
         rows.append((link, HOSTILE))
     folder = place / "things"
-    food, features = place / "food <b>1", SHARED / "data" / "clip-food9"
+    food = place / "food <b>1"
+    features = SHARED / "data" / "clip-food9"
     build(SHARED, folder, rows)
     options = ("--text", features / "text.parquet", "--shots", 4, "--out", food)
-    assert command_line("index", "build", features / "train.parquet", *options).exit_code == 0
+    ok("index build", features / "train.parquet", *options)
     options = ("--uploads", place / "uploads", "--device", "cpu")
     with server(folder, food, *options, token=TOKEN, path=warm_path) as (address, _):
         yield SimpleNamespace(folder=folder, address=address)
@@ -344,14 +345,11 @@ def download(page, kind):
 
 def assert_same(page, run, folder, image):
     """Compare the answer for the open photo with the command line's answer for ``image``."""
-    told = run("classify", folder, image, "--top", 8, "--explain", "--logits", "--format", "json")
-    assert told.exit_code == 0, told.output
+    told = ok("classify", folder, image, "--top", 8, "--explain", "--logits", "--format", "json")
     right = json.loads(told.stdout)
     right["cache_logit"] += right.get("discriminant_logit", 0)  # the page shows the sum
-    shown, shots = (
-        answer(page),
-        [*right["neighbours"], *([right["opposing"]] if right["opposing"] else [])],
-    )
+    shown = answer(page)
+    shots = [*right["neighbours"], *([right["opposing"]] if right["opposing"] else [])]
     close = {"rel": 1e-3, "abs": 1e-6}
     assert shown["label"] == right["label"]
     for name in ("probability", "text_logit", "cache_logit"):
@@ -394,7 +392,8 @@ def test_correcting_an_answer_adds_a_shot_and_can_be_undone(opened, served, run)
     )
     assert image is not None, "all are right"
     ask(page, image)
-    before, version = answer(page), things(page)["version"]
+    before = answer(page)
+    version = things(page)["version"]
     assert before["label"] != "crab"
 
     page.click("#drawer-wrong")
@@ -476,7 +475,8 @@ def test_markup_in_names_is_shown_as_text(page):
 
 
 def test_photos_are_classified_and_classes_added_with_the_keyboard_alone(page):
-    focused, key = page.locator(":focus"), page.keyboard.press
+    focused = page.locator(":focus")
+    key = page.keyboard.press
 
     def at(place, pressed):
         tab_to(page, place)
@@ -639,7 +639,7 @@ def test_an_empty_server_classifies_a_photo_after_five_actions(serving, tmp_path
         page.keyboard.press("Enter")  # 4: the button for classifying photos has the focus
         ask(page, *caltech_photos("test", "crab", 1))  # 5
         assert answer(page)["label"] == "crab"
-        assert "15" in run("index", "info", tmp_path / "made" / "my photos").stdout
+        assert "15" in run("index info", tmp_path / "made" / "my photos").stdout
 
         go(page, "teach")
         page.set_input_files("#teach-folder", tmp_path / "colours")
@@ -667,7 +667,8 @@ def test_dropped_folders_become_classes_and_adding_can_be_cancelled(opened, tmp_
 
     go(page, "teach")
     loose = caltech_photos("train", "starfish", 2)
-    cards, names = page.locator(".class-card"), page.locator(".class-card input[type=text]")
+    cards = page.locator(".class-card")
+    names = page.locator(".class-card input[type=text]")
     marked = page.locator(".class-card.target")
 
     def middle(card):
@@ -960,7 +961,7 @@ def test_wrong_labels_are_listed_first_and_corrected(page, served, run):
     expect(worst).to_contain_text("This photo is labelled panda")
     expect(worst).to_contain_text("All other examples together suggest pizza.")
     key_id = worst.get_attribute("data-key-id")
-    listed = run("index", "audit", served.folder, "--format", "json").stdout.splitlines()
+    listed = run("index audit", served.folder, "--format", "json").stdout.splitlines()
     assert [json.loads(line)["key_id"] for line in listed] == [
         int(key_id)
     ]  # the command line lists the same
@@ -1120,7 +1121,8 @@ def open_map(page):
 def move_on_map(page, x, y, steps=1):
     """Move the mouse to a place of the map."""
     box = page.locator("#map-canvas").bounding_box()
-    across, down = (x + 1) / 2 * (box["width"] - 50), (1 - y) / 2 * (box["height"] - 50)
+    across = (x + 1) / 2 * (box["width"] - 50)
+    down = (1 - y) / 2 * (box["height"] - 50)
     page.mouse.move(box["x"] + 25 + across, box["y"] + 25 + down, steps=steps)
 
 
@@ -1450,7 +1452,10 @@ def label_by_key(page, label):
 
 def test_photos_are_labelled_by_keyboard_and_the_rest_is_finished(labelling, pool, tmp_path, run):
     """The page and the terminal say how many of the others are wrong. The interval comes first."""
-    folder, sorted_, hows, printed = tmp_path / "things", tmp_path / "sorted", [], []
+    folder = tmp_path / "things"
+    sorted_ = tmp_path / "sorted"
+    hows = []
+    printed = []
     with labelling(pool, folder, printed=printed) as (page, _):
         assert violations(page) == []
         expect(page.locator("#label-class")).to_be_focused()
@@ -1546,9 +1551,7 @@ def test_photos_are_labelled_by_keyboard_and_the_rest_is_finished(labelling, poo
     placed = [*sorted_.glob("*/*.jpg")]
     assert len(placed) == 90
     assert sum(path.parent.name == pool[path.name] for path in placed) > 80
-    told = run(
-        "index", "query", folder, "SELECT source, label FROM labels", "--format", "json"
-    ).stdout
+    told = run("index query", folder, "SELECT source, label FROM labels", "--format", "json").stdout
     labels = [json.loads(line) for line in told.splitlines()]
     assert len(labels) == 50
     assert all(pool[Path(row["source"]).name] == row["label"] for row in labels)
@@ -1760,10 +1763,8 @@ def two_frames(page):
 
 def test_answers_on_the_screen_stay_and_are_confirmed_as_they_were_shown(labelling, pool, tmp_path):
     """A person corrects some answers on a laptop, while the others on the screen are answered in another way."""
-    names, merged = (
-        sorted(name for name in pool if name),
-        {"camera": "accordion", "crayfish": "crab"},
-    )
+    names = sorted(name for name in pool if name)
+    merged = {"camera": "accordion", "crayfish": "crab"}
     laptop = {"viewport": {"width": 1280, "height": 800}, "reduced_motion": "no-preference"}
     with labelling(pool, tmp_path / "things", **laptop) as (page, _):
         wait_until(page, "state.encoded === 90")
@@ -1810,10 +1811,8 @@ def test_answers_on_the_screen_stay_and_are_confirmed_as_they_were_shown(labelli
 
 def test_new_answers_come_with_the_next_screen(labelling, pool, tmp_path):
     """The next screen comes by scrolling, with another order, or after a look at another page."""
-    names, merged = (
-        sorted(name for name in pool if name),
-        {"camera": "accordion", "crayfish": "crab"},
-    )
+    names = sorted(name for name in pool if name)
+    merged = {"camera": "accordion", "crayfish": "crab"}
     with labelling(pool, tmp_path / "things", viewport={"width": 1280, "height": 560}) as (page, _):
         wait_until(page, "state.encoded === 90")
         give(
@@ -1883,7 +1882,8 @@ def test_letters_of_a_class_name_are_not_shortcuts(labelling, pool, tmp_path):
         expect(page.locator("#label-saved")).to_have_text(
             ""
         )  # all photos are read, as on a second start
-        unlabelled, sent = status(page), []
+        unlabelled = status(page)
+        sent = []
 
         def keep(route):
             if route.request.method == "POST":
@@ -2047,7 +2047,8 @@ def test_refused_labels_are_named_and_can_be_corrected(labelling, pool, tmp_path
         expect(refused).to_be_empty()
         wait_until(page, "!state.unsaved")
         state = status(page)
-        photo, name = state["queue"][2]["photo"], Path(state["queue"][2]["name"]).name
+        photo = state["queue"][2]["photo"]
+        name = Path(state["queue"][2]["name"]).name
         state["refused"] = [{"photo": photo, "name": name, "label": "crab", "reason": "full disk"}]
         page.route("**/v1/label", lambda route: route.fulfill(json=state), times=1)
         page.reload()
@@ -2162,7 +2163,8 @@ def test_every_command_on_the_page_runs_as_it_is_printed(
     labelling, serving, tmp_path, monkeypatch, warm_path
 ):
     """The index and the photos have other names than in examples, and the terminal is in another folder."""
-    photos, elsewhere = tmp_path / "my photos", tmp_path / "elsewhere"
+    photos = tmp_path / "my photos"
+    elsewhere = tmp_path / "elsewhere"
     class_folders(photos, "crab", "panda", "pizza", each=6)
     elsewhere.mkdir()
     monkeypatch.chdir(tmp_path)
@@ -2175,9 +2177,10 @@ def test_every_command_on_the_page_runs_as_it_is_printed(
             )
             assert done.returncode == 0, (command, done.stderr)
 
-    index, wrong = Path("indexes", "it's clothes"), photos / "panda" / "a pizza.jpg"
+    index = Path("indexes", "it's clothes")
+    wrong = photos / "panda" / "a pizza.jpg"
     shutil.copy(caltech_photos("test", "pizza", 9)[-1], wrong)
-    assert command_line("index", "build", "my photos", "--out", index, *MODEL).exit_code == 0
+    ok("index build", "my photos", "--out", index, *MODEL)
     with serving(index) as (page, _):
         assert not printed(page, *(name for name in SCREENS if name != "label"))
         page.evaluate("location.hash = 'check'")
@@ -2288,11 +2291,9 @@ def test_the_keys_of_a_screen_are_shown_by_a_button(labelling, pool, tmp_path):
         expect(page.locator("#keys")).to_be_hidden()
 
 
-def test_the_zip_has_the_folders_of_sort(serving, run, tmp_path):
-    classes, names = (
-        {"pizza": "a/b", "panda": "a:b", "crab": "No match"},
-        ["con.jpg", "a?.jpg", "100%41 .jpg"],
-    )
+def test_the_zip_has_the_folders_of_sort(serving, tmp_path):
+    classes = {"pizza": "a/b", "panda": "a:b", "crab": "No match"}
+    names = ["con.jpg", "a?.jpg", "100%41 .jpg"]
     rows = [
         (path, label)
         for name, label in classes.items()
@@ -2309,8 +2310,7 @@ def test_the_zip_has_the_folders_of_sort(serving, run, tmp_path):
     ]
     for source, image in zip(sources, images, strict=True):
         shutil.copy(source, image)
-    done = run("sort", tmp_path / "index", tmp_path / "inbox", "--into", tmp_path / "sorted")
-    assert done.exit_code == 0, done.output
+    ok("sort", tmp_path / "index", tmp_path / "inbox", "--into", tmp_path / "sorted")
     expected = {
         str(path.relative_to(tmp_path / "sorted")) for path in (tmp_path / "sorted").glob("*/*")
     }
@@ -2441,7 +2441,8 @@ def test_the_accuracy_counts_up_unless_motion_is_reduced(opened):
 
 def test_an_uncertain_photo_shows_the_group_that_is_sure(opened, tmp_path):
     """The groups come from a table that is chosen or dropped on the screen of the settings."""
-    page, groups = opened(expected=[f"{REFUSED}4"]), tmp_path / "groups.csv"
+    page = opened(expected=[f"{REFUSED}4"])
+    groups = tmp_path / "groups.csv"
     version = things(page)["version"]
     go(page, "settings")
     groups.write_text("class,kind\npanda,animal\npanda,bear\n")

@@ -21,9 +21,9 @@ from urllib.parse import quote
 import httpx
 import numpy as np
 import pytest
-from conftest import SHARED, examples, few, needs_real
+from conftest import SHARED, few, needs_real, tries
 from fastapi.testclient import TestClient
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from referees import referee
@@ -119,7 +119,7 @@ def digest_of(data):
 
 def labels_of(folder, photos):
     """Return the labels that an index has for each of some photos, which are bytes."""
-    rows = places.at(folder).load(device="cpu").having("digest", map(digest_of, photos)).to_pylist()
+    rows = places.at(folder).load().having("digest", map(digest_of, photos)).to_pylist()
     return [
         sorted(row["label"] for row in rows if row["digest"] == digest_of(data)) for data in photos
     ]
@@ -127,7 +127,8 @@ def labels_of(folder, photos):
 
 def test_tasks_get_predictions_in_order(things, photos, tmp_path):
     """Data URLs and files below ``--root`` are read; other tasks, and classes without a choice, get an empty result."""
-    root, outside = tmp_path / "root", tmp_path / "outside.jpg"
+    root = tmp_path / "root"
+    outside = tmp_path / "outside.jpg"
     (root / "a b").mkdir(parents=True)
     shutil.copy(photos[0][0], root / "a b" / "é.jpg")
     shutil.copy(photos[0][0], outside)
@@ -186,7 +187,8 @@ def test_tasks_get_predictions_in_order(things, photos, tmp_path):
 
 def test_annotations_become_shots_and_follow_their_changes(own, photos):
     names, (path, name) = [label for _, label in photos], photos[0]
-    photo, n = data_url(path.read_bytes()), Index.load(own).n
+    photo = data_url(path.read_bytes())
+    n = Index.load(own).n
 
     def shots():
         rows = Index.load(own).labels.to_pylist()
@@ -266,7 +268,8 @@ def says(number, file, *choices, **more):
 
 
 def test_an_annotated_photo_is_decoded_once(own, teach, monkeypatch):
-    decoded, decode = [], images.decode
+    decoded = []
+    decode = images.decode
 
     def noted(data, *more, **options):
         decoded.append(data)
@@ -279,7 +282,8 @@ def test_an_annotated_photo_is_decoded_once(own, teach, monkeypatch):
 
 def test_a_photo_is_a_shot_while_its_annotations_agree(own, teach, caplog):
     """The annotations of two tasks, because a copy of the photo has another name, and servers that restart."""
-    one, copy = teach.files[0], teach.files[0].with_name("copy.jpg")
+    one = teach.files[0]
+    copy = teach.files[0].with_name("copy.jpg")
     shutil.copy(one, copy)
     assert not teach(says(1, one, "a"), "a", "")
     several = teach(says(2, copy, "b"), "", "")
@@ -312,7 +316,8 @@ def test_a_photo_is_a_shot_while_its_annotations_agree(own, teach, caplog):
 
 def test_a_photo_that_the_index_had_keeps_its_label_and_origin(own, teach):
     row = Index.load(own).labels.to_pylist()[0]
-    teach.photos, file = [Path(row["source"]).read_bytes()], teach.files[0]
+    teach.photos = [Path(row["source"]).read_bytes()]
+    file = teach.files[0]
     file.write_bytes(teach.photos[0])
     assert "the index had it before" in teach(says(1, file, "b"), row["label"])
     assert "the index had it before" in teach(says(2, file, row["label"]), row["label"])
@@ -350,13 +355,13 @@ def test_annotations_count_whatever_was_done_to_their_shots_meanwhile(own, teach
     one = teach.files[0]
     teach(says(1, one, "a"), "a", "")
     teach(says(2, one, "b"), "", "")
-    run("index", "rollback", own, 2)
+    run("index rollback", own, 2)
     assert labels_of(own, teach.photos) == [["a"], []]
     assert "several labels" in teach(says(2, one, "b"), "", "")
     teach(deleted(1), "b", "")
-    run("index", "rename", own, "b", "Faces")
+    run("index rename", own, "b", "Faces")
     teach(says(3, one, "b"), "b", "")
-    run("index", "remove", own, "--where", "label = 'b'")
+    run("index remove", own, "--where", "label = 'b'")
     teach(deleted(3), "b", "")
     moved = own.rename(own.with_name("moved"))
     assert "several labels" in teach(says(1, one, "a"), "", "", folder=moved)
@@ -411,14 +416,14 @@ class Studio:
     """Two annotators in Label Studio. ``says`` is the task, the photo and the choices of each annotation."""
 
     def __init__(self, seed, photos, before, names):
-        self.random, self.photos, self.before, self.names = (
-            random.Random(seed),
-            photos,
-            before,
-            names,
-        )
+        self.random = random.Random(seed)
+        self.photos = photos
+        self.before = before
+        self.names = names
         self.tasks = [0, 0, *range(1, len(photos))]  # two tasks show the same photo
-        self.says, self.sent, self.count = {}, {}, itertools.count(1)
+        self.says = {}
+        self.sent = {}
+        self.count = itertools.count(1)
 
     def event(self):
         """Return a random event, which may repeat the last event about an annotation, or come after a later one."""
@@ -433,11 +438,9 @@ class Studio:
             "repeat",
             "late",
         ]
-        kind, made, task = (
-            self.random.choice(kinds),
-            [*self.says],
-            self.random.randrange(len(self.tasks)),
-        )
+        kind = self.random.choice(kinds)
+        made = [*self.says]
+        task = self.random.randrange(len(self.tasks))
         if kind == "repeat" and self.sent:
             return self.random.choice([*self.sent.values()])[-1]
         if kind == "late" and made:
@@ -451,16 +454,16 @@ class Studio:
             del self.says[number]
             self.sent[number] = [deleted(number)]
             return deleted(number)
-        number, action = next(self.count), "ANNOTATION_CREATED"
+        number = next(self.count)
+        action = "ANNOTATION_CREATED"
         if kind in ("update", "show") and made:
-            number, action = self.random.choice(made), "ANNOTATION_UPDATED"
+            number = self.random.choice(made)
+            action = "ANNOTATION_UPDATED"
             task = self.says[number][0]
         if kind == "show":
             self.tasks[task] = self.random.randrange(len(self.photos))
-        data, choices = (
-            self.photos[self.tasks[task]],
-            self.random.sample(self.names, self.random.choice([1] * 8 + [0, 2])),
-        )
+        data = self.photos[self.tasks[task]]
+        choices = self.random.sample(self.names, self.random.choice([1] * 8 + [0, 2]))
         self.says[number] = task, data, choices
         body = event(action, data_url(data), choices, self.names, id=number)
         body["task"]["id"] = task
@@ -540,7 +543,8 @@ def test_a_killed_server_has_learnt_an_event_or_not(own, photos, warm_path, seed
 
 def test_an_event_counts_even_if_label_studio_stops_waiting(own, photos):
     """By default, it waits for one second."""
-    names, n = [label for _, label in photos], Index.load(own).n
+    names = [label for _, label in photos]
+    n = Index.load(own).n
     body = event("ANNOTATION_CREATED", data_url(photos[0][0].read_bytes()), names[:1], names)
     with (
         running(app_of(own, token=TOKEN)) as (host, port),
@@ -557,10 +561,8 @@ def test_an_event_counts_even_if_label_studio_stops_waiting(own, photos):
 
 
 def test_the_token_is_accepted_as_a_password_on_these_routes_only(own):
-    sent, plain = (
-        {"schema": config(Index.load(own).class_names)},
-        base64.b64encode(TOKEN.encode()).decode(),
-    )
+    sent = {"schema": config(Index.load(own).class_names)}
+    plain = base64.b64encode(TOKEN.encode()).decode()
     with client(own) as asking:
 
         def status(**more):
@@ -654,7 +656,8 @@ def studio(uploads):
 
 
 def test_only_uploads_of_the_configured_label_studio_are_fetched(things, photos, monkeypatch):
-    data, interface = photos[0][0].read_bytes(), config([name for _, name in photos])
+    data = photos[0][0].read_bytes()
+    interface = config([name for _, name in photos])
     encoded = [
         f"/sub/data/{path}"
         for path in ("%2e%2e/api", "..%2fapi", "%2E%2E/%2E%2E/x", "upload/.%2e/%2e./api")
@@ -669,10 +672,8 @@ def test_only_uploads_of_the_configured_label_studio_are_fetched(things, photos,
         studio(uploads) as (url, asked),
         studio({"/sub/data/upload/a.jpg": data}) as (other, elsewhere),
     ):
-        good, host = (
-            ["/sub/data/upload/a.jpg", f"{url}/sub/data/upload/a.jpg"],
-            other.removeprefix("http://"),
-        )
+        good = ["/sub/data/upload/a.jpg", f"{url}/sub/data/upload/a.jpg"]
+        host = other.removeprefix("http://")
         bad = [
             "/sub/data/upload/moved.jpg",
             "/sub/data/upload/big.jpg",
@@ -719,7 +720,8 @@ def test_only_uploads_of_the_configured_label_studio_are_fetched(things, photos,
 
 def test_another_process_may_add_a_photo_while_it_is_fetched(own, teach, monkeypatch):
     """It then has the photo from before, so no annotation makes a second shot."""
-    photo, address = teach.photos[0], "/data/upload/a.jpg"
+    photo = teach.photos[0]
+    address = "/data/upload/a.jpg"
 
     class Uploads(dict):
         late = False
@@ -810,7 +812,8 @@ def test_any_json_is_answered_or_refused(own):
     anything = st.recursive(
         scalars, lambda part: st.lists(part, max_size=3) | st.dictionaries(keys, part, max_size=3)
     )
-    number, chosen = st.integers(0, 3) | anything, event("", "", ["a"], [])["annotation"]["result"]
+    number = st.integers(0, 3) | anything
+    chosen = event("", "", ["a"], [])["annotation"]["result"]
     annotation = {"id": number, "result": st.just(chosen) | anything, "updated_at": anything}
     task = {
         "id": number,
@@ -838,7 +841,7 @@ def test_any_json_is_answered_or_refused(own):
         routes = [f"label-studio/own/{what}" for what in ("setup", "predict", "webhook")]
 
         @given(path=st.sampled_from([*routes, "api/v1/vision/labels"]), body=bodies)
-        @settings(max_examples=examples(400), deadline=None)
+        @tries(400)
         def ask(path, body):
             answer = asking.post(
                 f"/{path}", content=json.dumps(body), headers={"content-type": "application/json"}

@@ -14,7 +14,7 @@ import time
 import urllib.request
 
 import pytest
-from conftest import COMMANDS, command_line
+from conftest import COMMANDS, LIT_MINI, ok
 from PIL import Image
 from serving import caltech_photos, server
 
@@ -30,16 +30,14 @@ def folder(shared, tmp_path_factory):
     for number, (path, label) in enumerate(caltech_photos(shared, "train", 2, 4)):
         (folder / "photos" / label).mkdir(parents=True, exist_ok=True)
         shutil.copy(path, folder / "photos" / label / f"{number}.jpg")
-    made = command_line(
-        "index",
-        "build",
+    ok(
+        "index build",
         folder / "photos",
         "--out",
         folder / "ix",
         "--model",
         f"local-dir:{folder}/encoder",
     )
-    assert made.exit_code == 0, made.output
     shutil.copytree(folder / "ix", folder / "ix2")
     shutil.rmtree(folder / "encoder")
     (folder / "empty").mkdir()
@@ -203,7 +201,7 @@ def test_a_session_whose_photos_are_all_damaged_says_so(shared, tmp_path, warm_p
         "--out",
         tmp_path / "ix",
         "--model",
-        f"local-dir:{shared / 'models' / 'lit-mini'}",
+        LIT_MINI,
     )
     with server(*given, path=warm_path, command="label") as (url, _):
         address, _, token = url.partition("/#token=")

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import scipy.special
+from numpy.random import default_rng
 from tables import unit, unit_rows
 
 from retrieval_tip import Index
@@ -16,25 +17,25 @@ from retrieval_tip.labelling import progress
 from retrieval_tip.labelling.progress import Estimate, estimate_rest, gain_of
 
 NAMES = list("abcd")
-CENTRES, TEXT = unit_rows(4, 10, 5), unit(unit_rows(4, 10, 5) + 0.8 * unit_rows(4, 10, 6))
+CENTRES = unit_rows(4, 10, 5)
+TEXT = unit(unit_rows(4, 10, 5) + 0.8 * unit_rows(4, 10, 6))
 
 
 def index_of(n, text, seed=0):
     """Return a fitted index of unequal classes, its features and its class ids. Photos 0 and 1 have the same source."""
-    ids = np.random.default_rng(seed).choice(4, n, p=[0.5, 0.25, 0.2, 0.05])
+    ids = default_rng(seed).choice(4, n, p=[0.5, 0.25, 0.2, 0.05])
     features = unit(CENTRES[ids] + 1.5 * unit_rows(n, 10, seed + 1))
     sources = [f"photo-{max(i, 1)}" for i in range(n)]
-    index = Index.from_features(
-        features, ids, NAMES, TEXT if text else None, sources=sources, device="cpu"
-    )
+    index = Index.from_features(features, ids, NAMES, TEXT if text else None, sources=sources)
     index, _ = closed_form.fit(index)
     return index, features, ids
 
 
 def answers_of(index, features, ids, kept, photos):
     """Return the logits of photos from a new index of the kept photos, with the settings of ``index``."""
-    kept, text = list(kept), TEXT if index.has_text else None
-    other = Index.from_features(features[kept], ids[kept], NAMES, text, device="cpu")
+    kept = list(kept)
+    text = TEXT if index.has_text else None
+    other = Index.from_features(features[kept], ids[kept], NAMES, text)
     other, _ = closed_form.fit(other, forms=[Form.of(index.fitted, index.settings.beta)])
     other.settings = replace(index.settings)
     logits = other.logits(photos).numpy()
@@ -61,7 +62,9 @@ def wrong_of(probabilities, labels, rest):
     """Return how probably each answer to the rest is wrong, at the temperature that suits the held-out answers best."""
     possible = probabilities[np.arange(len(labels)), labels] > 0
     with np.errstate(divide="ignore"):
-        logs, answers, own = np.log(probabilities[possible]), np.log(rest), labels[possible]
+        logs = np.log(probabilities[possible])
+        answers = np.log(rest)
+        own = labels[possible]
 
     def loss(log_factor):
         p = scipy.special.softmax(np.exp(log_factor) * logs, axis=1)[np.arange(len(own)), own]
@@ -77,10 +80,8 @@ def wrong_of(probabilities, labels, rest):
 @pytest.mark.parametrize("text", [True, False])
 def test_labelled_photos_tell_how_often_an_answer_is_right(text):
     index, features, ids = index_of(40, text)
-    rest, temperature = (
-        unit(CENTRES[np.arange(60) % 4] + 1.5 * unit_rows(60, 10, 9)),
-        index.settings.temperature,
-    )
+    rest = unit(CENTRES[np.arange(60) % 4] + 1.5 * unit_rows(60, 10, 9))
+    temperature = index.settings.temperature
     before = index.logits(rest).numpy()
     asked = [1, 7, 12, 20, 28, 33, 38]  # at most PARTS, so that each is held out alone
     logits = answers_without(index, features, ids, asked, range(40))
@@ -94,7 +95,7 @@ def test_labelled_photos_tell_how_often_an_answer_is_right(text):
     assert found.first_wrong == pytest.approx(np.sort(wrong)[-progress.SCREEN :].sum(), rel=0.05)
     assert found.wrong == pytest.approx(wrong.sum(), rel=0.05)
     spread = np.sqrt(progress.SPREAD**2 + progress.EVIDENCE / (1 + (~right).sum()))
-    chance = np.random.default_rng(4)
+    chance = default_rng(4)
     shares = scipy.special.expit(
         scipy.special.logit(found.wrong / 60) + spread * chance.standard_normal(50_000)
     )
@@ -109,13 +110,12 @@ def test_labelled_photos_tell_how_often_an_answer_is_right(text):
 
 def test_the_estimate_is_a_mean_of_classifiers_that_lack_the_last_labels():
     index, features, ids = index_of(40, False)
-    rest, asked = unit(CENTRES[np.arange(60) % 4] + 1.5 * unit_rows(60, 10, 9)), range(10, 40)
+    rest = unit(CENTRES[np.arange(60) % 4] + 1.5 * unit_rows(60, 10, 9))
+    asked = range(10, 40)
     wrong = []
     for kept in (40, 35, 30):  # at least 20 of the photos that are held out
         sources = [f"photo-{max(i, 1)}" for i in range(kept)]
-        other = Index.from_features(
-            features[:kept], ids[:kept], NAMES, sources=sources, device="cpu"
-        )
+        other = Index.from_features(features[:kept], ids[:kept], NAMES, sources=sources)
         other, _ = closed_form.fit(other)
         held = held_out_probabilities(
             other, np.flatnonzero(other.labels["key_id"].to_numpy() >= 10)
@@ -132,10 +132,12 @@ def test_the_estimate_is_a_mean_of_classifiers_that_lack_the_last_labels():
 def test_the_gain_counts_the_answers_that_half_of_the_labels_would_lose(text):
     index, features, ids = index_of(40, text)
     rest = unit(CENTRES[np.arange(60) % 4] + 1.5 * unit_rows(60, 10, 9))
-    found, now = estimate_rest(index, [1, 7], rest), index.logits(rest).numpy()
+    found = estimate_rest(index, [1, 7], rest)
+    now = index.logits(rest).numpy()
     half = answers_of(index, features, ids, range(20), rest).argmax(axis=1)
     p = probabilities(now, index.settings.temperature)
-    wrong, lost = found.wrong / 60, (p.max(axis=1) - p[np.arange(60), half]).mean()
+    wrong = found.wrong / 60
+    lost = (p.max(axis=1) - p[np.arange(60), half]).mean()
     assert lost > 0.01
     falls = wrong / (wrong + lost)  # with 40 labels instead of 20, and again with 80 labels
     assert gain_of(index, rest, found, 40) == pytest.approx(wrong - wrong * falls, rel=1e-3)
@@ -150,21 +152,21 @@ def test_the_estimate_is_empty_without_labels_or_photos():
     assert estimate_rest(index, [1], features[:0]) == Estimate(0.0, 0.0, 1.0, 0, 0, 0, 0)
     with pytest.raises(UsageError, match="more"):
         gain_of(index, features, none, 0)
-    single = Index.from_features(features[:2], [0, 1], NAMES, device="cpu")
+    single = Index.from_features(features[:2], [0, 1], NAMES)
     single, _ = closed_form.fit(single)
     found = estimate_rest(single, [0, 1], features)
     assert not held_out_probabilities(
         single, np.arange(2)
     ).right.any()  # without its only photo, a class is unknown
     assert gain_of(single, features, found, 2) is None
-    copies = Index.from_features(features[:4], [0] * 4, NAMES, sources=["one"] * 4, device="cpu")
+    copies = Index.from_features(features[:4], [0] * 4, NAMES, sources=["one"] * 4)
     assert gain_of(copies, features, found, 2) is None
 
 
 def test_an_answer_is_never_certain_if_all_held_out_answers_are_right():
     ids = np.arange(120) % 4
     features = unit(CENTRES[ids] + 1e-3 * unit_rows(120, 10, 5))
-    index = Index.from_features(features[:40], ids[:40], NAMES, device="cpu")
+    index = Index.from_features(features[:40], ids[:40], NAMES)
     index, _ = closed_form.fit(index)
     found = estimate_rest(index, range(40), features[40:])
     assert 0 < found.wrong < 1
@@ -175,11 +177,11 @@ def test_an_answer_is_never_certain_if_all_held_out_answers_are_right():
 def test_the_number_of_wrong_answers_stays_in_its_interval_while_the_least_certain_are_reviewed():
     inside = []
     for seed in range(4):
-        ids = np.random.default_rng(seed).integers(0, 4, 300)
+        ids = default_rng(seed).integers(0, 4, 300)
         features = unit(CENTRES[ids] + 1.5 * unit_rows(300, 10, seed + 20))
         labelled = list(range(30))
         for _ in range(3):
-            index = Index.from_features(features[labelled], ids[labelled], NAMES, device="cpu")
+            index = Index.from_features(features[labelled], ids[labelled], NAMES)
             index, _ = closed_form.fit(index)
             rest = np.setdiff1d(np.arange(300), labelled)
             found = estimate_rest(index, range(len(labelled)), features[rest])

@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from numpy.random import default_rng
+from numpy.testing import assert_allclose, assert_array_equal
 
 from retrieval_tip import Index
 from retrieval_tip.evaluation.projection import methods, projected
@@ -9,14 +11,12 @@ from retrieval_tip.evaluation.projection import methods, projected
 
 def cache_of(keys):
     labels = [f"class {i % 3}" for i in range(len(keys))]
-    return Index.from_features(
-        keys.astype(np.float32), labels, [f"class {i}" for i in range(3)], device="cpu"
-    )
+    return Index.from_features(keys.astype(np.float32), labels, [f"class {i}" for i in range(3)])
 
 
 @pytest.mark.parametrize(("n", "d"), [(300, 40), (20, 500), (7, 3), (3, 2)])
 def test_principal_components_match_the_full_decomposition(n, d):
-    rng = np.random.default_rng(0)
+    rng = default_rng(0)
     scales = np.geomspace(1, 1e-2, d)
     cache = cache_of(rng.normal(size=(n, d)) * scales)
     found = projected(cache)
@@ -28,24 +28,25 @@ def test_principal_components_match_the_full_decomposition(n, d):
     ratio = np.ptp(found.places, axis=0) / np.ptp(expected, axis=0)
     assert ratio[0] == pytest.approx(ratio[1], rel=1e-3)  # one scale for both axes
     assert np.abs(found.places).max() == pytest.approx(1)
-    np.testing.assert_allclose(found.places.max(axis=0), -found.places.min(axis=0), atol=1e-6)
+    assert_allclose(found.places.max(axis=0), -found.places.min(axis=0), atol=1e-6)
     assert found.key_ids.tolist() == cache.labels["key_id"].to_pylist()
 
 
 def test_a_projection_is_reproducible_and_keeps_the_random_state():
     import torch
 
-    cache = cache_of(np.random.default_rng(1).normal(size=(50, 20)))
+    cache = cache_of(default_rng(1).normal(size=(50, 20)))
     torch.manual_seed(7)
     expected = torch.rand(3)
     torch.manual_seed(7)
-    one, two = projected(cache), projected(cache)
+    one = projected(cache)
+    two = projected(cache)
     assert torch.rand(3).tolist() == expected.tolist()
-    np.testing.assert_array_equal(one.places, two.places)
+    assert_array_equal(one.places, two.places)
 
 
 def test_a_sample_is_spread_over_the_keys():
-    cache = cache_of(np.random.default_rng(2).normal(size=(100, 4)))
+    cache = cache_of(default_rng(2).normal(size=(100, 4)))
     found = projected(cache, limit=10)
     assert len(found.key_ids) == len(found.places) == 10
     rows = [cache.labels["key_id"].to_pylist().index(key_id) for key_id in found.key_ids]
@@ -72,7 +73,7 @@ def test_unavailable_methods_and_bad_limits_are_refused(monkeypatch):
 
 def test_tsne_keeps_neighbours_together_that_pca_cannot_separate():
     pytest.importorskip("sklearn")
-    rng = np.random.default_rng(0)
+    rng = default_rng(0)
     centres = rng.normal(size=(12, 64))
     keys = np.repeat(centres, 10, axis=0) + 0.5 * rng.normal(size=(120, 64))
     cache = Index.from_features(
@@ -83,8 +84,9 @@ def test_tsne_keeps_neighbours_together_that_pca_cannot_separate():
         far = np.linalg.norm(found.places[:, None] - found.places[None], axis=2) + 9 * np.eye(120)
         return float((found.class_ids[far.argmin(axis=1)] == found.class_ids).mean())
 
-    near, far = projected(cache, "tsne"), projected(cache, "pca")
+    near = projected(cache, "tsne")
+    far = projected(cache, "pca")
     assert same(near) > 0.98
     assert same(far) < 0.95
     assert (near.method, far.method) == ("tsne", "pca")
-    np.testing.assert_array_equal(near.places, projected(cache, "tsne").places)
+    assert_array_equal(near.places, projected(cache, "tsne").places)

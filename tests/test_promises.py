@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import command_line, needs_real
+from conftest import command_line, needs_real, ok
 from tables import write_table
 
 SETS = {
@@ -59,7 +59,7 @@ def built(request, shared, tmp_path_factory):
         folder / "test.parquet", np.stack(test[column]), test["label"].tolist(), names
     )
     options = ("--out", folder / "index", "--groups", folder / "groups.csv")
-    assert command_line("index", "build", folder / "train.parquet", *options).exit_code == 0
+    ok("index build", folder / "train.parquet", *options)
     truth = dict(zip(names, test["label"], strict=True))
     return Built(folder / "index", len(classes), len(train), other, truth)
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose
 
 from retrieval_tip.backbones import prompts
 from retrieval_tip.backbones.prompts import clean_class_name, mean_by_class, text_weights
@@ -16,7 +17,8 @@ def test_class_names_become_words():
 
 def test_text_weights_are_unit_means_of_unit_prompts(lit_mini, monkeypatch):
     """Normalise the feature of each prompt, average over templates, and normalise, for one class."""
-    names, templates = ["grand_piano", "cat"], ["a photo of a {}.", "itap of a {}.", "{}"]
+    names = ["grand_piano", "cat"]
+    templates = ["a photo of a {}.", "itap of a {}.", "{}"]
     monkeypatch.setattr(prompts, "PROMPTS", 2)
     weights = text_weights(lit_mini, names, templates)
     encoded = lit_mini.encode_texts(
@@ -25,8 +27,8 @@ def test_text_weights_are_unit_means_of_unit_prompts(lit_mini, monkeypatch):
     mean = (encoded / np.linalg.norm(encoded, axis=1, keepdims=True)).mean(axis=0)
     assert weights.shape == (2, 1280)
     assert weights.dtype == np.float32
-    np.testing.assert_allclose(weights[0], mean / np.linalg.norm(mean), atol=1e-5)
-    np.testing.assert_allclose(np.linalg.norm(weights, axis=1), 1, rtol=1e-5)
+    assert_allclose(weights[0], mean / np.linalg.norm(mean), atol=1e-5)
+    assert_allclose(np.linalg.norm(weights, axis=1), 1, rtol=1e-5)
 
 
 @pytest.mark.parametrize("templates", [[], ["no place"], ["{} and {}"], ["a photo of a {}.", "x"]])

@@ -67,7 +67,8 @@ def session(text):
 
 def same(said, printed):
     """Whether the words agree: numbers within 1 % (processors round differently), ``...`` for any one word."""
-    expected, words = re.findall(r"[^\s,]+", said), re.findall(r"[^\s,]+", printed)
+    expected = re.findall(r"[^\s,]+", said)
+    words = re.findall(r"[^\s,]+", printed)
     return len(expected) == len(words) and all(map(same_word, expected, words))
 
 

@@ -17,6 +17,7 @@ from browser import chromium
 from conftest import SHARED, command_line, json_rows
 from dense import affinity, cache_logits
 from html_tree import Tree
+from numpy.random import default_rng
 from PIL import Image
 from tables import unit_rows, write_table
 
@@ -130,7 +131,8 @@ def made(
     tmp_path, labels=("cat", "dog", "owl"), text=True, n=24, test_labels=None, noise=0.7, **table
 ):
     """A small index of synthetic features, and a test table in which some answers are wrong."""
-    means, random = unit_rows(len(labels), 16), np.random.default_rng(1)
+    means = unit_rows(len(labels), 16)
+    random = default_rng(1)
 
     def rows(ids, seed):
         found = means[ids] + noise * unit_rows(len(ids), 16, seed)
@@ -181,7 +183,9 @@ def test_the_figures_equal_those_of_evaluate(written, caltech):
 
 def answers_of(truth, predicted, names):
     """Return these answers, which are equally probable."""
-    n, truth, predicted = len(truth), np.asarray(truth), np.asarray(predicted)
+    n = len(truth)
+    truth = np.asarray(truth)
+    predicted = np.asarray(predicted)
     even = np.full(n, 0.5)
     return Answers(
         truth,
@@ -196,7 +200,7 @@ def answers_of(truth, predicted, names):
 
 
 def test_confusion_counts_every_pair():
-    rng = np.random.default_rng(0)
+    rng = default_rng(0)
     names = [f"class {i}" for i in range(7)]
     truth, predicted = (
         rng.integers(0, 6, 300),
@@ -210,7 +214,8 @@ def test_confusion_counts_every_pair():
 
 
 def test_unknown_photos_without_a_match_are_no_confusion():
-    truth, predicted = np.array([0, 1, 2, 2, 2]), np.array([0, 0, 1, 1, 0])
+    truth = np.array([0, 1, 2, 2, 2])
+    predicted = np.array([0, 0, 1, 1, 0])
     no_match = np.array([False, True, True, False, False])
     answers = answers_of(truth, predicted, ["a", "b", "new"])
     answers = replace(answers, known=2, no_match=no_match)
@@ -246,15 +251,15 @@ def test_only_the_most_confused_of_many_classes_are_shown():
 def test_the_worst_mistakes_are_explained(tmp_path):
     folder, test = made(tmp_path, n=120, noise=2.5)
     page = reported(tmp_path, folder, test, "--alpha", 2, "--beta", 3)
-    cache, table = Index.load(folder, device="cpu"), pq.read_table(test)
-    f, own = np.stack(table["feature"].to_numpy()).astype(np.float64), cache.class_ids.numpy()
+    cache = Index.load(folder)
+    table = pq.read_table(test)
+    f = np.stack(table["feature"].to_numpy()).astype(np.float64)
+    own = cache.class_ids.numpy()
     truth = np.array([cache.class_names.index(label) for label in table["label"].to_pylist()])
     A = affinity(f, cache.keys)
     logits = 100 * affinity(f, cache.text_weights) + 2 * cache_logits(A, own, 3, 3)
-    wrong, whole = (
-        np.flatnonzero(logits.argmax(axis=1) != truth),
-        torch.from_numpy(logits).log_softmax(1).numpy(),
-    )
+    wrong = np.flatnonzero(logits.argmax(axis=1) != truth)
+    whole = torch.from_numpy(logits).log_softmax(1).numpy()
     assert len(wrong) > 20
     names = table["id"].to_pylist()
     expected = [names[i] for i in sorted(wrong, key=lambda i: whole[i, truth[i]])[:12]]
@@ -346,7 +351,7 @@ def test_a_picture_that_moved_or_changed_is_not_shown(caltech, tmp_path):
 
 def test_hostile_names_are_shown_as_text(tmp_path, monkeypatch):
     labels = [f"{name}{i}" for i, name in enumerate(HOSTILE)]
-    ids = np.random.default_rng(0).integers(0, 5, 60)
+    ids = default_rng(0).integers(0, 5, 60)
     folder, test = made(
         tmp_path,
         labels,
@@ -376,7 +381,8 @@ def test_recommendations_depend_on_how_the_index_was_fitted(caltech, tmp_path, m
     command = fit.partition(". ")[2]
     assert command == "retrieval-tip fit index"
     done("-q", *command.split()[1:])
-    tuned, own = tmp_path / "tuned", Index.load(caltech / "index", device="cpu")
+    tuned = tmp_path / "tuned"
+    own = Index.load(caltech / "index")
     monkeypatch.setattr(finetune, "VIEWS", 1)
     finetune.finetune(
         own, finetune.shots_of(own), Reader(load_backbone(MODEL)), Recipe(epochs=1)
@@ -392,20 +398,16 @@ def test_the_report_names_the_weakest_class_and_the_labels_of_an_audit(tmp_path)
     folder, test = made(
         tmp_path, labels, test_labels=[0] * 6 + [1] * 20 + [2] * 20, noise=0.3, text=False
     )
-    rows = Index.load(folder, device="cpu").labels.to_pylist()
+    rows = Index.load(folder).labels.to_pylist()
     cats, owls = (
         [row["key_id"] for row in rows if row["label"] == name] for name in ("cat", "owl")
     )
     moved = [*cats[:3], owls[0]]  # three of the four cats, and one owl
     done("-q", "index", "relabel", folder, "dog", "--key-ids", ",".join(map(str, moved)))
-    twice = write_table(
-        tmp_path / "t.parquet", np.asarray(Index.load(folder, device="cpu").keys)[-1:], ["cat"]
-    )
+    twice = write_table(tmp_path / "t.parquet", np.asarray(Index.load(folder).keys)[-1:], ["cat"])
     done("-q", "index", "add", folder, twice)  # a copy of an example of another class
-    said, right = (
-        advice(reported(tmp_path, folder, test)),
-        evaluated(folder, test)["per_class"]["cat"],
-    )
+    said = advice(reported(tmp_path, folder, test))
+    right = evaluated(folder, test)["per_class"]["cat"]
     assert said[0].startswith(f"cat: {100 * right:.0f} %, ")
     assert f"add photos to its 2 examples ({round((1 - right) * 6)} times" in said[0]
     listed = done("-q", "index", "audit", folder, "--format", "json").stdout.splitlines()
@@ -418,7 +420,7 @@ def test_the_report_names_the_source_of_the_settings(tmp_path):
     done("-q", "search-hp", folder)
     provenance = section(reported(tmp_path, folder, test, "--beta", 7, "--no-tail"), "provenance")
     _, used, _, made_by, _ = (dict(table.rows()) for table in provenance.all("table"))
-    own = Index.load(folder, device="cpu").settings
+    own = Index.load(folder).settings
     assert (used["alpha"], made_by["alpha"]) == (f"{own.alpha:.4g}", "search-hp")
     assert used["beta"] == f"7 (set for this report; the index has {own.beta:.4g})"
     assert used["tail"] == "False (set for this report; the index has True)"
@@ -435,9 +437,11 @@ def test_shots_unreadable_photos_and_unknown_classes_count_as_in_evaluate(caltec
     (tmp_path / "test" / ALIKE[5]).rename(tmp_path / "test" / "unicorn")
     (tmp_path / "test" / ALIKE[0] / "<b>ad.jpg").write_bytes(b"\xff\xd8\xff nothing")
     done("fit", shutil.copytree(caltech / "index", tmp_path / "index"))
-    out, given = tmp_path / "r.html", ("evaluate", tmp_path / "index", tmp_path / "test")
+    out = tmp_path / "r.html"
+    given = ("evaluate", tmp_path / "index", tmp_path / "test")
     done(*given, "--report", out, status=3)
-    page, facts = read(out), json.loads(done("-q", *given, "--json", status=3).stdout)
+    page = read(out)
+    facts = json.loads(done("-q", *given, "--json", status=3).stdout)
     assert (facts["n"], facts["held_out"], facts["unknown"]) == (56, 2, {"unicorn": 9})
     said = page.first("header").text
     assert "2 test photos are shots of the index. Each was classified without itself." in said
@@ -479,7 +483,8 @@ def test_a_failure_writes_no_file(tmp_path, monkeypatch):
 
 def test_reports_are_written_from_python(tmp_path):
     folder, test = made(tmp_path)
-    index, source = Index.load(folder, device="cpu"), open_source(test)
+    index = Index.load(folder)
+    source = open_source(test)
     out = tmp_path / "r.html"
     found = write_report(index, source, Reader(), out)
     page = read(out)
@@ -500,7 +505,8 @@ def test_a_report_contains_no_local_path(caltech, tmp_path, monkeypatch):
     (home / "test" / ALIKE[0] / "bad.jpg").write_bytes(b"\xff\xd8\xff nothing")
     shutil.copytree(caltech / "index", home / "things")
     done("-q", "index", "clone", home / "things", home / "copy")  # its last change names the folder
-    out, where = home / "r.html", f"source LIKE '{caltech}/%' AND label <> '{tmp_path}/x'"
+    out = home / "r.html"
+    where = f"source LIKE '{caltech}/%' AND label <> '{tmp_path}/x'"
     arguments = (home / "copy", home / "test", "--report", out, "--where", where)
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setattr("sys.argv", ["", "evaluate", *map(str, arguments)])

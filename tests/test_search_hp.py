@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import torch
 from clusters import round_clusters as clusters
-from conftest import examples
+from conftest import ok, tries
 from dense import affinity, cache_logits
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from numpy.random import default_rng
+from numpy.testing import assert_allclose
 from tables import tiny, unit_rows
 
 from retrieval_tip.errors import InputError, UsageError
@@ -40,7 +42,8 @@ def small_cache(shots=6, text=True, spread=0.6, values=None, sources=None):
     """Return an index of keys in the order of their classes."""
     keys, ids = clusters(shots * C, C, D, 1, spread)
     order = np.argsort(ids, kind="stable")
-    weights, own = unit_rows(C, D, 5) if text else None, Settings(logit_scale=10.0)
+    weights = unit_rows(C, D, 5) if text else None
+    own = Settings(logit_scale=10.0)
     return Index.from_features(
         keys[order],
         ids[order],
@@ -49,7 +52,6 @@ def small_cache(shots=6, text=True, spread=0.6, values=None, sources=None):
         values=values,
         sources=sources,
         settings=own,
-        device="cpu",
     )
 
 
@@ -60,14 +62,16 @@ def queries_of(cache, n=60, seed=2):
 
 def dense(cache, features, beta):
     """Return text and cache logits by definition."""
-    A, ids = affinity(features, cache.keys), cache.labels["class_id"].to_numpy()
+    A = affinity(features, cache.keys)
+    ids = cache.labels["class_id"].to_numpy()
     return 10 * affinity(features, cache.text_weights), cache_logits(A, ids, C, beta)
 
 
 def best_over_alphas(text, alone, y):
     """Return the largest number of right answers over all alphas, tried between and beyond all crossings of classes."""
     q = np.arange(len(y))
-    gain, lead = alone[q, y][:, None] - alone, text[q, y][:, None] - text
+    gain = alone[q, y][:, None] - alone
+    lead = text[q, y][:, None] - text
     with np.errstate(divide="ignore", invalid="ignore"):
         crossings = -lead / gain
     ends = np.unique(np.concatenate([[0], crossings[np.isfinite(crossings) & (crossings > 0)]]))
@@ -101,10 +105,10 @@ def test_the_search_finds_the_best_accuracy_over_all_alphas_and_betas(seed, monk
         assert right == best
 
 
-@settings(max_examples=examples(200), deadline=None)
+@tries(200)
 @given(st.integers(0, 10**6), st.integers(2, 6), st.booleans())
 def test_a_query_is_right_inside_its_interval_and_wrong_outside(seed, c, coarse):
-    generator = np.random.default_rng(seed)
+    generator = default_rng(seed)
     text, alone = (
         generator.integers(0, 4, (2, 20, c)).astype(float)
         if coarse
@@ -141,16 +145,17 @@ def test_the_search_with_values_matches_the_definition(ask):
     sources = [
         f"image {i // 2 if i < 10 else i}" for i in range(30)
     ]  # five images have two keys each
-    noise = np.random.default_rng(0).standard_normal(ONE_HOT.shape).astype(np.float32)
+    noise = default_rng(0).standard_normal(ONE_HOT.shape).astype(np.float32)
     cache, one_hot, plain = (
         small_cache(values=values, sources=sources) for values in (noise, ONE_HOT, None)
     )
     queries = ASK[ask](cache)
     both = [all_caches(one, queries, [0.5, 6.0]) for one in (one_hot, plain)]
-    np.testing.assert_allclose(*both, rtol=1e-4, atol=1e-5)
+    assert_allclose(*both, rtol=1e-4, atol=1e-5)
     if ask == "leave-one-out":
         assert len(queries.ids) == 25
-    y, values = cache.class_ids.numpy(), cache.values.numpy().astype(np.float64)
+    y = cache.class_ids.numpy()
+    values = cache.values.numpy().astype(np.float64)
     images = np.unique(cache.labels["source"].to_pylist(), return_inverse=True)[1]
     A = affinity(queries.features, cache.keys)
     found = all_caches(cache, queries, [3.0])[0]
@@ -162,7 +167,7 @@ def test_the_search_with_values_matches_the_definition(ask):
         factor = np.bincount(y, minlength=C) / np.maximum(np.bincount(y[seen], minlength=C), 1)
         own = values[seen] * factor[y[seen]][:, None]
         expected = cache_logits(A[q : q + 1, seen], y[seen], C, 3.0, own)
-        np.testing.assert_allclose(found[q], expected[0], rtol=1e-3, atol=1e-4)
+        assert_allclose(found[q], expected[0], rtol=1e-3, atol=1e-4)
 
 
 def test_leave_one_out_needs_two_images_per_class():
@@ -178,7 +183,7 @@ def test_the_search_may_choose_text_alone_or_cache_alone():
 
     def chosen(weights, labels, alpha):
         own = Settings(alpha=alpha, logit_scale=10.0)  # all answers are wrong
-        cache = Index.from_features(keys, labels, names, weights, settings=own, device="cpu")
+        cache = Index.from_features(keys, labels, names, weights, settings=own)
         return search(cache, Queries(features, ids, "x"))
 
     right = centres / np.linalg.norm(centres, axis=1, keepdims=True)
@@ -226,27 +231,20 @@ def split(tmp_path, shared):
 
 def test_test_labels_cannot_reach_the_search(run, split, tmp_path):
     """Nor the temperature, nor the build. In the other split, test labels are wrong, and a test photo is missing."""
-    data, model = (
-        json.loads(split.read_text()),
-        ("--model", f"local-dir:{tiny(tmp_path / 'model')}"),
-    )
+    data = json.loads(split.read_text())
+    model = ("--model", f"local-dir:{tiny(tmp_path / 'model')}")
     wrong = [[entry[0], *data["test"][-1 - i][1:]] for i, entry in enumerate(data["test"])]
-    poisoned, chosen = tmp_path / "poisoned.json", []
+    poisoned = tmp_path / "poisoned.json"
+    chosen = []
     poisoned.write_text(json.dumps(data | {"test": [*wrong, ["gone.jpg", 77, "poison"]]}))
     for number, part in enumerate((split, poisoned)):
         out = tmp_path / f"i{number}"
-        assert (
-            run(
-                "index", "build", "--fit", "none", part, *model, "--shots", 4, "--out", out
-            ).exit_code
-            == 0
-        )
-        done = run("search-hp", out, "--val", part, "--json")
-        assert done.exit_code == 0, done.output
+        ok("index build --fit none", part, *model, "--shots", 4, "--out", out)
+        done = ok("search-hp", out, "--val", part, "--json")
         facts = json.loads(done.stdout)
         assert facts["source"].endswith(f"{part.name} (val)")
-        assert run("fit", "--calibrate", out, "--val", part).exit_code == 0
-        cache = Index.load(out, device="cpu")
+        ok("fit --calibrate", out, "--val", part)
+        cache = Index.load(out)
         assert cache.provenance["temperature"] == f"fitted on {part} (val), n={len(data['val'])}"
         chosen.append(
             [
@@ -256,16 +254,14 @@ def test_test_labels_cannot_reach_the_search(run, split, tmp_path):
         )
     assert chosen[0] == chosen[1]
     assert chosen[0][3] == len(data["val"])
-    assert run("fit", "--calibrate", out, "--val", split, "--split", "test").exit_code == 2
+    assert run("fit --calibrate", out, "--val", split, "--split", "test").exit_code == 2
 
 
 def test_the_choice_becomes_a_version_with_its_provenance(run, shared, tmp_path):
-    food, out = shared / "data/clip-food9", tmp_path / "i"
-    built = run(
-        "index",
-        "build",
-        "--fit",
-        "none",
+    food = shared / "data/clip-food9"
+    out = tmp_path / "i"
+    ok(
+        "index build --fit none",
         food / "train.parquet",
         "--text",
         food / "text.parquet",
@@ -274,16 +270,15 @@ def test_the_choice_becomes_a_version_with_its_provenance(run, shared, tmp_path)
         "--out",
         out,
     )
-    assert built.exit_code == 0
-    before = json.loads(run("index", "info", out, "--json").stdout)
+    before = json.loads(run("index info", out, "--json").stdout)
     dry = json.loads(run("search-hp", out, "--dry-run", "--json").stdout)
-    assert json.loads(run("index", "info", out, "--json").stdout) == before
+    assert json.loads(run("index info", out, "--json").stdout) == before
     done = run("search-hp", out, "--json")
     facts = json.loads(done.stdout)
     assert {name: facts[name] for name in ("alpha", "beta")} == {
         name: dry[name] for name in ("alpha", "beta")
     }
-    after = json.loads(run("index", "info", out, "--json").stdout)
+    after = json.loads(run("index info", out, "--json").stdout)
     assert (after["version"], after["alpha"], after["beta"]) == (2, facts["alpha"], facts["beta"])
     assert after["files"] == before["files"]  # no data file was rewritten
     assert after["provenance"]["search"]["chosen_on"] == "its own shots, each held out in turn"
@@ -293,7 +288,7 @@ def test_the_choice_becomes_a_version_with_its_provenance(run, shared, tmp_path)
 
 @pytest.mark.parametrize("trained", [False, True])
 def test_a_cautious_search_changes_the_settings_only_on_significant_evidence(trained):
-    noise = np.random.default_rng(0).standard_normal(ONE_HOT.shape).astype(np.float32)
+    noise = default_rng(0).standard_normal(ONE_HOT.shape).astype(np.float32)
     cache = small_cache(values=ONE_HOT + 0.2 * noise if trained else None)
     cache = replace(cache, text_weights=torch.from_numpy(centres_of(400, 7)))
     alpha, beta = (

@@ -9,6 +9,7 @@ import re
 
 import numpy as np
 import pytest
+from conftest import ok
 from fastapi.testclient import TestClient
 from hypothesis import given
 from hypothesis import strategies as st
@@ -39,15 +40,15 @@ def photos(seed, each):
 
 
 def fitted(features, labels, names=NAMES, text=None):
-    index = Index.from_features(features, labels, names, text, device="cpu")
+    index = Index.from_features(features, labels, names, text)
     index, _ = closed_form.fit(index)
     return index
 
 
 @pytest.fixture
-def index(tmp_path, run):
+def index(tmp_path):
     train = write_table(tmp_path / "train.parquet", *photos(0, 12))
-    assert run("index", "build", train, "--out", tmp_path / "index").exit_code == 0
+    ok("index build", train, "--out", tmp_path / "index")
     return tmp_path / "index"
 
 
@@ -127,16 +128,15 @@ def test_every_door_gives_the_sets_of_the_definition(run, index, queries, covera
     assert covered == pytest.approx(coverage, abs=0.08)
 
 
-def test_csv_separates_the_classes_of_a_set_by_a_bar_that_names_may_contain(run, tmp_path, queries):
+def test_csv_separates_the_classes_of_a_set_by_a_bar_that_names_may_contain(tmp_path, queries):
     names = ["bluebell", "a|b", "back\\slash", "end\\", '|"|']
     features, labels = photos(0, 12)
     renamed = [names[NAMES.index(label)] for label in labels]
     train = write_table(tmp_path / "odd.parquet", features, renamed)
-    assert run("index", "build", train, "--out", tmp_path / "odd").exit_code == 0
+    ok("index build", train, "--out", tmp_path / "odd")
 
     def rows(style):
-        done = run("classify", tmp_path / "odd", queries, "--coverage", 0.95, "--format", style)
-        assert done.exit_code == 0
+        done = ok("classify", tmp_path / "odd", queries, "--coverage", 0.95, "--format", style)
         return done.stdout
 
     expected = [json.loads(line) for line in rows("json").splitlines()]
@@ -179,7 +179,7 @@ def test_options_that_change_the_answers_exclude_sets(run, index, queries):
 def test_with_few_photos_every_set_has_all_classes(run, tmp_path, queries):
     for each, coverage, held in ((3, 0.95, 15), (1, 0.5, 0)):
         few = write_table(tmp_path / "few.parquet", *photos(0, each))
-        assert run("index", "build", few, "--out", tmp_path / "few").exit_code == 0
+        ok("index build", few, "--out", tmp_path / "few")
         done = run(
             "classify", tmp_path / "few", queries, "--coverage", coverage, "--format", "json"
         )
@@ -218,7 +218,7 @@ def test_an_untested_class_is_in_every_set_unless_its_name_ranks_it(text):
 def test_only_photos_that_were_drawn_at_random_count_in_label(tmp_path):
     picked = ["random" if i % 3 else "suggested" for i in range(60)]
     train = source(tmp_path / "t.parquet", *photos(0, 12), picked=picked)
-    rows = build_index(train, tmp_path / "i", Reader(), device="cpu").scores.rows
+    rows = build_index(train, tmp_path / "i", Reader()).scores.rows
     assert len(rows) == 40
     assert 0.8 < rows[:, 1].sum() <= 1
 
@@ -252,15 +252,13 @@ STALE = [
 
 @pytest.mark.parametrize("kind", ["folder", "lance"])
 def test_sets_need_another_fit_after_a_change(tmp_path, kind):
-    place, copy = (
-        made(tmp_path, kind),
-        made(tmp_path, "lance" if kind == "folder" else "folder", "copy"),
-    )
-    build_index(source(tmp_path / "t.parquet", *photos(0, 12)), place, Reader(), device="cpu")
+    place = made(tmp_path, kind)
+    copy = made(tmp_path, "lance" if kind == "folder" else "folder", "copy")
+    build_index(source(tmp_path / "t.parquet", *photos(0, 12)), place, Reader())
     features = photos(1, 10)[0]
 
     def sets(where=place):
-        return [one.set for one in at(where).load(device="cpu").classify(features, coverage=0.9)]
+        return [one.set for one in at(where).load().classify(features, coverage=0.9)]
 
     first = sets()
     assert at(place).manifest().files["scores"].rows == 60
@@ -276,7 +274,7 @@ def test_sets_need_another_fit_after_a_change(tmp_path, kind):
         own and ["ant" if name == "formica" else name for name in own] for own in sets()
     ] == first
     changes.clone(place, copy)
-    opened = pickle.loads(pickle.dumps(at(place).load(device="cpu")))
+    opened = pickle.loads(pickle.dumps(at(place).load()))
     assert sets() == sets(copy) == [one.set for one in opened.classify(features, coverage=0.9)]
     change(place, "relabel", tmp_path)
     fit_index(place)

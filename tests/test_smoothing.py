@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import food_index, json_rows, needs_real
+from conftest import food_index, json_rows, needs_real, ok
+from numpy.testing import assert_allclose
 from tables import read_features, unit, write_table
 
 from retrieval_tip import Index
@@ -30,7 +31,7 @@ def photos(number, seed, noise=0.5):
 
 
 def fitted(features, ids):
-    index = Index.from_features(features, [NAMES[i] for i in ids], NAMES, device="cpu")
+    index = Index.from_features(features, [NAMES[i] for i in ids], NAMES)
     index, _ = closed_form.fit(index)
     return index
 
@@ -72,7 +73,8 @@ def test_answers_follow_the_formula_and_held_out_photos_choose_the_weight(index)
     held = np.zeros((2, 20, 5))
     for part, others in without_parts(index, np.arange(20)):
         held[:, part] = alone_and_given(others, index.keys[part], folder)
-    weights, ids = np.arange(15) / 20, index.class_ids.numpy()
+    weights = np.arange(15) / 20
+    ids = index.class_ids.numpy()
     own, given = held[:, np.arange(20), ids, None]
     scores = (
         np.log((1 - weights) * own + weights * given + 1e-3).sum(0)
@@ -82,12 +84,8 @@ def test_answers_follow_the_formula_and_held_out_photos_choose_the_weight(index)
     assert weight > 0
     alone, others = alone_and_given(index, folder, folder)
     expected = (1 - weight) * alone + weight * others
-    np.testing.assert_allclose(
-        torch.cat([block.mixed for block in found.blocks]), expected, atol=1e-5
-    )
-    np.testing.assert_allclose(
-        found.held.pred_probs, (1 - weight) * held[0] + weight * held[1], atol=1e-5
-    )
+    assert_allclose(torch.cat([block.mixed for block in found.blocks]), expected, atol=1e-5)
+    assert_allclose(found.held.pred_probs, (1 - weight) * held[0] + weight * held[1], atol=1e-5)
     changed = (alone.argmax(1) != expected.argmax(1)).sum()
     assert found.words == (
         f"Similar photos count {100 * weight:.0f} %, chosen on 20 held-out photos; they changed {changed} of 60 answers"
@@ -100,7 +98,7 @@ def test_misleading_photos_get_no_weight_and_copies_change_nothing(index):
     assert "count 0 %" in smooth(fitted(*photos(60, 2, noise=0.1)), [FeatureBlock.of(eels)]).words
     folder, _ = photos(8, 4)
     for some in (folder[:1], np.repeat(folder[:1], 9, axis=0)):
-        np.testing.assert_allclose(smoothed(index, some), chances(index, some), atol=1e-5)
+        assert_allclose(smoothed(index, some), chances(index, some), atol=1e-5)
 
 
 @needs_real
@@ -108,7 +106,7 @@ def test_similar_photos_of_food_help(shared):
     features, labels = read_features(shared / "data/clip-food9/test.parquet")
     one = food_index(shared, 1)
     index = Index.from_features(
-        np.array(one.keys), one.labels["label"].to_pylist(), one.class_names, device="cpu"
+        np.array(one.keys), one.labels["label"].to_pylist(), one.class_names
     )
     index, _ = closed_form.fit(index)
     names = np.array(index.class_names)
@@ -132,12 +130,11 @@ def asked(index, tmp_path):
 
 def test_commands_explain_smoothed_answers(index, asked, tmp_path, run):
     folder, _ = photos(60, 1)
-    plain, done = json_rows(run(*asked)), run(*asked, "--top", 5, "--smooth", "--explain")
-    found, rows, alone = (
-        smooth(index, [FeatureBlock.of(folder)]),
-        json_rows(done),
-        {row["input"]: row for row in plain},
-    )
+    plain = json_rows(run(*asked))
+    done = run(*asked, "--top", 5, "--smooth", "--explain")
+    found = smooth(index, [FeatureBlock.of(folder)])
+    rows = json_rows(done)
+    alone = {row["input"]: row for row in plain}
     assert f"{found.words}\n" in done.stderr
     for row, mixed in zip(rows, smoothed(index, folder), strict=True):
         assert row["similar"][0]["input"] == row["input"]
@@ -171,7 +168,7 @@ def test_the_narrowest_group_has_its_smoothed_probability(index, asked, tmp_path
     (tmp_path / "groups.csv").write_text(
         "species,family\nant,insect\nbee,insect\ncat,mammal\ndog,mammal\neel,fish\n"
     )
-    assert run("index", "set", asked[1], "--groups", tmp_path / "groups.csv").exit_code == 0
+    ok("index set", asked[1], "--groups", tmp_path / "groups.csv")
     rows = json_rows(run(*asked, "--smooth", "--at-least", 0.8))
     for row, p in zip(rows, smoothed(index, photos(60, 1)[0]), strict=True):
         families = {"insect": p[0] + p[1], "mammal": p[2] + p[3], "fish": p[4]}

@@ -287,7 +287,8 @@ def test_rows_where_works_with_any_column_names(names):
 def test_rows_where_is_exact_over_many_rows():
     n = 150_000
     rng = np.random.default_rng(0)
-    ids, shots = np.sort(rng.integers(0, 1000, n)), rng.integers(0, 50, n)
+    ids = np.sort(rng.integers(0, 1000, n))
+    shots = rng.integers(0, 50, n)
     table = pa.table({"class_id": ids, "label": pa.array([f"c{i}" for i in ids]), "shot": shots})
     chunked = pa.concat_tables([table.slice(at, 70_000) for at in range(0, n, 70_000)])
     holds = (shots < 10) & [str(i).startswith("7") for i in ids]

@@ -9,11 +9,11 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import huggingface_hub
-import numpy as np
 import pytest
 import timm
 import torch
-from conftest import COMMANDS
+from conftest import COMMANDS, ok
+from numpy.testing import assert_array_equal
 from serving import random_index
 from tables import picture, tiny, unit_rows, write_table
 
@@ -92,19 +92,17 @@ def photos(tmp_path):
 
 
 @pytest.fixture
-def photo_index(run, photos, tmp_path):
+def photo_index(photos, tmp_path):
     """An index of images, built with the model folder ``model`` beside it."""
     tiny(tmp_path / "model")
-    built = run(
-        "index",
-        "build",
+    ok(
+        "index build",
         photos,
         "--model",
         f"local-dir:{tmp_path / 'model'}",
         "--out",
         tmp_path / "of-photos",
     )
-    assert built.exit_code == 0, built.output
     return tmp_path / "of-photos"
 
 
@@ -145,7 +143,7 @@ def test_classifying_a_cached_image_imports_no_model(photo_index, photos, tmp_pa
         assert shown == pytest.approx(other, rel=1e-3)
 
 
-def test_building_from_cached_encodings_imports_no_model(run, photo_index, photos, tmp_path):
+def test_building_from_cached_encodings_imports_no_model(photo_index, photos, tmp_path):
     model = ["--model", f"local-dir:{tmp_path / 'model'}"]
     (tmp_path / "cats").mkdir()
     (tmp_path / "cats" / "cat").symlink_to(photos / "cat")
@@ -158,7 +156,7 @@ def test_building_from_cached_encodings_imports_no_model(run, photo_index, photo
     assert found == {"numpy", "pyarrow", "torch", "PIL"}
     first, again, added = (Index.load(tmp_path / name) for name in ("of-photos", "again", "added"))
     for cache in (again, added):
-        np.testing.assert_array_equal(cache.keys, first.keys)
+        assert_array_equal(cache.keys, first.keys)
         assert torch.equal(cache.text_weights, first.text_weights)
     assert (again.backbone, again.settings) == (first.backbone, first.settings)
 
@@ -167,7 +165,8 @@ def test_classify_waits_for_the_check_before_it_answers(index, row, run, monkeyp
     """The answer waits even if the hashing is slow."""
     path = index / Versions(index).manifest().files["keys"].name
     path.write_bytes(path.read_bytes()[:-1] + b"x")
-    hashed, problem = threading.Event(), LocalFiles.problem
+    hashed = threading.Event()
+    problem = LocalFiles.problem
 
     def slow(*arguments, **more):
         hashed.wait(0.5)  # is never set
@@ -181,7 +180,8 @@ def test_classify_waits_for_the_check_before_it_answers(index, row, run, monkeyp
 @pytest.fixture
 def opened_models(monkeypatch):
     """Models that open_clip has opened."""
-    models, real = [], backbone.open_model
+    models = []
+    real = backbone.open_model
     monkeypatch.setattr(backbone, "open_model", lambda *given: models.append(given) or real(*given))
     return models
 
@@ -202,11 +202,11 @@ def test_a_known_backbone_is_loaded_once_on_the_first_text(known_model, opened_m
     same = (lazy.identity, lazy.dim, lazy.precision, lazy.batch_size)
     assert same == (plain.identity, plain.dim, plain.precision, plain.batch_size)
     pixels = lazy.preprocess(picture())[None]
-    np.testing.assert_array_equal(lazy.encode_images(pixels), plain.encode_images(pixels))
+    assert_array_equal(lazy.encode_images(pixels), plain.encode_images(pixels))
     assert not opened_models
     with ThreadPoolExecutor(4) as pool:
         texts = list(pool.map(lambda _: lazy.encode_texts(["a cat"]), range(8)))
-    np.testing.assert_array_equal(texts, [plain.encode_texts(["a cat"])] * 8)
+    assert_array_equal(texts, [plain.encode_texts(["a cat"])] * 8)
     assert (lazy.identity, lazy.logit_scale, len(opened_models)) == (identity, plain.logit_scale, 1)
 
 
@@ -240,17 +240,16 @@ def test_a_model_folder_that_changed_before_loading_is_refused(known_model, chan
 def loaded(request, tmp_path, monkeypatch):
     """The arguments that load a model, one of its files, and the model."""
     monkeypatch.setenv("RETRIEVAL_TIP_CACHE", str(tmp_path / "cache"))
-    names, file = (
-        (f"local-dir:{tiny(tmp_path / 'model')}", None),
-        tmp_path / "model" / "open_clip_config.json",
-    )
+    names = (f"local-dir:{tiny(tmp_path / 'model')}", None)
+    file = tmp_path / "model" / "open_clip_config.json"
     if request.param == "file":
         file = tmp_path / "weights.pth"
         torch.save(timm.create_model("resnet10t", num_classes=0).state_dict(), file)
         names = "timm:resnet10t", str(file)
     if request.param == "hub":
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-        names, file = ("hf-hub:some/tiny", None), tmp_path / "models--some--tiny" / "refs" / "main"
+        names = ("hf-hub:some/tiny", None)
+        file = tmp_path / "models--some--tiny" / "refs" / "main"
         file.parent.mkdir(parents=True)
         file.write_text("abc")
         for revision in ("abc", "abd"):
@@ -273,8 +272,9 @@ def test_a_model_is_remembered_until_one_of_its_files_changes(loaded, tmp_path):
         assert getattr(lazy, name) == getattr(model, name)
     assert lazy._opened is None
     pixels = torch.zeros(1, 3, *lazy.size)
-    np.testing.assert_array_equal(lazy.encode_images(pixels), model.encode_images(pixels))
-    data, facts = file.read_bytes(), file.stat()
+    assert_array_equal(lazy.encode_images(pixels), model.encode_images(pixels))
+    data = file.read_bytes()
+    facts = file.stat()
     file.write_bytes(data[:-1] + bytes([data[-1] + 1]))
     os.utime(file, ns=(facts.st_atime_ns, facts.st_mtime_ns))
     assert known.recall(*names) is None

@@ -39,9 +39,7 @@ def model(seed=0, n=N, d=D, index="Flat"):
     text = np.eye(
         len(CLASSES), d, dtype=np.float32
     )  # the same for every seed: versions share its file
-    return Index.from_features(
-        keys, np.arange(n) % len(CLASSES), CLASSES, text, device="cpu", index=index
-    )
+    return Index.from_features(keys, np.arange(n) % len(CLASSES), CLASSES, text, index=index)
 
 
 def answer(cache):
@@ -79,7 +77,7 @@ def test_a_manifest_preserves_unicode_names_and_exact_settings(tmp_path):
     cache.backbone = Identity.from_dict(BACKBONE)
     cache.provenance = {"seed": 1, "nested": {"list": [None, True, 1.5, "ü"]}}
     cache.save(tmp_path / "x")
-    found = Index.load(tmp_path / "x", device="cpu")
+    found = Index.load(tmp_path / "x")
     for name in ("class_names", "backbone", "settings", "templates", "provenance"):
         assert getattr(found, name) == getattr(cache, name)
     assert (
@@ -114,7 +112,9 @@ JSON = [
     {},
     {"x": 1},
 ]
-POSITIVE, TEXT, NUMBER = [1, 2, 0.5, 10**30], ["", "x"], [0, 1, 2, 0.5, 10**30]
+POSITIVE = [1, 2, 0.5, 10**30]
+TEXT = ["", "x"]
+NUMBER = [0, 1, 2, 0.5, 10**30]
 VALID = {
     "version": [1, 2],
     "parent": [None],
@@ -140,10 +140,8 @@ VALID = {
     "least_cache": [None, -1, *NUMBER],
 }
 """The values of ``JSON`` that the manifest below may have, by entry."""
-PART, NAMED = (
-    {"width": 3, "column": "a", "identity": {}},
-    {"levels": ["class", "genus"], "paths": {}},
-)
+PART = {"width": 3, "column": "a", "identity": {}}
+NAMED = {"levels": ["class", "genus"], "paths": {}}
 WRONG = {
     "parent": [1],
     "n": [N + 1, N - 1],
@@ -195,7 +193,8 @@ WRONG_FILE = {"rows": [N + 1], "bytes": [], "sha256": ["0" * 64, "0" * 63, "Z" *
 
 def wrong_manifests(body):
     """Yield manifests in which a value is wrong, missing or unknown."""
-    files, keys = body["files"], body["files"]["keys"]
+    files = body["files"]
+    keys = body["files"]["keys"]
     entries = {key: value for key, value in body.items() if key != "sha256"}
     for field in entries:
         valid = [*map(repr, VALID.get(field, [])), repr(body[field])]
@@ -244,7 +243,8 @@ def test_malformed_table_digests_are_refused(index):
         for key, value in json.loads(max(table.iterdir()).read_text()).items()
         if key != "sha256"
     }
-    name, digest = "keys.lance/_versions/1.manifest", "0" * 64
+    name = "keys.lance/_versions/1.manifest"
+    digest = "0" * 64
     right = {name: digest}
     assert Manifest.from_bytes(sealed(body | {"digests": right}), "m.json").digests == right
     wrong = [[], "x", None, 5, {name: 5}, {name: "x"}, {name: "Z" * 64}]
@@ -323,7 +323,8 @@ def test_a_bad_manifest_is_refused(index, raw):
     ("setting", "value"), [("templates", ["\ud800"]), ("provenance", {"x": {1, 2}})], ids=str
 )
 def test_settings_that_cannot_be_serialised_are_not_written(index, setting, value):
-    before, cache = snapshot(index), model(1)
+    before = snapshot(index)
+    cache = model(1)
     setattr(cache, setting, value)
     refused(lambda: cache.save(index), error=RetrievalTipError)
     assert snapshot(index) == before
@@ -373,7 +374,8 @@ def test_no_file_is_deleted_while_an_earlier_manifest_is_damaged(tmp_path, monke
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.EACCES])
 def test_an_unreadable_manifest_is_not_overwritten_by_a_first_version(index, monkeypatch, code):
-    before, real = snapshot(index), os.scandir
+    before = snapshot(index)
+    real = os.scandir
 
     def scandir(path):
         if str(path) == str(index / "manifests"):
@@ -493,7 +495,8 @@ def test_saving_again_repairs_damaged_files(index):
 
 def relabelled(index, change):
     """Replace the label store of an index, with valid digests."""
-    name, buffer = body_of(index)["files"]["labels"]["name"], io.BytesIO()
+    name = body_of(index)["files"]["labels"]["name"]
+    buffer = io.BytesIO()
     pq.write_table(change(pq.ParquetFile(index / name).read()), buffer)
     resealed(index, "labels", buffer.getvalue())
 
@@ -558,7 +561,7 @@ def test_query_and_load_work_with_any_folder_name(tmp_path, monkeypatch, name):
         assert table.column_names == LABEL_SCHEMA.names
         assert len(table) == N + 4
         assert verify(folder).labels.column_names == LABEL_SCHEMA.names
-        assert answer(Index.load(folder, device="cpu")) == answer(cache)
+        assert answer(Index.load(folder)) == answer(cache)
 
 
 @pytest.mark.parametrize("at_a_time", [1, 7, 1 << 24])
@@ -626,7 +629,7 @@ def test_a_pickle_is_never_loaded(index, tmp_path, kind, wrap):
     wrap(file, Evil(tmp_path / "mark"))
     model(index="HNSW8").save(index)
     path = resealed(index, kind, file.getvalue())
-    refused(lambda: Index.load(index, device="cpu"), path)
+    refused(lambda: Index.load(index), path)
     assert not (tmp_path / "mark").exists()
 
 

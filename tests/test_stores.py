@@ -27,6 +27,8 @@ import torch
 from conftest import SOAK, few
 from dense import affinity, cache_logits, nearest
 from fastapi.testclient import TestClient
+from numpy.random import default_rng
+from numpy.testing import assert_allclose, assert_array_equal
 from sealing import refused
 from serving import app_of
 from stored import copied, done, everything, labels_of, made, path_of, put, rows_of, source
@@ -103,7 +105,7 @@ def check(place, truth, forms=((None, True), (8, True))):
         sum(label == name for label in truth.labels.values()) for name in truth.names
     ]
     for k, tail in forms:
-        np.testing.assert_allclose(
+        assert_allclose(
             model.logits(QUERIES, k or "all", tail).numpy(),
             truth.logits(QUERIES, k, tail),
             atol=EXACT,
@@ -115,7 +117,8 @@ def check(place, truth, forms=((None, True), (8, True))):
 def base(tmp_path_factory):
     """An index of sixty keys of three classes, and a class without keys, in each kind of store."""
     place = tmp_path_factory.mktemp("base")
-    features, labels = unit_rows(N, D), [NAMES[i % 7 % 3] for i in range(N)]
+    features = unit_rows(N, D)
+    labels = [NAMES[i % 7 % 3] for i in range(N)]
     table = source(
         place / "train.parquet",
         features,
@@ -123,7 +126,8 @@ def base(tmp_path_factory):
         [f"it's {i}" for i in range(N)],
         camera=list("abc") * 20,
     )
-    names, text = [*NAMES, BARE], unit_rows(4, D, 1)
+    names = [*NAMES, BARE]
+    text = unit_rows(4, D, 1)
     write_table(place / "text.parquet", text, names)
     found = {}
     for kind in KINDS:
@@ -136,7 +140,6 @@ def base(tmp_path_factory):
             alpha=ALPHA,
             beta=BETA,
             k=None,
-            device="cpu",
         )
     truth = Truth(names, text, dict(enumerate(features)), dict(enumerate(labels)))
     return found, truth, place
@@ -154,14 +157,15 @@ class Pets:
         return stores.at(self.place)
 
     def open(self, **more):
-        return self.store.load(device="cpu", **more)
+        return self.store.load(**more)
 
     def check(self, **more):
         return check(self.place, self.truth, **more)
 
     def refused(self, call, *words, error=StoreError):
         """Check that a call is refused and changes nothing."""
-        version, before = self.store.manifest(), labels_of(self.place)
+        version = self.store.manifest()
+        before = labels_of(self.place)
         text = refused(call, *words, error=error)
         assert self.store.manifest() == version
         assert labels_of(self.place) == before
@@ -207,7 +211,8 @@ def local_pets(base, tmp_path):
 
 def test_a_build_contains_the_keys_labels_and_columns_of_its_source(pets):
     pets.check(forms=FORMS)
-    store, rows = pets.store, labels_of(pets.place)
+    store = pets.store
+    rows = labels_of(pets.place)
     manifest = store.manifest()
     assert (manifest.version, manifest.parent, manifest.n, manifest.d, manifest.next_key_id) == (
         1,
@@ -246,9 +251,10 @@ def test_a_build_contains_the_keys_labels_and_columns_of_its_source(pets):
 
 @pytest.mark.parametrize("kind", TRIED)
 def test_an_index_of_one_key_answers(kind, tmp_path):
-    place, features = made(tmp_path, kind), unit_rows(1, 4, 3)
+    place = made(tmp_path, kind)
+    features = unit_rows(1, 4, 3)
     table = source(tmp_path / "one.parquet", features, ["only"])
-    built = build_index(table, place, Reader(), fit="none", device="cpu")
+    built = build_index(table, place, Reader(), fit="none")
     truth = Truth(
         ["only"],
         np.zeros((1, 4)),
@@ -259,7 +265,7 @@ def test_an_index_of_one_key_answers(kind, tmp_path):
     )
     asked = unit_rows(3, 4, 5)
     for k in (None, 1, 64):
-        np.testing.assert_allclose(
+        assert_allclose(
             built.logits(asked, k).numpy(), truth.logits(asked, k), rtol=1e-4, atol=EXACT
         )
     assert len(built.classify(asked, k=64)[0].neighbours) == 1
@@ -270,9 +276,11 @@ def test_an_index_of_one_key_answers(kind, tmp_path):
 def test_columns_and_class_names_of_added_keys_may_be_new(pets, tmp_path):
     """``test_living.py`` makes sure that keys and answers are right after any edits."""
     pets.add(unit_rows(2, D, 20), ["cat", HOSTILE], camera=["z", None], weather=["sun", "rain"])
-    names, new = [*pets.truth.names, "a' OR '1'='1", "日"], unit_rows(2, D, 21)
+    names = [*pets.truth.names, "a' OR '1'='1", "日"]
+    new = unit_rows(2, D, 21)
     text = write_table(tmp_path / "new.parquet", new, names[-2:])
-    pets.truth.names, pets.truth.text = names, np.concatenate([pets.truth.text, new])
+    pets.truth.names = names
+    pets.truth.text = np.concatenate([pets.truth.text, new])
     added = pets.add(
         unit_rows(4, D, 22), [*names[-2:], names[-2], BARE], text=text, weather=["fog"] * 4
     )
@@ -296,7 +304,9 @@ def ids_of(pets, label):
 
 
 def test_keys_are_found_removed_and_relabelled_by_id_and_by_condition(pets):
-    place, model, before = pets.place, pets.open(), labels_of(pets.place)
+    place = pets.place
+    model = pets.open()
+    before = labels_of(pets.place)
     for name in [*NAMES, BARE, "nobody", "' OR ''='"]:
         assert sorted(model.find(labels=[name])["key_id"].to_pylist()) == ids_of(pets, name)
     assert sorted(model.find(source="IT'S 5")["key_id"].to_pylist()) == [5, *range(50, 60)]
@@ -342,7 +352,7 @@ def test_keys_are_found_removed_and_relabelled_by_id_and_by_condition(pets):
 def test_a_second_build_is_a_new_version_and_missing_versions_are_refused(pets):
     """The machine in ``test_living.py`` changes, restores and deletes versions in any order."""
     table = pets.table(QUERIES, ["cat", "dog"] * 6)
-    assert build_index(table, pets.place, Reader(), alpha=1.0, device="cpu").class_names == [
+    assert build_index(table, pets.place, Reader(), alpha=1.0).class_names == [
         "cat",
         "dog",
     ]
@@ -392,11 +402,12 @@ def test_settings_can_be_changed(pets):
     assert model.settings == Settings(0.5, 2.0, 100.0, 8, False, 3.0)
     assert model.provenance["alpha"] == "given"
     changes.configure(pets.place, k="all")
-    model, folder = pets.open(), made(pets.tables, "folder", "clone")
+    model = pets.open()
+    folder = made(pets.tables, "folder", "clone")
     changes.clone(pets.place, folder)
     assert model.settings.k is None
-    same = stores.at(folder).load(device="cpu").rows.statistics()
-    np.testing.assert_allclose(model.rows.statistics().mean, same.mean, atol=1e-5)
+    same = stores.at(folder).load().rows.statistics()
+    assert_allclose(model.rows.statistics().mean, same.mean, atol=1e-5)
     pets.refused(
         lambda: changes.configure(pets.place, templates=["a {}"]), "backbone", error=UsageError
     )
@@ -407,9 +418,10 @@ def test_settings_can_be_changed(pets):
     pets.refused(
         lambda: changes.configure(pets.place, alpha=1e145), "alpha 1e+145", error=InputError
     )
-    out, table = made(pets.tables, pets.kind, "out"), pets.table(QUERIES, ["cat", "dog"] * 6)
+    out = made(pets.tables, pets.kind, "out")
+    table = pets.table(QUERIES, ["cat", "dog"] * 6)
     refused(
-        lambda: build_index(table, out, Reader(), alpha=1e145, device="cpu"),
+        lambda: build_index(table, out, Reader(), alpha=1e145),
         "alpha 1e+145",
         error=InputError,
     )
@@ -423,7 +435,7 @@ def test_default_settings_in_lancedb_equal_those_of_a_folder(tmp_path, monkeypat
         tmp_path / "table.parquet", unit_rows(100, D, 40), labels, [str(i) for i in range(100)]
     )
     places = (str(tmp_path / "folder"), f"lance://{tmp_path / 'table'}")
-    one, other = (build_index(table, place, Reader(), fit="none", device="cpu") for place in places)
+    one, other = (build_index(table, place, Reader(), fit="none") for place in places)
     assert one.settings.alpha == pytest.approx(other.settings.alpha, rel=1e-6)
     assert one.settings.beta == pytest.approx(other.settings.beta, rel=1e-6)
 
@@ -439,7 +451,7 @@ def test_a_class_whose_keys_contradict_the_manifest_is_refused(local_pets):
 
 @pytest.mark.parametrize("sizes", [[], [1], [0, 3], [40, 40, 40, 40, 7]])
 def test_rows_are_grouped_by_class_in_blocks(sizes, monkeypatch):
-    ids = np.random.default_rng(0).integers(0, 9, sum(sizes)).astype(np.int32)
+    ids = default_rng(0).integers(0, 9, sum(sizes)).astype(np.int32)
     rows = pa.record_batch(
         {"key_id": np.arange(len(ids)), "class_id": ids, "label": ids.astype(str)}
     )
@@ -500,7 +512,7 @@ def test_a_labelling_session_keeps_one_version_per_minute_and_its_readers_can_fi
         "1 example: 1 cat",
     ]
     pets.check()
-    np.testing.assert_array_equal(reader.logits(QUERIES, 8).numpy(), answers)
+    assert_array_equal(reader.logits(QUERIES, 8).numpy(), answers)
     assert reader.find(key_ids=[60])["label"].to_pylist() == ["cat"]
     if pets.kind != "s3":  # where another writer may still need unnamed objects
         named = {
@@ -595,7 +607,8 @@ def bucket_pets(base, tmp_path):
 def beaten(monkeypatch, meanwhile, times=1, *, early=False):
     """Have another writer commit right before the next commits, or right after the next writers open their version."""
     owner, name = (lance_store.TableWriter, "__init__") if early else (BucketFiles, "create")
-    real, left = getattr(owner, name), [*range(times)]
+    real = getattr(owner, name)
+    left = [*range(times)]
 
     def slow(self, *arguments):
         if early:
@@ -622,7 +635,7 @@ def _merge(pets, number):
     other = pets.tables / f"other {number}"
     if not other.exists():
         keys = unit_rows(2, D, 30 + number)
-        Index.from_features(keys, ["cat", BARE], ["cat", BARE], device="cpu").save(other)
+        Index.from_features(keys, ["cat", BARE], ["cat", BARE]).save(other)
     return changes.merge(pets.place, other)
 
 
@@ -665,9 +678,10 @@ def test_the_second_of_two_writers_in_a_bucket_edits_the_newer_version(
     found = EDITS[edit](bucket_pets, 1)
     assert (found.version, found.key_ids, found.labels) == (3, expected.key_ids, expected.labels)
     assert labels_of(bucket_pets.place) == labels_of(alone.place)
-    own, same = bucket_pets.store.verify(), alone.store.verify()
+    own = bucket_pets.store.verify()
+    same = alone.store.verify()
     assert (own.class_names, own.next_key_id) == (same.class_names, same.next_key_id)
-    np.testing.assert_allclose(own.logits(QUERIES, 8), same.logits(QUERIES, 8), atol=EXACT)
+    assert_allclose(own.logits(QUERIES, 8), same.logits(QUERIES, 8), atol=EXACT)
     assert bucket_pets.store.history()["change"] == alone.store.history()["change"]
 
 
@@ -776,7 +790,8 @@ def test_all_files_of_a_manifest_are_flushed_before_the_manifest(local_pets, mon
         flushed.append(Path(f"/proc/self/fd/{handle}").resolve())
         real(handle)
 
-    flushed, real = [], os.fsync
+    flushed = []
+    real = os.fsync
     monkeypatch.setattr(os, "fsync", fsync)
     calls = (
         lambda: local_pets.add(unit_rows(2, D, 20), ["cat", BARE]),
@@ -845,10 +860,8 @@ def test_a_folder_cannot_be_opened_as_lancedb_and_vice_versa(tmp_path, base):
         changes.configure(place, k=3)
         before = everything(place)
         wrong = place.removeprefix("lance://") if other == "folder" else f"lance://{place}"
-        refused(lambda wrong=wrong: stores.at(wrong).load(device="cpu"), kind)
-        refused(
-            lambda wrong=wrong: build_index(train, wrong, Reader(), fit="none", device="cpu"), kind
-        )
+        refused(lambda wrong=wrong: stores.at(wrong).load(), kind)
+        refused(lambda wrong=wrong: build_index(train, wrong, Reader(), fit="none"), kind)
         refused(lambda wrong=wrong: changes.configure(wrong, k=4), kind)
         assert everything(place) == before
         assert stores.at(place).verify().settings.k == 3
@@ -858,7 +871,7 @@ def test_a_folder_cannot_be_opened_as_lancedb_and_vice_versa(tmp_path, base):
 def test_reading_a_missing_store_creates_nothing(kind, tmp_path, base):
     place = made(tmp_path, kind, "nowhere")
     calls = (
-        lambda: stores.at(place).load(device="cpu"),
+        lambda: stores.at(place).load(),
         lambda: stores.at(place).verify(),
         lambda: stores.at(place).history(),
         lambda: stores.at(place).describe(),
@@ -879,7 +892,8 @@ def test_reading_a_missing_store_creates_nothing(kind, tmp_path, base):
 def test_a_manifest_of_another_version_is_refused(pets):
     """``test_store.py`` tests other wrong manifests."""
     changes.configure(pets.place, k=3)
-    first, name = everything(pets.place)["manifests/000001.json"], "manifests/000002.json"
+    first = everything(pets.place)["manifests/000001.json"]
+    name = "manifests/000002.json"
     put(pets.place, name, first)
     for call in (pets.open, pets.store.history, lambda: changes.configure(pets.place, k=4)):
         refused(call, name)
@@ -898,7 +912,7 @@ def fitted(request, base, tmp_path):
 
 def damaged(whole):
     """Yield the bytes of a file with a flipped bit, cut, or longer, and ``None`` for a missing file."""
-    for bit in np.random.default_rng(0).choice(
+    for bit in default_rng(0).choice(
         8 * len(whole), min(100 if SOAK else 2, 8 * len(whole)), replace=False
     ):
         yield whole[: bit // 8] + bytes([whole[bit // 8] ^ 1 << bit % 8]) + whole[bit // 8 + 1 :]
@@ -910,7 +924,8 @@ def refusing(pets, reader, name):
 
     The files of a table are only read by ``verify`` and ``rollback``.
     """
-    at, in_table = pets.store, name.startswith("keys.lance")
+    at = pets.store
+    in_table = name.startswith("keys.lance")
     named = {
         m.version: {*m.digests, *(file.name for file in m.data_files)}
         for m in map(at.manifest, range(1, 5))
@@ -971,11 +986,9 @@ def test_damage_of_any_file_of_any_version_is_refused_by_name(fitted, capfd):
 @pytest.mark.parametrize("version", [1, 2])
 def test_verify_ignores_a_version_deleted_during_the_check(local_pets, monkeypatch, version):
     changes.rename(local_pets.place, BARE, "second")
-    wanted, real, raced = (
-        local_pets.store.manifest(version).files["classes"].name,
-        LocalFiles.problem,
-        [],
-    )
+    wanted = local_pets.store.manifest(version).files["classes"].name
+    real = LocalFiles.problem
+    raced = []
 
     def raced_with(self, file, whole):
         if file.name == wanted and not raced:
@@ -1058,13 +1071,13 @@ def test_columns_that_lancedb_cannot_store_are_refused(lance_pets, column, tmp_p
     assert "rename" in text
     new = made(tmp_path, lance_pets.kind, "new")
     refused(
-        lambda: build_index(table(), new, Reader(), fit="none", device="cpu"),
+        lambda: build_index(table(), new, Reader(), fit="none"),
         repr(column),
         error=InputError,
     )
     assert not stores.at(new).exists()
     folder = made(tmp_path, "folder", "with column")
-    build_index(table(), folder, Reader(), fit="none", device="cpu")
+    build_index(table(), folder, Reader(), fit="none")
     refused(lambda: changes.clone(folder, new), repr(column), error=InputError)
 
 
@@ -1088,7 +1101,7 @@ def test_columns_of_any_type_and_name_are_preserved(tmp_path):
     table = source(tmp_path / "t.parquet", features, ["a", "b"], **columns)
     more = source(tmp_path / "u.parquet", -features, ["a", "b"], ["u", "v"], **columns)
     for place in places:
-        build_index(table, place, Reader(), fit="none", device="cpu")
+        build_index(table, place, Reader(), fit="none")
         changes.add(place, more, Reader())
         changes.relabel(place, "b", key_ids=[0])
         stores.at(place).verify()
@@ -1135,7 +1148,8 @@ def test_an_index_opened_before_a_fork_is_refused(local_pets):
 
 
 def test_threads_can_share_an_open_index(local_pets):
-    opened, expected = local_pets.open(), local_pets.truth.logits(QUERIES, 8)
+    opened = local_pets.open()
+    expected = local_pets.truth.logits(QUERIES, 8)
     failed = []
 
     def ask():
@@ -1170,13 +1184,12 @@ def test_many_keys_get_an_index_that_later_changes_update(tmp_path, monkeypatch,
     drawn = partial(clustered, classes=classes)
     monkeypatch.setattr(lance_rows, "INDEX_FROM", 3000)
     monkeypatch.setattr(lance_rows, "UNINDEXED", 500)
-    place, last = made(tmp_path, "lance"), f"c{classes - 1}"
+    place = made(tmp_path, "lance")
+    last = f"c{classes - 1}"
     rows, labels = drawn(2900, 1)
-    build_index(
-        source(tmp_path / "t.parquet", rows, labels), place, Reader(), fit="none", device="cpu"
-    )
+    build_index(source(tmp_path / "t.parquet", rows, labels), place, Reader(), fit="none")
     at = stores.at(place)
-    assert at.load(device="cpu").index_type == "Flat"
+    assert at.load().index_type == "Flat"
     more, more_labels = drawn(200, 2)
     changes.add(place, source(tmp_path / "u.parquet", more, more_labels), Reader())
     model = at.verify()
@@ -1185,9 +1198,11 @@ def test_many_keys_get_an_index_that_later_changes_update(tmp_path, monkeypatch,
     assert (
         model.settings.k == lance_rows.index_kind("auto", 3100, classes)[1]
     )  # as in a fresh build
-    rows, labels = np.concatenate([rows, more]), labels + more_labels
+    rows = np.concatenate([rows, more])
+    labels = labels + more_labels
     queries, truths = drawn(200, 3)
-    by_all, by_index = model.logits(queries, "all"), model.logits(queries, 64)
+    by_all = model.logits(queries, "all")
+    by_index = model.logits(queries, 64)
     winners = by_index.argmax(dim=1)
     assert (winners == by_all.argmax(dim=1)).float().mean() >= 0.99
     assert (
@@ -1206,10 +1221,10 @@ def test_many_keys_get_an_index_that_later_changes_update(tmp_path, monkeypatch,
     model = at.verify()
     nearest = [one for [one] in model.similar(late[:50], 1)]
     assert [one.key_id for one in nearest] == list(range(3100, 3150))
-    np.testing.assert_allclose([one.affinity for one in nearest], 1, atol=1e-5)
-    slack = at.load(device="cpu").retrieval.bounds.slack(5.5)
+    assert_allclose([one.affinity for one in nearest], 1, atol=1e-5)
+    slack = at.load().retrieval.bounds.slack(5.5)
     monkeypatch.setattr(lance_rows, "SPREAD_BYTES", 1)  # as with too many keys
-    few = at.load(device="cpu").retrieval.bounds.slack(5.5)
+    few = at.load().retrieval.bounds.slack(5.5)
     assert few == pytest.approx(slack, rel=0.5)
     # More keys are added to the index.
     later, later_labels = drawn(450, 5)
@@ -1228,7 +1243,7 @@ def test_many_keys_get_an_index_that_later_changes_update(tmp_path, monkeypatch,
     assert at.verify().index_type == "Flat"
     assert not raw_table(Pets(place, None, tmp_path, "lance")).list_indices()
     changes.remove(place, key_ids=[0])
-    assert at.load(device="cpu").index_type == "Flat"  # the choice of the rebuild
+    assert at.load().index_type == "Flat"  # the choice of the rebuild
 
 
 @pytest.mark.parametrize(
@@ -1240,13 +1255,15 @@ def test_many_keys_get_an_index_that_later_changes_update(tmp_path, monkeypatch,
     ],
 )
 def test_affinities_are_inner_products_with_the_stored_keys_or_points(tmp_path, dtype, fit):
-    place, n = made(tmp_path, "lance"), 1000
+    place = made(tmp_path, "lance")
+    n = 1000
     rows, labels = clustered(n, 1)
     table = source(tmp_path / "t.parquet", rows, labels)
-    build_index(table, place, Reader(), index="Classes", dtype=dtype, device="cpu", **fit)
+    build_index(table, place, Reader(), index="Classes", dtype=dtype, **fit)
     model = stores.at(place).verify()
     assert (model.index_type, model.manifest.built.auto_index) == ("Classes", False)
-    stored, column = model.rows.of(range(n)).keys, "vector" if fit == PLAIN else "_point"
+    stored = model.rows.of(range(n)).keys
+    column = "vector" if fit == PLAIN else "_point"
     assert stored.dtype == dtype
     assert np.array_equal(stored, rows.astype(dtype))
     pets = Pets(place, None, tmp_path, "lance")
@@ -1258,13 +1275,12 @@ def test_affinities_are_inner_products_with_the_stored_keys_or_points(tmp_path, 
     points = (
         (lambda x: x) if fit == PLAIN else (lambda x: model.metric(torch.from_numpy(x)).numpy())
     )
-    queries, stored = clustered(60, 3)[0], points(stored.astype(np.float32))
+    queries = clustered(60, 3)[0]
+    stored = points(stored.astype(np.float32))
     exact = points(queries) @ stored.T
     for q, one in enumerate(model.classify(queries, k=20, neighbours=10)):
         ids = [near.key_id for near in one.neighbours]
-        np.testing.assert_allclose(
-            [near.affinity for near in one.neighbours], exact[q, ids], atol=1e-6
-        )
+        assert_allclose([near.affinity for near in one.neighbours], exact[q, ids], atol=1e-6)
         assert len(set(ids)) == 10
     keys = model.retrieval.keys
     found = keys.nearest(keys.phi(torch.from_numpy(queries)), 10).affinity.numpy()
@@ -1272,7 +1288,8 @@ def test_affinities_are_inner_products_with_the_stored_keys_or_points(tmp_path, 
 
 
 def test_commands_take_the_address_of_a_bucket(run, bucket_pets):
-    own, copy = bucket_pets.place, made(bucket_pets.tables, "lance", "copy")
+    own = bucket_pets.place
+    copy = made(bucket_pets.tables, "lance", "copy")
     more = write_table(bucket_pets.tables / "more.parquet", unit_rows(2, D, 20), ["cat", BARE])
     for words, said in (
         (("add", own, more), f"{own}: version 2, added 2 shots\n"),
@@ -1292,7 +1309,7 @@ def test_commands_take_the_address_of_a_bucket(run, bucket_pets):
         run("classify", own, asked, "-k", 8, "--logits", "--format", "json", "--verify", "full")
     )
     logits = [json.loads(line)["logits"] for line in found.splitlines()]
-    np.testing.assert_allclose(logits, bucket_pets.truth.logits(QUERIES, 8), atol=1e-3)
+    assert_allclose(logits, bucket_pets.truth.logits(QUERIES, 8), atol=1e-3)
 
 
 def test_the_server_answers_from_a_store_and_reloads_changes(local_pets, monkeypatch):

@@ -9,6 +9,8 @@ import pytest
 from clusters import unit
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.random import default_rng
+from numpy.testing import assert_allclose, assert_array_equal
 from sealing import npy, resealed
 
 from retrieval_tip import Index
@@ -39,18 +41,19 @@ NAMES = [f"class {i}" for i in range(C)]
 
 def defined(keys, ids, c):
     """Compute the sums by definition, with a one-hot matrix."""
-    wide, one_hot = keys.astype(np.float64), np.eye(c)[ids]
+    wide = keys.astype(np.float64)
+    one_hot = np.eye(c)[ids]
     return Sums(one_hot.sum(0).astype(np.int64), one_hot.T @ wide, wide.T @ wide)
 
 
 def close(ours, theirs, tolerance=1e-12):
-    np.testing.assert_array_equal(ours.counts, theirs.counts)
-    np.testing.assert_allclose(ours.sums, theirs.sums, atol=tolerance)
-    np.testing.assert_allclose(ours.second, theirs.second, atol=tolerance)
+    assert_array_equal(ours.counts, theirs.counts)
+    assert_allclose(ours.sums, theirs.sums, atol=tolerance)
+    assert_allclose(ours.second, theirs.second, atol=tolerance)
 
 
 def drawn(n, c, d, seed, dtype="float32"):
-    rng = np.random.default_rng(seed)
+    rng = default_rng(seed)
     keys = rng.standard_normal((n, d))
     return (keys / np.linalg.norm(keys, axis=1, keepdims=True)).astype(dtype), rng.integers(0, c, n)
 
@@ -72,7 +75,7 @@ def test_sums_match_their_definition_as_keys_come_and_go(n, c, d, seed, dtype, c
         sums = Sums.of(((keys[part], ids[part]) for part in parts), c, d)
     close(sums, defined(keys, ids, c))
     assert sums.n == n
-    rng = np.random.default_rng(seed)
+    rng = default_rng(seed)
     some = rng.permutation(n)[: n // 2]
     rest = np.setdiff1d(np.arange(n), some)
     less = sums.added(keys[some], ids[some], -1)
@@ -89,11 +92,13 @@ def test_sums_match_their_definition_as_keys_come_and_go(n, c, d, seed, dtype, c
 
 def test_a_thousand_changes_leave_no_rounding_error():
     keys, ids = drawn(3000, 7, 24, 0)
-    rng, there = np.random.default_rng(1), np.zeros(3000, dtype=bool)
+    rng = default_rng(1)
+    there = np.zeros(3000, dtype=bool)
     sums = Sums.of([], 7, 24)
     for _ in range(1000):
         rows = rng.permutation(3000)[: rng.integers(1, 200)]
-        new, gone = rows[~there[rows]], rows[there[rows]]
+        new = rows[~there[rows]]
+        gone = rows[there[rows]]
         sums = sums.added(keys[new], ids[new]).added(keys[gone], ids[gone], -1)
         there[rows] ^= True
     close(sums, defined(keys[there], ids[there], 7), 1e-11)
@@ -106,7 +111,8 @@ def test_a_thousand_changes_leave_no_rounding_error():
 @pytest.mark.parametrize("what", ["a key", "a label", "a sum", "a product", "a key too few"])
 def test_sums_of_other_keys_do_not_fit(what):
     keys, ids = drawn(20_000, 50, 16, 3)
-    sums, order = Sums.of([(keys, ids)], 50, 16), np.argsort(ids, kind="stable")
+    sums = Sums.of([(keys, ids)], 50, 16)
+    order = np.argsort(ids, kind="stable")
     assert sums.are_of((keys[rows], ids[rows]) for rows in np.array_split(order, 9))
     if what == "a key":
         keys[0, 0] += 1e-2
@@ -117,15 +123,16 @@ def test_sums_of_other_keys_do_not_fit(what):
     elif what == "a product":
         sums.second[3, 4] += 1e-2
     else:
-        keys, ids = keys[1:], ids[1:]
+        keys = keys[1:]
+        ids = ids[1:]
     assert not sums.are_of([(keys, ids)])
 
 
 def shots(n, seed):
     """Return unit features around the mean of each class, and labels."""
-    rng = np.random.default_rng(seed)
+    rng = default_rng(seed)
     ids = np.arange(n) % C
-    means = np.random.default_rng(0).standard_normal((C, D))
+    means = default_rng(0).standard_normal((C, D))
     return unit(means[ids] + 0.7 * rng.standard_normal((n, D))).astype(np.float32), [
         NAMES[i] for i in ids
     ]
@@ -133,10 +140,10 @@ def shots(n, seed):
 
 def fitted(folder, n=600, dtype="float32"):
     keys, labels = shots(n, 1)
-    cache = Index.from_features(keys.astype(dtype), labels, NAMES, device="cpu")
+    cache = Index.from_features(keys.astype(dtype), labels, NAMES)
     cache, _ = closed_form.fit(cache)
     cache.save(folder)
-    return Index.load(folder, device="cpu")
+    return Index.load(folder)
 
 
 def fresh(cache):
@@ -148,13 +155,13 @@ def test_a_fit_with_stored_sums_equals_a_fit_from_the_keys(tmp_path, monkeypatch
     cache = fitted(tmp_path / "index")
     cache = cache.edited(Edits(add=NewKeys(*shots(40, 2))))
     cache.save(tmp_path / "index")
-    kept = Index.load(tmp_path / "index", device="cpu")
+    kept = Index.load(tmp_path / "index")
     anew = copy.copy(kept)
     anew.rows = anew.rows.with_sums(None)
     kept, _ = closed_form.fit(kept)
     anew, _ = closed_form.fit(anew)
-    np.testing.assert_allclose(kept.metric.transform, anew.metric.transform, rtol=1e-6, atol=1e-7)
-    np.testing.assert_allclose(kept.metric.mean, anew.metric.mean, rtol=1e-6, atol=1e-8)
+    assert_allclose(kept.metric.transform, anew.metric.transform, rtol=1e-6, atol=1e-7)
+    assert_allclose(kept.metric.mean, anew.metric.mean, rtol=1e-6, atol=1e-8)
     assert kept.settings.alpha == pytest.approx(anew.settings.alpha, rel=1e-6)
     close(kept.rows.sums, anew.rows.sums)
 

@@ -8,10 +8,11 @@ import pyarrow.parquet as pq
 import pytest
 import scipy.special
 import torch
-from conftest import ROOT, examples, needs_real
+from conftest import ROOT, needs_real, tries
 from dense import Case, Largest, betas, cases, discriminant, food, nearest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from numpy.testing import assert_allclose
 from sealing import body_of
 from tables import unit, write_table
 
@@ -23,7 +24,7 @@ some_cases = cases(off_sphere=st.booleans(), shuffled=st.just(True))
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 5e-4)])
-@settings(max_examples=examples(250), deadline=None)
+@tries(250)
 @given(
     case=some_cases,
     beta=betas,
@@ -37,7 +38,9 @@ def test_cache_logits_equal_the_dense_sum(case, beta, k, slots, tail, valued, dt
     f, K, y = case.tensors(dtype)
     if k is None:
         met = case.rng.random(len(y)) < 0.8
-        near, rows, ids = tip.affinity(f, K), None, torch.where(torch.from_numpy(met), y, case.c)
+        near = tip.affinity(f, K)
+        rows = None
+        ids = torch.where(torch.from_numpy(met), y, case.c)
     else:
         met = nearest(case.A, k)
         near, ids, rows = case.retrieved(k, dtype)
@@ -48,22 +51,20 @@ def test_cache_logits_equal_the_dense_sum(case, beta, k, slots, tail, valued, dt
         rows = torch.cat([rows, torch.from_numpy(case.rng.integers(len(y), size=empty))], dim=1)[
             :, order
         ]
-    V, sums = (
-        torch.from_numpy(case.V).to(dtype),
-        torch.from_numpy(np.eye(case.c)[case.y].T @ case.V).to(dtype),
-    )
+    V = torch.from_numpy(case.V).to(dtype)
+    sums = torch.from_numpy(np.eye(case.c)[case.y].T @ case.V).to(dtype)
     totals = case.totals(dtype) if tail else None
     found = tip.cache_logits(
         near, ids, case.c, beta, totals, tip.Values(V, rows, sums) if valued else None
     )
     scale = case.logits(beta, abs(case.V) if valued else None).max()
     expected = case.logits(beta, case.V if valued else None, met, tail=tail)
-    np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance * scale)
+    assert_allclose(found, expected, rtol=tolerance, atol=tolerance * scale)
     if not valued:
         assert (found[:, np.bincount(case.y, minlength=case.c) == 0] == 0).all()
 
 
-@settings(max_examples=examples(150), deadline=None)
+@tries(150)
 @given(some_cases, betas, st.integers(1, 40))
 def test_logits_with_a_tail_lie_between_those_of_top_k_and_all_keys(case, beta, k):
     """The exponential is convex (Jensen)."""
@@ -117,7 +118,7 @@ def test_class_sums_keep_the_dtype_and_ignore_empty_slots(dtype):
     assert each.tolist() == [[0, 5, 0], [24, 0, 32]]
 
 
-@settings(max_examples=examples(50), deadline=None)
+@tries(50)
 @given(some_cases, st.integers(0, 2))
 def test_the_discriminant_matches_its_definition(case, empty):
     f, K, y = (part.numpy() for part in case.tensors())
@@ -126,10 +127,10 @@ def test_the_discriminant_matches_its_definition(case, empty):
     found = tip.Discriminant.of(torch.from_numpy(one_hot.T @ K), torch.from_numpy(one_hot.sum(0)))(
         torch.from_numpy(f)
     )
-    np.testing.assert_allclose(found, discriminant(f, K, y, c), rtol=1e-9, atol=1e-9)
+    assert_allclose(found, discriminant(f, K, y, c), rtol=1e-9, atol=1e-9)
 
 
-@settings(max_examples=examples(50), deadline=None)
+@tries(50)
 @given(
     some_cases,
     st.floats(0, 20),
@@ -141,10 +142,8 @@ def test_the_discriminant_matches_its_definition(case, empty):
 def test_answer_equals_the_combination_of_its_terms(case, alpha, gamma, scale, beta, offset):
     f, K, y = case.tensors()
     d = K.shape[1]
-    W, phi = (
-        torch.from_numpy(case.W).double(),
-        tip.Metric(K.mean(0) / 2, torch.eye(d, dtype=K.dtype) + 0.1),
-    )
+    W = torch.from_numpy(case.W).double()
+    phi = tip.Metric(K.mean(0) / 2, torch.eye(d, dtype=K.dtype) + 0.1)
     V = torch.eye(case.c, dtype=K.dtype)[y]
     scales = {"alpha": alpha, "beta": beta, "gamma": gamma, "logit_scale": scale}
     averages = tip.Discriminant.of(V.T @ phi(K), V.sum(0))
@@ -178,7 +177,9 @@ def evaluated(formula, letters):
 @pytest.mark.parametrize("options", [(), ("--fit", "none"), ("--alpha", 1)])
 def test_the_formula_in_the_docs_gives_the_logits_of_an_exported_index(tmp_path, options, run):
     """The test only reads files: the tables that ``index export`` writes, and the fitted arrays of the index."""
-    rng, names, index = np.random.default_rng(10), list("abcde"), tmp_path / "index"
+    rng = np.random.default_rng(10)
+    names = list("abcde")
+    index = tmp_path / "index"
     means = unit(rng.standard_normal((5, 32)))
     shots, test = (
         unit(means[np.arange(m) % 5] + 0.7 * rng.standard_normal((m, 32))) for m in (80, 40)
@@ -187,18 +188,17 @@ def test_the_formula_in_the_docs_gives_the_logits_of_an_exported_index(tmp_path,
         tmp_path / "words.parquet", unit(means + 0.09 * rng.standard_normal((5, 32))), names
     )
     source = write_table(tmp_path / "shots.parquet", shots, [names[i % 5] for i in range(80)])
-    run("index", "build", source, "--text", words, *options, "--out", index)
+    run("index build", source, "--text", words, *options, "--out", index)
     run(
-        "index",
-        "export",
+        "index export",
         index,
         "--out",
         tmp_path / "keys.parquet",
         "--text",
         tmp_path / "text.parquet",
     )
-    run("index", "clone", index, f"lance://{tmp_path}/store")
-    run("index", "export", f"lance://{tmp_path}/store", "--out", tmp_path / "stored.parquet")
+    run("index clone", index, f"lance://{tmp_path}/store")
+    run("index export", f"lance://{tmp_path}/store", "--out", tmp_path / "stored.parquet")
     assert pq.read_table(tmp_path / "stored.parquet").equals(
         pq.read_table(tmp_path / "keys.parquet")
     )
@@ -233,11 +233,12 @@ def test_the_formula_in_the_docs_gives_the_logits_of_an_exported_index(tmp_path,
         letters |= {"gamma": manifest["gamma"]}
         points = unit((K.astype(np.float64) - metric[:1]) @ metric[1:])
         letters["M"] = np.stack([points[np.array(labels) == name].mean(0) for name in names])
-        squares, n = (letters["M"] ** 2).sum(1), 16
+        squares = (letters["M"] ** 2).sum(1)
+        n = 16
         letters["b"] = -(squares - (1 - squares).sum() * n / (80 - 5) / n) / 2
     result = evaluated(lines, letters)
-    cache = Index.load(index, device="cpu")
+    cache = Index.load(index)
     found = cache.retrieval.answer(cache.queries(letters["f"]).double(), cache.settings)[1]
-    np.testing.assert_allclose(found, result["L"], rtol=1e-6, atol=1e-4)
+    assert_allclose(found, result["L"], rtol=1e-6, atol=1e-4)
     chances = [prediction.probability for prediction in cache.classify(letters["f"])]
-    np.testing.assert_allclose(chances, result["P"].max(axis=1), rtol=1e-3)
+    assert_allclose(chances, result["P"].max(axis=1), rtol=1e-3)

@@ -11,9 +11,10 @@ import pytest
 import timm
 import torch
 import warm
-from conftest import examples, few
-from hypothesis import given, settings
+from conftest import few, tries
+from hypothesis import given
 from hypothesis import strategies as st
+from numpy.testing import assert_allclose, assert_array_equal
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from tables import by_torch, picture, some_pixels, tiny
@@ -41,17 +42,16 @@ def cosines(one, other):
 
 def test_features_match_torch_for_any_number_of_images(compiled):
     place, identity, *_ = compiled
-    model, plain = load_backbone(identity.model, device="cpu"), by_torch(identity.model)
+    model = load_backbone(identity.model, device="cpu")
+    plain = by_torch(identity.model)
     for number in (1, 2, 5):
         pixels = some_pixels(plain, number)
-        np.testing.assert_allclose(
+        assert_allclose(
             unit(model.encode_images(pixels)), unit(plain.encode_images(pixels)), atol=1e-5
         )
     assert len(list((place / "cache" / "towers").iterdir())) == 1
     assert model.identity == plain.identity
-    np.testing.assert_array_equal(
-        deepcopy(model).encode_images(pixels), model.encode_images(pixels)
-    )
+    assert_array_equal(deepcopy(model).encode_images(pixels), model.encode_images(pixels))
 
 
 def test_threads_that_encode_at_the_same_time_get_their_own_features(compiled):
@@ -60,7 +60,7 @@ def test_threads_that_encode_at_the_same_time_get_their_own_features(compiled):
     expected = [model.encode_images(own) for own in pixels]
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(model.encode_images, pixels * 25))
-    np.testing.assert_allclose(np.stack(found), np.stack(expected * 25), atol=1e-6)
+    assert_allclose(np.stack(found), np.stack(expected * 25), atol=1e-6)
 
 
 def test_a_real_encoder_matches_torch(lit_mini, shared):
@@ -69,7 +69,7 @@ def test_a_real_encoder_matches_torch(lit_mini, shared):
     pixels = torch.stack([plain.preprocess(Image.open(file).convert("RGB")) for file in files])
     expected = plain.encode_images(pixels)
     compiled = load_backbone(lit_mini.identity.model, device="cpu")
-    np.testing.assert_allclose(unit(compiled.encode_images(pixels)), unit(expected), atol=1e-5)
+    assert_allclose(unit(compiled.encode_images(pixels)), unit(expected), atol=1e-5)
     half = load_backbone(lit_mini.identity.model, device="cpu", precision="bfloat16")
     worst = cosines(half.encode_images(pixels), expected).min()
     assert worst > 0.995
@@ -101,7 +101,8 @@ def test_common_architectures_can_be_converted(name, place):
         }  # which is not converted
         visual = open_clip.CLIP(**config).visual
     model = torch.nn.Module()
-    model.visual, model.encode_image = visual.eval(), visual.forward
+    model.visual = visual.eval()
+    model.encode_image = visual.forward
     identity = identity_of(name)
     compiled = tower.converted(model, identity, (224, 224), "float32")
     pixels = torch.randn(2, 3, 224, 224)
@@ -109,7 +110,7 @@ def test_common_architectures_can_be_converted(name, place):
         expected = visual(pixels).numpy()
     assert cosines(compiled(pixels), expected).min() > 0.99999
     again = tower.kept(identity, "float32")
-    np.testing.assert_array_equal(again(pixels), compiled(pixels))
+    assert_array_equal(again(pixels), compiled(pixels))
 
 
 def identity_of(name):
@@ -126,8 +127,8 @@ def test_a_stored_tower_needs_no_model(compiled):
     _, identity, pixels, expected = compiled
     view = load_backbone(identity.model, device="cpu", lazy=True).preprocess(picture())
     waiting = load_again(identity, device="cpu")
-    np.testing.assert_allclose(waiting.encode_images(pixels), expected, rtol=1e-6)
-    np.testing.assert_array_equal(waiting.preprocess(picture()), view)
+    assert_allclose(waiting.encode_images(pixels), expected, rtol=1e-6)
+    assert_array_equal(waiting.preprocess(picture()), view)
     assert waiting._opened is None
 
 
@@ -137,7 +138,7 @@ def test_a_damaged_tower_is_compiled_again(compiled):
     (stored / "tower.xml").unlink()
     assert tower.kept(identity, "float32") is None
     again = load_backbone(identity.model, device="cpu")
-    np.testing.assert_allclose(again.encode_images(pixels), expected, rtol=1e-6)
+    assert_allclose(again.encode_images(pixels), expected, rtol=1e-6)
     assert tower.kept(identity, "float32") is not None
 
 
@@ -152,12 +153,10 @@ def test_a_tower_that_differs_from_torch_is_not_used(folder, place, caplog, monk
 def test_without_a_cache_the_tower_is_compiled_each_time(folder, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("RETRIEVAL_TIP_CACHE", str(tmp_path / "file"))
-    compiled, plain = (
-        load_backbone(f"local-dir:{folder}", device="cpu"),
-        by_torch(f"local-dir:{folder}"),
-    )
+    compiled = load_backbone(f"local-dir:{folder}", device="cpu")
+    plain = by_torch(f"local-dir:{folder}")
     pixels = some_pixels(plain, 3)
-    np.testing.assert_allclose(
+    assert_allclose(
         unit(compiled.encode_images(pixels)), unit(plain.encode_images(pixels)), atol=1e-5
     )
 
@@ -168,7 +167,7 @@ def test_other_weights_have_their_own_tower(compiled):
     after = load_backbone(name, device="cpu").encode_images(pixels)
     assert not np.allclose(before, after)
     assert len(list((place / "cache" / "towers").iterdir())) == 2
-    np.testing.assert_allclose(unit(after), unit(by_torch(name).encode_images(pixels)), atol=1e-5)
+    assert_allclose(unit(after), unit(by_torch(name).encode_images(pixels)), atol=1e-5)
 
 
 def test_the_conversion_opens_no_connection(folder, tmp_path, warm_path):
@@ -205,7 +204,7 @@ TIMM = {
 }
 
 
-@settings(max_examples=examples(60), deadline=None)
+@tries(60)
 @given(
     size=SIZES,
     interpolation=st.sampled_from(["bicubic", "bilinear"]),
@@ -220,7 +219,7 @@ def test_views_match_open_clip(size, interpolation, mode):
     assert torch.equal(tower.view(image, config), expected)
 
 
-@settings(max_examples=examples(60), deadline=None)
+@tries(60)
 @given(size=SIZES, crop_pct=st.sampled_from([0.875, 0.9, 0.95, 1.0]))
 def test_views_match_timm(size, crop_pct):
     from timm.data.transforms_factory import create_transform

@@ -7,6 +7,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
 
 from retrieval_tip import Classifier, load_backbone
@@ -86,17 +87,17 @@ def test_features_match_transformers(folder):
     photos = [photo(seed, size) for seed, size in enumerate([(64, 44), (33, 91), (32, 32)])]
     pixels = processor(images=photos, return_tensors="pt")["pixel_values"]
     views = torch.stack([backbone.preprocess(image) for image in photos])
-    np.testing.assert_allclose(
+    assert_allclose(
         views.numpy(), pixels.numpy(), atol=0.05
     )  # the crop removes an even number of pixels
     expected = features(model.get_image_features(pixel_values=views))
-    np.testing.assert_allclose(backbone.encode_images(views), expected, rtol=1e-4, atol=1e-5)
+    assert_allclose(backbone.encode_images(views), expected, rtol=1e-4, atol=1e-5)
     sentences = ["a photo of a cat.", "dog"]
     tokens = tokenizer(sentences, padding="max_length", max_length=LENGTH, return_tensors="pt")[
         "input_ids"
     ]
     expected = features(model.get_text_features(input_ids=tokens))
-    np.testing.assert_allclose(backbone.encode_texts(sentences), expected, rtol=1e-4, atol=1e-5)
+    assert_allclose(backbone.encode_texts(sentences), expected, rtol=1e-4, atol=1e-5)
     assert len(backbone.encode_texts(["cat " * 20])) == 1  # truncated to the tower's length
     assert backbone.dim == expected.shape[1]
     assert backbone.logit_scale == pytest.approx(float(model.logit_scale.detach().exp()))
@@ -108,11 +109,9 @@ def test_an_index_loads_its_model_again_and_the_towers_can_be_trained(folder, tm
         for seed in range(3):
             photo(seed + 10 * (label == "dog")).save(tmp_path / "photos" / label / f"{seed}.png")
     with caplog.at_level(logging.WARNING):
-        Classifier.from_folder(
-            tmp_path / "photos", f"hf:{folder}", out=tmp_path / "i", device="cpu", fit="none"
-        )
+        Classifier.from_folder(tmp_path / "photos", f"hf:{folder}", out=tmp_path / "i", fit="none")
     assert "encoded by torch" not in caplog.text  # OpenVINO runs its image tower
-    clf = Classifier.load(tmp_path / "i", device="cpu")
+    clf = Classifier.load(tmp_path / "i")
     assert clf.predict(photo(11)).neighbours[0].affinity == pytest.approx(1, abs=1e-4)
     backbone, lazy = (load_backbone(f"hf:{folder}", device="cpu", lazy=True) for _ in range(2))
     assert (lazy._opened, lazy.identity, lazy.text_key) == (
@@ -121,7 +120,7 @@ def test_an_index_loads_its_model_again_and_the_towers_can_be_trained(folder, tm
         backbone.text_key,
     )
     for one in (backbone, lazy):
-        np.testing.assert_array_equal(
+        assert_array_equal(
             pickle.loads(pickle.dumps(one)).encode_texts(["a cat"]),
             backbone.encode_texts(["a cat"]),
         )

@@ -7,6 +7,8 @@ import faiss
 import numpy as np
 import pytest
 from conftest import SOAK
+from numpy.random import default_rng
+from numpy.testing import assert_allclose, assert_array_equal
 
 from retrieval_tip.errors import StoreError, UsageError
 from retrieval_tip.retrieval import vector_index
@@ -32,14 +34,15 @@ every_type = pytest.mark.parametrize("factory", TYPES)
 
 def clustered_vectors(seed, n, d=D, spread=0.7):
     """Return vectors in 12 clusters, with norms from 0.5 to 1.5 like those of fine-tuned keys."""
-    centres = np.random.default_rng(99).standard_normal((12, d))
-    rng = np.random.default_rng(seed)
+    centres = default_rng(99).standard_normal((12, d))
+    rng = default_rng(seed)
     x = centres[rng.integers(12, size=n)] + spread * rng.standard_normal((n, d))
     x *= rng.uniform(0.5, 1.5, size=(n, 1)) / np.linalg.norm(x, axis=1, keepdims=True)
     return x.astype(np.float32)
 
 
-KEYS, QUERIES = clustered_vectors(1, 640), clustered_vectors(2, 9)
+KEYS = clustered_vectors(1, 640)
+QUERIES = clustered_vectors(2, 9)
 EXACT = QUERIES.astype(np.float64) @ KEYS.T.astype(np.float64)
 NEAREST = np.argsort(-EXACT, axis=1)
 
@@ -78,10 +81,10 @@ def test_search_returns_near_keys_with_their_affinities(factory, tmp_path):
         ]
     )
     assert recall > (0.3 if factory in ("PQ8", "PCA32,Flat") else 0.85)
-    np.testing.assert_allclose(affinity, np.take_along_axis(EXACT, rows, axis=1), atol=tolerance)
+    assert_allclose(affinity, np.take_along_axis(EXACT, rows, axis=1), atol=tolerance)
     affinity, rows = index.search(QUERIES, 10_000)
     for found, expected in zip(loaded.search(QUERIES, 10_000), (affinity, rows), strict=True):
-        np.testing.assert_array_equal(found, expected)
+        assert_array_equal(found, expected)
     assert affinity.shape == rows.shape == (9, 640)
     for row in rows:
         found = row[row >= 0]
@@ -92,7 +95,7 @@ def test_search_returns_near_keys_with_their_affinities(factory, tmp_path):
     assert not filled.all() or factory != "IVF16,Flat"  # probes 8 lists of 16
     if exact_affinity:
         own = np.take_along_axis(EXACT, np.maximum(rows, 0), axis=1)
-        np.testing.assert_allclose(affinity[filled], own[filled], atol=tolerance)
+        assert_allclose(affinity[filled], own[filled], atol=tolerance)
 
 
 BAD = [
@@ -228,7 +231,7 @@ def test_composed_index_types_find_near_keys_and_can_be_saved(tmp_path):
             VectorIndex.load(tmp_path / "index.faiss", factory, "cpu").search(QUERIES, 640),
             strict=True,
         ):
-            np.testing.assert_array_equal(one, other, factory)
+            assert_array_equal(one, other, factory)
 
 
 @pytest.mark.parametrize("factory", ["IVF16,Flat", "PQ8", "PCA32,IVF16,Flat"])
@@ -254,18 +257,19 @@ def test_a_file_that_is_not_an_index_is_refused(content, tmp_path):
 @pytest.mark.gpu
 @every_type
 def test_a_gpu_index_gives_the_answers_of_the_cpu(factory):
-    cpu, gpu = built(factory), VectorIndex(built(factory)._cpu, factory, "auto")
+    cpu = built(factory)
+    gpu = VectorIndex(built(factory)._cpu, factory, "auto")
     if factory in ("Flat", "IVF16,Flat"):  # FAISS supports only some types on GPUs
         assert gpu.device == "cuda"
     for k in (1, 10, 100):
         expected, rows = cpu.search(QUERIES, k)
         affinity, gpu_rows = gpu.search(QUERIES, k)
         filled = (rows >= 0) & (gpu_rows >= 0)
-        np.testing.assert_array_equal(rows >= 0, gpu_rows >= 0)
-        np.testing.assert_allclose(affinity[filled], expected[filled], atol=2e-3)
+        assert_array_equal(rows >= 0, gpu_rows >= 0)
+        assert_allclose(affinity[filled], expected[filled], atol=2e-3)
         if TYPES[factory][1]:  # rows with nearly equal affinities may be swapped
             own = np.take_along_axis(EXACT, np.maximum(gpu_rows, 0), axis=1)
-            np.testing.assert_allclose(affinity[filled], own[filled], atol=1e-3)
+            assert_allclose(affinity[filled], own[filled], atol=1e-3)
 
 
 @pytest.mark.gpu
@@ -279,7 +283,7 @@ def test_a_gpu_index_answers_a_large_k_on_the_cpu():
             :, :k
         ]
         assert rows.shape == (3, k)
-        np.testing.assert_allclose(affinity, expected, atol=1e-3)
+        assert_allclose(affinity, expected, atol=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,13 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from conftest import cache_of, examples
+from conftest import cache_of, tries
 from dense import Case, affinity, cache_logits, cases, shots_like_clip
 from dense import betas as some_betas
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from numpy.random import default_rng
+from numpy.testing import assert_allclose, assert_array_equal
 from tables import unit
 
 from retrieval_tip import Index, tip, verify
@@ -22,7 +24,8 @@ from retrieval_tip.settings import Settings
 
 C, SHOTS, D = 40, 16, 64
 BETA, SCALE = 5.5, 100.0
-alphas, betas = st.sampled_from([0.0, 0.1, 1.0, 20.0]), st.just(0.0) | some_betas
+alphas = st.sampled_from([0.0, 0.1, 1.0, 20.0])
+betas = st.just(0.0) | some_betas
 
 
 @st.composite
@@ -31,11 +34,10 @@ def at_the_means(draw):
 
     Few distinct values make ties and reached bounds common. A class may have no keys.
     """
-    q, c = draw(st.integers(1, 4)), draw(st.integers(1, 6))
-    alpha, slack = (
-        draw(st.sampled_from([0.0, 0.5, 1.0, 4.0])),
-        draw(st.sampled_from([0.0, 0.125, 1.0, 10.0])),
-    )
+    q = draw(st.integers(1, 4))
+    c = draw(st.integers(1, 6))
+    alpha = draw(st.sampled_from([0.0, 0.5, 1.0, 4.0]))
+    slack = draw(st.sampled_from([0.0, 0.125, 1.0, 10.0]))
     beta = draw(st.sampled_from([0.0, 1.0, 5.5]))
     numbers = draw(st.lists(st.sampled_from([0.0, 1.0, 2.0, 16.0]), min_size=c, max_size=c))
 
@@ -52,12 +54,13 @@ def at_the_means(draw):
     return text, cache, cache * (1 + slack * used), alpha, slack
 
 
-@settings(max_examples=examples(400), deadline=None)
+@tries(400)
 @given(at_the_means(), st.integers(1, 7))
 def test_every_class_that_could_win_is_promising(given_, most):
     text, cache, true, alpha, slack = given_
     classes, met = promising(tip.Terms(text, cache), Settings(alpha=alpha), slack, most)
-    lower, exact = text + alpha * cache, text + alpha * true
+    lower = text + alpha * cache
+    exact = text + alpha * true
     assert classes.shape == met.shape == (len(text), min(most, text.shape[1]))
     ranked = lower.gather(1, classes)
     assert (ranked[:, 0] == lower.amax(1)).all()
@@ -92,10 +95,8 @@ def test_every_class_that_could_win_is_promising(given_, most):
     ],
 )
 def test_only_classes_that_could_win_are_promising(text, cache, alpha, slack, met):
-    terms, own = (
-        tip.Terms(torch.tensor([text]).float(), torch.tensor([cache]).float()),
-        Settings(alpha=alpha),
-    )
+    terms = tip.Terms(torch.tensor([text]).float(), torch.tensor([cache]).float())
+    own = Settings(alpha=alpha)
     classes, found = promising(terms, own, slack, len(text))
     assert sorted(classes[found].tolist()) == met or alpha > 1e38
     assert found[0, 0]
@@ -120,7 +121,8 @@ def of_case(case, text=True, **changes):
 
 def exact_parts(cache, features):
     """Return text and cache logits over all keys by definition."""
-    ids, c = cache.labels["class_id"].to_numpy(), len(cache.class_names)
+    ids = cache.labels["class_id"].to_numpy()
+    c = len(cache.class_names)
     values = None if cache.values is None else cache.values.numpy()
     text = cache.settings.logit_scale * affinity(features, cache.text_weights)
     return text, cache_logits(affinity(features, cache.keys), ids, c, cache.settings.beta, values)
@@ -156,7 +158,7 @@ block_sizes = st.tuples(
 )
 
 
-@settings(max_examples=examples(60), deadline=None)
+@tries(60)
 @given(
     cases(), alphas, st.floats(0, 30), st.integers(1, 90), st.booleans(), st.booleans(), block_sizes
 )
@@ -164,10 +166,8 @@ def test_each_class_counts_whole_or_at_its_mean(case, alpha, beta, k, text, valu
     """With one-hot values, or without values."""
     values = np.eye(case.c, dtype=np.float32)[case.y] if valued else None
     cache = of_case(case, text, alpha=alpha, beta=beta, values=values)
-    exact, lower = (
-        case.logits(beta),
-        case.logits(beta, met=np.zeros(case.A.shape, dtype=bool), tail=True),
-    )
+    exact = case.logits(beta)
+    lower = case.logits(beta, met=np.zeros(case.A.shape, dtype=bool), tail=True)
     queries, keys, gathered = sizes
     blocks = mock.patch.multiple(
         "retrieval_tip.retrieval.keys", QUERY_BLOCK=queries, KEY_BLOCK=keys, GATHERED=gathered
@@ -176,8 +176,8 @@ def test_each_class_counts_whole_or_at_its_mean(case, alpha, beta, k, text, valu
         with_tail, without = (cache.terms(case.f, k, tail).cache.numpy() for tail in (True, False))
     close = {"rtol": 1e-4, "atol": 1e-4}
     if k >= cache.n:
-        np.testing.assert_allclose(with_tail, exact, **close)
-        np.testing.assert_allclose(without, exact, **close)
+        assert_allclose(with_tail, exact, **close)
+        assert_allclose(without, exact, **close)
         return
     assert (np.isclose(with_tail, exact, **close) | np.isclose(with_tail, lower, **close)).all()
     assert (np.isclose(without, exact, **close) | np.isclose(without, 0, **close)).all()
@@ -186,10 +186,10 @@ def test_each_class_counts_whole_or_at_its_mean(case, alpha, beta, k, text, valu
             of_case(case, text, alpha=alpha, beta=beta).terms(case.f, k, tail=False).cache.numpy()
         )
     met = without > 0
-    np.testing.assert_allclose(with_tail[met], exact[met], **close)
+    assert_allclose(with_tail[met], exact[met], **close)
     if valued:
         return
-    np.testing.assert_allclose(with_tail[~met], lower[~met], **close)
+    assert_allclose(with_tail[~met], lower[~met], **close)
     most = max(
         retrieval.LEAST_CLASSES, round(k / (cache.n / np.count_nonzero(np.bincount(case.y))))
     )
@@ -208,7 +208,7 @@ def test_a_sharp_exponential_still_finds_the_nearest_class(beta):
     case = Case(2, [12] * 5, q=30, d=16)
     case.f = case.K[::2].copy()  # each query is a key, whose weight is 1
     alone = of_case(case, text=False, beta=beta).terms(case.f, 12, tail=False).cache
-    np.testing.assert_array_equal(alone.argmax(1), case.y[::2])
+    assert_array_equal(alone.argmax(1), case.y[::2])
     assert (alone.amax(1) >= 0.99).all()
 
 
@@ -220,14 +220,14 @@ def test_values_give_the_dense_form_if_k_covers_all_classes():
     for tail in (False, True):
         for k in (cache.n - 1, cache.n, 1000):
             found = cache.terms(case.f, k, tail).cache
-            np.testing.assert_allclose(found, case.logits(BETA, values), rtol=1e-4, atol=1e-4)
+            assert_allclose(found, case.logits(BETA, values), rtol=1e-4, atol=1e-4)
 
 
 def test_no_class_is_searched_if_only_one_without_keys_can_win():
     case = Case(7, [5, 0, 5], q=6, d=5)
     text = np.zeros((3, 5), dtype=np.float32)
     text[1] = 1
-    f = unit(1 + 0.1 * np.random.default_rng(0).standard_normal((6, 5)))
+    f = unit(1 + 0.1 * default_rng(0).standard_normal((6, 5)))
     for values in (None, np.eye(3, dtype=np.float32)[case.y]):
         cache = model(case.K, case.y, 3, text, values=values, logit_scale=1000.0)
         met = cache.terms(f, 5, tail=False).cache
@@ -235,7 +235,7 @@ def test_no_class_is_searched_if_only_one_without_keys_can_win():
         assert {p.label for p in cache.classify(f, k=5)} == {"class 1"}
 
 
-@settings(max_examples=examples(30), deadline=None)
+@tries(30)
 @given(cases(), st.integers(1, 120))
 def test_nearest_keys_have_exact_affinities_in_order(case, k):
     """Up to 8 classes are all searched, so that no slot is empty."""
@@ -243,21 +243,19 @@ def test_nearest_keys_have_exact_affinities_in_order(case, k):
     k = min(k, len(case.y))
     assert rows.shape == tuple(affinity.shape) == (len(case.f), k)
     assert all(len(set(row.tolist())) == k for row in rows)
-    np.testing.assert_allclose(affinity, np.take_along_axis(case.A, rows, axis=1), atol=1e-5)
-    np.testing.assert_allclose(affinity, -np.sort(-case.A, axis=1)[:, :k], atol=1e-5)
+    assert_allclose(affinity, np.take_along_axis(case.A, rows, axis=1), atol=1e-5)
+    assert_allclose(affinity, -np.sort(-case.A, axis=1)[:, :k], atol=1e-5)
 
 
 def test_classes_with_few_or_no_keys_near_a_query_leave_no_slot_empty():
     """The mean of an empty class, 0, may be the nearest. Two classes hold most keys, and the ten nearest have one."""
-    rng = np.random.default_rng(0)
+    rng = default_rng(0)
     cache = model(unit(rng.standard_normal((40, 6)) + 3 * np.eye(6)[0]), np.repeat([0, 1], 20), 30)
     f = unit(rng.standard_normal((5, 6)) - 9 * np.eye(6)[0])
     assert (cache.nearest(torch.from_numpy(f), 4)[1] >= 0).all()
     assert all(len(p.neighbours) == 4 for p in cache.classify(f, k=30, neighbours=4))
-    near, far = (
-        rng.standard_normal((10, 8)) * 0.1 + np.eye(8)[0],
-        rng.standard_normal((200, 8)) + np.eye(8)[1],
-    )
+    near = rng.standard_normal((10, 8)) * 0.1 + np.eye(8)[0]
+    far = rng.standard_normal((200, 8)) + np.eye(8)[1]
     ids = np.r_[np.arange(10), np.repeat([10, 11], 100)]
     cache = model(unit(np.concatenate([near, far])), ids, 12)
     assert (cache.nearest(torch.from_numpy(np.eye(8, dtype=np.float32)[:1]), 20)[1] >= 0).all()
@@ -269,19 +267,20 @@ def check_same(one, other, queries, k=64):
             one.logits(queries, number), other.logits(queries, number), rtol=1e-5, atol=1e-3
         )
     f = torch.from_numpy(queries)
-    np.testing.assert_allclose(one.nearest(f, 5)[0], other.nearest(f, 5)[0], atol=1e-5)
+    assert_allclose(one.nearest(f, 5)[0], other.nearest(f, 5)[0], atol=1e-5)
 
 
 @pytest.mark.parametrize("index", ["Classes", "Flat"])
 def test_some_of_the_keys_give_the_answers_of_a_new_build(index, material):
     """The tests of changes in ``test_living.py`` add and remove keys."""
     array, ids, text, queries = material
-    cache, rows = model(array, ids, C, text, index=index), np.r_[0:40, 60:400, 7, 7]
+    cache = model(array, ids, C, text, index=index)
+    rows = np.r_[0:40, 60:400, 7, 7]
     cache.logits(queries[:5], 64)  # computes the sums of keys
     cache = cache.take(rows)
     check_same(cache, model(array[rows], ids[rows], C, text, index=index), queries[:50])
     text_, exact = exact_parts(cache, queries[:50])
-    np.testing.assert_allclose(cache.logits(queries[:50]), text_ + exact, atol=1e-3)
+    assert_allclose(cache.logits(queries[:50]), text_ + exact, atol=1e-3)
 
 
 def test_an_index_of_other_keys_or_another_type_is_refused(tmp_path, material):
@@ -296,4 +295,4 @@ def test_an_index_of_other_keys_or_another_type_is_refused(tmp_path, material):
     keys.factory = "Classes"  # written to the manifest
     replace(cache, rows=replace(cache.rows, index=keys)).save(tmp_path / "type")
     with pytest.raises(StoreError, match="does not match the manifest"):
-        Index.load(tmp_path / "type", device="cpu")
+        Index.load(tmp_path / "type")

@@ -11,11 +11,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import cache_of
+from conftest import cache_of, json_rows, ok
 from dense import affinity, cache_logits, discriminant, nearest
 from fastapi.testclient import TestClient
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.random import default_rng
+from numpy.testing import assert_allclose
 from serving import app_of, build, caltech_photos
 from tables import unit, write_table
 
@@ -31,7 +33,7 @@ from retrieval_tip.settings import Ask, Fitted
 
 N, D, C, Q = 90, 12, 6, 9
 ALPHA, BETA, OFFSET = 1.7, 6.0, 0.05
-RANDOM = np.random.default_rng(0)
+RANDOM = default_rng(0)
 MEANS = unit(RANDOM.normal(size=(C, D)))
 IDS = np.sort(RANDOM.permutation(np.repeat(np.arange(C), [1, 30, 3, 20, 0, 36])))
 KEYS = unit(MEANS[IDS] + 0.3 * RANDOM.normal(size=(N, D)))
@@ -66,13 +68,16 @@ def index_of(kind="Flat", *, solved=False, metric=False, gamma=0.0):
 
 def dense(index, without, k, tail):
     """Return the logits by the definition."""
-    own, seen = index.settings, ~np.isin(np.arange(N), without)
+    own = index.settings
+    seen = ~np.isin(np.arange(N), without)
     phi = (
         (lambda x: x)
         if index.metric is None
         else lambda x: index.metric(torch.from_numpy(x)).numpy()
     )
-    K, f, y = phi(KEYS)[seen], phi(QUERIES.astype(np.float32)), IDS[seen]
+    K = phi(KEYS)[seen]
+    f = phi(QUERIES.astype(np.float32))
+    y = IDS[seen]
     A = affinity(f, K)
     cache = cache_logits(
         A, y, C, own.beta, None if index.values is None else VALUES[seen], nearest(A, k), tail=tail
@@ -101,7 +106,7 @@ def test_hidden_keys_count_nowhere(kind, solved, gamma, k, metric):
     used = None if kind == "Classes" else k  # an index over classes then uses all keys
     for tail in (False, True):
         found = answered(index, Ask(k=k, tail=tail, without=HIDDEN, neighbours=4))
-        np.testing.assert_allclose(
+        assert_allclose(
             [one.logits for one in found], dense(index, HIDDEN, used, tail), rtol=1e-4, atol=1e-3
         )
         for one in found:
@@ -120,7 +125,7 @@ def test_any_keys_may_be_hidden_at_any_beta(hidden, beta, solved):
     )
     expected = dense(index, tuple(hidden), None, tail=True)
     found = answered(index, Ask(without=tuple(hidden)))
-    np.testing.assert_allclose([one.logits for one in found], expected, rtol=1e-4, atol=2e-3)
+    assert_allclose([one.logits for one in found], expected, rtol=1e-4, atol=2e-3)
 
 
 def test_hidden_keys_do_not_make_a_query_similar():
@@ -143,11 +148,11 @@ def test_unknown_keys_are_ignored_but_one_key_has_to_stay():
 def test_an_index_in_lancedb_hides_the_same_keys(tmp_path, solved):
     place = places.at(f"lance://{tmp_path / 'index'}")
     place.copy_from(index_of(solved=solved, gamma=1.0), "test")
-    index = place.load(device="cpu")
+    index = place.load()
     for k in (None, 7):
         expected = dense(index_of(solved=solved, gamma=1.0), HIDDEN, k, True)
         found = answered(index, Ask(k=k, without=HIDDEN, neighbours=4))
-        np.testing.assert_allclose([one.logits for one in found], expected, rtol=1e-4, atol=1e-3)
+        assert_allclose([one.logits for one in found], expected, rtol=1e-4, atol=1e-3)
         assert not {shot.key_id for one in found for shot in one.neighbours} & {*HIDDEN}
 
 
@@ -167,10 +172,8 @@ def shots(shared, tmp_path_factory):
 
 def test_every_door_classifies_a_shot_without_itself_and_says_so(shots, run, lit_mini, tmp_path):
     place, photos = shots
-    index, features = (
-        Index.load(place),
-        Reader(lit_mini).encode(of_images([*map(str, photos)])).features,
-    )
+    index = Index.load(place)
+    features = Reader(lit_mini).encode(of_images([*map(str, photos)])).features
     known = [3, 4, 7, 8, 9]
     expected = list(index.classify(features))
     assert min(expected[i].probability for i in known) > 0.99
@@ -180,10 +183,8 @@ def test_every_door_classifies_a_shot_without_itself_and_says_so(shots, run, lit
         [(_, others)] = without_parts(index, np.array([row]))
         assert others.n == index.n - 1
         expected[i] = others.classify(features[[i]])[0]
-    labels, chances = (
-        [one.label for one in expected],
-        [pytest.approx(one.probability, abs=1e-4) for one in expected],
-    )
+    labels = [one.label for one in expected]
+    chances = [pytest.approx(one.probability, abs=1e-4) for one in expected]
     assert min(expected[i].probability for i in known) < 0.99
 
     shown = run(
@@ -208,7 +209,7 @@ def test_every_door_classifies_a_shot_without_itself_and_says_so(shots, run, lit
     own = Classifier.load(place).predict(photos)
     for found in (
         rows,
-        [json.loads(line) for line in grouped.stdout.splitlines()],
+        json_rows(grouped),
         served,
         [*own.rows()],
     ):
@@ -223,13 +224,11 @@ def test_every_door_classifies_a_shot_without_itself_and_says_so(shots, run, lit
 
 
 def test_classify_answers_shots_as_evaluate_does(run, tmp_path):
-    features, labels = (
-        unit(np.repeat(MEANS, 9, 0) + 0.5 * RANDOM.normal(size=(9 * C, D))),
-        np.repeat(NAMES, 9).tolist(),
-    )
+    features = unit(np.repeat(MEANS, 9, 0) + 0.5 * RANDOM.normal(size=(9 * C, D)))
+    labels = np.repeat(NAMES, 9).tolist()
     table = write_table(tmp_path / "shots.parquet", features, labels)
-    assert run("index", "build", table, "--out", tmp_path / "index").exit_code == 0
-    assert run("classify", tmp_path / "index", table, "--out", tmp_path / "a.csv").exit_code == 0
+    ok("index build", table, "--out", tmp_path / "index")
+    ok("classify", tmp_path / "index", table, "--out", tmp_path / "a.csv")
     with (tmp_path / "a.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["input"] for row in rows] == [f"item-{i}" for i in range(9 * C)]
@@ -247,24 +246,22 @@ def test_classify_answers_shots_as_evaluate_does(run, tmp_path):
 def test_shots_among_many_rows_keep_their_order_and_their_sets(run, tmp_path, monkeypatch):
     monkeypatch.setattr(held_out, "WINDOW", 16)
     monkeypatch.setattr(feature_table, "TABLE_ROWS", 7)
-    draw = np.random.default_rng(3)
-    features, labels = (
-        unit(np.repeat(MEANS, 20, 0) + 0.4 * draw.normal(size=(20 * C, D))),
-        np.repeat(NAMES, 20),
-    )
+    draw = default_rng(3)
+    features = unit(np.repeat(MEANS, 20, 0) + 0.4 * draw.normal(size=(20 * C, D)))
+    labels = np.repeat(NAMES, 20)
     train = write_table(
         tmp_path / "train.parquet",
         features[::2],
         labels[::2].tolist(),
         ids=[f"k{i}" for i in range(10 * C)],
     )
-    assert run("index", "build", train, "--out", tmp_path / "index").exit_code == 0
+    ok("index build", train, "--out", tmp_path / "index")
     ids = [f"k{i // 2}" if i % 2 == 0 and 30 < i < 70 else f"new{i}" for i in range(20 * C)]
     mixed = write_table(tmp_path / "mixed.parquet", features, ids=ids)
     done = run(
         "classify", tmp_path / "index", mixed, "--coverage", 0.9, "--explain", "--format", "json"
     )
-    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    rows = json_rows(done)
     assert [row["input"] for row in rows] == ids
     assert [row["shot"] for row in rows] == [one.startswith("k") for one in ids]
     assert f"{sum(row['shot'] for row in rows)} of {20 * C} photos are shots" in done.stderr
@@ -276,7 +273,7 @@ def test_shots_among_many_rows_keep_their_order_and_their_sets(run, tmp_path, mo
 
 def test_an_index_that_cannot_hide_its_shots_answers_as_before(run, tmp_path, monkeypatch):
     table = write_table(tmp_path / "t.parquet", KEYS[:2], ["a", "a"], ids=["x", "x"])
-    assert run("index", "build", table, "--out", tmp_path / "one").exit_code == 0
+    ok("index build", table, "--out", tmp_path / "one")
     done = run("classify", tmp_path / "one", table, "--format", "json")
     assert [json.loads(line)["label"] for line in done.stdout.splitlines()] == ["a", "a"]
     assert "shots of this index" not in done.stderr
@@ -288,7 +285,7 @@ def test_an_index_that_cannot_hide_its_shots_answers_as_before(run, tmp_path, mo
 
 def test_an_index_of_one_class_says_so_with_its_answers(run, tmp_path):
     table = write_table(tmp_path / "t.parquet", KEYS[:6], ["ant"] * 6)
-    assert run("index", "build", table, "--out", tmp_path / "ants").exit_code == 0
+    ok("index build", table, "--out", tmp_path / "ants")
     told = "the index has one class, so every answer is ant; add photos of other classes"
     queries = write_table(tmp_path / "q.parquet", QUERIES)
     done = run("classify", tmp_path / "ants", queries, "--format", "csv")
@@ -296,12 +293,7 @@ def test_an_index_of_one_class_says_so_with_its_answers(run, tmp_path):
     assert done.stdout.splitlines()[0] == "input,label,probability,no_match"
     assert {row["no_match"] for row in csv.DictReader(io.StringIO(done.stdout))} == {""}
     for style in ("json", "parquet"):
-        assert (
-            run(
-                "classify", tmp_path / "ants", queries, "--out", tmp_path / "a", "--format", style
-            ).exit_code
-            == 0
-        )
+        ok("classify", tmp_path / "ants", queries, "--out", tmp_path / "a", "--format", style)
         rows = pq.read_table(tmp_path / "a").to_pylist() if style == "parquet" else None
         rows = rows or [json.loads(line) for line in (tmp_path / "a").read_text().splitlines()]
         assert {row["no_match"] for row in rows} == {None}
@@ -312,7 +304,7 @@ def test_an_index_of_one_class_says_so_with_its_answers(run, tmp_path):
 
 
 def test_python_warns_of_an_index_of_one_class(caplog):
-    few = Index.from_features(KEYS[:6], [0] * 6, ["bee"], device="cpu")
+    few = Index.from_features(KEYS[:6], [0] * 6, ["bee"])
     answers = Classifier(few, Reader()).predict(QUERIES)
     assert caplog.text.count("the index has one class, so every answer is bee") == 1
     assert [one.no_match for one in answers] == [None] * len(QUERIES)

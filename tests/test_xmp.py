@@ -13,8 +13,8 @@ from xml.sax.saxutils import escape, quoteattr
 import filelock
 import killing
 import pytest
-from conftest import ROOT, examples, few, json_rows, needs_real, sampled
-from hypothesis import given, settings
+from conftest import ROOT, few, json_rows, needs_real, ok, sampled, tries
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from referees import referee
@@ -118,7 +118,7 @@ PLACES = (
     WORDS,
     st.lists(WORDS, max_size=4),
 )
-@settings(max_examples=examples(300))
+@tries(300)
 def test_each_run_replaces_our_keywords_and_keeps_those_of_others(
     form, place, attribute, words, runs
 ):
@@ -129,7 +129,8 @@ def test_each_run_replaces_our_keywords_and_keeps_those_of_others(
     )
     spaces = f'xmlns:rdf="{RDF[1:-1]}" xmlns:dc="{DC[1:-1]}"'
     data = (f"<rdf:RDF {spaces}>{nodes}</rdf:RDF>" if nodes else f"<rdf:RDF {spaces}/>").encode()
-    theirs, written = {*values(data)}, False
+    theirs = {*values(data)}
+    written = False
     for wanted in runs:
         new = merged(data, Keywords(wanted))
         assert {*values(new)} == theirs | {*wanted}
@@ -272,7 +273,8 @@ def test_a_run_killed_at_any_step_can_be_repeated_or_undone(server, encodings, t
 
     folder, before = start("whole")
     assert server.run({"folder": str(folder), "undo": undo}) == 0
-    expected, number = state(folder), len(server.steps)
+    expected = state(folder)
+    number = len(server.steps)
     assert number > (10 if undo else 25)
     for step in sampled(number, 6):
         folder, _ = start(str(step))
@@ -291,7 +293,8 @@ def test_a_run_killed_at_any_step_can_be_repeated_or_undone(server, encodings, t
 def test_a_full_disk_changes_whole_sidecars_and_the_next_run_continues(tmp_path, monkeypatch):
     disk = killing.FullDisk(monkeypatch)
     for stop in few(range(1, 7), 6):
-        disk.calls, disk.stop = 0, stop
+        disk.calls = 0
+        disk.stop = stop
         folder = tmp_path / str(stop)
         folder.mkdir()
         (folder / "b.jpg.xmp").write_bytes(FULL)
@@ -312,7 +315,8 @@ def test_a_full_disk_changes_whole_sidecars_and_the_next_run_continues(tmp_path,
 def test_the_command_writes_keywords_corrects_them_and_restores_the_bytes(
     shared, things, run, tmp_path
 ):
-    index, inbox = shutil.copytree(things, tmp_path / "index"), tmp_path / "new" / "odd\udcff"
+    index = shutil.copytree(things, tmp_path / "index")
+    inbox = tmp_path / "new" / "odd\udcff"
     inbox.mkdir(parents=True)
     labels = ["accordion", "airplane", "anchor"]
     for label, (path, _) in zip(labels, caltech_photos(shared, "test", 3, 1), strict=True):
@@ -344,7 +348,7 @@ def test_the_command_writes_keywords_corrects_them_and_restores_the_bytes(
     found, _ = keywords("--abstain", "1")
     assert (found["anchor.xmp"], found["black.png.xmp"]) == (["bird", "B&W"], [])
     (tmp_path / "groups.csv").write_text("class,kind\naccordion,instrument\nairplane,vehicle\n")
-    assert run("index", "set", index, "--groups", tmp_path / "groups.csv").exit_code == 0
+    ok("index set", index, "--groups", tmp_path / "groups.csv")
     keywords()
     for name, path in (("accordion.jpg.xmp", "instrument|accordion"), ("anchor.xmp", "anchor")):
         assert values((inbox / name).read_bytes(), TREE)[0] == path
@@ -465,7 +469,8 @@ def exiftool():
 @pytest.mark.soak
 @pytest.mark.parametrize("program", [exiv2, exiftool])
 def test_other_programs_read_what_we_write_and_keep_what_they_wrote(program, tmp_path):
-    ask, path = program(), tmp_path / "a.jpg.xmp"
+    ask = program()
+    path = tmp_path / "a.jpg.xmp"
 
     def write(*own):
         assert write_sidecars({str(tmp_path / "a.jpg"): Keywords(*own)}).skipped == []

@@ -92,7 +92,8 @@ def _serve(place, starter):
 
     start_lightly()
     gc.freeze()  # a collection in a child would copy the pages of all these objects, which takes half a second
-    keeper, running = socket.socket(fileno=starter), {}
+    keeper = socket.socket(fileno=starter)
+    running = {}
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(place)
         server.listen(16)
@@ -169,7 +170,8 @@ def _run_python(arguments):
     else:
         sys.argv[:] = arguments
         sys.path[0] = str(Path(arguments[0]).parent)
-        code, own.__file__ = Path(arguments[0]).read_text(encoding="utf-8"), arguments[0]
+        code = Path(arguments[0]).read_text(encoding="utf-8")
+        own.__file__ = arguments[0]
     exec(compile(code, sys.argv[0], "exec"), own.__dict__)
     raise SystemExit
 
@@ -182,7 +184,8 @@ def python(path):
 @contextlib.contextmanager
 def server(folder):
     """Start a server, and yield a folder for the front of ``PATH``, whose programs have it run the command."""
-    place, programs = str(folder / "socket"), folder / "bin"
+    place = str(folder / "socket")
+    programs = folder / "bin"
     programs.mkdir()
     for name in ("retrieval-tip", PYTHON):
         (programs / name).write_text(PROGRAM.format(python=sys.executable, name=name, place=place))
