@@ -23,7 +23,7 @@ from methods import Items, draw_shots
 
 from retrieval_tip import Index
 from retrieval_tip.fit import closed_form
-from retrieval_tip.settings import Levels
+from retrieval_tip.levels import Levels
 
 TWO_WORDS = ("AM General", "Aston Martin", "Land Rover")
 """Makes whose name has a space."""

@@ -16,11 +16,12 @@ from torch import Tensor
 from retrieval_tip import tip
 from retrieval_tip.arrays import DoubleArray
 from retrieval_tip.data.reader import FeatureBlock
+from retrieval_tip.levels import Levels
 from retrieval_tip.predictions import PREDICTIONS, SCHEMA, Predictions, lists
 from retrieval_tip.retrieval.conformal import Sets
 from retrieval_tip.retrieval.evidence import Nearest
 from retrieval_tip.retrieval.logits import AnswerTerms, first_two
-from retrieval_tip.settings import Ask, Levels
+from retrieval_tip.settings import Ask
 
 if TYPE_CHECKING:
     from retrieval_tip.model import Index

@@ -37,7 +37,7 @@ from retrieval_tip.data.sources import (
     read_item,
 )
 from retrieval_tip.data.tables import is_frame
-from retrieval_tip.errors import InputError, RetrievalTipError, UsageError, counted, few
+from retrieval_tip.errors import InputError, RetrievalTipError, UsageError
 from retrieval_tip.evaluation.audit import audit
 from retrieval_tip.evaluation.calibration import Calibration, calibrate
 from retrieval_tip.evaluation.compare import Compared, Side, compare
@@ -66,6 +66,7 @@ from retrieval_tip.settings import (
     ValuesName,
 )
 from retrieval_tip.store.address import parse
+from retrieval_tip.wording import counted, few
 
 if TYPE_CHECKING:
     from retrieval_tip.backbones.joined import Joined

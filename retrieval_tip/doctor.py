@@ -8,7 +8,7 @@ import platform
 import sys
 from dataclasses import dataclass
 
-from retrieval_tip.errors import install, pip, version_of
+from retrieval_tip.machine import install, pip, version_of
 
 FAISS_DISTRIBUTIONS = (
     "faiss-gpu",

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING
 
-from retrieval_tip.errors import one_line
+from retrieval_tip.wording import one_line
 
 if TYPE_CHECKING:
     from jinja2 import Environment

@@ -32,9 +32,11 @@ from retrieval_tip.data.source import spread
 from retrieval_tip.data.sources import Source, open_items
 from retrieval_tip.data.tables import is_frame
 from retrieval_tip.editing import apply
-from retrieval_tip.errors import InputError, StoreError, UsageError, check_count, few, warn_once
+from retrieval_tip.errors import InputError, StoreError, UsageError, check_count, warn_once
 from retrieval_tip.html import markup, table
+from retrieval_tip.levels import Levels
 from retrieval_tip.predictions import Predictions, SimilarShot
+from retrieval_tip.records import Built, Fitted
 from retrieval_tip.retrieval import inputs
 from retrieval_tip.retrieval.conformal import Scores, Sets
 from retrieval_tip.retrieval.inputs import Features, KeysInPlace, Labels
@@ -43,24 +45,14 @@ from retrieval_tip.retrieval.logits import LOGITS, AnswerTerms, Retrieval, slice
 from retrieval_tip.retrieval.ridge import MOST_SOLVED, Ridge
 from retrieval_tip.retrieval.rows import ArrayRows, Rows
 from retrieval_tip.retrieval.vector_index import FLAT_FACTORY, VectorIndex
-from retrieval_tip.settings import (
-    Ask,
-    AskOptions,
-    Built,
-    Dtype,
-    Fitted,
-    KeysMet,
-    Levels,
-    Norms,
-    Settings,
-    Verify,
-)
+from retrieval_tip.settings import Ask, AskOptions, Dtype, KeysMet, Norms, Settings, Verify
 from retrieval_tip.store.contents import Stored, read, write
 from retrieval_tip.store.edits import Edits
 from retrieval_tip.store.files import read_array
 from retrieval_tip.store.labels import label_table, rows_with
 from retrieval_tip.store.manifest import SUFFIXES, Manifest, Table
 from retrieval_tip.store.versions import Check, Origin, Versions, Writer, created
+from retrieval_tip.wording import few
 
 SUMS_FROM = 8
 """The sums are only saved if they are at most an eighth of the size of the keys. Otherwise, a fit recomputes them."""
@@ -317,7 +309,7 @@ class Index:
     def with_settings(self, settings: Settings, *, chosen: bool = False) -> Self:
         """Return an index that has other settings and shares the keys.
 
-        If they are ``chosen``, later changes of the keys keep them (see :class:`settings.Fitted`). Otherwise, they are
+        If they are ``chosen``, later changes of the keys keep them (see :class:`records.Fitted`). Otherwise, they are
         only for some questions, and this warns once if beta differs from the fit.
         """
         if chosen:

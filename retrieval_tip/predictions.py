@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from retrieval_tip.arrays import FloatArray
-from retrieval_tip.errors import counted, one_line
 from retrieval_tip.html import table
+from retrieval_tip.wording import counted, one_line
 
 _NEIGHBOUR = {
     "key_id": pa.int64(),

@@ -1,14 +1,14 @@
-"""The settings of an index, and records of how it was fitted and built."""
+"""What a user can set: the settings of an index, a question, a build and a training."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Self, TypedDict, get_args
 
-from retrieval_tip.errors import InputError, UsageError, check_count
+from retrieval_tip.errors import UsageError, check_count
 
 KeysMet = int | Literal["all"] | None
 """Number of nearest keys to use in a call. ``None`` uses the setting of the index, and ``"all"`` uses every key."""
@@ -89,24 +89,22 @@ class Settings:
         for name in ("alpha", "beta", "gamma", "logit_scale", "temperature"):
             value = getattr(self, name)
             above = name in ("logit_scale", "temperature")
-            if not _is_finite(value) or value < 0 or (above and value == 0):
+            if not is_finite(value) or value < 0 or (above and value == 0):
                 range_ = " above 0" if above else ", 0 or more"
                 raise UsageError(f"{name} is {value}: expected a finite number{range_}")
             object.__setattr__(self, name, float(value))
         if self.k is not None:
-            if not _is_whole(self.k) or self.k < 1:
+            if not is_whole(self.k) or self.k < 1:
                 raise UsageError(
                     f"k is {self.k}: expected a whole number of keys, at least 1, or all"
                 )
             object.__setattr__(self, "k", int(self.k))
         object.__setattr__(self, "tail", bool(self.tail))
-        if self.least_cache is not None and not _is_finite(self.least_cache):
+        if self.least_cache is not None and not is_finite(self.least_cache):
             raise UsageError(
                 f"least_cache is {self.least_cache}: expected a finite number, or None"
             )
-        if self.log_offset is not None and not (
-            _is_finite(self.log_offset) and self.log_offset > 0
-        ):
+        if self.log_offset is not None and not (is_finite(self.log_offset) and self.log_offset > 0):
             raise UsageError(
                 f"log_offset is {self.log_offset}: expected a finite number above 0, or None"
             )
@@ -191,7 +189,7 @@ class Ask:
         check_count("neighbours", self.neighbours, 0)
         for name in ("at_least", "coverage"):
             share = getattr(self, name)
-            if share is not None and not (_is_finite(share) and 0 <= share <= 1):
+            if share is not None and not (is_finite(share) and 0 <= share <= 1):
                 raise UsageError(f"{name} is {share}: give a share, 0 to 1")
         if self.at_least is not None and self.coverage is not None:
             raise UsageError("at_least and coverage: give only one")
@@ -288,177 +286,16 @@ class Recipe:
             raise UsageError(f"lr is {self.lr}: expected a finite number above 0")
 
 
-@dataclass(frozen=True)
-class Fitted:
-    """A record of the metric and the values that were fitted to the shots of an index (see :mod:`fit.closed_form`).
-
-    ``shrinkage`` is only set if there is a metric, and ``ridge`` only if the values were solved. ``keys`` is the number
-    of keys at the time of the fit. With the ``class_prior`` ``even``, all classes had the same weight in the fit, and
-    with ``shots``, all shots had. ``automatic`` is true if a fit to the shots has chosen all settings, and nobody has
-    changed them since. Only then does a large change of the keys fit the index again. ``bonus`` favours classes without
-    keys (see :class:`retrieval.ridge.Ridge`). If there are several encoders, ``shares`` says how much each counts. They
-    sum to 1, and none means that all count equally.
-    """
-
-    metric: str
-    values: str
-    shrinkage: float | None
-    ridge: float | None
-    keys: int
-    class_prior: ClassPrior = "even"
-    automatic: bool = False
-    bonus: float = 0.0
-    shares: tuple[float, ...] = ()
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "shares", tuple(self.shares))
-        valid = all(_is_finite(share) and share >= 0 for share in self.shares)
-        if not valid or (self.shares and abs(sum(self.shares) - 1) > 1e-6):
-            raise UsageError(f"fitted: shares {self.shares} are not positive numbers that sum to 1")
-        if not _is_finite(self.bonus):
-            raise UsageError(f"fitted: bonus {self.bonus!r} is not a finite number")
-        if type(self.automatic) is not bool:
-            raise UsageError(f"fitted: automatic is {self.automatic!r}, not true or false")
-        check_choice("class_prior", self.class_prior, ClassPrior)
-        if type(self.metric) is not str or self.values not in VALUES:
-            raise UsageError(f"fitted: metric {self.metric!r} or values {self.values!r} is unknown")
-        for given, needed in ((self.shrinkage, self.metric != "none"), (self.ridge, self.solved)):
-            if (given is not None) != needed or (
-                given is not None and not (_is_finite(given) and given >= 0)
-            ):
-                raise UsageError(
-                    f"fitted: shrinkage {self.shrinkage} and ridge {self.ridge} do not match the metric and the values"
-                )
-        if self.ridge == 0 or not _is_whole(self.keys) or self.keys < 1:
-            raise UsageError(f"fitted: ridge {self.ridge} and keys {self.keys} must be above 0")
-
-    @property
-    def has_metric(self) -> bool:
-        """Whether queries and keys are transformed, if only because encoders do not count equally."""
-        return self.metric != "none" or len(set(self.shares)) > 1
-
-    @property
-    def solved(self) -> bool:
-        """Whether the values were solved. Solved values are only valid for a single beta."""
-        return self.values != "one-hot"
-
-
-@dataclass(frozen=True)
-class Built:
-    """The options of the build that are also used for later changes.
-
-    Attributes:
-        source: the name of the labelled source.
-        shots: the number of shots sampled per class, or ``None`` if all photos were used.
-        seed: the random seed for the shots and the views.
-        views: the number of views that are averaged to compute a key.
-        auto_index: whether the type of the index depends on the number of keys.
-    """
-
-    source: str | None = None
-    shots: int | None = None
-    seed: int = 1
-    views: int = 1
-    auto_index: bool = False
-
-    def __post_init__(self) -> None:
-        numbers = ((self.shots, 1), (self.seed, 0), (self.views, 1))
-        whole = all(
-            number is None or (type(number) is int and number >= least) for number, least in numbers
-        )
-        if (
-            not whole
-            or not isinstance(self.source, str | None)
-            or type(self.auto_index) is not bool
-        ):
-            raise UsageError(f"built: invalid values {self}")
-
-
-@dataclass(frozen=True)
-class Levels:
-    """Broader groups of the classes, such as genus and family.
-
-    ``levels`` are the names of the levels, narrowest first, beginning with the classes. ``paths`` has the group of each
-    class at the other levels, or ``None`` for no group. It may have classes that the index lacks.
-
-    Raises InputError unless each group has one level, and one group of each broader level.
-    """
-
-    levels: Sequence[str]
-    paths: Mapping[str, Sequence[str | None]]
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "levels", tuple(self.levels))
-        object.__setattr__(self, "paths", {name: tuple(path) for name, path in self.paths.items()})
-        names = [
-            *self.levels,
-            *(name for path in self.paths.values() for name in path if name is not None),
-        ]
-        valid = 2 <= len(set(self.levels)) == len(self.levels) and all(
-            isinstance(name, str) and name for name in names
-        )
-        if not valid or any(len(path) != len(self.levels) - 1 for path in self.paths.values()):
-            raise InputError(
-                "groups: expected a column of classes and columns of broader groups with different names"
-            )
-        broader: dict[str, Sequence[str | None]] = {}
-        for path in self.paths.values():
-            for level, own in enumerate(path, 1):
-                if own is not None and broader.setdefault(own, path[level:]) != path[level:]:
-                    raise InputError(
-                        f"groups: {own!r} has two levels or two broader groups; a group has one place"
-                    )
-
-    def at(self, level: int, label: str) -> str | None:
-        """Return the group of a class at a level, which is the class itself at level 0."""
-        if level == 0:
-            return label
-        path = self.paths.get(label)
-        return None if path is None else path[level - 1]
-
-    def of(self, class_names: Sequence[str]) -> dict[str, list[str | None]]:
-        """Return the group of each class at each level."""
-        return {
-            level: [self.at(number, name) for name in class_names]
-            for number, level in enumerate(self.levels)
-        }
-
-    def labels(self, class_names: Sequence[str]) -> list[str]:
-        """Return the names of these classes, and then of their groups."""
-        return list(
-            dict.fromkeys(
-                name for own in self.of(class_names).values() for name in own if name is not None
-            )
-        )
-
-    def path(self, label: str) -> tuple[str, ...]:
-        """Return the groups that contain a class or a group, broadest first, and its own name last."""
-        paths = (
-            (name, *path) for name, path in self.paths.items() if name == label or label in path
-        )
-        own = next(paths, (label,))
-        return tuple(filter(None, reversed(own[own.index(label) :])))
-
-    def others(self, class_names: Sequence[str]) -> list[str]:
-        """Return the classes that have groups but are not among these classes."""
-        return sorted(self.paths.keys() - set(class_names))
-
-    def renamed(self, old: str, new: str) -> Levels:
-        """Return the groups after a class was renamed. If the new name has groups, it keeps them."""
-        if old not in self.paths:
-            return self
-        rest = {name: path for name, path in self.paths.items() if name != old}
-        return replace(self, paths={new: self.paths[old], **rest})
-
-
-def _is_finite(value: object) -> bool:
+def is_finite(value: object) -> bool:
+    """Return whether a value from a file is a finite number."""
     try:
         return not isinstance(value, bool | str) and math.isfinite(value)  # type: ignore[arg-type]
     except (TypeError, OverflowError):
         return False
 
 
-def _is_whole(value: Any) -> bool:
+def is_whole(value: Any) -> bool:
+    """Return whether a value from a file is a whole number that 64 bits can hold."""
     try:
         return not isinstance(value, bool | str | float) and value == int(value) < 2**63
     except (TypeError, ValueError, OverflowError):

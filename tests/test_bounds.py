@@ -6,10 +6,11 @@ import sys
 import numpy as np
 import pytest
 
-from retrieval_tip import errors
+from retrieval_tip import machine
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.source import few_shot
-from retrieval_tip.errors import MANY, MOST, UsageError, check_count, check_memory, memory
+from retrieval_tip.errors import MANY, MOST, UsageError, check_count
+from retrieval_tip.machine import check_memory, memory
 from retrieval_tip.settings import Recipe
 
 
@@ -44,14 +45,14 @@ def test_counts_that_use_memory_are_bounded_in_python(name, make):
 
 
 def test_an_allocation_beyond_the_memory_is_refused_with_both_sizes(monkeypatch):
-    monkeypatch.setattr(errors, "memory", lambda: 24 << 30)
+    monkeypatch.setattr(machine, "memory", lambda: 24 << 30)
     check_memory(24 << 30, "this", "ask for less")
     with pytest.raises(
         UsageError, match=r"^this: needs 10,000\.0 GB .* 25\.8 GB .*; ask for less$"
     ):
         check_memory(10**13, "this", "ask for less")
     check_memory(0, "this", "ask for less")
-    monkeypatch.setattr(errors, "memory", lambda: None)
+    monkeypatch.setattr(machine, "memory", lambda: None)
     check_memory(10**30, "this", "ask for less")  # the size of the memory is unknown
 
 
@@ -60,21 +61,21 @@ def test_the_smallest_memory_limit_applies(monkeypatch, tmp_path):
     whole = memory()
     assert whole > 1 << 26
     code = "import resource as r; r.setrlimit(r.RLIMIT_AS, (1 << 40, 1 << 41)); r.setrlimit(r.RLIMIT_AS, (1 << 29, 1 << 40))"  # noqa: E501
-    code += "; from retrieval_tip.errors import memory; print(memory())"
+    code += "; from retrieval_tip.machine import memory; print(memory())"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
     )
     assert int(done.stdout) == 1 << 29
     (tmp_path / "memory.max").write_text(f"{1 << 25}\n")
     (tmp_path / "no limit").write_text("max\n")
-    monkeypatch.setattr(errors, "_LIMITS", (str(tmp_path / "gone"), str(tmp_path / "no limit")))
+    monkeypatch.setattr(machine, "_LIMITS", (str(tmp_path / "gone"), str(tmp_path / "no limit")))
     assert memory() == whole or memory() > whole
-    monkeypatch.setattr(errors, "_LIMITS", (str(tmp_path / "memory.max"),))
+    monkeypatch.setattr(machine, "_LIMITS", (str(tmp_path / "memory.max"),))
     assert memory() == 1 << 25
 
 
 def test_shots_beyond_the_memory_are_refused(monkeypatch):
-    monkeypatch.setattr(errors, "memory", lambda: 1 << 20)
+    monkeypatch.setattr(machine, "memory", lambda: 1 << 20)
     assert len(few_shot(["a", "b"], 1000)) == 2000
     with pytest.raises(UsageError, match=r"^1000000 shots of 2 classes: "):
         few_shot(["a", "b"], 1_000_000)

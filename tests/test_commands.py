@@ -16,7 +16,7 @@ from conftest import COMMANDS, ROOT
 from serving import caltech_photos
 from tables import tiny
 
-from retrieval_tip.errors import command_line
+from retrieval_tip.wording import command_line
 
 COMMAND = re.compile(r"retrieval-tip(?: (?:'[^']*'|\"[^\"]*\"|[^\s'\"();,])+)+")
 """A command in a message. It ends before a bracket, a comma, a semicolon or the end of the line."""

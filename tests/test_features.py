@@ -23,7 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tables import unit_rows, write_parts
 
-from retrieval_tip import errors
+from retrieval_tip import machine
 from retrieval_tip.backbones.base import Part, side_by_side, unit
 from retrieval_tip.data import images
 from retrieval_tip.data.encoding_cache import EncodingCache
@@ -166,7 +166,7 @@ def test_an_unreadable_image_is_named(photos, caplog):
 def test_too_large_requests_are_refused_before_memory_is_allocated(folder, monkeypatch):
     fake = Fake(identity=replace(IDENTITY, preprocess={"size": (100, 200)}))  # a view has 240 kB
     source = replace(source_of(folder), load=lambda _: pytest.fail("an image was read"))
-    monkeypatch.setattr(errors, "memory", lambda: 10_000_000)
+    monkeypatch.setattr(machine, "memory", lambda: 10_000_000)
     reader = Reader(fake)
     for views, batch_size, words in (
         (40, None, "40 views of 12 images"),

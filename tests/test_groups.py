@@ -98,7 +98,7 @@ def test_photos_beyond_the_limit_join_the_groups_of_a_sample(monkeypatch):
         )
         == [True] * 3
     )
-    monkeypatch.setattr("retrieval_tip.errors.memory", lambda: 1000)
+    monkeypatch.setattr("retrieval_tip.machine.memory", lambda: 1000)
     with pytest.raises(UsageError, match="memory"):
         group(features, 0.5)
     with pytest.raises(InputError, match=r"^features"):

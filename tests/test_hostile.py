@@ -39,10 +39,11 @@ from retrieval_tip.cli import main
 from retrieval_tip.data import images
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import open_items, open_source
-from retrieval_tip.errors import MAX_LINE, RetrievalTipError
+from retrieval_tip.errors import RetrievalTipError
 from retrieval_tip.index import changes
 from retrieval_tip.index.build import build_index
 from retrieval_tip.store.versions import Versions
+from retrieval_tip.wording import MAX_LINE
 
 D = 8
 CLASSES = ["cat", "dog", "owl"]

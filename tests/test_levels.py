@@ -25,9 +25,9 @@ from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.index import changes
 from retrieval_tip.index.build import build_index
 from retrieval_tip.index.places import at
+from retrieval_tip.levels import Levels
 from retrieval_tip.model import Index
 from retrieval_tip.server.guard import Limits
-from retrieval_tip.settings import Levels
 
 NAMES = ["lion", "leopard", "caracal", "wolf", "empty"]
 TABLE = "species,genus,family\nlion,Panthera,Felidae\nleopard,Panthera,Felidae\ncaracal,Caracal,Felidae\n"

@@ -35,7 +35,8 @@ from retrieval_tip.index import changes
 from retrieval_tip.index import places as stores
 from retrieval_tip.index.build import build_index
 from retrieval_tip.index.places import Changed
-from retrieval_tip.settings import Fitted, Settings
+from retrieval_tip.records import Fitted
+from retrieval_tip.settings import Settings
 from retrieval_tip.store.edits import Edits, NewKeys
 from retrieval_tip.store.labels import with_column
 

@@ -20,7 +20,7 @@ from PIL import Image
 from tables import unit_rows, write_table
 from wcwidth import wcswidth
 
-from retrieval_tip import cli, errors
+from retrieval_tip import cli, machine
 
 
 @pytest.fixture(scope="module")
@@ -236,7 +236,7 @@ def test_colour_is_used_only_in_terminals_without_no_color(world, capsys, monkey
 @pytest.mark.parametrize("active", [True, False])
 def test_install_commands_work_where_this_package_is_installed(active, monkeypatch):
     monkeypatch.setenv("PATH", PROGRAMS if active else "/usr/bin:/bin")
-    command = errors.install("heic")
+    command = machine.install("heic")
     assert command.startswith("pip install ") == active
     tried = ["bash", "-c", f"{command} --dry-run --no-index"]  # everything is installed here
     done = subprocess.run(tried, capture_output=True, text=True)
@@ -244,9 +244,9 @@ def test_install_commands_work_where_this_package_is_installed(active, monkeypat
 
 
 def test_install_commands_suit_uv_and_clones_on_the_path(monkeypatch):
-    monkeypatch.setattr(errors, "find_spec", lambda _: None)  # environments from uv have no pip
+    monkeypatch.setattr(machine, "find_spec", lambda _: None)  # environments from uv have no pip
     assert re.fullmatch(
-        rf"uv pip install 'pillow-heif>=[0-9.]+' --python {sys.executable}", errors.install("heic")
+        rf"uv pip install 'pillow-heif>=[0-9.]+' --python {sys.executable}", machine.install("heic")
     )
     monkeypatch.setattr("importlib.metadata.requires", Mock(side_effect=PackageNotFoundError))
-    assert f"install {shlex.quote(f'{ROOT}[heic]')} " in errors.install("heic")
+    assert f"install {shlex.quote(f'{ROOT}[heic]')} " in machine.install("heic")

@@ -14,7 +14,8 @@ import pytest
 
 from retrieval_tip.cli.options import FORMATS
 from retrieval_tip.cli.output import WIDE, write_table, write_tables
-from retrieval_tip.errors import InputError, json_line, one_line
+from retrieval_tip.errors import InputError
+from retrieval_tip.wording import json_line, one_line
 
 ESCAPES = "\x1b[2J\x07\x9b31m\u202e\u2066\u200f\u2028\r\n\t\x7f"
 """Two kinds of escape sequences, direction marks and line endings."""

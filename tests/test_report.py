@@ -25,7 +25,6 @@ from retrieval_tip.backbones.base import Identity
 from retrieval_tip.backbones.loading import load_backbone
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import open_source
-from retrieval_tip.errors import one_line, percent
 from retrieval_tip.evaluation.evaluate import Answers
 from retrieval_tip.fit import finetune
 from retrieval_tip.fit.closed_form import wilson
@@ -33,6 +32,7 @@ from retrieval_tip.model import Index
 from retrieval_tip.report import report
 from retrieval_tip.report.report import MISTAKES, write_report
 from retrieval_tip.settings import Recipe
+from retrieval_tip.wording import one_line, percent
 
 IMAGES = SHARED / "data/caltech101/101_ObjectCategories"
 ALIKE = ["chair", "crayfish", "crocodile", "crocodile_head", "lobster", "windsor_chair"]

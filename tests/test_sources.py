@@ -25,8 +25,9 @@ from retrieval_tip.data.sources import (
     open_source,
     read_item,
 )
-from retrieval_tip.errors import InputError, show
+from retrieval_tip.errors import InputError
 from retrieval_tip.model import Index
+from retrieval_tip.wording import show
 
 
 def write(path, text):

@@ -95,7 +95,7 @@ def test_a_large_pool_needs_limited_memory_and_uncertain_photos_come_first(monke
     points = unit(features - features.mean(axis=0))
     assert picks.covers.sum() == ((points @ points[picks.rows].T).max(axis=1) > 0).sum() - 30
     assert max(sizes) <= choice.BLOCK * choice.CROWD_PER_PICK * 30
-    monkeypatch.setattr("retrieval_tip.errors.memory", lambda: 1000)
+    monkeypatch.setattr("retrieval_tip.machine.memory", lambda: 1000)
     with pytest.raises(UsageError, match="memory"):
         suggest(features, 1)
 

@@ -29,7 +29,8 @@ from retrieval_tip.errors import InputError
 from retrieval_tip.evaluation import held_out
 from retrieval_tip.fit.visible import without_parts
 from retrieval_tip.index import places
-from retrieval_tip.settings import Ask, Fitted
+from retrieval_tip.records import Fitted
+from retrieval_tip.settings import Ask
 
 N, D, C, Q = 90, 12, 6, 9
 ALPHA, BETA, OFFSET = 1.7, 6.0, 0.05

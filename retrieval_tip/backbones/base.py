@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 import numpy as np
 
 from retrieval_tip.arrays import FloatArray
-from retrieval_tip.errors import BackboneError, InputError, UsageError, counted, warn_once
+from retrieval_tip.errors import BackboneError, InputError, UsageError, warn_once
 from retrieval_tip.settings import Precision, check_choice
+from retrieval_tip.wording import counted
 
 if TYPE_CHECKING:
     import torch

@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from retrieval_tip.errors import BackboneError, UsageError, amount, first_line, install
+from retrieval_tip.errors import BackboneError, UsageError
+from retrieval_tip.machine import install
+from retrieval_tip.wording import amount, first_line
 
 log = logging.getLogger(__name__)
 

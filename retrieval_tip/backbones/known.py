@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from retrieval_tip.backbones.base import Identity, digest_of
-from retrieval_tip.errors import RetrievalTipError, first_line, show, version_of
+from retrieval_tip.errors import RetrievalTipError
 from retrieval_tip.files import cache_folder, make_folders, read_regular, replacing
+from retrieval_tip.machine import version_of
+from retrieval_tip.wording import first_line, show
 
 log = logging.getLogger(__name__)
 

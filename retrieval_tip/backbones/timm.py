@@ -9,7 +9,8 @@ from retrieval_tip.backbones.base import Identity, digest_of
 from retrieval_tip.backbones.catalogue import downloaded, opening, similar
 from retrieval_tip.backbones.known import Files
 from retrieval_tip.backbones.torch_backbone import Opened
-from retrieval_tip.errors import BackboneError, UsageError, first_line
+from retrieval_tip.errors import BackboneError, UsageError
+from retrieval_tip.wording import first_line
 
 if TYPE_CHECKING:
     import torch

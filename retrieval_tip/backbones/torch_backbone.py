@@ -18,8 +18,9 @@ from retrieval_tip.arrays import FloatArray
 from retrieval_tip.backbones import tower
 from retrieval_tip.backbones.base import Identity, present, same_backbone, spelled, view_size
 from retrieval_tip.backbones.known import Files, Known
-from retrieval_tip.errors import BackboneError, UsageError, command_line
+from retrieval_tip.errors import BackboneError, UsageError
 from retrieval_tip.settings import Precision
+from retrieval_tip.wording import command_line
 
 if TYPE_CHECKING:
     import torch

@@ -27,8 +27,10 @@ import numpy as np
 from retrieval_tip.arrays import FloatArray
 from retrieval_tip.backbones.base import Identity, Preprocess, unit, view_size
 from retrieval_tip.backbones.catalogue import quiet
-from retrieval_tip.errors import BackboneError, UsageError, first_line, install
+from retrieval_tip.errors import BackboneError, UsageError
 from retrieval_tip.files import cache_folder, make_folders, sha256_of, temporary
+from retrieval_tip.machine import install
+from retrieval_tip.wording import first_line
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence

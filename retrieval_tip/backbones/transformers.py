@@ -12,7 +12,8 @@ from retrieval_tip.backbones import catalogue
 from retrieval_tip.backbones.base import Identity, Preprocess, digest_of
 from retrieval_tip.backbones.known import Files
 from retrieval_tip.backbones.torch_backbone import Opened
-from retrieval_tip.errors import BackboneError, UsageError, install
+from retrieval_tip.errors import BackboneError, UsageError
+from retrieval_tip.machine import install
 
 if TYPE_CHECKING:
     import torch

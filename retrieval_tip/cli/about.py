@@ -17,7 +17,8 @@ from retrieval_tip.cli.kinds import Place
 from retrieval_tip.cli.messages import FAILED, about, finish, print_result, quiet, say, warn
 from retrieval_tip.cli.opening import reader_for, reader_of, source_of
 from retrieval_tip.cli.options import OutputOptions, SourceOptions, ViewOptions
-from retrieval_tip.errors import Skipped, UsageError, amount, counted, few, show
+from retrieval_tip.errors import Skipped, UsageError
+from retrieval_tip.wording import amount, counted, few, show
 
 if TYPE_CHECKING:
     from retrieval_tip.data.sources import Source

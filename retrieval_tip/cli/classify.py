@@ -19,8 +19,9 @@ from retrieval_tip.cli.kinds import Place
 from retrieval_tip.cli.messages import finish, note, say
 from retrieval_tip.cli.opening import index_with, inputs_of, reader_for
 from retrieval_tip.cli.options import OutputOptions
-from retrieval_tip.errors import InputError, Skipped, UsageError, counted, show
+from retrieval_tip.errors import InputError, Skipped, UsageError
 from retrieval_tip.settings import Ask
+from retrieval_tip.wording import counted, show
 
 if TYPE_CHECKING:
     from zoneinfo import ZoneInfo

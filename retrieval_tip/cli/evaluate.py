@@ -15,8 +15,8 @@ from retrieval_tip.cli.kinds import Place
 from retrieval_tip.cli.messages import finish, note, print_result
 from retrieval_tip.cli.opening import index_with, reader_for, source_of
 from retrieval_tip.cli.options import OpeningOptions, SourceOptions
-from retrieval_tip.errors import command_line, counted, few, json_line, percent, show
 from retrieval_tip.settings import Ask
+from retrieval_tip.wording import command_line, counted, few, json_line, percent, show
 
 if TYPE_CHECKING:
     from retrieval_tip.evaluation.evaluate import Evaluation

@@ -23,7 +23,8 @@ from typing import Any, NamedTuple
 
 import click
 
-from retrieval_tip.errors import RetrievalTipError, UsageError, message
+from retrieval_tip.errors import RetrievalTipError, UsageError
+from retrieval_tip.wording import message
 
 COLUMN = 24
 """Maximum width of the column of option names. The help of a longer name starts on the next line."""

@@ -16,9 +16,10 @@ from retrieval_tip.cli.kinds import Place
 from retrieval_tip.cli.messages import about, finish, note, print_result, quiet, say, say_fit, warn
 from retrieval_tip.cli.opening import backbone_for, reader_for, source_of, store_of
 from retrieval_tip.cli.options import BackboneOptions, OutputOptions, SourceOptions, ViewOptions
-from retrieval_tip.errors import UsageError, command_line, counted, few, show
+from retrieval_tip.errors import UsageError
 from retrieval_tip.settings import Ask, BuildOptions, Dtype, Precision
 from retrieval_tip.store.address import FORMS, KIND
+from retrieval_tip.wording import command_line, counted, few, show
 
 if TYPE_CHECKING:
     from retrieval_tip.index.places import Changed

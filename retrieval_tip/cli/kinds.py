@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from retrieval_tip.data.remote import is_remote
-from retrieval_tip.errors import MANY, MOST, command_line
+from retrieval_tip.errors import MANY, MOST
 from retrieval_tip.files import check_out
 from retrieval_tip.store.address import KIND, METAVAR, parse
+from retrieval_tip.wording import command_line
 
 if TYPE_CHECKING:
     from zoneinfo import ZoneInfo

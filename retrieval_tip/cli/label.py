@@ -11,7 +11,8 @@ from retrieval_tip.cli.kinds import Place
 from retrieval_tip.cli.messages import about, finish, note, say
 from retrieval_tip.cli.opening import index_with, inputs_of, reader_for
 from retrieval_tip.cli.options import EncodingOptions, OutputOptions
-from retrieval_tip.errors import UsageError, counted, show
+from retrieval_tip.errors import UsageError
+from retrieval_tip.wording import counted, show
 
 if TYPE_CHECKING:
     from retrieval_tip.labelling.placing import Action

@@ -8,7 +8,8 @@ from typing import Any
 
 import click
 
-from retrieval_tip.errors import Skipped, counted, json_line, message, one_line, show
+from retrieval_tip.errors import Skipped
+from retrieval_tip.wording import counted, json_line, message, one_line, show
 
 FAILED, SOME_SKIPPED = 1, 3
 

@@ -18,8 +18,9 @@ from retrieval_tip.cli.options import (
     OpeningOptions,
     SourceOptions,
 )
-from retrieval_tip.errors import InputError, UsageError, counted, few
+from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.settings import Ask
+from retrieval_tip.wording import counted, few
 
 if TYPE_CHECKING:
     from retrieval_tip.backbones.base import Backbone, Identity

@@ -16,17 +16,10 @@ import pyarrow as pa
 from wcwidth import wcswidth
 
 from retrieval_tip.data.writing import parquet_writer, row_groups_of
-from retrieval_tip.errors import (
-    InputError,
-    RetrievalTipError,
-    UsageError,
-    first_line,
-    json_line,
-    one_line,
-    show,
-)
+from retrieval_tip.errors import InputError, RetrievalTipError, UsageError
 from retrieval_tip.files import csv_of, replacing, sync, temporary
 from retrieval_tip.predictions import shown_probability
+from retrieval_tip.wording import first_line, json_line, one_line, show
 
 CHUNK = 1024
 WIDE = 200
@@ -51,7 +44,7 @@ def write_tables(
     ``predictions``, a table has lines below a row instead of nested columns, and CSV has probabilities with 4 digits
     and the classes of a ``set`` separated by ``|``, with a backslash before a ``|`` or backslash in a name.
 
-    Control characters are escaped (see :func:`errors.one_line`) in tables, in CSV on a terminal, and in JSON (where
+    Control characters are escaped (see :func:`wording.one_line`) in tables, in CSV on a terminal, and in JSON (where
     escaping does not change any value).
 
     Raises UsageError if Parquet would be written to a terminal. Raises InputError if the file cannot be written.

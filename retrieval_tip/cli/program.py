@@ -28,7 +28,8 @@ from retrieval_tip.cli.group import QUIET, VERBOSE, Group, in_one_line
 from retrieval_tip.cli.index import index
 from retrieval_tip.cli.label import find_command, sort_command, suggest
 from retrieval_tip.cli.serve import label_command, serve_command
-from retrieval_tip.errors import InputError, message
+from retrieval_tip.errors import InputError
+from retrieval_tip.wording import message
 
 
 class _Program(Group):

@@ -17,7 +17,8 @@ from retrieval_tip.cli.kinds import Place
 from retrieval_tip.cli.messages import note, say
 from retrieval_tip.cli.opening import inputs_of, reader_for, store_of
 from retrieval_tip.cli.options import BackboneOptions, EncodingOptions, OpeningOptions
-from retrieval_tip.errors import UsageError, counted, show
+from retrieval_tip.errors import UsageError
+from retrieval_tip.wording import counted, show
 
 
 @command()

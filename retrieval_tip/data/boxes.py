@@ -10,8 +10,9 @@ from typing import Any
 
 from retrieval_tip.data.images import Box
 from retrieval_tip.data.sources import Source, of_images
-from retrieval_tip.errors import InputError, Skipped, UsageError, few, show
+from retrieval_tip.errors import InputError, Skipped, UsageError
 from retrieval_tip.files import read_json
+from retrieval_tip.wording import few, show
 
 EMPTY = "empty"  # value of ``detected`` for a photo without boxes
 LARGEST = 1 << 28  # largest file, in bytes

@@ -17,7 +17,8 @@ import pyarrow as pa
 from retrieval_tip.data import remote, tables
 from retrieval_tip.data.boxes import EMPTY, PhotoBoxes
 from retrieval_tip.data.source import Source
-from retrieval_tip.errors import InputError, Skipped, counted, few, show
+from retrieval_tip.errors import InputError, Skipped
+from retrieval_tip.wording import counted, few, show
 
 log = logging.getLogger(__name__)
 

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from retrieval_tip.arrays import FloatArray
-from retrieval_tip.errors import InputError, UsageError, show
+from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.files import cache_folder, make_folders
+from retrieval_tip.wording import show
 
 log = logging.getLogger(__name__)
 

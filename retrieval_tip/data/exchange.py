@@ -13,8 +13,9 @@ from urllib.parse import quote, unquote
 
 from retrieval_tip.data import images, remote
 from retrieval_tip.data.source import Source, of_images
-from retrieval_tip.errors import InputError, Skipped, counted, few, show
+from retrieval_tip.errors import InputError, Skipped
 from retrieval_tip.files import read_json
+from retrieval_tip.wording import counted, few, show
 
 log = logging.getLogger(__name__)
 

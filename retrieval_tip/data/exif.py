@@ -14,7 +14,7 @@ from PIL import ExifTags, Image
 
 from retrieval_tip.data import images
 from retrieval_tip.data.source import read_item
-from retrieval_tip.errors import show
+from retrieval_tip.wording import show
 
 
 class Taken(NamedTuple):

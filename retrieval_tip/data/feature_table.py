@@ -29,8 +29,9 @@ from retrieval_tip.data.tables import (
     is_vector,
     reading,
 )
-from retrieval_tip.errors import BackboneError, InputError, message
+from retrieval_tip.errors import BackboneError, InputError
 from retrieval_tip.settings import Norms
+from retrieval_tip.wording import message
 
 NORM_TOLERANCE = 0.01
 MOST_KEPT = 1e9  # largest norm that ``norms="keep"`` accepts; the squared product of two features then fits float32

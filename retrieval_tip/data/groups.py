@@ -9,9 +9,10 @@ from collections.abc import Sequence
 import pyarrow.compute as pc
 
 from retrieval_tip.data.tables import InMemory, items_of, reading, texts
-from retrieval_tip.errors import InputError, counted, few, show, warn_once
+from retrieval_tip.errors import InputError, warn_once
 from retrieval_tip.files import map_regular
-from retrieval_tip.settings import Levels
+from retrieval_tip.levels import Levels
+from retrieval_tip.wording import counted, few, show
 
 MOST_GROUPED = 100_000  # classes of a table of groups, which every manifest has
 MOST_GROUPS = 1 << 24  # bytes of a table of groups

@@ -24,7 +24,8 @@ import numpy.typing as npt
 from PIL import Image, ImageOps
 
 from retrieval_tip.data.sources import Source, is_web, of_images, read_item, refusal
-from retrieval_tip.errors import InputError, UsageError, first_line
+from retrieval_tip.errors import InputError, UsageError
+from retrieval_tip.wording import first_line
 
 if TYPE_CHECKING:
     import torch

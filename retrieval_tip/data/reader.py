@@ -32,16 +32,10 @@ from retrieval_tip.backbones.torch_backbone import TorchBackbone
 from retrieval_tip.data import images, tables, writing
 from retrieval_tip.data.encoding_cache import EncodingCache
 from retrieval_tip.data.source import Source, spread
-from retrieval_tip.errors import (
-    InputError,
-    Skipped,
-    UsageError,
-    check_count,
-    check_memory,
-    counted,
-    show,
-)
+from retrieval_tip.errors import InputError, Skipped, UsageError, check_count
+from retrieval_tip.machine import check_memory
 from retrieval_tip.settings import Norms, check_choice
+from retrieval_tip.wording import counted, show
 
 if TYPE_CHECKING:
     import torch

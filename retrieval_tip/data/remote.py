@@ -12,7 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeGuard
 
-from retrieval_tip.errors import InputError, UsageError, first_line, install
+from retrieval_tip.errors import InputError, UsageError
+from retrieval_tip.machine import install
+from retrieval_tip.wording import first_line
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem

@@ -18,17 +18,10 @@ import pyarrow.compute as pc
 
 from retrieval_tip.arrays import IntArray
 from retrieval_tip.data import remote
-from retrieval_tip.errors import (
-    SHOWN,
-    InputError,
-    Skipped,
-    check_count,
-    check_memory,
-    counted,
-    few,
-    show,
-)
+from retrieval_tip.errors import InputError, Skipped, check_count
 from retrieval_tip.files import FOLDER, NotAFileError, open_regular
+from retrieval_tip.machine import check_memory
+from retrieval_tip.wording import SHOWN, counted, few, show
 
 if TYPE_CHECKING:
     from retrieval_tip.data.feature_table import FeatureTable

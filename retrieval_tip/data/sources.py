@@ -33,7 +33,9 @@ from retrieval_tip.data.tables import (
     renamed,
     texts,
 )
-from retrieval_tip.errors import InputError, counted, few, install, show
+from retrieval_tip.errors import InputError
+from retrieval_tip.machine import install
+from retrieval_tip.wording import counted, few, show
 
 log = logging.getLogger(__name__)
 

@@ -21,15 +21,9 @@ import pyarrow.parquet as pq
 
 from retrieval_tip.data import remote
 from retrieval_tip.data.source import check_lengths, refuse_rows
-from retrieval_tip.errors import (
-    InputError,
-    RetrievalTipError,
-    first_line,
-    message,
-    show,
-    warn_once,
-)
+from retrieval_tip.errors import InputError, RetrievalTipError, warn_once
 from retrieval_tip.files import map_regular
+from retrieval_tip.wording import first_line, message, show
 
 FEATURE = "feature"
 NAMES = {

@@ -16,8 +16,9 @@ import pyarrow.parquet as pq
 
 from retrieval_tip.backbones.base import Part
 from retrieval_tip.data.tables import IDENTITY_KEY
-from retrieval_tip.errors import InputError, UsageError, first_line, show
+from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.files import replacing
+from retrieval_tip.wording import first_line, show
 
 GROUP_ROWS = 1024  # smallest number of rows in a Parquet row group
 

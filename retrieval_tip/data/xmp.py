@@ -13,7 +13,8 @@ from xml.etree.ElementTree import Element, TreeBuilder
 from xml.parsers import expat
 from xml.sax.saxutils import escape, quoteattr
 
-from retrieval_tip.errors import InputError, one_line
+from retrieval_tip.errors import InputError
+from retrieval_tip.wording import one_line
 
 MOST_BYTES = 4 << 20
 """Maximum size of a document in bytes."""

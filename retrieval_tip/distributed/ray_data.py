@@ -40,15 +40,9 @@ from retrieval_tip.data.encoding_cache import EncodingCache
 from retrieval_tip.data.reader import Reader, encoded
 from retrieval_tip.data.sources import Source
 from retrieval_tip.data.tables import COMPLETE, RUN, open_parquet, part_files
-from retrieval_tip.errors import (
-    InputError,
-    RetrievalTipError,
-    Skipped,
-    UsageError,
-    first_line,
-    install,
-    show,
-)
+from retrieval_tip.errors import InputError, RetrievalTipError, Skipped, UsageError
+from retrieval_tip.machine import install
+from retrieval_tip.wording import first_line, show
 
 IMAGES, ROWS = 256, 16_384
 """Maximum size of a piece, in images or in rows of a feature table."""

@@ -12,10 +12,11 @@ import torch
 
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import Source, spelled_alike
-from retrieval_tip.errors import InputError, Skipped, counted, few, percent
+from retrieval_tip.errors import InputError, Skipped
 from retrieval_tip.evaluation.evaluate import Evaluation, answers_of, judge
 from retrieval_tip.evaluation.held_out import known_shots
 from retrieval_tip.model import Index
+from retrieval_tip.wording import counted, few, percent
 
 SIGNIFICANT = 0.05
 """Probability below which a difference is called significant."""

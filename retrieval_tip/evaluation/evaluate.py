@@ -21,8 +21,9 @@ from retrieval_tip.errors import InputError, Skipped, UsageError
 from retrieval_tip.evaluation.calibration import expected_calibration_error
 from retrieval_tip.evaluation.held_out import judged, known_shots
 from retrieval_tip.fit.confidence import wilson
+from retrieval_tip.levels import Levels
 from retrieval_tip.model import Index
-from retrieval_tip.settings import Ask, AskOptions, Levels, Settings
+from retrieval_tip.settings import Ask, AskOptions, Settings
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from retrieval_tip.answers import AnswerBlock
 from retrieval_tip.arrays import BoolArray, FloatArray, IntArray
 from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.sources import Source
-from retrieval_tip.errors import InputError, UsageError, counted
+from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.fit.confidence import wilson
 from retrieval_tip.fit.visible import without_parts
 from retrieval_tip.model import MOST_COPIED, Index
@@ -24,6 +24,7 @@ from retrieval_tip.predictions import Predictions
 from retrieval_tip.retrieval.inputs import Features
 from retrieval_tip.settings import Ask
 from retrieval_tip.store.labels import images_of
+from retrieval_tip.wording import counted
 
 log = logging.getLogger(__name__)
 

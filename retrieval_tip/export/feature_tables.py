@@ -14,9 +14,10 @@ from retrieval_tip.backbones.base import Part
 from retrieval_tip.data.feature_table import TABLE_ROWS
 from retrieval_tip.data.tables import FEATURE
 from retrieval_tip.data.writing import schema_of, table_of, write_table
-from retrieval_tip.errors import InputError, UsageError, show
+from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.files import real
 from retrieval_tip.model import Index
+from retrieval_tip.wording import show
 
 log = logging.getLogger(__name__)
 

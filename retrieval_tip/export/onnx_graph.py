@@ -36,9 +36,11 @@ from retrieval_tip.backbones.tower import (
 from retrieval_tip.data.reader import pixels_of
 from retrieval_tip.data.source import spread
 from retrieval_tip.data.sources import read_item
-from retrieval_tip.errors import InputError, UsageError, first_line, install, show
+from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.files import replacing
+from retrieval_tip.machine import install
 from retrieval_tip.model import Index
+from retrieval_tip.wording import first_line, show
 
 if TYPE_CHECKING:
     import onnx

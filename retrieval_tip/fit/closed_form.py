@@ -27,7 +27,7 @@ from retrieval_tip import tip
 from retrieval_tip.arrays import BoolArray, DoubleArray
 from retrieval_tip.backbones.base import equal_shares
 from retrieval_tip.data.source import spread
-from retrieval_tip.errors import InputError, UsageError, counted
+from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.fit.blend import Blend, HeldTerms
 from retrieval_tip.fit.confidence import is_clear, wilson
 from retrieval_tip.fit.folds import LEAST_JUDGED, Folds, Held, ranks_within, taken_keys
@@ -51,6 +51,7 @@ from retrieval_tip.retrieval.rows import ArrayRows
 from retrieval_tip.retrieval.vector_index import BY_CLASS
 from retrieval_tip.settings import ClassPrior, MetricName, Settings, ValuesName, check_choice
 from retrieval_tip.store.labels import PICKED, RANDOM
+from retrieval_tip.wording import counted
 
 FOLDS, MOST_FOLDS, FEW_KEYS = 4, 8, 1024
 """Number of folds to select a form, and to evaluate the selected form if there are at most this many keys."""

@@ -27,17 +27,19 @@ from retrieval_tip import tip
 from retrieval_tip.arrays import FloatArray, IntArray
 from retrieval_tip.data.reader import Reader, view_names
 from retrieval_tip.data.sources import Source, is_there, open_source
-from retrieval_tip.errors import InputError, check_memory, show
+from retrieval_tip.errors import InputError
 from retrieval_tip.files import make_folders
 from retrieval_tip.fit import closed_form, search_hp
 from retrieval_tip.fit.folds import Folds
 from retrieval_tip.fit.forms import like
 from retrieval_tip.fit.visible import Queries
+from retrieval_tip.machine import check_memory
 from retrieval_tip.model import Index
 from retrieval_tip.retrieval.logits import slices
 from retrieval_tip.retrieval.rows import ArrayRows
 from retrieval_tip.settings import Recipe
 from retrieval_tip.store.files import check_name
+from retrieval_tip.wording import show
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,8 @@ from typing import ClassVar
 from retrieval_tip import tip
 from retrieval_tip.errors import InputError
 from retrieval_tip.fit.scatter import SMALLEST_EIGENVALUE, FewScatter, Scatter
-from retrieval_tip.settings import ClassPrior, Fitted, ValuesName
+from retrieval_tip.records import Fitted
+from retrieval_tip.settings import ClassPrior, ValuesName
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from retrieval_tip.backbones.prompts import DEFAULT_TEMPLATES, check_templates
 from retrieval_tip.data.groups import read_groups
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import Source, open_source
-from retrieval_tip.errors import SHOWN, UsageError, counted, few
+from retrieval_tip.errors import UsageError
 from retrieval_tip.fit.closed_form import FitRequest
 from retrieval_tip.fit.scatter import pooled
 from retrieval_tip.index import places
@@ -36,6 +36,7 @@ from retrieval_tip.index.places import Place
 from retrieval_tip.model import Index
 from retrieval_tip.settings import BuildOptions
 from retrieval_tip.store.sums import Sums
+from retrieval_tip.wording import SHOWN, counted, few
 
 log = logging.getLogger(__name__)
 

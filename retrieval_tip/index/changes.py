@@ -24,7 +24,7 @@ from retrieval_tip.data.groups import read_groups
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import Source, spelled_alike
 from retrieval_tip.data.tables import items_of, reading, texts
-from retrieval_tip.errors import InputError, StoreError, UsageError, check_count, counted, few, show
+from retrieval_tip.errors import InputError, StoreError, UsageError, check_count
 from retrieval_tip.fit import closed_form
 from retrieval_tip.fit.closed_form import FitRequest
 from retrieval_tip.index import places
@@ -46,6 +46,7 @@ from retrieval_tip.store.labels import PICKED, in_words
 from retrieval_tip.store.manifest import Manifest
 from retrieval_tip.store.query import rows_where
 from retrieval_tip.store.versions import made_now
+from retrieval_tip.wording import counted, few, show
 
 GROWN, REFITTED, DUE = 1.125, 4096, 2.0
 """Factor of growth after which a change fits the index again, and maximum number of keys for this.

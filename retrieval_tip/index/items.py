@@ -20,10 +20,12 @@ from retrieval_tip.backbones.prompts import mean_by_class
 from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.source import few_shot
 from retrieval_tip.data.sources import Source, check_exists, open_source, spelled_alike
-from retrieval_tip.errors import SHOWN, InputError, UsageError, command_line, counted, few
+from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.fit import closed_form
 from retrieval_tip.fit.closed_form import FitRequest
+from retrieval_tip.levels import Levels
 from retrieval_tip.model import Index
+from retrieval_tip.records import Built
 from retrieval_tip.retrieval import inputs
 from retrieval_tip.retrieval.defaults import Statistics, default_settings
 from retrieval_tip.retrieval.duplicates import Duplicates, describe_duplicates, duplicates
@@ -33,16 +35,15 @@ from retrieval_tip.retrieval.vector_index import BY_CLASS, FLAT_FACTORY
 from retrieval_tip.settings import (
     OVERRIDES,
     BuildOptions,
-    Built,
     Dtype,
     FitName,
-    Levels,
     Norms,
     Settings,
     check_choice,
 )
 from retrieval_tip.store.labels import LABEL_SCHEMA, label_table, shots_after
 from retrieval_tip.store.versions import Versions, Writer
+from retrieval_tip.wording import SHOWN, command_line, counted, few
 
 log = logging.getLogger(__name__)
 

@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from retrieval_tip.errors import InputError, StoreError, show
+from retrieval_tip.errors import InputError, StoreError
 from retrieval_tip.files import real, remove_leftovers, sync, temporary
 from retrieval_tip.index import changes, places
 from retrieval_tip.index.photos import holds_photos, remove_unused
 from retrieval_tip.store.files import locked
+from retrieval_tip.wording import show
 
 
 def rename(folder: places.Place, name: str) -> Path:

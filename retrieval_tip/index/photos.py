@@ -20,11 +20,12 @@ import pyarrow.compute as pc
 
 from retrieval_tip.data import images
 from retrieval_tip.data.remote import absolute
-from retrieval_tip.errors import StoreError, command_line, show
+from retrieval_tip.errors import StoreError
 from retrieval_tip.files import locked_folder, make_folders, real, remove_leftovers, sha256_of
 from retrieval_tip.index import places
 from retrieval_tip.index.places import Place, Store
 from retrieval_tip.store import files
+from retrieval_tip.wording import command_line, show
 
 log = logging.getLogger(__name__)
 

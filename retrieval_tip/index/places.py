@@ -12,12 +12,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from retrieval_tip.errors import InputError, StoreError, show
+from retrieval_tip.errors import InputError, StoreError
 from retrieval_tip.settings import Dtype, Verify
 from retrieval_tip.store.address import SCHEMES, parse
 from retrieval_tip.store.labels import LabelChanges
 from retrieval_tip.store.manifest import Manifest
 from retrieval_tip.store.versions import Check, ConflictError, Versions, changed_meanwhile
+from retrieval_tip.wording import show
 
 if TYPE_CHECKING:  # importing torch takes a second, and manifests do not need it
     from retrieval_tip.fit.closed_form import FormChoice

@@ -16,8 +16,8 @@ from retrieval_tip.arrays import IntArray
 from retrieval_tip.data.exif import UNKNOWN, ExifRecorder
 from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.sources import Source
-from retrieval_tip.errors import check_memory
 from retrieval_tip.labelling.pool import Pool
+from retrieval_tip.machine import check_memory
 from retrieval_tip.model import Index
 from retrieval_tip.predictions import Predictions
 from retrieval_tip.settings import Ask

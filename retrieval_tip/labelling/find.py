@@ -15,11 +15,12 @@ from retrieval_tip.backbones.prompts import DEFAULT_TEMPLATES
 from retrieval_tip.data import images
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import Source, of_images
-from retrieval_tip.errors import InputError, UsageError, check_count, show
+from retrieval_tip.errors import InputError, UsageError, check_count
 from retrieval_tip.labelling.pool import MOST_PHOTOS, Pool
 from retrieval_tip.labelling.suggest import points_of
 from retrieval_tip.model import Index
 from retrieval_tip.retrieval.duplicates import Duplicates, duplicates
+from retrieval_tip.wording import show
 
 FOUND = pa.schema({"rank": pa.int64(), "input": pa.string(), "similarity": pa.float64()})
 """The columns of search results."""

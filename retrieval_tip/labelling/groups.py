@@ -19,10 +19,11 @@ import torch
 
 from retrieval_tip import tip
 from retrieval_tip.arrays import FloatArray, IntArray
-from retrieval_tip.errors import UsageError, check_memory
+from retrieval_tip.errors import UsageError
 from retrieval_tip.evaluation.held_out import classified
 from retrieval_tip.labelling.pool import MOST_KEYS, Pool
 from retrieval_tip.labelling.suggest import points_of
+from retrieval_tip.machine import check_memory
 from retrieval_tip.model import Index
 from retrieval_tip.predictions import PREDICTIONS, Predictions
 from retrieval_tip.retrieval import inputs

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from retrieval_tip.errors import InputError, StoreError, show
+from retrieval_tip.errors import InputError, StoreError
 from retrieval_tip.files import (
     cache_folder,
     lock,
@@ -26,6 +26,7 @@ from retrieval_tip.files import (
 )
 from retrieval_tip.index.photos import DROPPED
 from retrieval_tip.index.places import Store
+from retrieval_tip.wording import show
 
 MOST_BYTES = 1 << 28
 """Maximum size of a journal in bytes."""

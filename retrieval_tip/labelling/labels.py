@@ -19,15 +19,17 @@ from retrieval_tip.arrays import FloatArray
 from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.remote import absolute
 from retrieval_tip.data.sources import Source, of_images, read_item
-from retrieval_tip.errors import InputError, check_memory, show
+from retrieval_tip.errors import InputError
 from retrieval_tip.index import places
 from retrieval_tip.index.build import build_index
 from retrieval_tip.index.changes import PhotoLabel
 from retrieval_tip.labelling.queue import Picked
+from retrieval_tip.machine import check_memory
 from retrieval_tip.model import Index
 from retrieval_tip.predictions import Predictions
 from retrieval_tip.settings import Ask
 from retrieval_tip.store.labels import PICKED
+from retrieval_tip.wording import show
 
 EARLIER = 1 << 30
 """Number of the first photo of earlier sessions."""

@@ -24,7 +24,8 @@ from typing import Literal, get_args
 
 from retrieval_tip import files
 from retrieval_tip.data.sources import read_item
-from retrieval_tip.errors import InputError, show
+from retrieval_tip.errors import InputError
+from retrieval_tip.wording import show
 
 Action = Literal["copy", "link", "move"]
 

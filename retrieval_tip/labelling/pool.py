@@ -13,14 +13,16 @@ from retrieval_tip.arrays import FloatArray
 from retrieval_tip.backbones.base import Identity, same_backbone
 from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.sources import Source
-from retrieval_tip.errors import InputError, check_count, check_memory, counted
+from retrieval_tip.errors import InputError, check_count
 from retrieval_tip.evaluation.held_out import recognised
 from retrieval_tip.index.items import identity_of
 from retrieval_tip.labelling.smoothing import smooth
 from retrieval_tip.labelling.suggest import TRUST, suggest, uncertainty_of
+from retrieval_tip.machine import check_memory
 from retrieval_tip.model import Index
 from retrieval_tip.predictions import Predictions
 from retrieval_tip.settings import Ask
+from retrieval_tip.wording import counted
 
 MOST_PHOTOS = 100_000
 """Number of photos that are considered. If there are more, a random sample is drawn."""

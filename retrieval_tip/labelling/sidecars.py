@@ -23,7 +23,7 @@ from retrieval_tip.files import cache_folder, read_regular, real
 from retrieval_tip.labelling import placing
 from retrieval_tip.labelling.labels import NONE
 from retrieval_tip.labelling.sort import NO_MATCH, NOT_SURE, Sorted, class_folder, locked, skipping
-from retrieval_tip.settings import Levels
+from retrieval_tip.levels import Levels
 
 
 def write_sidecars(photos: Mapping[str, Keywords]) -> Sorted:

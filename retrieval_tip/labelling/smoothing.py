@@ -28,14 +28,15 @@ from torch.nn.functional import embedding_bag
 from retrieval_tip.arrays import FloatArray
 from retrieval_tip.data.reader import FeatureBlock
 from retrieval_tip.data.source import spread
-from retrieval_tip.errors import check_memory, counted
 from retrieval_tip.evaluation.held_out import SAME, HeldOutAnswers, photo_rows, probabilities_of
 from retrieval_tip.fit.visible import without_parts
 from retrieval_tip.labelling.suggest import BLOCK, points_of
+from retrieval_tip.machine import check_memory
 from retrieval_tip.model import Index
 from retrieval_tip.predictions import SIMILAR, lists
 from retrieval_tip.retrieval.logits import slices
 from retrieval_tip.settings import Ask
+from retrieval_tip.wording import counted
 
 NEAR, POWER, EXPECTED, SPREAD, TEXT = 5, 4, 0.6, 0.1, 3
 """The constants of the formulas. They were chosen on other photos than those of benchmarks/accuracy.md."""

@@ -19,7 +19,7 @@ import pyarrow as pa
 from retrieval_tip.data import images, remote
 from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.sources import Source, read_item
-from retrieval_tip.errors import InputError, Skipped, UsageError, counted, one_line, show
+from retrieval_tip.errors import InputError, Skipped, UsageError
 from retrieval_tip.evaluation.held_out import Threshold, held_out_probabilities, threshold_of
 from retrieval_tip.files import locked_folder, make_folders, real, remove_leftovers
 from retrieval_tip.labelling import placing
@@ -36,6 +36,7 @@ from retrieval_tip.labelling.smoothing import smooth as smoothed
 from retrieval_tip.model import Index
 from retrieval_tip.predictions import MORE_LIKELY_WRONG
 from retrieval_tip.settings import Ask, check_choice
+from retrieval_tip.wording import counted, one_line, show
 
 log = logging.getLogger(__name__)
 

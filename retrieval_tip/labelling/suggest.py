@@ -21,7 +21,8 @@ from torch.nn.functional import normalize
 
 from retrieval_tip import tip
 from retrieval_tip.arrays import DoubleArray, IntArray, KeyArray
-from retrieval_tip.errors import check_count, check_memory
+from retrieval_tip.errors import check_count
+from retrieval_tip.machine import check_memory
 from retrieval_tip.retrieval import inputs
 from retrieval_tip.retrieval.inputs import Features
 from retrieval_tip.retrieval.logits import slices

@@ -25,11 +25,13 @@ import pyarrow as pa
 
 from retrieval_tip.arrays import IntArray, KeyArray
 from retrieval_tip.data.writing import vectors
-from retrieval_tip.errors import RetrievalTipError, StoreError, UsageError, first_line, install
+from retrieval_tip.errors import RetrievalTipError, StoreError, UsageError
+from retrieval_tip.machine import install
 from retrieval_tip.store.address import Address, storage_options
 from retrieval_tip.store.files import check_process
 from retrieval_tip.store.labels import LABEL_SCHEMA
 from retrieval_tip.store.versions import changed_meanwhile
+from retrieval_tip.wording import first_line
 
 KeyArray = KeyArray  # as in :mod:`retrieval.inputs`, which imports torch
 

@@ -35,7 +35,7 @@ import pyarrow.parquet as pq
 
 from retrieval_tip.arrays import IntArray
 from retrieval_tip.data.writing import vectors
-from retrieval_tip.errors import InputError, StoreError, command_line
+from retrieval_tip.errors import InputError, StoreError
 from retrieval_tip.files import sha256_of, sync
 from retrieval_tip.index.places import Store
 from retrieval_tip.lance.key_table import CLASSES, FLAT, RESTORE, TABLE, VALUES, KeyTable
@@ -46,6 +46,7 @@ from retrieval_tip.store.files import OBJECT_BYTES, BucketFiles, LocalFiles
 from retrieval_tip.store.manifest import DataFile, Manifest, Table
 from retrieval_tip.store.sums import Sums
 from retrieval_tip.store.versions import Origin, Writer, changed_meanwhile
+from retrieval_tip.wording import command_line
 
 if TYPE_CHECKING:  # importing torch takes a second, and manifests do not need it
     from retrieval_tip.index.items import BuildInputs

@@ -19,7 +19,7 @@ from torch import Tensor
 from retrieval_tip import tip
 from retrieval_tip.arrays import IntArray, KeyArray
 from retrieval_tip.data.source import spread
-from retrieval_tip.errors import InputError, StoreError, UsageError, command_line
+from retrieval_tip.errors import InputError, StoreError, UsageError
 from retrieval_tip.lance.key_table import (
     CLASSES,
     FLAT,
@@ -48,6 +48,7 @@ from retrieval_tip.store.address import Address
 from retrieval_tip.store.labels import LABEL_SCHEMA
 from retrieval_tip.store.sums import LEAST, SumCheck, Sums
 from retrieval_tip.store.versions import Writer
+from retrieval_tip.wording import command_line
 
 MOST_TAKEN = 1 << 29
 """Maximum size in bytes of the keys that are copied from a table into memory."""

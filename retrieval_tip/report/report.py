@@ -25,16 +25,7 @@ from retrieval_tip.arrays import IntArray
 from retrieval_tip.data import images
 from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.sources import Source
-from retrieval_tip.errors import (
-    InputError,
-    UsageError,
-    command_line,
-    counted,
-    few,
-    one_line,
-    percent,
-    show,
-)
+from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.evaluation.audit import AUDITED, audit
 from retrieval_tip.evaluation.calibration import reliability
 from retrieval_tip.evaluation.evaluate import Answers, Evaluation, evaluate
@@ -47,6 +38,7 @@ from retrieval_tip.model import Index
 from retrieval_tip.predictions import Neighbour
 from retrieval_tip.settings import Ask
 from retrieval_tip.store.manifest import Manifest
+from retrieval_tip.wording import command_line, counted, few, one_line, percent, show
 
 if TYPE_CHECKING:
     from markupsafe import Markup

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from retrieval_tip.arrays import BoolArray, DoubleArray
-from retrieval_tip.errors import counted, few
 from retrieval_tip.settings import Settings
+from retrieval_tip.wording import counted, few
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,7 +14,8 @@ from torch import Tensor
 from retrieval_tip.arrays import FloatArray, IntArray, KeyArray
 from retrieval_tip.backbones.base import Part, side_by_side
 from retrieval_tip.data.feature_table import NORM_TOLERANCE
-from retrieval_tip.errors import InputError, few
+from retrieval_tip.errors import InputError
+from retrieval_tip.wording import few
 
 LONGEST_NAME = 1024
 """Maximum length of a new class name in characters."""

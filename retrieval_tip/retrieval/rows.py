@@ -17,7 +17,7 @@ from torch.nn import functional
 from retrieval_tip import tip
 from retrieval_tip.arrays import IntArray, KeyArray
 from retrieval_tip.data.source import spread
-from retrieval_tip.errors import InputError, first_line
+from retrieval_tip.errors import InputError
 from retrieval_tip.retrieval.defaults import Statistics, measure
 from retrieval_tip.retrieval.duplicates import Duplicates, duplicates
 from retrieval_tip.retrieval.inputs import KeysInPlace
@@ -28,6 +28,7 @@ from retrieval_tip.settings import Dtype
 from retrieval_tip.store.labels import labels_in, shots_after, with_column
 from retrieval_tip.store.sums import Sums
 from retrieval_tip.store.versions import Writer
+from retrieval_tip.wording import first_line
 
 FRESH_PAIRS = 1 << 26
 """Maximum number of affinities to compute when new keys are checked for duplicates."""

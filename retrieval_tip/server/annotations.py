@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from retrieval_tip.errors import InputError, StoreError, show
+from retrieval_tip.errors import InputError, StoreError
 from retrieval_tip.files import make_folders
 from retrieval_tip.index.places import Store
 from retrieval_tip.model import Index
+from retrieval_tip.wording import show
 
 COLUMN = "label_studio"
 """Optional column with the Label Studio project and annotation that made a shot, such as ``1/42``."""

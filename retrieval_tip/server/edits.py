@@ -14,7 +14,7 @@ from fastapi import APIRouter, Body, Query, Request
 from retrieval_tip.data.groups import not_in_index
 from retrieval_tip.data.remote import absolute
 from retrieval_tip.data.sources import spelled_alike
-from retrieval_tip.errors import InputError, command_line, show
+from retrieval_tip.errors import InputError
 from retrieval_tip.index import changes as index_changes
 from retrieval_tip.index import manage, photos
 from retrieval_tip.index.places import Changed, Place
@@ -32,6 +32,7 @@ from retrieval_tip.server.routes import Norms
 from retrieval_tip.server.served import Maker, Served
 from retrieval_tip.server.service import Service, backbone_of
 from retrieval_tip.server.uploads import read, read_form
+from retrieval_tip.wording import command_line, show
 
 changes = APIRouter(prefix="/v1", dependencies=CHANGES)
 

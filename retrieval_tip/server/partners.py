@@ -18,7 +18,7 @@ from fastapi import APIRouter
 from fastapi.responses import Response
 
 from retrieval_tip.data.exchange import choices_of
-from retrieval_tip.errors import InputError, counted, few, show, warn_once
+from retrieval_tip.errors import InputError, warn_once
 from retrieval_tip.index import changes
 from retrieval_tip.server.access import CHANGES, READS, Named, TheService
 from retrieval_tip.server.annotations import COLUMN, database, done, note
@@ -29,6 +29,7 @@ from retrieval_tip.server.served import Served
 from retrieval_tip.server.service import Service, backbone_of
 from retrieval_tip.server.uploads import Upload, of_data_url
 from retrieval_tip.settings import Ask
+from retrieval_tip.wording import counted, few, show
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,8 @@ from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
-from retrieval_tip.errors import InputError, RetrievalTipError, UsageError, one_line
+from retrieval_tip.errors import InputError, RetrievalTipError, UsageError
+from retrieval_tip.wording import one_line
 
 MEDIA = "application/problem+json"
 BUSY = 5

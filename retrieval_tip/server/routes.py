@@ -16,7 +16,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from retrieval_tip import __version__, settings
 from retrieval_tip.data.sources import read_item
-from retrieval_tip.errors import InputError, StoreError, command_line
+from retrieval_tip.errors import InputError, StoreError
 from retrieval_tip.evaluation.audit import AUDITED
 from retrieval_tip.evaluation.audit import audit as audited
 from retrieval_tip.evaluation.projection import Method, methods, projected
@@ -35,6 +35,7 @@ from retrieval_tip.server.service import Service, read_image
 from retrieval_tip.server.uploads import read
 from retrieval_tip.settings import Ask
 from retrieval_tip.store.labels import edits_between, in_words, rows_with
+from retrieval_tip.wording import command_line
 
 SUSPICIOUS = 1000
 """Maximum number of suspicious shots to keep."""

@@ -19,7 +19,7 @@ from retrieval_tip.arrays import FloatArray
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.remote import absolute
 from retrieval_tip.data.sources import Source, is_there
-from retrieval_tip.errors import InputError, RetrievalTipError, StoreError, counted, show
+from retrieval_tip.errors import InputError, RetrievalTipError, StoreError
 from retrieval_tip.index import changes, places
 from retrieval_tip.index.changes import PhotoLabel
 from retrieval_tip.labelling.dropped import dropped_in, keep
@@ -55,6 +55,7 @@ from retrieval_tip.server.problems import Problem
 from retrieval_tip.server.schemas import Row
 from retrieval_tip.server.served import OpenVersion, Served
 from retrieval_tip.server.service import Service
+from retrieval_tip.wording import counted, show
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from retrieval_tip.backbones.base import Backbone
 from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.sources import Source, of_features, of_images
-from retrieval_tip.errors import InputError, StoreError, show
+from retrieval_tip.errors import InputError, StoreError
 from retrieval_tip.files import replacing
 from retrieval_tip.index import changes, photos, places
 from retrieval_tip.index.build import build_index
@@ -23,6 +23,7 @@ from retrieval_tip.labelling.labels import Remembered
 from retrieval_tip.model import Index
 from retrieval_tip.server.annotations import COLUMN
 from retrieval_tip.server.uploads import Upload
+from retrieval_tip.wording import show
 
 
 def add(

@@ -26,13 +26,14 @@ from starlette.types import Message
 from retrieval_tip.arrays import FloatArray
 from retrieval_tip.data.exchange import LOCAL, below_document_root
 from retrieval_tip.data.feature_table import check_norms
-from retrieval_tip.errors import InputError, UsageError, show
+from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.files import read_regular, real
 from retrieval_tip.retrieval.inputs import matrix
 from retrieval_tip.server.guard import FLOATS, FORM, JSON, Limits, kind_of
 from retrieval_tip.server.problems import Problem
 from retrieval_tip.server.schemas import Features, Images, LabelledFeatures, Shots
 from retrieval_tip.settings import Norms
+from retrieval_tip.wording import show
 
 LONGEST_FIELD = 1 << 16
 """Maximum size of a text field, in bytes."""

@@ -14,8 +14,9 @@ import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
-from retrieval_tip.errors import StoreError, UsageError, one_line
+from retrieval_tip.errors import StoreError, UsageError
 from retrieval_tip.files import real
+from retrieval_tip.wording import one_line
 
 SCHEMES = ("lance", "s3", "gs")
 KIND, FORMS = "LanceDB store", "lance://PATH, s3://BUCKET/PATH, gs://BUCKET/PATH"

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from retrieval_tip.arrays import KeyArray
-from retrieval_tip.errors import StoreError, UsageError, first_line, install, one_line
+from retrieval_tip.errors import StoreError, UsageError
 from retrieval_tip.files import (
     NotAFileError,
     lock,
@@ -32,8 +32,10 @@ from retrieval_tip.files import (
     sync,
     temporary,
 )
+from retrieval_tip.machine import install
 from retrieval_tip.store.address import Address, set_credentials, storage_options
 from retrieval_tip.store.manifest import SUFFIXES, DataFile
+from retrieval_tip.wording import first_line, one_line
 
 if TYPE_CHECKING:
     from obstore import ObjectMeta

@@ -15,8 +15,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from retrieval_tip.arrays import IntArray
-from retrieval_tip.errors import InputError, StoreError, counted, few, first_line
+from retrieval_tip.errors import InputError, StoreError
 from retrieval_tip.store.manifest import DataFile, Manifest
+from retrieval_tip.wording import counted, few, first_line
 
 LABEL_SCHEMA = pa.schema(
     [

@@ -16,7 +16,9 @@ from typing import Any
 
 from retrieval_tip.backbones.base import Identity, Part, equal_shares, identity_of
 from retrieval_tip.errors import BackboneError, StoreError
-from retrieval_tip.settings import Built, Dtype, Fitted, Levels, Settings
+from retrieval_tip.levels import Levels
+from retrieval_tip.records import Built, Fitted
+from retrieval_tip.settings import Dtype, Settings
 
 FORMAT = "retrieval-tip index"
 FORMAT_VERSION = 11

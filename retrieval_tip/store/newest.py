@@ -11,9 +11,9 @@ import re
 from contextlib import suppress
 from typing import NamedTuple
 
-from retrieval_tip.errors import command_line
 from retrieval_tip.store.files import BucketFiles, LocalFiles
 from retrieval_tip.store.manifest import manifest_name
+from retrieval_tip.wording import command_line
 
 FOLDER = "newest"
 """Name of the folder of these files."""

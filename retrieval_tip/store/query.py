@@ -17,7 +17,8 @@ import numpy as np
 import pyarrow as pa
 
 from retrieval_tip.arrays import IntArray
-from retrieval_tip.errors import InputError, UsageError, first_line, one_line
+from retrieval_tip.errors import InputError, UsageError
+from retrieval_tip.wording import first_line, one_line
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection, Statement

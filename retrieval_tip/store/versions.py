@@ -41,7 +41,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from retrieval_tip.arrays import IntArray, KeyArray
-from retrieval_tip.errors import InputError, StoreError, UsageError, first_line, warn_once
+from retrieval_tip.errors import InputError, StoreError, UsageError, warn_once
 from retrieval_tip.files import TEMPORARY, real, remove_leftovers, sha256_of
 from retrieval_tip.settings import Verify, check_choice
 from retrieval_tip.store.files import (
@@ -65,6 +65,7 @@ from retrieval_tip.store.manifest import (
 from retrieval_tip.store.newest import FOLDER as NEWEST
 from retrieval_tip.store.newest import Newest
 from retrieval_tip.store.query import TIMEOUT, ask
+from retrieval_tip.wording import first_line
 
 T = TypeVar("T")
 Files = LocalFiles | BucketFiles
