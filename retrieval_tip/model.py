@@ -164,7 +164,8 @@ class Index:
         self.scores = scores
 
     def _on_device(self, rows: ArrayRows) -> ArrayRows:
-        points, values = rows.points, rows.values
+        points = rows.points
+        values = rows.values
         if self.metric is None:
             points = None
         elif points is None:
@@ -795,7 +796,8 @@ class Index:
     @classmethod
     def _opened(cls, store: Versions, check: Check, device: str) -> Self:
         check.wait()
-        place, manifest = store.folder, check.manifest
+        place = store.folder
+        manifest = check.manifest
         held = read(place, manifest)
         keys = held["keys"]
         values = held.get("values")

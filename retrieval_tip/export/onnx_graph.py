@@ -83,7 +83,8 @@ class Answer(torch.nn.Module):
 
     def __init__(self, index: Index, *, raw: bool = False, alone: bool = False) -> None:
         super().__init__()
-        settings, metric = index.settings, index.metric
+        settings = index.settings
+        metric = index.metric
         self.settings = settings
         self.n_classes = len(index.class_names)
         self.raw = raw

@@ -405,7 +405,8 @@ class Folds:
     @property
     def words(self) -> Tensor | None:
         """The scaled text weights in which each encoder has its share, or ``None`` if there are none."""
-        text, scale = self.text, self._scale
+        text = self.text
+        scale = self._scale
         text = text if text is None or scale is None else text * scale.square()
         return text if text is not None and text.any() else None
 

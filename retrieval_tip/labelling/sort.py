@@ -190,7 +190,8 @@ def _classified(
     for source, block in blocks:
         paths = source.paths
         for answers in index.answers([block], Ask(neighbours=0, logits=False)):
-            positions, digests = answers.block.positions, answers.block.digests
+            positions = answers.block.positions
+            digests = answers.block.digests
             own = source.items["source"].take(pa.array(positions)).to_pylist()
             names = own if paths is None else [paths[i] for i in positions]
             table = answers.predictions().written(["label", "probability", "no_match"])

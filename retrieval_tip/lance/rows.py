@@ -437,7 +437,8 @@ class TableRows(Rows):
                     raise InputError(
                         f"labels: column {name!r} is {kind}, but {known[name]} in the index; convert it"
                     )
-        sums, points = self.known, self.point_sums
+        sums = self.known
+        points = self.point_sums
         if gone is not None:
             self._changed.delete(gone.key_ids.tolist())
         if new is not None:
@@ -496,7 +497,8 @@ class TableRows(Rows):
         You can change the index type with ``factory`` and the dtype of the keys with ``dtype``. With a ``metric``, the
         table also contains the points. If you give the sums of the keys as ``known``, they are not recomputed.
         """
-        writer, table = self.writer, self.table
+        writer = self.writer
+        table = self.table
         assert writer is not None
         if writer.parent is not None:  # damaged rows must not get valid sums and digests
             writer.store.check(writer.parent)
@@ -573,7 +575,8 @@ class TableRows(Rows):
                         f"{place}: points do not match their keys; run index set --index auto"
                     )
                 of_points.count(points, ids)
-        known, moved = self.known, self.point_sums
+        known = self.known
+        moved = self.point_sums
         fit = of_keys.has(known.counts, known.sums)
         if not fit or (moved is not None and not of_points.has(moved.counts, moved.sums)):
             raise StoreError(f"{place}: keys do not match the sums of their classes; {RESTORE}")

@@ -329,7 +329,8 @@ class ArrayRows(Rows):
             ) from None
         rows = np.append(rows, np.arange(self.n, len(labels)))
         rows = rows[np.lexsort([labels[name].to_numpy()[rows] for name in ("key_id", "class_id")])]
-        values, points = self.values, self.points
+        values = self.values
+        points = self.points
         if values is not None and more.values is not None:
             values = torch.cat([values, more.values.to(values)])[rows]
         if points is not None and more.points is not None:
@@ -353,7 +354,8 @@ class ArrayRows(Rows):
         return replace(self, labels=with_column(self.labels, "label", column), pending=pending)
 
     def widened(self, n_classes: int) -> ArrayRows:
-        values, sums = self.values, self.sums
+        values = self.values
+        sums = self.sums
         if values is not None:
             values = functional.pad(values, (0, n_classes - values.shape[1]))
         pending = self._with_pending(lambda table: table.widened(n_classes))

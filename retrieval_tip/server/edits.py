@@ -88,7 +88,8 @@ async def rename(service: TheService, one: Named, change: schemas.Rename) -> sch
     If a class with the new name already exists, the two classes are merged. Otherwise, the new name is encoded if the
     server has the text encoder.
     """
-    index, backbone = one.now.index, one.now.backbone
+    index = one.now.index
+    backbone = one.now.backbone
     if (
         backbone is None
         or not backbone.has_text

@@ -79,7 +79,8 @@ async def groups(
 
     Each group lists the positions of its features in the request. The largest group comes first.
     """
-    index, limits = version.index, service.limits
+    index = version.index
+    limits = service.limits
     features = (await read(request, replace(limits, rows=limits.grouped), norms, index.d)).features
     if features is None:
         raise InputError(
