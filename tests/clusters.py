@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.random import default_rng
+from tables import unit
 
 C, D = 5, 16
-
-
-def unit(x):
-    return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
 
 def round_clusters(n, c, d, seed, spread=0.6):
@@ -18,7 +15,7 @@ def round_clusters(n, c, d, seed, spread=0.6):
     centres = default_rng(99).normal(size=(c, d))
     ids = np.arange(n) % c
     rows = centres[ids] + spread * generator.normal(size=(n, d)) * np.sqrt(d) / 2
-    return unit(rows).astype(np.float32), ids
+    return unit(rows), ids
 
 
 def clusters(shots, seed=0, spread=0.6, c=C, d=D):
@@ -28,10 +25,10 @@ def clusters(shots, seed=0, spread=0.6, c=C, d=D):
     wide = np.ones(d)
     wide[: d // 4] = 4
     features = np.repeat(means, shots, 0) + spread * draw.normal(size=(c * shots, d)) * wide
-    return unit(features).astype(np.float32), np.repeat(np.arange(c), shots)
+    return unit(features), np.repeat(np.arange(c), shots)
 
 
 def text_of(c=C, d=D, seed=99, noise=1.0):
     """Return text weights near the means of :func:`clusters`."""
     means = default_rng(seed).normal(size=(c, d))
-    return unit(means + noise * default_rng(3).normal(size=means.shape)).astype(np.float32)
+    return unit(means + noise * default_rng(3).normal(size=means.shape))

@@ -161,9 +161,9 @@ def test_without_a_network_the_error_names_models_that_work_offline(
         monkeypatch.setattr(
             huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{port.getsockname()[1]}"
         )
-        failed = run(*command)
-    failed(failed, 1, "ViT-B-32 (605 MB)", "--model ViT-B-32@datacomp_xl_s13b_b90k=FILE")
-    offline = re.search(r"or --model (\S+) \(on this machine\)", failed.stderr)
+        done = run(*command)
+    failed(done, 1, "ViT-B-32 (605 MB)", "--model ViT-B-32@datacomp_xl_s13b_b90k=FILE")
+    offline = re.search(r"or --model (\S+) \(on this machine\)", done.stderr)
     assert load_backbone(offline[1], device="cpu").dim == 1280
     cached = online / "models--timm--tf_efficientnet_lite0.in1k"
     (cached / "snapshots/abc").mkdir(parents=True)

@@ -400,9 +400,9 @@ def test_running_out_of_memory_prints_one_line(run, small, queries, monkeypatch,
         raise error
 
     monkeypatch.setattr(Index, "answers", fail)
-    failed = run("classify", small, queries)
-    assert (failed.exit_code, failed.stderr.count("\n")) == (1, 1)
-    assert failed.stderr.startswith(f"Error: {message}")
+    done = run("classify", small, queries)
+    assert (done.exit_code, done.stderr.count("\n")) == (1, 1)
+    assert done.stderr.startswith(f"Error: {message}")
 
 
 NUMBERS = [

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from clusters import C, D, clusters, text_of, unit
+from clusters import C, D, clusters, text_of
 from conftest import SOAK, failed, few, needs_real, ok, parts_of, tries
 from dense import affinity, cache_logits, discriminant, scatter, solved
 from hypothesis import given
@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from numpy.random import default_rng
 from numpy.testing import assert_allclose, assert_array_equal
 from sealing import manifest_of
-from tables import read_features, write_table
+from tables import read_features, unit, write_table
 
 from retrieval_tip import Index, tip
 from retrieval_tip.backbones.base import Identity, Part
@@ -179,7 +179,7 @@ def test_keys_of_any_norm_are_fitted(shots, norm):
 def test_the_scatter_matches_the_definition(seed, c, shots, shrinkage, d):
     draw = default_rng(seed)
     ids = np.sort(draw.integers(0, c, c * shots))
-    keys = unit(draw.normal(size=(len(ids), d))).astype(np.float32)
+    keys = unit(draw.normal(size=(len(ids), d)))
     found = Folds(keys, torch.from_numpy(ids), c, None, np.arange(len(ids))).scatter(
         torch.arange(len(ids))
     )
@@ -247,7 +247,7 @@ def test_the_order_of_the_rows_changes_no_answer(case, text, encoders):
         return tip.probabilities(index.logits(queries), index.settings.temperature).numpy()
 
     before = answers(np.arange(len(ids)))
-    few, many = (1, 20) if case == "sampled" else (4, 200)
+    few, many = (1, 20) if case == "sampled" else (2, 200)
     for seed in range(many if SOAK else few):
         assert_allclose(answers(default_rng(seed).permutation(len(ids))), before, atol=1e-4)
 
@@ -724,7 +724,7 @@ def test_the_metric_is_chosen_if_it_helps():
 
 def test_unhelpful_text_does_not_reduce_the_accuracy():
     keys, ids = clusters(12)
-    noise = unit(default_rng(8).normal(size=(C, D))).astype(np.float32)
+    noise = unit(default_rng(8).normal(size=(C, D)))
     cache = Index.from_features(keys, ids, [str(i) for i in range(C)], noise)
     cache, choice = closed_form.fit(cache)
     queries, truth = clusters(20, seed=7)
@@ -796,7 +796,7 @@ def test_an_estimate_that_rests_on_few_classes_or_photos_is_withheld_or_explaine
 
 def test_one_photo_per_class_outweighs_confident_but_wrong_text():
     keys, ids = clusters(1, spread=0.3)
-    noise = unit(default_rng(5).normal(size=(C, D))).astype(np.float32)
+    noise = unit(default_rng(5).normal(size=(C, D)))
     cache = Index.from_features(keys, ids, [str(i) for i in range(C)], noise)
     cache, _ = closed_form.fit(cache)
     queries, truth = clusters(20, seed=7, spread=0.3)
@@ -838,7 +838,7 @@ def test_photos_with_weak_cache_logits_have_no_match():
     cache = model(shots=16)
     cache, _ = closed_form.fit(cache)
     known, _ = clusters(40, seed=5)
-    unknown = unit(default_rng(11).normal(size=(200, D))).astype(np.float32)
+    unknown = unit(default_rng(11).normal(size=(200, D)))
     near = cache.classify(known, neighbours=0)
     far = cache.classify(unknown, neighbours=0)
     assert (

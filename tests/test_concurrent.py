@@ -41,7 +41,7 @@ from retrieval_tip.store.versions import Versions
 
 D, CLASSES = 8, 4
 NAMES = [f"class {i}" for i in range(CLASSES)]
-SECONDS = float(os.environ.get("RETRIEVAL_TIP_SECONDS", "8" if SOAK else "2"))
+SECONDS = float(os.environ.get("RETRIEVAL_TIP_SECONDS", "8" if SOAK else "1"))
 QUERIES = unit_rows(4, D, 99)
 
 pytestmark = [killing.needs_fork, pytest.mark.usefixtures("one_thread", "bucket")]
@@ -388,7 +388,7 @@ def test_random_edits_of_two_writers_in_a_bucket_are_all_there(server, index, tm
     place = made(tmp_path, "s3")
     changes.clone(index, place)
     labels = {row["key_id"]: row["label"] for row in stores.at(place).load().labels.to_pylist()}
-    common = {"work": "edit", "place": place, "edits": 200 if SOAK else 10}
+    common = {"work": "edit", "place": place, "edits": 200 if SOAK else 6}
     jobs = [common | {"number": number, "out": f"{tmp_path}/edit {number}"} for number in range(2)]
     server.start(*jobs)
     assert server.wait() == [0, 0]

@@ -264,15 +264,6 @@ def test_a_change_over_http_reads_no_version(seen, folder, http, edit):
     assert (shown["version"], shown["n"], shown["class_names"]) == (2, kept.n, kept.class_names)
 
 
-def test_a_photo_that_becomes_a_shot_is_decoded_once(seen, folder, http, photos):
-    (first, label), (second, _), *_ = photos.items()
-    files = [("images", (name, Path(name).read_bytes())) for name in (first, second)]
-    with seen.edit(folder):
-        answer = http.post("/keys", files=files, data={"label": label})
-        assert len(answer.json()["key_ids"]) == 2
-    assert len(seen.decoded) == 2
-
-
 def test_features_and_groups_need_no_temporary_file(folder, http, monkeypatch):
     index = Index.load(folder)
     monkeypatch.setattr(tempfile, "tempdir", str(folder / "missing"))

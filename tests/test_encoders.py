@@ -152,7 +152,7 @@ def alike(c=12):
     """Return one photo of each class, to an encoder and to another that finds the same classes alike."""
     one = unit_rows(c, 10, 7)
     turned = one @ np.linalg.qr(default_rng(5).normal(size=(10, 10)))[0]
-    return one, unit(turned + 0.1 * default_rng(6).normal(size=turned.shape)).astype(np.float32)
+    return one, unit(turned + 0.1 * default_rng(6).normal(size=turned.shape))
 
 
 def one_shot(*features):

@@ -145,9 +145,7 @@ def test_unknown_classes_of_real_photos_become_groups(things):
 
 def features_of(path):
     table = pq.read_table(SHARED / "data" / path)
-    return unit(np.stack(table["feature"].to_numpy())).astype(np.float32), np.array(
-        table["label"].to_pylist()
-    )
+    return unit(np.stack(table["feature"].to_numpy())), np.array(table["label"].to_pylist())
 
 
 @needs_real
@@ -193,7 +191,7 @@ def folder(tmp_path):
 
 def test_the_command_numbers_the_groups_largest_first(folder, run, tmp_path, monkeypatch):
     kinds = np.array([0, 5, 5, 9, 1, 5, 9, 12, 2])
-    rows = unit(4 * np.eye(16)[kinds] + unit_rows(9, 16, 1)).astype(np.float32)
+    rows = unit(4 * np.eye(16)[kinds] + unit_rows(9, 16, 1))
     rows[7] = unit(-rows[1:2] - rows[3:4])[0]  # unlike any other photo
     table = write_table(tmp_path / "new.parquet", rows)
     out = tmp_path / "answers.csv"
@@ -224,7 +222,7 @@ def test_the_command_numbers_the_groups_largest_first(folder, run, tmp_path, mon
 
 
 def test_photos_with_a_match_get_no_group(folder, run, tmp_path):
-    table = write_table(tmp_path / "new.parquet", unit(np.eye(16)[:3]).astype(np.float32))
+    table = write_table(tmp_path / "new.parquet", unit(np.eye(16)[:3]))
     done = run("classify", folder, table, "--group-no-match", "--format", "json")
     assert [json.loads(line)["group"] for line in done.stdout.splitlines()] == [None] * 3
     assert [

@@ -581,7 +581,7 @@ def test_a_changed_index_answers_like_a_fresh_build(kind, factory, dtype, reques
         "LivingIndex", (Living,), {"kind": kind, "factory": factory, "dtype": dtype, "kinds": kinds}
     )
     quick = settings(
-        max_examples=8 if SOAK else 4,
+        max_examples=8 if SOAK else 3,
         stateful_step_count=16,
         deadline=None,
         suppress_health_check=list(HealthCheck),

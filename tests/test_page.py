@@ -1470,7 +1470,9 @@ def test_photos_are_labelled_by_keyboard_and_the_rest_is_finished(labelling, poo
         assert "typed" in hows
         expect(page.locator("#label-progress")).to_contain_text("50 of 90 photos labelled.")
         all_saved(page)
-        wait_until(page, "!state.busy")
+        wait_until(
+            page, "!state.busy && state.encoded === state.photos"
+        )  # each photo that is read later changes the estimate
         page.reload()
         found = status(page)["progress"]["estimate"]
         least, most, wrong = (round(40 * (1 - found[name])) for name in ("high", "low", "accuracy"))

@@ -131,11 +131,11 @@ def test_an_actor_encodes_a_piece_and_reports_unreadable_photos(tmp_path, shared
         (paths, ["000000"] * 2),
         ([], []),
     ]
-    failed = {
+    unread = {
         part: [skipped.source for skipped in some]
         for part, some in PartsFolder(tmp_path / "out").failed().items()
     }
-    assert failed == {"000000": [str(tmp_path / "bad.jpg")], "000001": [gone]}
+    assert unread == {"000000": [str(tmp_path / "bad.jpg")], "000001": [gone]}
 
 
 @pytest.fixture(scope="module")

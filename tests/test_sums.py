@@ -6,12 +6,12 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from clusters import unit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.random import default_rng
 from numpy.testing import assert_allclose, assert_array_equal
 from sealing import npy, resealed
+from tables import unit
 
 from retrieval_tip import Index
 from retrieval_tip.errors import StoreError
@@ -133,9 +133,7 @@ def shots(n, seed):
     rng = default_rng(seed)
     ids = np.arange(n) % C
     means = default_rng(0).standard_normal((C, D))
-    return unit(means[ids] + 0.7 * rng.standard_normal((n, D))).astype(np.float32), [
-        NAMES[i] for i in ids
-    ]
+    return unit(means[ids] + 0.7 * rng.standard_normal((n, D))), [NAMES[i] for i in ids]
 
 
 def fitted(folder, n=600, dtype="float32"):
