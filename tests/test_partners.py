@@ -43,7 +43,7 @@ from retrieval_tip.server.guard import Limits
 from retrieval_tip.server.partners import interface_of
 from retrieval_tip.server.served import Backbones, Served, open_all
 from retrieval_tip.server.service import Service
-from retrieval_tip.server.uploads import Photos
+from retrieval_tip.server.uploads import LabelStudioPhotos
 from retrieval_tip.store.files import locked
 
 TOKEN = "open sesame"
@@ -715,7 +715,7 @@ def test_only_uploads_of_the_configured_label_studio_are_fetched(things, photos,
         ("", "k"),
     ):
         with pytest.raises(UsageError, match="LABEL_STUDIO_URL"):
-            Photos(None, 1, {"LABEL_STUDIO_URL": address, "LABEL_STUDIO_API_KEY": key})
+            LabelStudioPhotos(None, 1, {"LABEL_STUDIO_URL": address, "LABEL_STUDIO_API_KEY": key})
 
 
 def test_another_process_may_add_a_photo_while_it_is_fetched(own, teach, monkeypatch):
