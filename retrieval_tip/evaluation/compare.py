@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import torch
 
+from retrieval_tip.arrays import BoolArray
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import Source, spelled_alike
 from retrieval_tip.errors import InputError, Skipped
@@ -38,27 +40,51 @@ class Side:
     reader: Reader
 
 
+class Alone(NamedTuple):
+    """The numbers of photos on which only one of two sides is right."""
+
+    a: int
+    b: int
+
+    @classmethod
+    def of(cls, right_a: BoolArray, right_b: BoolArray) -> Alone:
+        """Count the photos. The arrays tell of each photo whether a side is right."""
+        return cls(int((right_a & ~right_b).sum()), int((right_b & ~right_a).sum()))
+
+    @property
+    def p_value(self) -> float:
+        """The two-sided p-value of McNemar's test."""
+        return mcnemar(self.a, self.b)
+
+    @property
+    def better(self) -> Literal["a", "b"] | None:
+        """The side that is significantly better."""
+        if self.p_value >= SIGNIFICANT:
+            return None
+        return "a" if self.a > self.b else "b"
+
+
 @dataclass(frozen=True)
 class Compared:
     """The answers of two sides, A and B, to the ``n`` photos that both could read.
 
     - ``names``: the names of A and B
     - ``evaluations``: their accuracies, or ``None`` if the photos have no labels
-    - ``alone``: the numbers of photos to which only A or only B gives the right answer
+    - ``alone``: the numbers of photos on which only A or only B is right
     - ``differences``: the photos with different answers, with the columns of :data:`DIFFERENCES`
     """
 
     names: tuple[str, str]
     n: int
     evaluations: tuple[Evaluation, Evaluation] | None
-    alone: tuple[int, int]
+    alone: Alone
     differences: pa.Table = field(compare=False)
     skipped: list[Skipped]
 
     @property
     def p_value(self) -> float | None:
         """The p-value of McNemar's test, or ``None`` if the photos have no labels."""
-        return None if self.evaluations is None else mcnemar(*self.alone)
+        return None if self.evaluations is None else self.alone.p_value
 
     def to_dict(self) -> dict[str, object]:
         """Return the figures and the differences that ``compare --json`` prints."""
@@ -93,8 +119,8 @@ class Compared:
         if len(self.differences):
             differ += f": only {a} is right on {only_a:,}, only {b} on {only_b:,}"
         verdict = "The difference is not significant"
-        if self.p_value < SIGNIFICANT:
-            better = a if only_a > only_b else b
+        if self.alone.better is not None:
+            better = {"a": a, "b": b}[self.alone.better]
             verdict = f"{better} is significantly better"
         p = "p < 0.001" if self.p_value < 0.001 else f"p = {self.p_value:.2g}"
         sentences = [f"{accuracy}. {differ}. {verdict} ({p}, McNemar's test)."]
@@ -169,12 +195,11 @@ def compare(a: Side, b: Side, source: Source) -> Compared:
         columns["label"] = [alike.get(labels[row], labels[row]) for row in rows[differ]]
         columns["right"] = winner[differ]
         evaluations = judge(a.index, first), judge(b.index, second)
-    only_a = int((first.right & ~second.right).sum())
-    only_b = int((second.right & ~first.right).sum())
+    alone = Alone.of(first.right, second.right)
     differences = pa.table(columns, schema=DIFFERENCES)
     skipped = list(dict.fromkeys([*a.reader.skipped, *b.reader.skipped]))
     names = (a.name, b.name)
-    return Compared(names, len(rows), evaluations, (only_a, only_b), differences, skipped)
+    return Compared(names, len(rows), evaluations, alone, differences, skipped)
 
 
 def mcnemar(only_a: int, only_b: int) -> float:

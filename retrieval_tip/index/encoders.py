@@ -12,11 +12,13 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.source import spread
 from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import InputError, Skipped, UsageError
-from retrieval_tip.evaluation.compare import SIGNIFICANT, mcnemar
+from retrieval_tip.evaluation.compare import Alone
 from retrieval_tip.evaluation.held_out import held_out_probabilities, photo_rows
 from retrieval_tip.index.build import build_index
 
@@ -136,10 +138,11 @@ def recommended(trials: Sequence[EncoderTrial]) -> EncoderTrial:
 
 def _worse(one: EncoderTrial, best: EncoderTrial) -> bool:
     """Return whether an encoder is significantly less accurate than the best one on the photos of both."""
-    both = [(one.right[at], best.right[at]) for at in one.right.keys() & best.right.keys()]
-    only = sum(a and not b for a, b in both)
-    other = sum(b and not a for a, b in both)
-    return other > only and mcnemar(only, other) < SIGNIFICANT
+    both = one.right.keys() & best.right.keys()
+    right, right_of_best = (
+        np.array([trial.right[at] for at in both], dtype=bool) for trial in (one, best)
+    )
+    return Alone.of(right, right_of_best).better == "b"
 
 
 def _speed(photos: Source, reader: Reader) -> float:
