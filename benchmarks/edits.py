@@ -30,6 +30,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -105,12 +107,15 @@ def hold(folder: Path) -> None:
     """Serve an index to edits that are named on standard input, and print the seconds that each takes."""
     from fastapi.testclient import TestClient
 
-    from retrieval_tip.server import session
     from retrieval_tip.server.app import create_app
     from retrieval_tip.server.guard import Limits
     from retrieval_tip.server.served import Backbones, Maker, open_all
     from retrieval_tip.server.service import Service
 
+    name = (
+        "session" if find_spec("retrieval_tip.server.session") else "labelling"
+    )  # before 2026-12-02
+    session = import_module(f"retrieval_tip.server.{name}")
     session.WAIT = 0.0  # else a label waits for others
     place, dim = folder / "index", json.loads((folder / "size.json").read_text())[1]
     backbone = Drawing(dim)
