@@ -58,6 +58,21 @@ folder_option = click.option(
     default=tempfile.gettempdir(),
     help="Folder for temporary files.",
 )
+
+
+def sizes_option(sizes: Sequence[tuple[int, int, int]]) -> Callable[[Any], Any]:
+    """Return the option ``--size`` for the parameter ``sizes``, whose default is given."""
+    return click.option(
+        "--size",
+        "sizes",
+        type=(int, int, int),
+        multiple=True,
+        default=sizes,
+        show_default=True,
+        help="Numbers of keys, dimensions and classes.",
+    )
+
+
 device_option = click.option(
     "--device", default="auto", show_default=True, help="Device to use: auto, cpu, cuda or cuda:N."
 )

@@ -40,7 +40,7 @@ import common
 import numpy as np
 import numpy.typing as npt
 import torch
-from common import SEED, against, clocked, machine, medians, record, show, take_turns
+from common import SEED, against, clocked, machine, medians, record, show, sizes_option, take_turns
 from made import Made
 from PIL import Image
 
@@ -232,15 +232,7 @@ def held(folder: Path) -> Iterator[Holder]:
 
 @against
 @click.command(help=__doc__)
-@click.option(
-    "--size",
-    "sizes",
-    type=(int, int, int),
-    multiple=True,
-    default=SIZES,
-    show_default=True,
-    help="Keys, values and classes of an index.",
-)
+@sizes_option(SIZES)
 @click.option(
     "--times", type=click.IntRange(min=1), default=10, show_default=True, help="Number of turns."
 )

@@ -22,7 +22,17 @@ import encoding
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-from common import SEED, SHARED, against, clocked, machine, markdown, medians, take_turns
+from common import (
+    SEED,
+    SHARED,
+    against,
+    clocked,
+    machine,
+    markdown,
+    medians,
+    sizes_option,
+    take_turns,
+)
 from made import Made, rows
 from throughput import Material, dense
 from torch import Tensor
@@ -255,15 +265,7 @@ SIZES = ((16_000, 1024, 1000), (1_000_000, 512, 1000))
 @against
 @click.command(help=__doc__)
 @click.option("--device", default="cuda", show_default=True)
-@click.option(
-    "--size",
-    "sizes",
-    type=(int, int, int),
-    multiple=True,
-    default=SIZES,
-    show_default=True,
-    help="Number of keys, dimensions and classes.",
-)
+@sizes_option(SIZES)
 @click.option("--queries", type=int, multiple=True, default=(1, 64, 50_000), show_default=True)
 @click.option(
     "--training",

@@ -14,14 +14,11 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+ROOT = Path(__file__).resolve().parent.parent
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 MARKS = (ast.expr_context, ast.operator, ast.unaryop, ast.boolop, ast.cmpop)
-CORE = ("backbones", "data", "store", "retrieval", "fit", "evaluation", "index")
-"""The folders that an engineer reads to hold the method in the head, together with the files above them."""
-FACES = ("classifier.py", "estimator.py", "__main__.py")
-"""The files above the folders that are not in the core. The import contract "the core" in pyproject.toml agrees."""
 FOREIGN = re.compile(
     r"\b(torch|openvino|faiss|duckdb|uvicorn|starlette|fastapi|ray|lancedb|obstore|timm|open_clip|transformers"
     r"|PIL|Image|np|pa|pq|pc|click|cloup|huggingface_hub)(\.\w+)*\._[a-z]\w*"
@@ -83,19 +80,39 @@ def words(paths: list[Path], pattern: str | re.Pattern[str]) -> int:
     return sum(len(re.findall(pattern, path.read_text(encoding="utf-8"))) for path in paths)
 
 
+def project_of(root: Path) -> dict[str, Any]:
+    """Return the section ``tool`` of pyproject.toml."""
+    tools: dict[str, Any] = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))[
+        "tool"
+    ]
+    return tools
+
+
+def module_of(path: Path, root: Path) -> str:
+    """Return the wing of a file, or the module of a file outside of the wings."""
+    name = path.relative_to(root).parts[1]
+    return f"retrieval_tip.{name.removesuffix('.py')}"
+
+
+def faces() -> set[str]:
+    """Return the modules and wings that the import contract "the core" keeps out of it, and ``__main__``."""
+    contracts = project_of(ROOT)["importlinter"]["contracts"]
+    core = next(contract for contract in contracts if contract["name"] == "the core")
+    return {*core["forbidden_modules"], "retrieval_tip.__main__"}
+
+
 def parts(root: Path) -> dict[str, Size]:
     """Return the size of each part that has a budget of nodes.
 
-    The wings of the package are its folders. ``top`` stands for the files outside of them.
+    The wings of the package are its folders. ``top`` stands for the files outside of them. ``core`` is what is none of
+    the :func:`faces`.
     """
     package = root / "retrieval_tip"
-    above = sorted(package.glob("*.py"))
     wings = sorted(folder for folder in package.iterdir() if (folder / "__init__.py").exists())
-    core = [path for path in above if path.name not in FACES]
-    for name in CORE:
-        core += sources(package / name)
+    outside = faces()
+    core = [path for path in sources(package) if module_of(path, root) not in outside]
     return {
-        "top": size(above),
+        "top": size(sorted(package.glob("*.py"))),
         **{wing.name: size(sources(wing)) for wing in wings},
         "core": size(core),
         "package": size(sources(package)),
@@ -125,8 +142,7 @@ def over(root: Path) -> list[str]:
 
     Every class has its own name.
     """
-    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
-    limits = project.get("tool", {}).get("retrieval-tip", {})
+    limits = project_of(root).get("retrieval-tip", {})
     budgets = limits.get("budget", {})
     densities = limits.get("density", {})
     faults = []
@@ -156,9 +172,7 @@ def over(root: Path) -> list[str]:
 def main() -> None:
     """Print the figures for a clone of the repository. With ``--check``, exit with 1 if something is above budget."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument(
-        "clone", nargs="?", type=Path, default=Path(__file__).resolve().parent.parent
-    )
+    parser.add_argument("clone", nargs="?", type=Path, default=ROOT)
     parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args()
     root = arguments.clone
