@@ -81,7 +81,7 @@ class AnswerBlock:
             shots = pa.nulls(len(ranked), pa.bool_())
         columns = {
             "input": pa.array(self.block.positions).cast(pa.string()),
-            "label": names.take(pa.array(ranked[:, 0].cpu().numpy())),
+            "label": labels[::m],
             "probability": chances[:, 0],
             "labels": lists(labels, m),
             "probabilities": lists(chances, m),

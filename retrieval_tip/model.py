@@ -488,10 +488,11 @@ class Index:
         used, places = np.unique(rows.clip(min=0), return_inverse=True)
         described = self.rows.described(used, ["key_id", "source", "label"]).to_pylist()
         places = places.reshape(rows.shape)
+        affinities = affinity.double().cpu().numpy()  # at once, because each copy from a GPU waits
         similar: list[list[SimilarShot]] = [[] for _ in rows]
         for query, rank in np.argwhere(rows >= 0):
             shot = described[places[query, rank]]
-            similar[query].append(SimilarShot(**shot, affinity=float(affinity[query, rank])))
+            similar[query].append(SimilarShot(**shot, affinity=float(affinities[query, rank])))
         return similar
 
     def ids_of(self, source: Source) -> IntArray:

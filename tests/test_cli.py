@@ -106,22 +106,15 @@ def copy_photos(shared, folder):
     return folder
 
 
+def building(photos, model):
+    return ("index build --fit none", photos, "--model", f"local-dir:{model}")
+
+
 def test_a_photo_is_only_encoded_by_the_backbone_of_the_index(run, shared, tmp_path):
     one = tiny(tmp_path / "one")
     other = tiny(tmp_path / "other", seed=1)
     photos = copy_photos(shared, tmp_path / "photos")
-    build = (
-        "index",
-        "build",
-        "--fit",
-        "none",
-        photos,
-        "--model",
-        f"local-dir:{one}",
-        "--out",
-        tmp_path / "i",
-    )
-    ok(*build)
+    ok(*building(photos, one), "--out", tmp_path / "i")
     image = next((photos / "panda").iterdir())
     ok("classify", tmp_path / "i", image)
     ok("encode", photos, "--model", f"local-dir:{other}", "--out", tmp_path / "t.parquet")
@@ -147,15 +140,7 @@ def test_unreadable_images_are_named_and_give_exit_status_3(run, shared, tmp_pat
     broken = next((photos / "panda").iterdir())
     broken.chmod(0o644)
     broken.write_bytes(broken.read_bytes()[:1000])
-    build = (
-        "index",
-        "build",
-        "--fit",
-        "none",
-        photos,
-        "--model",
-        f"local-dir:{tiny(tmp_path / 'model')}",
-    )
+    build = building(photos, tiny(tmp_path / "model"))
     strict = run(*build, "--strict", "--out", tmp_path / "i")
     assert (strict.exit_code, str(broken) in strict.stderr, (tmp_path / "i").exists()) == (
         1,

@@ -309,13 +309,7 @@ def test_photos_dropped_on_a_killed_server_are_there_with_their_labels(
     photos, shared, tmp_path, warm_path
 ):
     outside = sorted((tmp_path / "outside").iterdir())
-    given = (
-        tmp_path / "photos",
-        "--out",
-        tmp_path / "ix",
-        "--model",
-        LIT_MINI,
-    )
+    given = (tmp_path / "photos", "--out", tmp_path / "ix", "--model", LIT_MINI)
     again = {"path": warm_path, "command": "label", "port": None}
     with server(*given, **again) as (url, process):
         address, _, token = url.partition("/#token=")

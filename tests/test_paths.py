@@ -196,13 +196,7 @@ def test_a_session_whose_photos_are_all_damaged_says_so(shared, tmp_path, warm_p
     (tmp_path / "photos").mkdir()
     for name in ("a.jpg", "b.jpg"):
         (tmp_path / "photos" / name).write_bytes(b"no image")
-    given = (
-        tmp_path / "photos",
-        "--out",
-        tmp_path / "ix",
-        "--model",
-        LIT_MINI,
-    )
+    given = (tmp_path / "photos", "--out", tmp_path / "ix", "--model", LIT_MINI)
     with server(*given, path=warm_path, command="label") as (url, _):
         address, _, token = url.partition("/#token=")
         sent = urllib.request.Request(

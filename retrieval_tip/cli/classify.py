@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from retrieval_tip.data.reader import Reader
     from retrieval_tip.data.sources import Source
     from retrieval_tip.model import Index
-    from retrieval_tip.predictions import Abstain
+    from retrieval_tip.predictions import Abstain, Predictions
 
 DOCUMENTS = ("coco", "fiftyone", "label-studio")
 """Formats for other programs that list whole photos (see :data:`exchange.FORMATS`)."""
@@ -211,7 +211,7 @@ class RowOptions:
         if not any(map(len, sources)):  # all photos may be empty
             return
         if self.group_no_match:
-            yield _in_groups(index, sources, reader, ask, self.abstain).select(columns)
+            yield _in_groups(index, sources, reader, ask).written(columns, self.abstain)
         elif self.smooth:
             from retrieval_tip.labelling.pool import Pool
 
@@ -249,20 +249,16 @@ def _refuse_beside(mixing: str, others: Mapping[str, bool]) -> None:
             raise UsageError(f"{mixing}: mixes the answers to several photos; leave out {name}")
 
 
-def _in_groups(
-    index: Index, sources: Sequence[Source], reader: Reader, ask: Ask, abstain: Abstain
-) -> pa.Table:
+def _in_groups(index: Index, sources: Sequence[Source], reader: Reader, ask: Ask) -> Predictions:
     from retrieval_tip.labelling.groups import MOST, classify_in_groups
     from retrieval_tip.labelling.pool import Pool
-    from retrieval_tip.predictions import PREDICTIONS
 
     answers = classify_in_groups(index, Pool.of(sources, reader), ask)
-    table = answers.written(list(PREDICTIONS), abstain)
-    no_match = table["no_match"].to_pylist().count(True)
+    no_match = answers.to_arrow()["no_match"].to_pylist().count(True)
     if no_match > MOST:
         drawn = f"Grouped {MOST:,} of {no_match:,} images without a match, drawn at random"
         say(f"{drawn}; the others joined these groups")
-    return table
+    return answers
 
 
 def count_rows(tables: Iterable[pa.Table], counts: Counter[str]) -> Iterator[pa.Table]:

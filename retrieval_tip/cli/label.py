@@ -155,8 +155,10 @@ def sort_command(
         index = index_with(folder, encoding)
         with reader_for(index, sources, encoding) as reader:
             action: Action = "copy"
-            if link or move:
-                action = "link" if link else "move"
+            if link:
+                action = "link"
+            elif move:
+                action = "move"
             result = sort_photos(
                 index,
                 sources,

@@ -113,7 +113,7 @@ class Order(NamedTuple):
 
     @classmethod
     def unchanged(cls, ids: Tensor, c: int) -> Self:
-        """Return the order in which rows with these class ids are."""
+        """Return the order of rows with these class ids."""
         return cls(np.arange(len(ids)), np.arange(c))
 
 

@@ -125,7 +125,7 @@ class Visible:
 
     @property
     def ids(self) -> Tensor:
-        """The class ids of the keys, or ``c`` where there is no key."""
+        """The class ids of the keys, or ``c`` in an empty slot."""
         ids = self.index.class_ids[self.rows.clamp_min(0)]
         return ids.masked_fill(self.rows < 0, len(self.index.class_names))
 

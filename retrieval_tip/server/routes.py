@@ -350,9 +350,9 @@ async def label_status(labelling: TheLabelling) -> Row:
 
 @reads.get("/label/answers", response_model=Row)
 async def label_answers(service: TheService, labelling: TheLabelling) -> Response:
-    """Return the labels and answers of all ``photos`` that have been read. Until there are labels, there are none.
+    """Return the labels and answers of all ``photos`` that have been read.
 
-    ``groups`` lists the numbers of similar photos without a match.
+    Without labels, there are no answers. ``groups`` lists the numbers of similar photos without a match.
     """
     version = labelling.version()
     labels = labelling.labels()

@@ -128,7 +128,7 @@ StepName = Annotated[str, Field(min_length=1, max_length=100)]
 class SetLabels(BaseModel, extra="forbid"):
     """Labels to save, and photos to show again when all others are labelled.
 
-    ``step`` is a new name for this change, with which it can be undone. ``undo`` is the name of a step to undo.
+    ``step`` is a new name for this change. ``undo`` is the name of a step to undo.
     ``reviewed`` says that a person looked at the answers for these photos, instead of labelling the queue.
     """
 

@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 ROWS_AT_A_TIME = 256
 PIXELS = 4_000_000
-"""Number of pixels that count as one additional image in the queue. Larger images are decoded by themselves."""
+"""Number of pixels that count as one additional image in the queue. A larger image is decoded alone."""
 SLOW_AT_ONCE, SLOW_KEPT = 8, 32
 """Maximum numbers of slow results in progress, and of slow results in the cache.
 
