@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import stat
+import sys
 import time
 import uuid
 from collections.abc import Iterable, Iterator
@@ -19,7 +20,7 @@ from functools import cache
 from io import BufferedReader
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import IO, Any
 
 from retrieval_tip.errors import InputError
 from retrieval_tip.wording import one_line, show
@@ -179,6 +180,26 @@ def replacing(path: Path) -> Iterator[Path]:
             new.replace(place)
     except OSError as error:
         raise InputError(f"{show(path)}: cannot be written: {error.strerror or error}") from None
+
+
+@contextmanager
+def output(path: Path | None) -> Iterator[IO[bytes]]:
+    """Yield a file to write, or standard output. The file appears only once it is complete.
+
+    A device or a pipe is written directly. Raises InputError if the file cannot be written.
+    """
+    if path is None:
+        yield sys.stdout.buffer
+        sys.stdout.buffer.flush()
+        return
+    if path.exists() and not path.is_file() and not path.is_dir():  # never replace a device or pipe
+        with path.open("wb") as file:
+            yield file
+        return
+    with replacing(path) as new, new.open("wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
 
 
 @contextmanager

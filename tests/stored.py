@@ -11,8 +11,8 @@ from tables import write_table
 
 from retrieval_tip.data.sources import open_source
 from retrieval_tip.index import places as stores
+from retrieval_tip.plugins.lance.bucket import BucketFiles
 from retrieval_tip.store.address import Address
-from retrieval_tip.store.files import BucketFiles
 
 
 def made(tmp_path, kind, name="own"):

@@ -27,7 +27,7 @@ from retrieval_tip.fit import closed_form
 from retrieval_tip.index import changes
 from retrieval_tip.index import places as stores
 from retrieval_tip.index.changes import fit_index
-from retrieval_tip.lance import lance_store
+from retrieval_tip.plugins.lance import lance_store
 from retrieval_tip.retrieval import ridge
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("bucket", "one_thread")]

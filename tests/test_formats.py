@@ -19,15 +19,22 @@ from tables import tiny
 
 from retrieval_tip import Index
 from retrieval_tip.data import remote
-from retrieval_tip.data.exchange import coco, fiftyone, label_studio
+from retrieval_tip.data.boxes import PhotoBoxes
 from retrieval_tip.data.sources import open_items, open_source
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.evaluation.held_out import held_out_probabilities
 from retrieval_tip.fit import closed_form
+from retrieval_tip.plugins.exchange import Coco, FiftyOne, LabelStudio
+from retrieval_tip.writers import Answers
 
 COLUMNS = ("input", "label", "probability")
 NAMES = ["cat", "dög", "<b>", "owl", "a b"]
 STRANGE = ["cat", "dög", "a/b", " x", '"q"']
+
+
+def document(writer, answers, labels=()):
+    """Return what a writer writes."""
+    return writer.document(Answers(iter(answers), labels, None, (), PhotoBoxes()))
 
 
 @pytest.fixture
@@ -57,10 +64,14 @@ def classified(run, things, paths, style, *options):
 def test_classify_writes_every_format(run, things, shared, tmp_path):
     paths = [path for path, _ in caltech_photos(shared, "test", 3, 1)]
     names = Index.load(things).class_names
-    for style, convert in (("coco", coco), ("fiftyone", fiftyone), ("label-studio", label_studio)):
+    for style, writer in (
+        ("coco", Coco()),
+        ("fiftyone", FiftyOne()),
+        ("label-studio", LabelStudio()),
+    ):
         for options in ([], ["--abstain", 0.9999], ["--burst", 10]):
-            rows, document = classified(run, things, paths, style, *options)
-            assert document == json.loads(json.dumps(convert(rows, names)))
+            rows, made = classified(run, things, paths, style, *options)
+            assert made == json.loads(json.dumps(document(writer, rows, names)))
     out = tmp_path / "answers.json"
     ok("classify", things, *paths, "--format", "coco", "--out", out)
     assert open_source(out).paths == tuple(map(str, paths))
@@ -70,7 +81,7 @@ def test_classify_writes_every_format(run, things, shared, tmp_path):
 
 
 def test_written_coco_is_read_back(answers, tmp_path):
-    file = written(tmp_path, coco(answers, STRANGE))
+    file = written(tmp_path, document(Coco(), answers, STRANGE))
     source = open_source(file, root="s3://bucket")
     assert list(source.paths) == [answer["input"] for answer in answers[:4]]
     assert source.labels == [answer["label"] for answer in answers[:4]]
@@ -82,7 +93,7 @@ def test_written_coco_is_read_back(answers, tmp_path):
 
 def test_pycocotools_reads_coco(answers, tmp_path):
     pycocotools = pytest.importorskip("pycocotools.coco")
-    found = pycocotools.COCO(str(written(tmp_path, coco(answers, STRANGE))))
+    found = pycocotools.COCO(str(written(tmp_path, document(Coco(), answers, STRANGE))))
     assert [category["name"] for category in found.loadCats(found.getCatIds())] == STRANGE
     for label in STRANGE:
         images = found.loadImgs(found.getImgIds(catIds=found.getCatIds(catNms=[label])))
@@ -96,7 +107,8 @@ def test_pycocotools_reads_coco(answers, tmp_path):
 def test_fiftyone_reads_its_format(answers, tmp_path):
     importers = pytest.importorskip("fiftyone.utils.data.importers")
     file = written(
-        tmp_path, fiftyone([one for one in answers if "://" not in one["input"]], STRANGE)
+        tmp_path,
+        document(FiftyOne(), [one for one in answers if "://" not in one["input"]], STRANGE),
     )
     with importers.FiftyOneImageClassificationDatasetImporter(labels_path=str(file)) as importer:
         found = {path: label and (label.label, label.confidence) for path, _, label in importer}
@@ -111,7 +123,7 @@ CONFIG = """<View><Image name="image" value="$image"/><Choices name="label" toNa
 
 def test_label_studio_accepts_the_predictions(answers):
     interface = pytest.importorskip("label_studio_sdk.label_interface").LabelInterface(CONFIG)
-    for task, answer in zip(label_studio(answers, []), answers, strict=True):
+    for task, answer in zip(document(LabelStudio(), answers), answers, strict=True):
         assert interface.validate_task({"data": task["data"]})
         assert len(task["predictions"]) == (answer["label"] is not None)
         for prediction in task["predictions"]:
@@ -131,7 +143,7 @@ def exported(tasks):
 
 def test_labels_come_back_from_label_studio(answers, tmp_path, caplog):
     source = open_source(
-        written(tmp_path, exported(label_studio(answers, []))), root="s3://bucket/"
+        written(tmp_path, exported(document(LabelStudio(), answers))), root="s3://bucket/"
     )
     assert list(source.paths) == [answer["input"] for answer in answers[:4]]
     assert source.labels == [answer["label"] for answer in answers[:4]]

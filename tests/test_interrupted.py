@@ -33,12 +33,12 @@ from retrieval_tip.index import changes, manage
 from retrieval_tip.index import places as stores
 from retrieval_tip.index.build import build_index
 from retrieval_tip.index.changes import fit_index
-from retrieval_tip.lance import lance_store
-from retrieval_tip.lance.key_table import KeyTable
+from retrieval_tip.plugins.lance import lance_store
+from retrieval_tip.plugins.lance.bucket import BucketFiles, storage_options
+from retrieval_tip.plugins.lance.key_table import KeyTable
 from retrieval_tip.store import files as store_files
 from retrieval_tip.store import versions as store_versions
-from retrieval_tip.store.address import storage_options
-from retrieval_tip.store.files import BucketFiles, LocalFiles
+from retrieval_tip.store.files import LocalFiles
 
 pytestmark = [killing.needs_fork, pytest.mark.timeout(180)]
 

@@ -150,7 +150,7 @@ class Living(RuleBasedStateMachine):
     )
     def build(self, n, c, piece, fit):
         """A table is read in pieces of at most ``piece`` keys: all keys, some classes, or a part of a class."""
-        self.patches.setattr("retrieval_tip.lance.rows.PIECE", piece * 4 * D)
+        self.patches.setattr("retrieval_tip.plugins.lance.rows.PIECE", piece * 4 * D)
         names = self.new_names(c)
         vectors = self.vectors([names[i % c] for i in range(n)]).astype(self.dtype)
         text = self.vectors(names)

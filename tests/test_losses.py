@@ -27,11 +27,12 @@ from retrieval_tip.errors import RetrievalTipError, StoreError, warn_once
 from retrieval_tip.index import changes
 from retrieval_tip.index import places as stores
 from retrieval_tip.index.build import build_index
-from retrieval_tip.lance import lance_store
 from retrieval_tip.model import Index
+from retrieval_tip.plugins.lance import lance_store
+from retrieval_tip.plugins.lance.bucket import BucketFiles
 from retrieval_tip.store import versions as store_versions
 from retrieval_tip.store.edits import Edits
-from retrieval_tip.store.files import FAST_BYTES, BucketFiles
+from retrieval_tip.store.files import FAST_BYTES
 from retrieval_tip.store.newest import Newest
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("bucket", "one_thread")]

@@ -20,9 +20,10 @@ from hypothesis import strategies as st
 from stored import made
 
 from retrieval_tip.errors import StoreError, UsageError
+from retrieval_tip.plugins.lance.bucket import BucketFiles, storage_options
 from retrieval_tip.store import address as addresses
-from retrieval_tip.store.address import Address, parse, storage_options
-from retrieval_tip.store.files import BucketFiles, LocalFiles
+from retrieval_tip.store.address import Address, parse
+from retrieval_tip.store.files import LocalFiles
 from retrieval_tip.store.manifest import DataFile
 
 pytestmark = pytest.mark.timeout(60)

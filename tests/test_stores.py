@@ -41,11 +41,12 @@ from retrieval_tip.errors import InputError, StoreError, UsageError
 from retrieval_tip.index import changes
 from retrieval_tip.index import places as stores
 from retrieval_tip.index.build import build_index
-from retrieval_tip.lance import key_table, lance_store
-from retrieval_tip.lance import rows as lance_rows
+from retrieval_tip.plugins.lance import key_table, lance_store
+from retrieval_tip.plugins.lance import rows as lance_rows
+from retrieval_tip.plugins.lance.bucket import BucketFiles
 from retrieval_tip.settings import Settings
 from retrieval_tip.store import versions as store_versions
-from retrieval_tip.store.files import BucketFiles, LocalFiles
+from retrieval_tip.store.files import LocalFiles
 from retrieval_tip.store.labels import VERSIONS_SCHEMA
 from retrieval_tip.store.manifest import Table
 

@@ -20,10 +20,10 @@ from PIL import Image
 from referees import referee
 from serving import caltech_photos
 
-from retrieval_tip.data import xmp
-from retrieval_tip.data.xmp import Keywords, merged
 from retrieval_tip.errors import InputError
-from retrieval_tip.labelling.sidecars import undo_sidecars, write_sidecars
+from retrieval_tip.plugins.xmp import documents as xmp
+from retrieval_tip.plugins.xmp.documents import Keywords, merged
+from retrieval_tip.plugins.xmp.sidecars import undo_sidecars, write_sidecars
 
 RDF, DC = "{http://www.w3.org/1999/02/22-rdf-syntax-ns#}", "{http://purl.org/dc/elements/1.1/}"
 TIP, TREE = (
@@ -46,6 +46,11 @@ FULL = """\ufeff<?xml version='1.0' encoding='utf-8'?>
   </r:RDF>
 </x:xmpmeta>%s<?xpacket end='w'?>
 """.replace("%s", " " * 99 + "\n").encode()
+
+
+def count(written):
+    """Return the number of photos in what a writer says."""
+    return int(written.said.split()[-2])
 
 
 def values(data, name=f"{DC}subject"):
@@ -194,9 +199,9 @@ def test_the_sidecar_is_the_one_that_other_programs_would_read(tmp_path):
     before = state(tmp_path)
     result = write_sidecars(given_(tmp_path, own=["fox"], both=["fox"], alone=["fox"], raw=["fox"]))
     changed = {name for name, data in state(tmp_path).items() if data != before.get(name)}
-    assert (result.done, result.skipped) == (4, [])
+    assert (count(result), result.skipped) == (4, [])
     assert changed == {"own.jpg.xmp", "both.jpg.xmp", "alone.xmp", "raw.jpg.xmp"}
-    assert undo_sidecars(given_(tmp_path, own=[], both=[], alone=[], raw=[])).done == 4
+    assert count(undo_sidecars(given_(tmp_path, own=[], both=[], alone=[], raw=[]))) == 4
     assert state(tmp_path) == before
 
 
@@ -211,13 +216,13 @@ def test_undo_keeps_what_others_changed(tmp_path):
         given_(tmp_path, a=["cat"], b=[])
     )  # undo restores the state before the first run
     result = undo_sidecars(photos)
-    assert (result.done, [one.source for one in result.skipped]) == (
+    assert (count(result), [one.source for one in result.skipped]) == (
         2,
         [str(tmp_path / f"{n}.jpg.xmp") for n in "c"],
     )
     assert state(tmp_path) == {"b.jpg.xmp": FULL, "c.jpg.xmp": edited}
     write_sidecars(given_(tmp_path, c=["cat"]))
-    assert undo_sidecars(photos).done == 1
+    assert count(undo_sidecars(photos)) == 1
     assert state(tmp_path) == {"b.jpg.xmp": FULL, "c.jpg.xmp": edited}
 
 
@@ -229,7 +234,7 @@ def test_a_sidecar_that_cannot_be_changed_is_skipped_with_one_line(tmp_path, cap
     (tmp_path / "e.jpg.xmp").mkdir()
     before = state(tmp_path)
     result = write_sidecars(given_(tmp_path, **{name: ["fox"] for name in "abcdef"}))
-    assert (result.done, [one.source[-9] for one in result.skipped]) == (1, [*"abcde"])
+    assert (count(result), [one.source[-9] for one in result.skipped]) == (1, [*"abcde"])
     for one, reason in zip(
         result.skipped, ("at most", "link", "a pipe", "DOCTYPE", "a folder"), strict=True
     ):
@@ -307,7 +312,7 @@ def test_a_full_disk_changes_whole_sidecars_and_the_next_run_continues(tmp_path,
         }
         disk.stop = 0
         assert write_sidecars(photos).skipped == []
-        assert undo_sidecars(photos).done == 3
+        assert count(undo_sidecars(photos)) == 3
         assert state(folder) == {"b.jpg.xmp": FULL}
 
 
@@ -390,7 +395,7 @@ def test_sidecars_on_a_read_only_disk_are_skipped(tmp_path, small_disk):
     subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
     photos = given_(disk, a=["fox"], b=["fox"])
     result = write_sidecars(photos)
-    assert (result.done, len(result.skipped)) == (0, 2)
+    assert (count(result), len(result.skipped)) == (0, 2)
     assert all("Read-only" in one.reason for one in result.skipped)
     assert (undo_sidecars(photos).skipped, state(disk)) == ([], {"b.jpg.xmp": FULL})
 
@@ -496,4 +501,4 @@ def test_other_programs_read_what_we_write_and_keep_what_they_wrote(program, tmp
     assert {*after[flat]} == {"own", "fox"}
     assert (b"rdf:Seq>\n     <rdf:li>own" in path.read_bytes(), tree in after) == (False, False)
     assert {*write([])[flat]} == {"own", "fox"}  # fox was there before
-    assert undo_sidecars([str(tmp_path / "a.jpg")]).done == 1
+    assert count(undo_sidecars([str(tmp_path / "a.jpg")])) == 1

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING
 import click
 
 from retrieval_tip.cli import kinds, options
-from retrieval_tip.cli.group import argument, command, flag, option
+from retrieval_tip.cli.group import command
 from retrieval_tip.cli.kinds import Place
 from retrieval_tip.cli.messages import FAILED, about, finish, print_result, quiet, say, warn
 from retrieval_tip.cli.opening import reader_for, reader_of, source_of
 from retrieval_tip.cli.options import OutputOptions, SourceOptions, ViewOptions
 from retrieval_tip.errors import Skipped, UsageError
+from retrieval_tip.hooks import argument, flag, option
 from retrieval_tip.wording import amount, counted, few, show
 
 if TYPE_CHECKING:

@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from retrieval_tip import hooks
 from retrieval_tip.cli import kinds, options
-from retrieval_tip.cli.group import argument, command, flag, grouped, option
+from retrieval_tip.cli.group import Command, grouped
 from retrieval_tip.cli.kinds import Place
 from retrieval_tip.cli.messages import finish, note, say
 from retrieval_tip.cli.opening import index_with, inputs_of, reader_for
 from retrieval_tip.cli.options import OutputOptions
-from retrieval_tip.errors import InputError, Skipped, UsageError
+from retrieval_tip.errors import InputError, UsageError
+from retrieval_tip.hooks import argument, flag, option
 from retrieval_tip.settings import Ask
 from retrieval_tip.wording import counted, show
+from retrieval_tip.writers import Answers, Writer, Written
 
 if TYPE_CHECKING:
-    from zoneinfo import ZoneInfo
-
     import pyarrow as pa
 
     from retrieval_tip.data.boxes import PhotoBoxes
@@ -35,19 +35,10 @@ if TYPE_CHECKING:
     from retrieval_tip.model import Index
     from retrieval_tip.predictions import Abstain, Predictions
 
-DOCUMENTS = ("coco", "fiftyone", "label-studio")
-"""Formats for other programs that list whole photos (see :data:`exchange.FORMATS`)."""
-MEGADETECTOR, CAMTRAP_DP = "megadetector", "camtrap-dp"
-"""Formats for programs that manage photos of camera traps (see :mod:`camera_traps`)."""
-XMP = "xmp"
-"""Format for programs that manage photos: a sidecar beside each photo."""
-OF_FORMATS = {"timezone": CAMTRAP_DP, "deployments": CAMTRAP_DP, "uncertain": XMP, "undo": XMP}
-"""The options that belong to a single format."""
-
 
 @dataclass(frozen=True)
 class RowOptions:
-    """The columns of answers, the rules for withholding a label and for grouping photos, and options of formats.
+    """The columns of answers, the rules for withholding a label and for grouping photos.
 
     Options:
         explain: Show the shots that contributed most to an answer, its text and cache logits, and whether it is a shot.
@@ -62,11 +53,6 @@ class RowOptions:
             megadetector and camtrap-dp]
         smooth: Mix in the answers to similar photos of INPUTS, if this helps with held-out shots.
         exif: Add the columns taken_at, latitude and longitude from the EXIF metadata of photos.
-        timezone: Time zone of the cameras, such as Europe/Berlin (format camtrap-dp).
-        deployments: Table of the deployments, which are named like folders of photos (format camtrap-dp). [default:
-            each folder is a deployment]
-        uncertain: Keyword for photos without a label or a match (format xmp). [default: none]
-        undo: Only restore the previous sidecars (format xmp).
     """
 
     explain: bool = flag(**options.ANSWERS)
@@ -79,39 +65,23 @@ class RowOptions:
     )
     smooth: bool = flag(**options.ANSWERS)
     exif: bool = flag(**options.ANSWERS)
-    timezone: ZoneInfo | None = option(metavar="ZONE", callback=kinds.zone, **options.OUTPUTS)
-    deployments: Path | None = option(kinds.FILE, **options.OUTPUTS)
-    uncertain: str | None = option(metavar="KEYWORD", **options.OUTPUTS)
-    undo: bool = flag(**options.OUTPUTS)
     ask: Ask = Ask()
 
-    def asking(self, ask: Ask, printing: OutputOptions) -> RowOptions:
-        """Return the options for a question and a format. Raises UsageError if an option does not fit the format."""
-        style = printing.named
-        for option_name, its_format in OF_FORMATS.items():
-            if getattr(self, option_name) and style != its_format:
-                raise UsageError(
-                    f"--{option_name}: only applies to --format {its_format}; leave it out"
-                )
-        if style == CAMTRAP_DP and (self.timezone is None or printing.output is None):
-            raise UsageError(
-                f"--format {CAMTRAP_DP}: needs --out FOLDER and --timezone ZONE, such as Europe/Berlin"
-            )
-        if style == XMP and printing.output is not None:
-            raise UsageError(f"--format {XMP}: writes a sidecar beside each photo; leave out --out")
-        if style not in (MEGADETECTOR, CAMTRAP_DP):
+    def asking(self, ask: Ask, writer: Writer | None, name: str | None) -> RowOptions:
+        """Return the options for a question and a format. Raises UsageError if boxes do not fit the format."""
+        if writer is None:
             return replace(self, ask=ask)
-        from retrieval_tip.data.camera_traps import ANIMAL, TOP
-
+        wants = writer.wants
+        if self.boxes is not None and wants.whole_photos:
+            raise UsageError(f"--format {name}: lists whole photos; leave out --boxes")
         categories = self.categories
         if not categories and self.boxes is not None:
-            categories = [ANIMAL]
-        if style == MEGADETECTOR:
-            ask = replace(ask, top=TOP)
-        exif = self.exif or style == CAMTRAP_DP
-        return replace(self, categories=categories, exif=exif, ask=ask)
+            categories = list(wants.categories)
+        if wants.top is not None:
+            ask = replace(ask, top=wants.top)
+        return replace(self, categories=categories, exif=self.exif or wants.exif, ask=ask)
 
-    def check(self, index: Index, style: str) -> None:
+    def check(self, index: Index) -> None:
         """Raise UsageError if options exclude each other, or if the index cannot group photos or give sets."""
         if self.abstain is not None and (
             self.ask.at_least is not None or self.ask.coverage is not None
@@ -128,8 +98,6 @@ class RowOptions:
             _refuse_beside("--burst", alone | {"--explain": self.explain, "--smooth": self.smooth})
         if self.boxes is None and self.categories:
             raise UsageError("--categories: selects boxes; add --boxes FILE, or leave it out")
-        if self.boxes is not None and style in DOCUMENTS:
-            raise UsageError(f"--format {style}: lists whole photos; leave out --boxes")
         if self.group_no_match:
             from retrieval_tip.labelling.groups import check_fitted
 
@@ -269,135 +237,81 @@ def count_rows(tables: Iterable[pa.Table], counts: Counter[str]) -> Iterator[pa.
         yield table
 
 
-def _restore(inputs: Sequence[str]) -> None:
-    from retrieval_tip.labelling.sidecars import undo_sidecars
+def _by(index: Index) -> str:
+    """Return the name of an index, its version, and the version of this program."""
+    from retrieval_tip import __version__
 
-    undone = undo_sidecars(path for source in inputs_of(inputs) for path in source.paths or ())
-    click.echo(str(undone).capitalize())
-    finish(undone.skipped, "restored")
-
-
-# Formats
+    name = Path(index.place or "").name
+    return f"{name}@{index.version} (retrieval-tip {__version__})"
 
 
-@dataclass(frozen=True)
-class Answered:
-    """The answers to write, and what the formats say about them.
+class Format(click.Choice[str]):
+    """A format of our own, or of an installed package."""
 
-    Attributes:
-        index: the index that has answered.
-        options: the columns, and the options of formats.
-        tables: the answers. They are computed while they are read, which is possible once.
-        inputs: the names of the inputs on the command line.
-        photos: the sources that they name.
-        cut: the boxes of the photos.
-        deployments: the rows of the table of deployments.
-        unread: the photos that cannot be read. It grows while the answers are read.
-    """
+    def __init__(self) -> None:
+        super().__init__([*options.FORMATS, *hooks.TABLE["writers"]])
 
-    index: Index
-    options: RowOptions
-    tables: Iterator[pa.Table]
-    inputs: Sequence[str]
-    photos: Sequence[Source]
-    cut: PhotoBoxes
-    deployments: Mapping[str, dict[str, Any]]
-    unread: list[Skipped]
-
-    @property
-    def rows(self) -> Iterator[dict[str, Any]]:
-        """The answers as dictionaries."""
-        return chain.from_iterable(table.to_pylist() for table in self.tables)
-
-    @property
-    def labels(self) -> list[str]:
-        """The labels that answers can have."""
-        return self.options.labels(self.index)
-
-    @property
-    def by(self) -> str:
-        """The name of the index, its version, and the version of this program."""
-        from retrieval_tip import __version__
-
-        name = Path(self.index.place or "").name
-        return f"{name}@{self.index.version} (retrieval-tip {__version__})"
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        """Return the name of a format, or fail with the names of all that are installed."""
+        if value in self.choices or hooks.find("writers", value) is not None:
+            return value
+        installed = click.Choice([*options.FORMATS, *hooks.names("writers")])
+        return installed.convert(value, param, ctx)
 
 
-def _write_tables(answered: Answered, printing: OutputOptions) -> Sequence[Skipped]:
-    from retrieval_tip.cli.output import write_tables
+class Classify(Command):
+    """The command, with the options of the format that its arguments name."""
 
-    sources = answered.cut.sources
-    texts = {
-        "input": chain.from_iterable(source.sources for source in sources),
-        "label": answered.labels,
-    }
-    schema = answered.options.schema(answered.index)
-    write_tables(answered.tables, schema, printing.style, printing.output, texts, predictions=True)
-    return ()
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the arguments, and make a writer of the options of its format."""
+        name = _format_in(args)
+        kind = None if name in (None, *options.FORMATS) else hooks.find("writers", name)
+        own = () if kind is None else grouped(kind, heading=f"Format {name}").params
+        if hasattr(kind, "undo"):
+            own = [*own, UNDO]
+        ctx.meta[__name__] = own
+        taken = {option for param in self.params for option in param.opts}
+        for param in own:
+            if taken & {*param.opts}:
+                raise UsageError(
+                    f"--format {name}: its option {param.opts[0]} has another meaning here; report it to its author"
+                )
+        try:
+            rest = super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            _explain(error.option_name)
+            raise
+        values = {param.name: ctx.params.pop(param.name) for param in own}
+        undo = values.pop("undo", False)
+        ctx.params |= {"writer": kind and kind(**values), "undo": undo}
+        return rest
 
-
-def _write_document(answered: Answered, printing: OutputOptions) -> Sequence[Skipped]:
-    from retrieval_tip.cli.output import write_document
-    from retrieval_tip.data.exchange import FORMATS
-
-    make = partial(FORMATS[printing.style], answered.rows, answered.labels)
-    write_document(make, printing.output)
-    return ()
-
-
-def _write_megadetector(answered: Answered, printing: OutputOptions) -> Sequence[Skipped]:
-    from retrieval_tip.cli.output import write_document
-    from retrieval_tip.data.camera_traps import megadetector, root_of
-
-    root = root_of(answered.inputs, answered.photos)
-    known = (answered.rows, answered.cut, answered.by, root, answered.labels, answered.unread)
-    write_document(partial(megadetector, *known), printing.output)
-    return ()
-
-
-def _write_camtrap_dp(answered: Answered, printing: OutputOptions) -> Sequence[Skipped]:
-    from retrieval_tip.cli.output import write_folder
-    from retrieval_tip.data.camera_traps import camtrap_dp, root_of
-
-    zone = answered.options.timezone
-    assert zone is not None
-    assert printing.output is not None  # see RowOptions.asking
-    root = root_of(answered.inputs, answered.photos)
-    known = (answered.rows, answered.cut, answered.by, root)
-    make = partial(camtrap_dp, *known, zone, answered.deployments, answered.unread)
-    write_folder(make, printing.output)
-    return ()
+    def further(self, ctx: click.Context) -> Sequence[click.Parameter]:
+        """Return the options of the format."""
+        own: Sequence[click.Parameter] = ctx.meta.get(__name__, ())
+        return own
 
 
-def _write_sidecars(answered: Answered, _: OutputOptions) -> Sequence[Skipped]:
-    """Write the labels of each photo and its boxes as keywords, and return the sidecars that were skipped."""
-    from retrieval_tip.labelling.labels import NONE
-    from retrieval_tip.labelling.sidecars import write_labels
-    from retrieval_tip.labelling.sort import check_files
-
-    def keyword(row: Mapping[str, Any]) -> str | None:
-        if row["probability"] is None:  # it was not classified
-            return None
-        label: str | None = row["label"]
-        return answered.options.uncertain if label in (None, NONE) or row["no_match"] else label
-
-    check_files(answered.photos, f"--format {XMP}", "they have no sidecars")
-    paths = {show(path): path for source in answered.photos for path in source.paths or ()}
-    paths |= {show(name): path for name, (path, _) in answered.cut.boxes.items()}
-    keywords = ((paths[row["input"]], keyword(row)) for row in answered.rows)
-    written = write_labels(keywords, answered.index.groups)
-    click.echo(f"{str(written).capitalize()}; --undo restores them")
-    return written.skipped
+def _format_in(args: Sequence[str]) -> str | None:
+    for place, arg in enumerate(args):
+        option_name, is_joined, value = arg.partition("=")
+        if arg == "--":
+            break
+        if option_name == "--format":
+            return value if is_joined else next(iter(args[place + 1 :]), None)
+    return None
 
 
-WRITERS: Mapping[str, Callable[[Answered, OutputOptions], Sequence[Skipped]]] = {
-    **dict.fromkeys(DOCUMENTS, _write_document),
-    MEGADETECTOR: _write_megadetector,
-    CAMTRAP_DP: _write_camtrap_dp,
-    XMP: _write_sidecars,
-}
-"""Functions that write answers in the formats for other programs, and return what they have skipped."""
+def _explain(option_name: str) -> None:
+    """Raise UsageError if an option belongs to one of our formats."""
+    for name in hooks.TABLE["writers"]:
+        kind = hooks.find("writers", name)
+        names = {param.opts[0] for param in grouped(kind).params}
+        if option_name in names | ({"--undo"} if hasattr(kind, "undo") else set()):
+            raise UsageError(f"{option_name}: only applies to --format {name}; leave it out")
 
+
+UNDO = click.Option(["--undo"], is_flag=True)
 
 _ASK = {
     "top": option(kinds.count(), default=1, help="Number of classes to report.", **options.ANSWERS),
@@ -410,7 +324,7 @@ _ASK = {
 }
 _PRINTING = {
     "named": option(
-        click.Choice([*options.FORMATS, *WRITERS]),
+        Format(),
         "--format",
         **options.OUTPUTS,
     ),
@@ -418,7 +332,7 @@ _PRINTING = {
 }
 
 
-@command()
+@click.command(cls=Classify)
 def classify(
     folder: Place = options.INDEX_ARGUMENT,
     inputs: tuple[str, ...] = argument(nargs=-1, required=True),
@@ -427,48 +341,83 @@ def classify(
     printing: OutputOptions = grouped(OutputOptions, _PRINTING),
     rows: RowOptions = grouped(RowOptions),
     encoding: options.EncodingOptions = options.ENCODING,
+    *,
+    writer: Writer | None,
+    undo: bool,
 ) -> None:
     """Classify images or features with an index.
 
     INPUTS are images, folders, globs, tables of paths or feature tables. Use - to read paths from standard input. The
     column no_match is true for an image that resembles no shot, and null if the index is not fitted. A photo that is a
     shot of the index is classified without itself. With --abstain, an uncertain answer has a probability but no label:
-    the label is null, or - in a table. The formats coco, fiftyone, label-studio and megadetector are JSON files for
-    other programs, and camtrap-dp is a folder of tables. The format xmp writes the label of each photo as a keyword
-    into its XMP sidecar: photo.jpg.xmp, or an existing photo.xmp.
+    the label is null, or - in a table.
 
     Examples:
         classify indexes/things new/*.jpg --explain
         classify indexes/things new --top 3 --out answers.csv
     """
-    from retrieval_tip.data import camera_traps
     from retrieval_tip.data.boxes import PhotoBoxes, cut_boxes
 
-    rows = rows.asking(ask, printing)
-    if rows.undo:
-        _restore(inputs)
+    if undo:
+        undone: Written = writer.undo(inputs_of(inputs))  # type: ignore[union-attr]  # see Classify
+        click.echo(undone.said.capitalize())
+        finish(undone.skipped, "restored")
         return
-    deployments = {}
-    if rows.deployments is not None:
-        deployments = camera_traps.read_deployments(rows.deployments, rows.timezone)
+    rows = rows.asking(ask, writer, printing.named)
+    if writer is None:
+        printing.style  # noqa: B018 - raises UsageError for an unknown suffix
+    else:
+        writer.check(printing.output)
     loaded = index_with(folder, encoding, opening, ask)
-    rows.check(loaded, printing.style)
+    rows.check(loaded)
     photos = inputs_of(inputs)
-    cut = PhotoBoxes(photos)
+    boxes = PhotoBoxes(photos)
     if rows.boxes is not None:
-        cut = cut_boxes(rows.boxes, photos, rows.categories)
-        if printing.named == MEGADETECTOR:
-            camera_traps.clear(cut.document, show(rows.boxes))
+        boxes = cut_boxes(rows.boxes, photos, rows.categories)
     counts = Counter[str]()
     with reader_for(loaded, photos, encoding) as reader:
-        tables = count_rows(rows.tables(loaded, cut.sources, reader, cut), counts)
-        answered = Answered(loaded, rows, tables, inputs, photos, cut, deployments, reader.skipped)
-        skipped = WRITERS.get(printing.style, _write_tables)(answered, printing)
+        tables = count_rows(rows.tables(loaded, boxes.sources, reader, boxes), counts)
+        written = Written()
+        if writer is None:
+            _write_tables(tables, rows, loaded, boxes, printing)
+        else:
+            answers = Answers(
+                rows=chain.from_iterable(table.to_pylist() for table in tables),
+                labels=rows.labels(loaded),
+                groups=loaded.groups,
+                photos=photos,
+                boxes=boxes,
+                inputs=inputs,
+                by=_by(loaded),
+                skipped=reader.skipped,
+            )
+            written = writer.write(answers, printing.output)
+    if written.said:
+        undoing = "; --undo restores them" if hasattr(writer, "undo") else ""
+        click.echo(written.said.capitalize() + undoing)
     if printing.output is not None:
-        said = counted(counts["rows"] - len(cut.empty) - len(cut.others), "input")
+        said = counted(counts["rows"] - len(boxes.empty) - len(boxes.others), "input")
         if loaded.settings.least_cache is not None:
             said += f", {counts['no_match']:,} with no match"
         if rows.boxes is not None:
-            said += f", {len(cut.empty):,} empty"
+            said += f", {len(boxes.empty):,} empty"
         note(f"{show(printing.output)}: classified {said}")
-    finish([*reader.skipped, *skipped], "read or changed" if skipped else "read")
+    finish([*reader.skipped, *written.skipped], "read or written" if written.skipped else "read")
+
+
+def _write_tables(
+    tables: Iterator[pa.Table],
+    rows: RowOptions,
+    index: Index,
+    boxes: PhotoBoxes,
+    printing: OutputOptions,
+) -> None:
+    """Write the answers in a format of our own."""
+    from retrieval_tip.cli.output import write_tables
+
+    texts = {
+        "input": chain.from_iterable(source.sources for source in boxes.sources),
+        "label": rows.labels(index),
+    }
+    schema = rows.schema(index)
+    write_tables(tables, schema, printing.style, printing.output, texts, predictions=True)

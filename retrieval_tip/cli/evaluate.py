@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 import click
 
 from retrieval_tip.cli import kinds, options
-from retrieval_tip.cli.group import argument, command, grouped, option
+from retrieval_tip.cli.group import command, grouped
 from retrieval_tip.cli.kinds import Place
 from retrieval_tip.cli.messages import finish, note, print_result
 from retrieval_tip.cli.opening import index_with, reader_for, source_of
 from retrieval_tip.cli.options import OpeningOptions, SourceOptions
+from retrieval_tip.hooks import argument, option
 from retrieval_tip.settings import Ask
 from retrieval_tip.wording import command_line, counted, few, json_line, percent, show
 

@@ -9,12 +9,13 @@ from typing import Any
 import click
 
 from retrieval_tip.cli import kinds, options
-from retrieval_tip.cli.group import command, flag, grouped, option
+from retrieval_tip.cli.group import command, grouped
 from retrieval_tip.cli.kinds import Place
 from retrieval_tip.cli.messages import finish, print_result, say_fit, warn
 from retrieval_tip.cli.opening import reader_for, source_of, store_of
 from retrieval_tip.cli.options import SourceOptions
 from retrieval_tip.errors import UsageError
+from retrieval_tip.hooks import flag, option
 from retrieval_tip.settings import TRAINED, Recipe
 
 

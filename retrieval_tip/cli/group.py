@@ -1,9 +1,9 @@
 """Behaviour shared by all commands.
 
-A command is a function whose parameters have an :func:`argument`, an :func:`option`, a :func:`flag` or a group of
-options (:func:`grouped`) as their default. Its docstring contains the help of the command, in the section Options the
-help of each option, and in the section Examples two examples. The help is divided into sections. -q and -v can follow
-any command. Errors are printed on one line, and similar names are suggested for an unknown name.
+A command is a function whose parameters have a :func:`hooks.argument`, a :func:`hooks.option`, a :func:`hooks.flag` or
+a group of options (:func:`grouped`) as their default. Its docstring contains the help of the command, in the section
+Options the help of each option, and in the section Examples two examples. The help is divided into sections. -q and -v
+can follow any command. Errors are printed on one line, and similar names are suggested for an unknown name.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import field, fields
+from dataclasses import fields
 from functools import partial, wraps
 from types import FunctionType, MappingProxyType
 from typing import Any, NamedTuple
@@ -74,27 +74,6 @@ class Option(click.Option):
         self.heading = heading
 
 
-def argument(kind: object = None, **more: Any) -> Any:
-    """Declare an argument, as the default of a parameter of a command."""
-    return field(metadata={"cls": click.Argument, "type": kind, **more})
-
-
-def option(kind: object = None, *names: str, **more: Any) -> Any:
-    """Declare an option, as the default of a parameter of a command or of a field of a group.
-
-    The option has the name of the parameter, unless ``names`` are given. Its help is ``help``, or the text after the
-    name of the parameter in the docstring of the command or of the group.
-    """
-    default = more.get("default")
-    shown = {"show_default": default is not None and default is not False}
-    return field(default=default, metadata={"names": names, "type": kind, **shown, **more})
-
-
-def flag(*names: str, **more: Any) -> Any:
-    """Declare an option without a value (see :func:`option`)."""
-    return option(None, *names, default=False, is_flag=True, **more)
-
-
 class OptionGroup(NamedTuple):
     """Options that a command takes as one parameter of the type ``kind``."""
 
@@ -103,7 +82,11 @@ class OptionGroup(NamedTuple):
 
 
 def grouped(
-    kind: type[Any], options: Mapping[str, Any] | None = None, *, without: Sequence[str] = ()
+    kind: type[Any],
+    options: Mapping[str, Any] | None = None,
+    *,
+    without: Sequence[str] = (),
+    heading: str | None = None,
 ) -> Any:
     """Declare a group of options, as the default of a parameter of a command.
 
@@ -111,8 +94,10 @@ def grouped(
     """
     told = {name: text for base in kind.__mro__ for name, text in _texts(base.__doc__).items()}
     own = options or {one.name: one for one in fields(kind) if one.metadata}
+    shown = {} if heading is None else {"heading": heading}
     return OptionGroup(
-        kind, [_parameter(name, one, told) for name, one in own.items() if name not in without]
+        kind,
+        [_parameter(name, one, told, **shown) for name, one in own.items() if name not in without],
     )
 
 
@@ -126,9 +111,9 @@ def _texts(doc: str | None) -> dict[str, str]:
     }
 
 
-def _parameter(name: str, declared: Any, told: Mapping[str, str]) -> click.Parameter:
-    more = dict(declared.metadata)
-    if more.pop("cls", None) is click.Argument:
+def _parameter(name: str, declared: Any, told: Mapping[str, str], **shown: str) -> click.Parameter:
+    more = {**declared.metadata, **shown}
+    if more.pop("is_argument", False):
         return click.Argument([name], **more)
     text, default, rest = (more.pop("help", None) or told[name]).partition("[default: ")
     repeated = "Can be repeated." if more.get("multiple") else ""
@@ -183,9 +168,13 @@ class Command(click.Command):
         super().__init__(callback=collecting, params=params, help=text, **more)
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        """Insert the general options before --help."""
+        """Insert the options of a format and the general options before --help."""
         *own, shown = super().get_params(ctx)
-        return [*own, QUIET, VERBOSE, shown]
+        return [*own, *self.further(ctx), QUIET, VERBOSE, shown]
+
+    def further(self, ctx: click.Context) -> Sequence[click.Parameter]:
+        """Return options that depend on the command line."""
+        return ()
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse the arguments as click does, but refuse an option given twice, of which click only keeps the last."""

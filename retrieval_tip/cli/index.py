@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from retrieval_tip.cli import kinds, options
-from retrieval_tip.cli.group import Group, argument, flag, grouped, option
+from retrieval_tip.cli.group import Group, grouped
 from retrieval_tip.cli.kinds import Place
 from retrieval_tip.cli.messages import about, finish, note, print_result, quiet, say, say_fit, warn
 from retrieval_tip.cli.opening import backbone_for, reader_for, source_of, store_of
 from retrieval_tip.cli.options import BackboneOptions, OutputOptions, SourceOptions, ViewOptions
 from retrieval_tip.errors import UsageError
+from retrieval_tip.hooks import argument, flag, option
 from retrieval_tip.settings import Ask, BuildOptions, Dtype, Precision
 from retrieval_tip.store.address import FORMS, KIND
 from retrieval_tip.wording import command_line, counted, few, show

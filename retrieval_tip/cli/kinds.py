@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import click
 
@@ -12,9 +12,6 @@ from retrieval_tip.errors import MANY, MOST
 from retrieval_tip.files import check_out
 from retrieval_tip.store.address import KIND, METAVAR, parse
 from retrieval_tip.wording import command_line
-
-if TYPE_CHECKING:
-    from zoneinfo import ZoneInfo
 
 LARGEST = 1e30
 """Largest number that an option accepts, so that results stay within the float32 range of 3e38."""
@@ -65,18 +62,6 @@ def names(ctx: click.Context, _: click.Parameter, texts: tuple[str, ...]) -> lis
     if texts and not found:
         raise click.BadParameter("give at least one name", ctx)
     return found
-
-
-def zone(_: click.Context, __: click.Parameter, name: str | None) -> ZoneInfo | None:
-    """Open a time zone by its IANA name."""
-    from zoneinfo import ZoneInfo  # slow
-
-    try:
-        return None if name is None else ZoneInfo(name)
-    except (KeyError, ValueError, OSError):
-        raise click.BadParameter(
-            f"{name}: unknown; give a name such as Europe/Berlin, or pip install tzdata"
-        ) from None
 
 
 class SourceType(Folder):

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from retrieval_tip.cli import kinds, options
-from retrieval_tip.cli.group import argument, command, flag, option
+from retrieval_tip.cli.group import command
 from retrieval_tip.cli.kinds import Place
 from retrieval_tip.cli.messages import about, finish, note, say
 from retrieval_tip.cli.opening import index_with, inputs_of, reader_for
 from retrieval_tip.cli.options import EncodingOptions, OutputOptions
 from retrieval_tip.errors import UsageError
+from retrieval_tip.hooks import argument, flag, option
 from retrieval_tip.wording import counted, show
 
 if TYPE_CHECKING:

@@ -12,9 +12,10 @@ import click
 
 from retrieval_tip import settings
 from retrieval_tip.cli import kinds
-from retrieval_tip.cli.group import argument, flag, grouped, option
+from retrieval_tip.cli.group import grouped
 from retrieval_tip.cli.kinds import Place
 from retrieval_tip.errors import UsageError
+from retrieval_tip.hooks import argument, flag, option
 from retrieval_tip.wording import show
 
 if TYPE_CHECKING:

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import io
-import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import pyarrow as pa
 from wcwidth import wcswidth
 
 from retrieval_tip.data.writing import parquet_writer, row_groups_of
-from retrieval_tip.errors import InputError, RetrievalTipError, UsageError
-from retrieval_tip.files import csv_of, replacing, sync, temporary
+from retrieval_tip.errors import RetrievalTipError, UsageError
+from retrieval_tip.files import csv_of, output
 from retrieval_tip.predictions import shown_probability
-from retrieval_tip.wording import first_line, json_line, one_line, show
+from retrieval_tip.wording import first_line, json_line, one_line
 
 CHUNK = 1024
 WIDE = 200
@@ -53,7 +50,7 @@ def write_tables(
         raise UsageError(
             "--format parquet: output is binary; give --out FILE or redirect standard output"
         )
-    with _target(path) as target:
+    with output(path) as target:
         if style == "parquet":
             with parquet_writer(target, schema) as writer:
                 for table in row_groups_of(tables):
@@ -109,29 +106,6 @@ def _details(row: Row) -> Iterator[str]:
         yield "    " + ", ".join(
             f"{one_line(label)} {shown_probability(chance)}" for label, chance in others
         )
-
-
-def write_document(make: Callable[[], object], path: Path | None) -> None:
-    """Write the JSON value that ``make`` returns to standard output or to a file, after opening the file."""
-    with _target(path) as target:
-        target.write(f"{json_line(make())}\n".encode())
-
-
-def write_folder(make: Callable[[], Mapping[str, Any]], folder: Path) -> None:
-    """Write the tables and JSON objects that ``make`` returns as CSV and JSON files into a new folder, all at once."""
-    if os.path.lexists(folder):
-        raise InputError(f"{show(folder)}: exists already; choose another --out")
-    try:
-        with temporary(folder, folder=True) as new:
-            for name, content in make().items():
-                if isinstance(content, pa.Table):
-                    write_table(content, "csv", new / name)
-                else:
-                    write_document(partial(dict, content), new / name)
-            new.rename(folder)
-            sync(folder.parent)
-    except OSError as error:
-        raise InputError(f"{show(folder)}: cannot be written: {error.strerror or error}") from None
 
 
 def write_table(
@@ -238,23 +212,6 @@ def _csv(
 
 def _shortened(value: float | None) -> float | None:
     return None if value is None else float(f"{value:.4g}")
-
-
-@contextmanager
-def _target(path: Path | None) -> Iterator[IO[bytes]]:
-    if path is None:
-        target = sys.stdout.buffer
-        yield target
-        target.flush()
-        return
-    if path.exists() and not path.is_file() and not path.is_dir():  # never replace a device or pipe
-        with path.open("wb") as file:
-            yield file
-        return
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _cell(value: object, column: str) -> str:

@@ -12,12 +12,13 @@ from pathlib import Path
 import click
 
 from retrieval_tip.cli import kinds, options
-from retrieval_tip.cli.group import argument, command, flag, grouped, option
+from retrieval_tip.cli.group import command, grouped
 from retrieval_tip.cli.kinds import Place
 from retrieval_tip.cli.messages import note, say
 from retrieval_tip.cli.opening import inputs_of, reader_for, store_of
 from retrieval_tip.cli.options import BackboneOptions, EncodingOptions, OpeningOptions
 from retrieval_tip.errors import UsageError
+from retrieval_tip.hooks import argument, flag, option
 from retrieval_tip.wording import counted, show
 
 

@@ -35,6 +35,7 @@ class PhotoBoxes:
         detected: the category of each box, by its printable name.
         others: the boxes of categories that are not classified.
         empty: the paths of the photos without boxes.
+        file: the path of the file.
         document: the content of the file.
         found: the image of the document, and its detection, for each box and each photo without boxes, by its printable
             name.
@@ -45,6 +46,7 @@ class PhotoBoxes:
     detected: dict[str, str] = field(default_factory=dict)
     others: list[str] = field(default_factory=list)
     empty: list[str] = field(default_factory=list)
+    file: Path | None = None
     document: dict[str, Any] = field(default_factory=dict)
     found: dict[str, tuple[Found, Found | None]] = field(default_factory=dict)
 
@@ -60,7 +62,7 @@ def cut_boxes(file: Path, sources: Sequence[Source], categories: Sequence[str] =
     an entry, if the detector failed on all, or if two photos have the same entry.
     """
     document, names, entries = _read(file)
-    made = PhotoBoxes(document=document)
+    made = PhotoBoxes(file=file, document=document)
     known = [show(str(name)) for name in names.values()]
     for category in categories:
         if category.casefold() not in map(str.casefold, known):

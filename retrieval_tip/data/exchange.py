@@ -1,15 +1,13 @@
-"""Exchange labels and predictions with CoOp, Label Studio, FiftyOne, and programs that use COCO's format."""
+"""Read labels in the files of CoOp, Label Studio, and programs that use COCO's format."""
 
 from __future__ import annotations
 
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from operator import itemgetter
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-from urllib.parse import quote, unquote
+from urllib.parse import unquote
 
 from retrieval_tip.data import images, remote
 from retrieval_tip.data.source import Source, of_images
@@ -19,80 +17,10 @@ from retrieval_tip.wording import counted, few, show
 
 log = logging.getLogger(__name__)
 
-_answer = itemgetter("input", "label", "probability")
 MAX_SPLIT = (
     1 << 27
 )  # largest JSON file of labels, in bytes; about the size of the split file of ImageNet
 LOCAL = "/data/local-files/?d="  # how Label Studio addresses files below its document root
-
-
-Row = Mapping[str, Any]
-"""A row of the table that ``classify`` writes. Its label is ``None`` if it was withheld."""
-
-
-def label_studio(rows: Iterable[Row], _: Sequence[str]) -> list[object]:
-    """Return Label Studio tasks with predictions, as its JSON import expects them.
-
-    The labelling interface needs ``<Image name="image" value="$image"/>`` and ``<Choices name="label"
-    toName="image">``. Files are addressed below the document root ``/``.
-    """
-    tasks: list[object] = []
-    for path, label, probability in map(_answer, rows):
-        choice = {
-            "from_name": "label",
-            "to_name": "image",
-            "type": "choices",
-            "value": {"choices": [label]},
-        }
-        made = (
-            []
-            if label is None
-            else [{"model_version": "retrieval-tip", "score": probability, "result": [choice]}]
-        )
-        where = path if remote.is_remote(path) else LOCAL + quote(remote.absolute(path).lstrip("/"))
-        tasks.append({"data": {"image": where}, "predictions": made})
-    return tasks
-
-
-def coco(rows: Iterable[Row], class_names: Sequence[str]) -> dict[str, object]:
-    """Return a COCO data set for classification: each annotation has a ``category_id`` and a ``score``, but no box.
-
-    The categories are the classes of the index, in order, from 1. A photo without a label has no annotation.
-    """
-    numbers = {name: number for number, name in enumerate(class_names, 1)}
-    images: list[object] = []
-    annotations: list[object] = []
-    for number, (path, label, probability) in enumerate(map(_answer, rows), 1):
-        images.append({"id": number, "file_name": remote.absolute(path)})
-        if label is not None:
-            own = {
-                "id": len(annotations) + 1,
-                "image_id": number,
-                "category_id": numbers[label],
-                "score": probability,
-            }
-            annotations.append(own)
-    categories = [{"id": number, "name": name} for name, number in numbers.items()]
-    return {"images": images, "annotations": annotations, "categories": categories}
-
-
-def fiftyone(rows: Iterable[Row], class_names: Sequence[str]) -> dict[str, object]:
-    """Return the ``labels.json`` of a ``FiftyOneImageClassificationDataset``, whose keys are absolute paths."""
-    labels = {
-        remote.absolute(path): None
-        if label is None
-        else {"label": label, "confidence": probability}
-        for path, label, probability in map(_answer, rows)
-    }
-    return {"classes": list(class_names), "labels": labels}
-
-
-FORMATS: Mapping[str, Callable[[Iterable[Row], Sequence[str]], object]] = {
-    "coco": coco,
-    "fiftyone": fiftyone,
-    "label-studio": label_studio,
-}
-"""Functions that convert the answers of an index, by the name of their format."""
 
 
 def read(file: Path, split: str, root: str | os.PathLike[str] | None, *, labelled: bool) -> Source:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import importlib
 import os
 from collections.abc import Callable
 from contextlib import suppress
@@ -12,9 +11,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from retrieval_tip import hooks
 from retrieval_tip.errors import InputError, StoreError
 from retrieval_tip.settings import Dtype, Verify
-from retrieval_tip.store.address import SCHEMES, parse
+from retrieval_tip.store.address import parse
 from retrieval_tip.store.labels import LabelChanges
 from retrieval_tip.store.manifest import Manifest
 from retrieval_tip.store.versions import Check, ConflictError, Versions, changed_meanwhile
@@ -26,8 +26,6 @@ if TYPE_CHECKING:  # importing torch takes a second, and manifests do not need i
     from retrieval_tip.model import Index
     from retrieval_tip.retrieval.duplicates import Duplicates
 
-STORES = dict.fromkeys(SCHEMES, ("retrieval_tip.lance.lance_store", "LanceStore"))
-"""The module and the class of each kind of store other than a folder. They are imported when one is opened."""
 Place = str | os.PathLike[str]
 """A folder, or the address of another kind of store (see :mod:`store.address`)."""
 
@@ -188,8 +186,7 @@ def at(place: Place) -> Store:
     address = parse(place) if isinstance(place, str) else None
     if address is None:
         return Store(place)
-    module, name = STORES[address.scheme]
-    return cast("Store", getattr(importlib.import_module(module), name)(address))
+    return cast("Store", hooks.find("stores", address.scheme)(address))
 
 
 def found(folder: Path) -> Store:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,6 +11,8 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Query, Request
 
+from retrieval_tip import hooks
+from retrieval_tip.data.boxes import PhotoBoxes
 from retrieval_tip.data.groups import not_in_index
 from retrieval_tip.data.remote import absolute
 from retrieval_tip.data.sources import spelled_alike
@@ -18,10 +20,18 @@ from retrieval_tip.errors import InputError
 from retrieval_tip.index import changes as index_changes
 from retrieval_tip.index import manage, photos
 from retrieval_tip.index.places import Changed, Place
+from retrieval_tip.labelling.labels import NONE
 from retrieval_tip.labelling.placing import Action
 from retrieval_tip.labelling.pool import MOST_PHOTOS
-from retrieval_tip.labelling.sidecars import undo_sidecars, write_planned
-from retrieval_tip.labelling.sort import check_files, sort_photos, undo_sort
+from retrieval_tip.labelling.sort import (
+    NO_MATCH,
+    NOT_SURE,
+    Sorted,
+    check_files,
+    class_folder,
+    sort_photos,
+    undo_sort,
+)
 from retrieval_tip.model import Index
 from retrieval_tip.retrieval.duplicates import describe_duplicates
 from retrieval_tip.server import schemas, shots
@@ -33,6 +43,7 @@ from retrieval_tip.server.served import Maker, Served
 from retrieval_tip.server.service import Service, backbone_of
 from retrieval_tip.server.uploads import read, read_form
 from retrieval_tip.wording import command_line, show
+from retrieval_tip.writers import Answers, Row, Written
 
 changes = APIRouter(prefix="/v1", dependencies=CHANGES)
 
@@ -296,10 +307,15 @@ async def label_sort(
     folder = Path(os.path.expanduser(change.into)).absolute()  # noqa: PTH111 - "~nobody" may be the name of a folder
     xmp = change.action == "xmp"
     run = partial(service.run, labelling.encoding)
+    sidecars = hooks.find("writers", "xmp")()
     if xmp:
         check_files([source], "xmp", "they have no sidecars")
-    if change.undo:
-        done = await (run(undo_sidecars, paths) if xmp else run(undo_sort, folder))
+    done = Sorted("")
+    written = Written()
+    if change.undo and xmp:
+        written = await run(sidecars.undo, [source])
+    elif change.undo:
+        done = await run(undo_sort, folder)
     elif version is None:
         raise Problem(404, "there are no labels yet; label some photos first")
     else:
@@ -317,7 +333,10 @@ async def label_sort(
         )
         done = await run(call, version.index, [known.chosen(some)], reader, folder)
         if xmp and not change.dry_run:
-            done = await run(write_planned, done, version.index.groups)
+            answers = Answers(
+                _keywords(done), (), version.index.groups, [source], PhotoBoxes([source])
+            )
+            written = await run(sidecars.write, answers, None)
     undo = command_line("sort", "--undo", "--into", folder)
     if xmp:
         inside = [known.path(photo) for photo in every if photo < MOST_PHOTOS]
@@ -326,12 +345,26 @@ async def label_sort(
             "classify", absolute(str(labelling.place)), *folders, "--format", "xmp", "--undo"
         )
     return {
-        "summary": str(done),
+        "summary": written.said or str(done),
         "undo": undo,
-        "skipped": done.skipped,
+        "skipped": [*done.skipped, *written.skipped],
         "folder": show(folder),
         "photos": len(done.rows),
         "aside": done.aside,
         "least": done.threshold and done.threshold.probability,
         "promise": done.threshold and f"{done.threshold}.",
     }
+
+
+def _keywords(planned: Sorted) -> Iterator[Row]:
+    """Yield the answers that a dry run of :func:`sort_photos` has planned. Photos that are set aside get no label."""
+    without = (NO_MATCH, NOT_SURE, class_folder(NONE))
+    for row in planned.rows:
+        is_aside = row.output.partition("/")[0] in without
+        label = None if is_aside else row.label
+        yield {
+            "input": row.input,
+            "label": label,
+            "probability": row.probability,
+            "no_match": False,
+        }

@@ -1,4 +1,4 @@
-"""Parse the addresses of stores, and read the connection settings from the environment.
+"""Parse the addresses of stores.
 
 lance://indexes/pets  lance:///data/pets     a local folder with a relative or an absolute path
 s3://bucket/prefix    gs://bucket/prefix     a prefix in a bucket
@@ -8,13 +8,12 @@ Credentials are read from the environment. They never appear in an address, a me
 
 from __future__ import annotations
 
-import os
 import re
 import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
-from retrieval_tip.errors import StoreError, UsageError
+from retrieval_tip.errors import UsageError
 from retrieval_tip.files import real
 from retrieval_tip.wording import one_line
 
@@ -24,13 +23,6 @@ KIND, FORMS = "LanceDB store", "lance://PATH, s3://BUCKET/PATH, gs://BUCKET/PATH
 METAVAR = "DIR|ADDRESS"
 """Placeholder for a place in the help."""
 
-CONNECT, ANSWER, RETRY, RETRIES = 4, 8, 10, 4
-"""Timeouts of requests to a server in seconds, and number of retries.
-
-A request to an unreachable server fails after ``RETRY + ANSWER`` seconds.
-"""
-_ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
-_REGIONS = ("AWS_REGION", "AWS_DEFAULT_REGION")
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,221}")
 _UNLIKE = re.compile(r'[\\%#*\[\]{}^"<>|`]')
 """Characters in a name that obstore and LanceDB interpret differently."""
@@ -118,29 +110,6 @@ def parse(text: str) -> Address | None:
     return Address.parse(text) if separator and scheme.lower() in SCHEMES else None
 
 
-def storage_options(address: Address) -> dict[str, str]:
-    """Return the options for ``lancedb.connect``, which :class:`files.BucketFiles` also uses.
-
-    The options contain no credentials, because the clients read credentials from the environment. Raises StoreError if
-    the endpoint is invalid.
-    """
-    if address.local is not None:
-        return {}
-    options = {
-        "connect_timeout": f"{CONNECT}s",
-        "read_timeout": f"{ANSWER}s",
-        "client_max_retries": str(RETRIES),
-        "client_retry_timeout": str(RETRY),
-        "allow_http": str(_allow_http()).lower(),
-    }
-    if address.scheme == "s3":  # obstore and LanceDB prefer different variables
-        if variable := _first_set(_ENDPOINTS):
-            options["aws_endpoint"] = _endpoint(address, variable)
-        if variable := _first_set(_REGIONS):
-            options["aws_region"] = os.environ[variable]
-    return options
-
-
 def set_credentials(scheme: str) -> str:
     """Return a hint that tells the user how to provide credentials."""
     if scheme == "gs":
@@ -148,25 +117,3 @@ def set_credentials(scheme: str) -> str:
             "set GOOGLE_APPLICATION_CREDENTIALS to the file of a service account in the environment"
         )
     return "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment"
-
-
-def _endpoint(address: Address, variable: str) -> str:
-    endpoint = os.environ[variable]
-    place = one_line(str(address))
-    if not re.fullmatch(r"https?://[^\s/@\[\]]+/*", endpoint):
-        raise StoreError(
-            f"{place}: {variable} is not a server address; set it to https://HOST, without a user"
-        )
-    if endpoint.startswith("http:") and not _allow_http():
-        raise StoreError(
-            f"{place}: {variable} names a server without TLS; set AWS_ALLOW_HTTP=true to allow that"
-        )
-    return endpoint.rstrip("/")
-
-
-def _first_set(names: tuple[str, ...]) -> str | None:
-    return next((name for name in names if os.environ.get(name)), None)
-
-
-def _allow_http() -> bool:
-    return os.environ.get("AWS_ALLOW_HTTP", "").lower() in ("1", "true", "on", "yes", "y")

@@ -46,7 +46,7 @@ from retrieval_tip.files import TEMPORARY, real, remove_leftovers, sha256_of
 from retrieval_tip.settings import Verify, check_choice
 from retrieval_tip.store.files import (
     FILE_NAME,
-    BucketFiles,
+    Files,
     LocalFiles,
     check_name,
     lies_in,
@@ -68,8 +68,6 @@ from retrieval_tip.store.query import TIMEOUT, ask
 from retrieval_tip.wording import first_line
 
 T = TypeVar("T")
-Files = LocalFiles | BucketFiles
-
 OLD = "manifest.json"
 """Name of the manifest in folders of earlier programs, which is ignored beside ``manifests``."""
 KEPT_VERSIONS = 32
@@ -280,7 +278,7 @@ class Versions:
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = self.local = Path(folder)
         self.place = str(self.folder)
-        self.files = LocalFiles(self.folder, self.place)
+        self.files: Files = LocalFiles(self.folder, self.place)
 
     def __str__(self) -> str:
         return self.place

@@ -38,11 +38,12 @@ from retrieval_tip.data.writing import vectors
 from retrieval_tip.errors import InputError, StoreError
 from retrieval_tip.files import sha256_of, sync
 from retrieval_tip.index.places import Store
-from retrieval_tip.lance.key_table import CLASSES, FLAT, RESTORE, TABLE, VALUES, KeyTable
+from retrieval_tip.plugins.lance.bucket import OBJECT_BYTES, BucketFiles
+from retrieval_tip.plugins.lance.key_table import CLASSES, FLAT, RESTORE, TABLE, VALUES, KeyTable
 from retrieval_tip.settings import Dtype, Verify
 from retrieval_tip.store import versions
 from retrieval_tip.store.address import Address
-from retrieval_tip.store.files import OBJECT_BYTES, BucketFiles, LocalFiles
+from retrieval_tip.store.files import LocalFiles
 from retrieval_tip.store.manifest import DataFile, Manifest, Table
 from retrieval_tip.store.sums import Sums
 from retrieval_tip.store.versions import Origin, Writer, changed_meanwhile
@@ -50,8 +51,8 @@ from retrieval_tip.wording import command_line
 
 if TYPE_CHECKING:  # importing torch takes a second, and manifests do not need it
     from retrieval_tip.index.items import BuildInputs
-    from retrieval_tip.lance.rows import TableRows
     from retrieval_tip.model import Index
+    from retrieval_tip.plugins.lance.rows import TableRows
     from retrieval_tip.retrieval.rows import Rows
 
 FEW_KEYS = 8192
@@ -233,7 +234,7 @@ class LanceStore(Store):
         """Stream the keys into a table. If the index is fitted, the table may be rewritten with the points."""
         from retrieval_tip.fit import closed_form
         from retrieval_tip.index.items import warn, warn_of
-        from retrieval_tip.lance.rows import TableRows, index_kind
+        from retrieval_tip.plugins.lance.rows import TableRows, index_kind
         from retrieval_tip.retrieval.duplicates import duplicates
 
         asked = material.plan["index"] or "auto"
@@ -256,7 +257,7 @@ class LanceStore(Store):
 
     def copy_from(self, index: Index, what: str) -> Index:
         """Raises InputError if the index has trained values."""
-        from retrieval_tip.lance.rows import TableRows
+        from retrieval_tip.plugins.lance.rows import TableRows
 
         if index.values is not None and index.fitted is None:
             raise InputError(f"{self}: a LanceDB store cannot hold trained values; use a folder")
@@ -292,8 +293,8 @@ class LanceStore(Store):
     def _index(self, manifest: Manifest, device: str) -> Index:
         import torch
 
-        from retrieval_tip.lance.rows import TableRows
         from retrieval_tip.model import Index
+        from retrieval_tip.plugins.lance.rows import TableRows
         from retrieval_tip.store.contents import metric_of
 
         classes = self.classes(manifest)
@@ -356,7 +357,7 @@ class LanceStore(Store):
         ``factory`` is the new type of its index. Raises the errors of :meth:`model.Index.check_answers` and of
         :meth:`Writer.commit`.
         """
-        from retrieval_tip.lance.rows import TableRows
+        from retrieval_tip.plugins.lance.rows import TableRows
         from retrieval_tip.retrieval.rows import ArrayRows
 
         table: Rows = _table_of(index)
@@ -438,7 +439,7 @@ class LanceStore(Store):
 
 def _table_of(index: Index) -> TableRows:
     """Return the rows of the table that keeps an index."""
-    from retrieval_tip.lance.rows import TableRows
+    from retrieval_tip.plugins.lance.rows import TableRows
     from retrieval_tip.retrieval.rows import ArrayRows
 
     table = index.rows.kept_in if isinstance(index.rows, ArrayRows) else index.rows

@@ -20,7 +20,7 @@ from retrieval_tip import tip
 from retrieval_tip.arrays import IntArray, KeyArray
 from retrieval_tip.data.source import spread
 from retrieval_tip.errors import InputError, StoreError, UsageError
-from retrieval_tip.lance.key_table import (
+from retrieval_tip.plugins.lance.key_table import (
     CLASSES,
     FLAT,
     POINT,

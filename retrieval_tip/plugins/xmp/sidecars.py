@@ -12,29 +12,30 @@ import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from retrieval_tip.data import xmp
-from retrieval_tip.data.xmp import Keywords
-from retrieval_tip.errors import InputError
+from retrieval_tip.errors import InputError, Skipped
 from retrieval_tip.files import cache_folder, read_regular, real
 from retrieval_tip.labelling import placing
-from retrieval_tip.labelling.labels import NONE
-from retrieval_tip.labelling.sort import NO_MATCH, NOT_SURE, Sorted, class_folder, locked, skipping
+from retrieval_tip.labelling.sort import locked, skipping
 from retrieval_tip.levels import Levels
+from retrieval_tip.plugins.xmp import documents
+from retrieval_tip.plugins.xmp.documents import Keywords
+from retrieval_tip.wording import counted
+from retrieval_tip.writers import Written
 
 
-def write_sidecars(photos: Mapping[str, Keywords]) -> Sorted:
-    """Merge keywords into the sidecars of photos (see :func:`xmp.merged`), and return how many changed.
+def write_sidecars(photos: Mapping[str, Keywords]) -> Written:
+    """Merge keywords into the sidecars of photos (see :func:`documents.merged`), and return how many changed.
 
     The sidecar of ``a.jpg`` is ``a.jpg.xmp``, or an existing ``a.xmp`` if no other file is called ``a``. Sidecars that
     cannot be changed are ``skipped``. An interrupted call can be repeated.
 
     Raises InputError if the disk is full. The sidecars are then complete, either old or new.
     """
-    result = Sorted("changed the keywords of")
+    changed = 0
+    skipped = list[Skipped]()
     places = {_place(name): keywords for name, keywords in photos.items()}
     with _records(places) as records:
         others = (
@@ -49,19 +50,19 @@ def write_sidecars(photos: Mapping[str, Keywords]) -> Sorted:
             sidecar = (
                 own if os.path.lexists(own) or is_shared or not os.path.lexists(short) else short
             )
-            with skipping(sidecar, "cannot be changed", result.skipped):
+            with skipping(sidecar, "cannot be changed", skipped):
                 old = _bytes_of(sidecar)
-                new = xmp.merged(old, keywords)
+                new = documents.merged(old, keywords)
                 if new is not None and new != old:
-                    if len(new) > xmp.MOST_BYTES:
-                        raise InputError(f"would have more than {xmp.MOST_BYTES:,} bytes")
+                    if len(new) > documents.MOST_BYTES:
+                        raise InputError(f"would have more than {documents.MOST_BYTES:,} bytes")
                     _record(_record_of(sidecar, records), old, new)
                     _replace(sidecar, old, new)
-                    result.done += 1
-    return result
+                    changed += 1
+    return Written(f"changed the keywords of {counted(changed, 'photo')}", skipped)
 
 
-def write_labels(labels: Iterable[tuple[str, str | None]], groups: Levels | None) -> Sorted:
+def write_labels(labels: Iterable[tuple[str, str | None]], groups: Levels | None) -> Written:
     """Write the labels of photos as keywords (see :func:`write_sidecars`). A photo can have several labels, or none.
 
     If an index has groups, each keyword gets its path through them, such as ``animal|bird``. darktable ignores keywords
@@ -80,41 +81,28 @@ def write_labels(labels: Iterable[tuple[str, str | None]], groups: Levels | None
     )
 
 
-def write_planned(planned: Sorted, groups: Levels | None) -> Sorted:
-    """Write the class of each photo into its sidecar, as a dry run of :func:`sort.sort_photos` has planned it.
-
-    Photos without a match, and those that are not sure, get no keyword.
-    """
-    without = (NO_MATCH, NOT_SURE, class_folder(NONE))
-    labels = (
-        (row.input, None if row.output.partition("/")[0] in without else row.label)
-        for row in planned.rows
-    )
-    result = write_labels(labels, groups)
-    return replace(result, threshold=planned.threshold, skipped=[*planned.skipped, *result.skipped])
-
-
-def undo_sidecars(photos: Iterable[str]) -> Sorted:
+def undo_sidecars(photos: Iterable[str]) -> Written:
     """Restore the sidecars of photos to their state before :func:`write_sidecars` first changed them.
 
     Sidecars that have changed since are ``skipped``.
     """
     places = dict.fromkeys(map(_place, photos))
-    result = Sorted("restored the keywords of")
+    restored = 0
+    skipped = list[Skipped]()
     with _records(places) as records:
         for sidecar in dict.fromkeys(one for photo in places for one in _sidecars(photo)):
             record = _record_of(sidecar, records)
-            with skipping(sidecar, "cannot be changed", result.skipped):
+            with skipping(sidecar, "cannot be changed", skipped):
                 if record.exists():
                     (before, after) = _read_record(record)
                     now = _bytes_of(sidecar)
                     if _digest(now) in after:
                         _replace(sidecar, now, before)
-                        result.done += 1
+                        restored += 1
                     elif now != before:
                         raise InputError("has changed since, and is kept")
                     record.unlink()
-    return result
+    return Written(f"restored the keywords of {counted(restored, 'photo')}", skipped)
 
 
 @contextmanager
@@ -140,7 +128,7 @@ def _sidecars(photo: Path) -> tuple[Path, Path]:
 def _bytes_of(sidecar: Path) -> bytes | None:
     if sidecar.is_symlink():
         raise InputError("is a link; replace it by a file")
-    return read_regular(sidecar, xmp.MOST_BYTES) if os.path.lexists(sidecar) else None
+    return read_regular(sidecar, documents.MOST_BYTES) if os.path.lexists(sidecar) else None
 
 
 def _digest(data: bytes | None) -> str:
@@ -163,7 +151,7 @@ def _record(record: Path, old: bytes | None, new: bytes) -> None:
 
 def _read_record(record: Path) -> tuple[bytes | None, list[str]]:
     """Return the bytes of a sidecar before we first changed it, and the digests of what we wrote."""
-    head, _, before = read_regular(record, 2 * xmp.MOST_BYTES).partition(b"\n")
+    head, _, before = read_regular(record, 2 * documents.MOST_BYTES).partition(b"\n")
     was, _, after = head.decode("utf-8", "replace").partition(" ")
     return None if was == "absent" else before, after.split()
 

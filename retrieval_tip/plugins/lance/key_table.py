@@ -27,8 +27,8 @@ from retrieval_tip.arrays import IntArray, KeyArray
 from retrieval_tip.data.writing import vectors
 from retrieval_tip.errors import RetrievalTipError, StoreError, UsageError
 from retrieval_tip.machine import install
-from retrieval_tip.store.address import Address, storage_options
-from retrieval_tip.store.files import check_process
+from retrieval_tip.plugins.lance.bucket import check_process, storage_options
+from retrieval_tip.store.address import Address
 from retrieval_tip.store.labels import LABEL_SCHEMA
 from retrieval_tip.store.versions import changed_meanwhile
 from retrieval_tip.wording import first_line

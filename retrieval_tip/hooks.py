@@ -1,0 +1,122 @@
+"""Find formats, encoders, sources and stores by name.
+
+Our own are in :data:`TABLE`, so that nothing is imported before it is named. Other names are entry points of installed
+packages (``retrieval_tip.writers``, ``retrieval_tip.encoders``, ``retrieval_tip.sources``), which run with the user's
+rights. docs/plugins.md describes how to write one.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Mapping
+from dataclasses import field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from retrieval_tip.errors import UsageError
+from retrieval_tip.wording import first_line
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
+TABLE: Mapping[str, Mapping[str, str]] = {
+    "writers": {
+        "coco": "retrieval_tip.plugins.exchange:Coco",
+        "fiftyone": "retrieval_tip.plugins.exchange:FiftyOne",
+        "label-studio": "retrieval_tip.plugins.exchange:LabelStudio",
+        "megadetector": "retrieval_tip.plugins.camera_traps:MegaDetector",
+        "camtrap-dp": "retrieval_tip.plugins.camera_traps:CamtrapDP",
+        "xmp": "retrieval_tip.plugins.xmp:XMP",
+    },
+    "encoders": {},
+    "sources": {},
+    "stores": dict.fromkeys(
+        ("lance", "s3", "gs"), "retrieval_tip.plugins.lance.lance_store:LanceStore"
+    ),
+}
+"""The module and the object behind each of our own names, by kind."""
+OPEN = ("writers", "encoders", "sources")
+"""The kinds of which other packages may add some."""
+
+
+class Stranger(NamedTuple):
+    """A plugin of another package: its kind, its name, and the name and version of the package."""
+
+    kind: str
+    name: str
+    package: str
+
+    def __str__(self) -> str:
+        return f"{self.kind.removesuffix('s')} {self.name} (of {self.package})"
+
+
+def find(kind: str, name: str) -> Any:
+    """Return the object with a name, or ``None`` if there is none.
+
+    Raises UsageError if its package cannot be imported, or if two packages have the name.
+    """
+    if (place := TABLE[kind].get(name)) is not None:
+        module, _, attribute = place.partition(":")
+        return getattr(importlib.import_module(module), attribute)
+    if kind not in OPEN:
+        return None
+    points = [point for point in _entry_points(kind) if point.name == name]
+    if not points:
+        return None
+    strangers = [_stranger(kind, point) for point in points]
+    if len(points) > 1:
+        packages = " and ".join(stranger.package for stranger in strangers)
+        raise UsageError(
+            f"{kind.removesuffix('s')} {name}: is in {packages}; uninstall one of them"
+        )
+    try:
+        return points[0].load()
+    except Exception as error:  # a package can raise anything
+        reason = first_line(error) or type(error).__name__
+        raise UsageError(
+            f"{strangers[0]}: cannot be imported ({reason}); update or uninstall its package"
+        ) from error
+
+
+def names(kind: str) -> list[str]:
+    """Return all names of a kind, ours first."""
+    return [*TABLE[kind], *(stranger.name for stranger in strangers() if stranger.kind == kind)]
+
+
+def strangers() -> list[Stranger]:
+    """Return the plugins of other packages, without importing them."""
+    return [_stranger(kind, point) for kind in OPEN for point in _entry_points(kind)]
+
+
+def _entry_points(kind: str) -> Iterator[EntryPoint]:
+    from importlib.metadata import entry_points  # slow
+
+    yield from sorted(entry_points(group=f"retrieval_tip.{kind}"), key=lambda point: point.name)
+
+
+def _stranger(kind: str, point: EntryPoint) -> Stranger:
+    package = (
+        "an unknown package" if point.dist is None else f"{point.dist.name} {point.dist.version}"
+    )
+    return Stranger(kind, point.name, package)
+
+
+def argument(kind: object = None, **more: Any) -> Any:
+    """Declare an argument, as the default of a parameter of a command."""
+    return field(metadata={"is_argument": True, "type": kind, **more})
+
+
+def option(kind: object = None, *names: str, **more: Any) -> Any:
+    """Declare an option, as the default of a parameter of a command or of a field of a group or a writer.
+
+    The option has the name of the parameter, unless ``names`` are given, and the click type ``kind``. Its help is
+    ``help``, or the text after the name of the parameter in the docstring of the command, the group or the writer.
+    Other arguments are those of ``click.Option``.
+    """
+    default = more.get("default")
+    shown = {"show_default": default is not None and default is not False}
+    return field(default=default, metadata={"names": names, "type": kind, **shown, **more})
+
+
+def flag(*names: str, **more: Any) -> Any:
+    """Declare an option without a value (see :func:`option`)."""
+    return option(None, *names, default=False, is_flag=True, **more)

@@ -1,0 +1,25 @@
+"""The names of photos in files for other programs, relative to the folder that contains them all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+
+from retrieval_tip.data import remote
+from retrieval_tip.data.source import Source
+from retrieval_tip.wording import show
+
+
+def root_of(inputs: Iterable[str], sources: Iterable[Source]) -> str:
+    """Return the lowest folder that contains all folders among the inputs and all photos of the sources."""
+    paths = (
+        path for source in sources for path in source.paths or () if not remote.is_remote(path)
+    )
+    folders = {os.path.dirname(os.path.abspath(path)) for path in paths}
+    folders |= {os.path.abspath(one) for one in inputs if os.path.isdir(one)}
+    return show(os.path.commonpath(folders or {os.getcwd()}))
+
+
+def within(root: str, name: str) -> str:
+    """Return the path of a photo relative to the root, or the address of a remote photo."""
+    return name if remote.is_remote(name) else os.path.relpath(name, root)
