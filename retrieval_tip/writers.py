@@ -39,7 +39,7 @@ class Wants:
 
 
 @dataclass(frozen=True)
-class Answers:
+class Answered:
     """The answers to write, and where they come from.
 
     Attributes:
@@ -71,7 +71,7 @@ class Written:
     skipped: Sequence[Skipped] = field(default_factory=list)
 
 
-class Writer(Protocol):
+class FormatWriter(Protocol):
     """A format. It is a frozen dataclass whose fields are options of ``classify`` (see :func:`hooks.option`).
 
     A writer may also have a method ``undo(photos: Sequence[Source]) -> Written``. The command then offers ``--undo``,
@@ -83,7 +83,7 @@ class Writer(Protocol):
     def check(self, out: Path | None) -> None:
         """Raise UsageError or InputError if options do not fit. This is called before the index is opened."""
 
-    def write(self, answers: Answers, out: Path | None) -> Written:
+    def write(self, answers: Answered, out: Path | None) -> Written:
         """Read the rows, and write them to ``out`` or to standard output."""
 
 

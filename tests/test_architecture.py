@@ -20,10 +20,21 @@ def test_each_package_has_an_import_contract():  # make lint checks the contract
         for container in contract["containers"]
     }
     packages = {
-        f"retrieval_tip.{init.parent.name}"
-        for init in (ROOT / "retrieval_tip").glob("*/__init__.py")
+        ".".join(init.parent.relative_to(ROOT).parts)
+        for init in (ROOT / "retrieval_tip").rglob("__init__.py")
     }
-    assert covered == packages | {"retrieval_tip"}
+    assert covered == packages
+
+
+def test_only_the_table_of_hooks_names_plugins():
+    package = ROOT / "retrieval_tip"
+    naming = {
+        file.relative_to(package).as_posix()
+        for file in package.rglob("*.py")
+        if "retrieval_tip.plugins" in file.read_text()
+        and not file.is_relative_to(package / "plugins")
+    }
+    assert naming == {"hooks.py"}
 
 
 def test_a_broken_docstring_reference_is_reported(tmp_path):

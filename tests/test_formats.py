@@ -25,7 +25,7 @@ from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.evaluation.held_out import held_out_probabilities
 from retrieval_tip.fit import closed_form
 from retrieval_tip.plugins.exchange import Coco, FiftyOne, LabelStudio
-from retrieval_tip.writers import Answers
+from retrieval_tip.writers import Answered
 
 COLUMNS = ("input", "label", "probability")
 NAMES = ["cat", "dög", "<b>", "owl", "a b"]
@@ -34,7 +34,7 @@ STRANGE = ["cat", "dög", "a/b", " x", '"q"']
 
 def document(writer, answers, labels=()):
     """Return what a writer writes."""
-    return writer.document(Answers(iter(answers), labels, None, (), PhotoBoxes()))
+    return writer.document(Answered(iter(answers), labels, None, (), PhotoBoxes()))
 
 
 @pytest.fixture

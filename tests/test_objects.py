@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from stored import made
 
 from retrieval_tip.errors import StoreError, UsageError
+from retrieval_tip.plugins.lance import bucket as bucket_files
 from retrieval_tip.plugins.lance.bucket import BucketFiles, storage_options
-from retrieval_tip.store import address as addresses
 from retrieval_tip.store.address import Address, parse
 from retrieval_tip.store.files import LocalFiles
 from retrieval_tip.store.manifest import DataFile
@@ -44,7 +44,7 @@ def place(request, bucket, tmp_path):
 def at(text, **patience):
     address = parsed(text)
     if address.local is None:
-        with mock.patch.dict(vars(addresses), patience):
+        with mock.patch.dict(vars(bucket_files), patience):
             return BucketFiles(address)
     address.local.mkdir(parents=True, exist_ok=True)
     return LocalFiles(address.local, text)

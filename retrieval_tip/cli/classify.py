@@ -14,7 +14,7 @@ import click
 
 from retrieval_tip import hooks
 from retrieval_tip.cli import kinds, options
-from retrieval_tip.cli.group import Command, grouped
+from retrieval_tip.cli.group import Command, Option, grouped, in_one_line
 from retrieval_tip.cli.kinds import Place
 from retrieval_tip.cli.messages import finish, note, say
 from retrieval_tip.cli.opening import index_with, inputs_of, reader_for
@@ -23,7 +23,7 @@ from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.hooks import argument, flag, option
 from retrieval_tip.settings import Ask
 from retrieval_tip.wording import counted, show
-from retrieval_tip.writers import Answers, Writer, Written
+from retrieval_tip.writers import Answered, FormatWriter, Written
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -67,7 +67,7 @@ class RowOptions:
     exif: bool = flag(**options.ANSWERS)
     ask: Ask = Ask()
 
-    def asking(self, ask: Ask, writer: Writer | None, name: str | None) -> RowOptions:
+    def asking(self, ask: Ask, writer: FormatWriter | None, name: str | None) -> RowOptions:
         """Return the options for a question and a format. Raises UsageError if boxes do not fit the format."""
         if writer is None:
             return replace(self, ask=ask)
@@ -264,27 +264,34 @@ class Classify(Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse the arguments, and make a writer of the options of its format."""
-        name = _format_in(args)
-        kind = None if name in (None, *options.FORMATS) else hooks.find("writers", name)
-        own = () if kind is None else grouped(kind, heading=f"Format {name}").params
+        with in_one_line(ctx):
+            name = _format_in(args)
+            kind = None if name in (None, *options.FORMATS) else hooks.find("writers", name)
+            ctx.meta[__name__] = self._options_of(name, kind)
+            try:
+                rest = super().parse_args(ctx, args)
+            except click.NoSuchOption as error:
+                _explain(error.option_name)
+                raise
+            values = {param.name: ctx.params.pop(param.name) for param in ctx.meta[__name__]}
+            undo = values.pop("undo", False)
+            ctx.params |= {"writer": kind and kind(**values), "undo": undo}
+        return rest
+
+    def _options_of(self, name: str | None, kind: Any) -> Sequence[click.Parameter]:
+        """Return the options of a format. Raises UsageError if the command has one of them already."""
+        if kind is None:
+            return ()
+        own = [*grouped(kind, heading=f"Format {name}").params]
         if hasattr(kind, "undo"):
-            own = [*own, UNDO]
-        ctx.meta[__name__] = own
-        taken = {option for param in self.params for option in param.opts}
+            own.append(_UNDO)
+        taken = {option_name for param in self.params for option_name in param.opts}
         for param in own:
             if taken & {*param.opts}:
                 raise UsageError(
                     f"--format {name}: its option {param.opts[0]} has another meaning here; report it to its author"
                 )
-        try:
-            rest = super().parse_args(ctx, args)
-        except click.NoSuchOption as error:
-            _explain(error.option_name)
-            raise
-        values = {param.name: ctx.params.pop(param.name) for param in own}
-        undo = values.pop("undo", False)
-        ctx.params |= {"writer": kind and kind(**values), "undo": undo}
-        return rest
+        return own
 
     def further(self, ctx: click.Context) -> Sequence[click.Parameter]:
         """Return the options of the format."""
@@ -311,7 +318,12 @@ def _explain(option_name: str) -> None:
             raise UsageError(f"{option_name}: only applies to --format {name}; leave it out")
 
 
-UNDO = click.Option(["--undo"], is_flag=True)
+_UNDO = Option(
+    ["--undo"],
+    is_flag=True,
+    heading="Output",
+    help="Only restore what an earlier call has changed.",
+)
 
 _ASK = {
     "top": option(kinds.count(), default=1, help="Number of classes to report.", **options.ANSWERS),
@@ -342,7 +354,7 @@ def classify(
     rows: RowOptions = grouped(RowOptions),
     encoding: options.EncodingOptions = options.ENCODING,
     *,
-    writer: Writer | None,
+    writer: FormatWriter | None,
     undo: bool,
 ) -> None:
     """Classify images or features with an index.
@@ -381,7 +393,7 @@ def classify(
         if writer is None:
             _write_tables(tables, rows, loaded, boxes, printing)
         else:
-            answers = Answers(
+            answers = Answered(
                 rows=chain.from_iterable(table.to_pylist() for table in tables),
                 labels=rows.labels(loaded),
                 groups=loaded.groups,

@@ -9,13 +9,13 @@ from typing import ClassVar
 from urllib.parse import quote
 
 from retrieval_tip.data import remote
-from retrieval_tip.writers import Answers, Wants, Written, write_json
+from retrieval_tip.writers import Answered, Wants, Written, write_json
 
 _answer = itemgetter("input", "label", "probability")
 
 
 @dataclass(frozen=True)
-class _Document:
+class _PhotoList:
     """A JSON file about whole photos."""
 
     wants: ClassVar[Wants] = Wants(whole_photos=True)
@@ -23,20 +23,20 @@ class _Document:
     def check(self, out: Path | None) -> None:
         """Accept any file."""
 
-    def write(self, answers: Answers, out: Path | None) -> Written:
+    def write(self, answers: Answered, out: Path | None) -> Written:
         """Write the document."""
         write_json(lambda: self.document(answers), out)
         return Written()
 
-    def document(self, answers: Answers) -> object:
+    def document(self, answers: Answered) -> object:
         """Return the value to write as JSON."""
         raise NotImplementedError
 
 
-class Coco(_Document):
+class Coco(_PhotoList):
     """A COCO data set for classification."""
 
-    def document(self, answers: Answers) -> dict[str, object]:
+    def document(self, answers: Answered) -> dict[str, object]:
         """Return a data set in which each annotation has a ``category_id`` and a ``score``, but no box.
 
         The categories are the classes of the index, in order, from 1. A photo without a label has no annotation.
@@ -58,10 +58,10 @@ class Coco(_Document):
         return {"images": images, "annotations": annotations, "categories": categories}
 
 
-class FiftyOne(_Document):
+class FiftyOne(_PhotoList):
     """The ``labels.json`` of a ``FiftyOneImageClassificationDataset``."""
 
-    def document(self, answers: Answers) -> dict[str, object]:
+    def document(self, answers: Answered) -> dict[str, object]:
         """Return the labels, whose keys are absolute paths."""
         labels: dict[str, object] = {}
         for path, label, probability in map(_answer, answers.rows):
@@ -70,10 +70,10 @@ class FiftyOne(_Document):
         return {"classes": list(answers.labels), "labels": labels}
 
 
-class LabelStudio(_Document):
+class LabelStudio(_PhotoList):
     """Label Studio tasks with predictions, as its JSON import expects them."""
 
-    def document(self, answers: Answers) -> list[object]:
+    def document(self, answers: Answered) -> list[object]:
         """Return the tasks. Files are addressed below the document root ``/``.
 
         The labelling interface needs ``<Image name="image" value="$image"/>`` and ``<Choices name="label"

@@ -43,7 +43,7 @@ from retrieval_tip.server.served import Maker, Served
 from retrieval_tip.server.service import Service, backbone_of
 from retrieval_tip.server.uploads import read, read_form
 from retrieval_tip.wording import command_line, show
-from retrieval_tip.writers import Answers, Row, Written
+from retrieval_tip.writers import Answered, Row, Written
 
 changes = APIRouter(prefix="/v1", dependencies=CHANGES)
 
@@ -333,7 +333,7 @@ async def label_sort(
         )
         done = await run(call, version.index, [known.chosen(some)], reader, folder)
         if xmp and not change.dry_run:
-            answers = Answers(
+            answers = Answered(
                 _keywords(done), (), version.index.groups, [source], PhotoBoxes([source])
             )
             written = await run(sidecars.write, answers, None)

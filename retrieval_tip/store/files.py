@@ -38,7 +38,7 @@ TRIES = 16
 FILE_NAME = re.compile(rf"({'|'.join(SUFFIXES)})-[0-9a-f]{{16}}\.(npy|parquet|faiss)")
 
 
-class Files(Protocol):
+class StoreFiles(Protocol):
     """Files in a folder or in a bucket.
 
     Names are relative to the folder. A file is always read and written as a whole. Methods raise OSError if the disk
@@ -87,7 +87,7 @@ class Files(Protocol):
 
 
 class LocalFiles:
-    """Files in a folder, which messages call ``place`` (see :class:`Files`)."""
+    """Files in a folder, which messages call ``place`` (see :class:`StoreFiles`)."""
 
     def __init__(self, folder: Path, place: str) -> None:
         self.folder = folder

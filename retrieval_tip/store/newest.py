@@ -11,7 +11,7 @@ import re
 from contextlib import suppress
 from typing import NamedTuple
 
-from retrieval_tip.store.files import Files
+from retrieval_tip.store.files import StoreFiles
 from retrieval_tip.store.manifest import manifest_name
 from retrieval_tip.wording import command_line
 
@@ -28,7 +28,7 @@ class Newest(NamedTuple):
     next_key_id: int = 1
 
     @classmethod
-    def read(cls, files: Files) -> Newest:
+    def read(cls, files: StoreFiles) -> Newest:
         """Return the highest version. Read it before the manifests, because a commit may come in between.
 
         A folder that cannot be read counts as missing. Raises StoreError if a bucket cannot be read.
@@ -49,13 +49,13 @@ class Newest(NamedTuple):
         lost = f"{place}/{manifest_name(self.version)}: is missing, but version {self.version} was written"
         return f"{lost}; restore the file, or {other}"
 
-    def write(self, files: Files) -> None:
+    def write(self, files: StoreFiles) -> None:
         """Note that this version was committed. Raises OSError or StoreError if the store refuses it."""
         files.put(f"{FOLDER}/{self.version:06d}-{self.next_key_id}", b"")
         files.flush(FOLDER)
         files.delete(name for name, newest in _all_of(files).items() if newest < self)
 
 
-def _all_of(files: Files) -> dict[str, Newest]:
+def _all_of(files: StoreFiles) -> dict[str, Newest]:
     matches = map(_NAME.fullmatch, files.sizes(FOLDER))
     return {match[0]: Newest(int(match[1]), int(match[2])) for match in matches if match}

@@ -46,8 +46,8 @@ from retrieval_tip.files import TEMPORARY, real, remove_leftovers, sha256_of
 from retrieval_tip.settings import Verify, check_choice
 from retrieval_tip.store.files import (
     FILE_NAME,
-    Files,
     LocalFiles,
+    StoreFiles,
     check_name,
     lies_in,
     locked,
@@ -266,7 +266,7 @@ class Versions:
     If an error occurs, the current version stays unchanged.
     """
 
-    files: Files
+    files: StoreFiles
     local: Path | None
     writer: type[Writer] = Writer
     """The class of the writer."""
@@ -278,7 +278,7 @@ class Versions:
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = self.local = Path(folder)
         self.place = str(self.folder)
-        self.files: Files = LocalFiles(self.folder, self.place)
+        self.files: StoreFiles = LocalFiles(self.folder, self.place)
 
     def __str__(self) -> str:
         return self.place
@@ -736,7 +736,7 @@ class Check:
 
     def __init__(
         self,
-        files: Files,
+        files: StoreFiles,
         manifest: Manifest,
         verify: Verify = "full",
         known: Collection[DataFile] = (),

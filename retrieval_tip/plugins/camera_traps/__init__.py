@@ -11,7 +11,7 @@ import click
 
 from retrieval_tip.errors import Skipped, UsageError
 from retrieval_tip.hooks import option
-from retrieval_tip.writers import Answers, Wants, Written, write_folder, write_json
+from retrieval_tip.writers import Answered, Wants, Written, write_folder, write_json
 
 if TYPE_CHECKING:
     from zoneinfo import ZoneInfo
@@ -29,7 +29,7 @@ class MegaDetector:
     def check(self, out: Path | None) -> None:
         """Accept any file."""
 
-    def write(self, answers: Answers, out: Path | None) -> Written:
+    def write(self, answers: Answered, out: Path | None) -> Written:
         """Write the file of boxes with the answers, or a file in which each photo is one detection."""
         from retrieval_tip.plugins.camera_traps.megadetector import clear, megadetector
 
@@ -78,7 +78,7 @@ class CamtrapDP:
 
         return {} if self.deployments is None else read_deployments(self.deployments, self.timezone)
 
-    def write(self, answers: Answers, out: Path | None) -> Written:
+    def write(self, answers: Answered, out: Path | None) -> Written:
         """Write the folder."""
         from retrieval_tip.plugins.camera_traps.camtrap_dp import camtrap_dp
 

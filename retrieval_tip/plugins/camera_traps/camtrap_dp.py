@@ -20,7 +20,7 @@ from retrieval_tip.files import csv_of
 from retrieval_tip.plugins.camera_traps import ANIMAL
 from retrieval_tip.plugins.camera_traps.paths import root_of, within
 from retrieval_tip.wording import counted, few, json_line, show
-from retrieval_tip.writers import Answers
+from retrieval_tip.writers import Answered
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ def read_deployments(file: Path, zone: tzinfo | None) -> dict[str, Row]:
 
 
 def camtrap_dp(
-    answers: Answers, zone: tzinfo, known: Mapping[str, Row]
+    answers: Answered, zone: tzinfo, known: Mapping[str, Row]
 ) -> tuple[dict[str, str], list[Skipped]]:
     """Return the texts of the files of a Camtrap DP, and the photos that it cannot contain.
 

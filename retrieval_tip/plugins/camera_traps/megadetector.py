@@ -11,7 +11,7 @@ from retrieval_tip.data.boxes import PhotoBoxes
 from retrieval_tip.plugins.camera_traps import ANIMAL
 from retrieval_tip.plugins.camera_traps.paths import root_of, within
 from retrieval_tip.wording import counted, show
-from retrieval_tip.writers import Answers
+from retrieval_tip.writers import Answered
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ def clear(boxes: PhotoBoxes) -> None:
         del one["classifications"]
 
 
-def megadetector(answers: Answers) -> Row:
+def megadetector(answers: Answered) -> Row:
     """Return the document of the boxes with the answers for its detections.
 
     Without a document, each photo is one detection. Photos without a match or a label have no classifications, and

@@ -46,7 +46,7 @@ _first_process = functools.cache(
 
 
 class BucketFiles:
-    """Objects in a bucket. See :class:`files.Files` for the methods.
+    """Objects in a bucket. See :class:`files.StoreFiles` for the methods.
 
     No request is sent until a method is called. Raises UsageError if obstore is not installed. Methods raise StoreError
     if the service rejects the request or cannot be reached.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from retrieval_tip.errors import UsageError
 from retrieval_tip.hooks import option
 from retrieval_tip.wording import show
-from retrieval_tip.writers import Answers, Wants, Written
+from retrieval_tip.writers import Answered, Wants, Written
 
 if TYPE_CHECKING:
     from retrieval_tip.data.source import Source
@@ -34,7 +34,7 @@ class XMP:
         if out is not None:
             raise UsageError("--format xmp: writes a sidecar beside each photo; leave out --out")
 
-    def write(self, answers: Answers, out: Path | None) -> Written:
+    def write(self, answers: Answered, out: Path | None) -> Written:
         """Write the keywords. Sidecars that cannot be changed are skipped. Raises UsageError for other than files."""
         from retrieval_tip.labelling.sort import check_files
         from retrieval_tip.plugins.xmp.sidecars import write_labels
