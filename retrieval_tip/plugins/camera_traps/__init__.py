@@ -11,13 +11,11 @@ import click
 
 from retrieval_tip.errors import Skipped, UsageError
 from retrieval_tip.hooks import option
+from retrieval_tip.plugins.camera_traps.paths import ANIMAL
 from retrieval_tip.writers import Answered, Wants, Written, write_folder, write_json
 
 if TYPE_CHECKING:
     from zoneinfo import ZoneInfo
-
-ANIMAL = "animal"
-"""The category of boxes that these programs classify."""
 
 
 @dataclass(frozen=True)

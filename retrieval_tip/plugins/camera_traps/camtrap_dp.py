@@ -17,8 +17,7 @@ from retrieval_tip.data.boxes import EMPTY
 from retrieval_tip.data.images import Box
 from retrieval_tip.errors import InputError, Skipped
 from retrieval_tip.files import csv_of
-from retrieval_tip.plugins.camera_traps import ANIMAL
-from retrieval_tip.plugins.camera_traps.paths import root_of, within
+from retrieval_tip.plugins.camera_traps.paths import ANIMAL, root_of, within
 from retrieval_tip.wording import counted, few, json_line, show
 from retrieval_tip.writers import Answered
 

@@ -8,8 +8,7 @@ from datetime import datetime
 from typing import Any
 
 from retrieval_tip.data.boxes import PhotoBoxes
-from retrieval_tip.plugins.camera_traps import ANIMAL
-from retrieval_tip.plugins.camera_traps.paths import root_of, within
+from retrieval_tip.plugins.camera_traps.paths import ANIMAL, root_of, within
 from retrieval_tip.wording import counted, show
 from retrieval_tip.writers import Answered
 

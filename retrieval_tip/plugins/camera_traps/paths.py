@@ -1,13 +1,19 @@
-"""The names of photos in files for other programs, relative to the folder that contains them all."""
+"""The names that files for camera traps give to photos, relative to the folder that contains them all."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from retrieval_tip.data import remote
-from retrieval_tip.data.source import Source
 from retrieval_tip.wording import show
+
+if TYPE_CHECKING:
+    from retrieval_tip.data.source import Source
+
+ANIMAL = "animal"
+"""The category of boxes that programs for camera traps classify."""
 
 
 def root_of(inputs: Iterable[str], sources: Iterable[Source]) -> str:
