@@ -5,6 +5,7 @@ With ``--check``, nothing is written, and the script fails if the reference is o
 
 from __future__ import annotations
 
+import inspect
 import sys
 import textwrap
 from collections import Counter
@@ -13,15 +14,18 @@ from pathlib import Path
 
 import click
 
+from retrieval_tip import hooks
 from retrieval_tip.cli import main
-from retrieval_tip.cli.group import Option
+from retrieval_tip.cli.classify import UNDO
+from retrieval_tip.cli.group import Option, grouped
 
 PAGE = Path(__file__).parent / "cli.md"
 WIDTH, COLUMN = 100, 24
 HEAD = """# Commands
 
 Each command lists its own options. Options that several commands share are explained once,
-[at the end](#common-options). `retrieval-tip COMMAND --help` prints the same for one command, with two examples.
+[at the end](#common-options). `retrieval-tip COMMAND --help` prints the options that most people need, and with `-v` all
+of them, with two examples.
 An option can be given once, unless its help says that it can be repeated. `make docs` writes this page.
 """
 
@@ -88,7 +92,7 @@ def entry(command: click.Command, ctx: click.Context, own: list[Record], common:
     formatter = click.HelpFormatter(width=WIDTH)
     pieces = [piece for piece in command.collect_usage_pieces(ctx) if piece != "[OPTIONS]"]
     formatter.write(" ".join([ctx.command_path, *pieces]) + "\n")
-    command.format_help_text(ctx, formatter)
+    click.Command.format_help_text(command, ctx, formatter)  # without examples
     if own:
         with formatter.section("Options"):
             formatter.write_dl([record[1:] for record in own], COLUMN)
@@ -100,6 +104,22 @@ def entry(command: click.Command, ctx: click.Context, own: list[Record], common:
                 )
             )
     return f"## {ctx.command_path.partition(' ')[2]}\n\n{block(formatter)}"
+
+
+def formats(command: click.Command, ctx: click.Context) -> Iterator[str]:
+    """Yield an entry for each of our formats that has options."""
+    for name in hooks.TABLE["writers"]:
+        kind = hooks.find("writers", name)
+        own = [*grouped(kind).params, *([UNDO] if hasattr(kind, "undo") else [])]
+        if own:
+            formatter = click.HelpFormatter(width=WIDTH)
+            formatter.write(f"{ctx.command_path} --format {name}\n")
+            formatter.indent()
+            formatter.write_text(inspect.cleandoc(kind.__doc__).partition("\n\nOptions:")[0])
+            formatter.dedent()
+            with formatter.section("Options"):
+                formatter.write_dl([option.get_help_record(ctx) for option in own], COLUMN)
+            yield f"### classify --format {name}\n\n{block(formatter)}"
 
 
 def reference() -> str:
@@ -117,6 +137,8 @@ def reference() -> str:
             listed([record for record in records if uses[record] < len(found)], common)
         )
         parts.append(entry(command, ctx, own, names))
+        if command.name == "classify":
+            parts += formats(command, ctx)
     formatter = click.HelpFormatter(width=WIDTH)
     for heading in dict.fromkeys(record[0] for record in common):
         with formatter.section(heading):

@@ -8,6 +8,8 @@ import platform
 import sys
 from dataclasses import dataclass
 
+from retrieval_tip import hooks
+from retrieval_tip.errors import UsageError
 from retrieval_tip.machine import install, pip, version_of
 
 FAISS_DISTRIBUTIONS = (
@@ -63,6 +65,12 @@ def examine() -> Diagnosis:
             facts[name] += f" (only needed for text towers from Hugging Face: {install('hf')})"
         elif installed is None:
             problems.append(f"{name} is not installed; run {pip('install ' + name)}")
+    for stranger in hooks.strangers():
+        facts[f"plugin {stranger.name}"] = f"{stranger.package}, {stranger.kind}"
+        try:
+            hooks.find(stranger.kind, stranger.name)
+        except UsageError as error:
+            problems.append(str(error))
     _torch(facts, problems)
     _faiss(facts, problems)
     return Diagnosis(facts, problems)

@@ -41,14 +41,14 @@ class RowOptions:
     """The columns of answers, the rules for withholding a label and for grouping photos.
 
     Options:
-        explain: Show the shots that contributed most to an answer, its text and cache logits, and whether it is a shot.
-        abstain: Withhold the label if its probability is below P. With auto, the label is withheld if the probability
-            is below 0.5 or the image has no match.
+        explain: Show the shots that contributed most to an answer, and its text and cache logits.
+        abstain: Withhold the label if its probability is below P. With auto, P is 0.5, and images without a match
+            get no label.
         group_no_match: Group similar images that have no match. The column group numbers the groups, largest first.
-        burst: Give all photos of a burst the mean of their probabilities. A burst consists of photos in the same
-            folder, each taken at most SECONDS after the one before, for example 10.
-        boxes: Boxes of a detector, in MegaDetector's JSON format. Each box is cropped and classified, as photo.jpg#1.
-            The column detected contains its category, or "empty" if a photo has no box.
+        burst: Give all photos of a burst the mean of their probabilities. Each is in the same folder, and taken at most
+            SECONDS after the one before, for example 10.
+        boxes: Boxes of a detector, in MegaDetector's format. Each is classified as photo.jpg#1. The column detected has
+            its category, or "empty" if a photo has no box.
         categories: Categories of boxes to classify, separated by commas. [default: all; animal in the formats
             megadetector and camtrap-dp]
         smooth: Mix in the answers to similar photos of INPUTS, if this helps with held-out shots.
@@ -57,14 +57,14 @@ class RowOptions:
 
     explain: bool = flag(**options.ANSWERS)
     abstain: Abstain = option(kinds.abstaining, metavar="P|AUTO", **options.ANSWERS)
-    group_no_match: bool = flag(**options.ANSWERS)
+    group_no_match: bool = flag(**options.ANSWERS, rare=True)
     burst: float | None = option(kinds.NUMBER, metavar="SECONDS", **options.ANSWERS)
     boxes: Path | None = option(kinds.FILE, **options.INPUT)
     categories: list[str] = option(
-        multiple=True, metavar="NAME,...", callback=kinds.names, **options.INPUT
+        multiple=True, metavar="NAME,...", callback=kinds.names, **options.INPUT, rare=True
     )
-    smooth: bool = flag(**options.ANSWERS)
-    exif: bool = flag(**options.ANSWERS)
+    smooth: bool = flag(**options.ANSWERS, rare=True)
+    exif: bool = flag(**options.ANSWERS, rare=True)
     ask: Ask = Ask()
 
     def asking(self, ask: Ask, writer: FormatWriter | None, name: str | None) -> RowOptions:
@@ -284,7 +284,7 @@ class Classify(Command):
             return ()
         own = [*grouped(kind, heading=f"Format {name}").params]
         if hasattr(kind, "undo"):
-            own.append(_UNDO)
+            own.append(UNDO)
         taken = {option_name for param in self.params for option_name in param.opts}
         for param in own:
             if taken & {*param.opts}:
@@ -318,7 +318,7 @@ def _explain(option_name: str) -> None:
             raise UsageError(f"{option_name}: only applies to --format {name}; leave it out")
 
 
-_UNDO = Option(
+UNDO = Option(
     ["--undo"],
     is_flag=True,
     heading="Output",
@@ -328,10 +328,16 @@ _UNDO = Option(
 _ASK = {
     "top": option(kinds.count(), default=1, help="Number of classes to report.", **options.ANSWERS),
     "neighbours": option(
-        kinds.count(), default=5, help="Number of shots that --explain shows.", **options.ANSWERS
+        kinds.count(),
+        default=5,
+        help="Number of shots that --explain shows.",
+        **options.ANSWERS,
+        rare=True,
     ),
     "logits": flag(
-        help="Show the logits of all classes, in the class order of the index.", **options.ANSWERS
+        help="Show the logits of all classes, in the class order of the index.",
+        **options.ANSWERS,
+        rare=True,
     ),
 }
 _PRINTING = {
@@ -352,7 +358,7 @@ def classify(
     opening: options.OpeningOptions = options.OPENING,
     printing: OutputOptions = grouped(OutputOptions, _PRINTING),
     rows: RowOptions = grouped(RowOptions),
-    encoding: options.EncodingOptions = options.ENCODING,
+    encoding: options.EncodingOptions = grouped(options.EncodingOptions, rare=True),
     *,
     writer: FormatWriter | None,
     undo: bool,
@@ -360,9 +366,8 @@ def classify(
     """Classify images or features with an index.
 
     INPUTS are images, folders, globs, tables of paths or feature tables. Use - to read paths from standard input. The
-    column no_match is true for an image that resembles no shot, and null if the index is not fitted. A photo that is a
-    shot of the index is classified without itself. With --abstain, an uncertain answer has a probability but no label:
-    the label is null, or - in a table.
+    column no_match is true for an image that resembles no shot. A photo that is a shot is classified without itself.
+    classify --format NAME --help also explains the options of a format.
 
     Examples:
         classify indexes/things new/*.jpg --explain

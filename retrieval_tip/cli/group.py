@@ -29,6 +29,9 @@ from retrieval_tip.wording import message
 COLUMN = 24
 """Maximum width of the column of option names. The help of a longer name starts on the next line."""
 
+HEADINGS = ("Options", "Output", "Answers", "Input", "Encoder", "General")
+"""The order of the headings. Those of formats follow."""
+
 SYNONYMS = {
     "train": ("index build", "fit", "finetune"),
     "create": ("index build",),
@@ -67,11 +70,14 @@ def _set_level(_: click.Context, option: click.Parameter, times: int) -> None:
 
 
 class Option(click.Option):
-    """An option that the help lists under a heading."""
+    """An option that the help lists under a heading. Of a ``rare`` one, it lists the name only."""
 
-    def __init__(self, *arguments: Any, heading: str = "Options", **more: Any) -> None:
+    def __init__(
+        self, *arguments: Any, heading: str = "Options", rare: bool = False, **more: Any
+    ) -> None:
         super().__init__(*arguments, **more)
         self.heading = heading
+        self.rare = rare
 
 
 class OptionGroup(NamedTuple):
@@ -86,7 +92,7 @@ def grouped(
     options: Mapping[str, Any] | None = None,
     *,
     without: Sequence[str] = (),
-    heading: str | None = None,
+    **shown: Any,
 ) -> Any:
     """Declare a group of options, as the default of a parameter of a command.
 
@@ -94,7 +100,6 @@ def grouped(
     """
     told = {name: text for base in kind.__mro__ for name, text in _texts(base.__doc__).items()}
     own = options or {one.name: one for one in fields(kind) if one.metadata}
-    shown = {} if heading is None else {"heading": heading}
     return OptionGroup(
         kind,
         [_parameter(name, one, told, **shown) for name, one in own.items() if name not in without],
@@ -178,6 +183,8 @@ class Command(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse the arguments as click does, but refuse an option given twice, of which click only keeps the last."""
+        if not {"-v", "-vv", "--verbose"}.isdisjoint(args):
+            _set_level(ctx, VERBOSE, 1)  # also if it follows --help
         for one, times in Counter(self.make_parser(ctx).parse_args([*args])[2]).items():
             once = isinstance(one, Option) and not (
                 one.multiple or one.count or ctx.resilient_parsing
@@ -186,27 +193,38 @@ class Command(click.Command):
                 ctx.fail(f"{one.opts[0]}: is given {times} times; give it once")
         return super().parse_args(ctx, args)
 
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the options under their headings. The general options come last."""
-        records: dict[str, list[tuple[str, str]]] = {"Options": []}
-        for option in self.get_params(ctx):
-            if (
-                isinstance(option, click.Option)
-                and (record := option.get_help_record(ctx)) is not None
-            ):
-                heading = option.heading if isinstance(option, Option) else "General"  # for --help
-                records.setdefault(heading, []).append(record)
-        for heading, own in records.items():
-            if own:
-                with formatter.section(heading):
-                    formatter.write_dl(own, COLUMN)
-
-    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the examples for the command."""
+    def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the help, and the examples for the command."""
+        super().format_help_text(ctx, formatter)
         if self.examples:
             with formatter.section("Examples"):
                 for example in self.examples:
                     formatter.write(f"{'':{formatter.current_indent}}retrieval-tip {example}\n")
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options. The rare ones are only listed by name, and under their headings if -v is given."""
+        verbose = logging.getLogger("retrieval_tip").level <= logging.INFO
+        records: dict[str, list[tuple[str, str]]] = {heading: [] for heading in HEADINGS}
+        rare = []
+        for option in self.get_params(ctx):
+            record = option.get_help_record(ctx)
+            if not isinstance(option, click.Option) or record is None:
+                continue
+            heading = option.heading if isinstance(option, Option) else "General"  # for --help
+            if not verbose and (heading == "General" or getattr(option, "rare", False)):
+                rare.append(max(option.opts, key=len))
+            else:
+                records.setdefault(heading, []).append(record)
+        if not verbose:
+            for heading in HEADINGS[1:]:
+                records["Options"] += records.pop(heading)
+        for heading, own in records.items():
+            if own:
+                with formatter.section(heading):
+                    formatter.write_dl(own, COLUMN)
+        if rare:
+            with formatter.section("More options (add -v to have them explained)"):
+                formatter.write_text(", ".join(rare))
 
     def invoke(self, ctx: click.Context) -> object:
         """Run the command. Errors show its usage."""

@@ -50,8 +50,10 @@ class BackboneOptions:
     model: str | None = option(
         multiple=True, callback=lambda *given: "+".join(given[-1]) or None, **ENCODER
     )
-    precision: settings.Precision = option(choice(settings.Precision), default="auto", **ENCODER)
-    device: str = option(default="auto", **ENCODER)
+    precision: settings.Precision = option(
+        choice(settings.Precision), default="auto", **ENCODER, rare=True
+    )
+    device: str = option(default="auto", **ENCODER, rare=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,16 +70,17 @@ class EncodingOptions(BackboneOptions):
         strict: Fail on the first image that cannot be read.
     """
 
-    norms: settings.Norms = option(choice(settings.Norms), default="check", **INPUT)
-    batch_size: int | None = option(kinds.count("batch_size"), **INPUT)
+    norms: settings.Norms = option(choice(settings.Norms), default="check", **INPUT, rare=True)
+    batch_size: int | None = option(kinds.count("batch_size"), **INPUT, rare=True)
     workers: int = option(
         kinds.count("workers"),
         default=min(16, os.cpu_count() or 1),
         show_default="number of cores",
         **INPUT,
+        rare=True,
     )
-    no_cache: bool = flag(**INPUT)
-    strict: bool = flag(**INPUT)
+    no_cache: bool = flag(**INPUT, rare=True)
+    strict: bool = flag(**INPUT, rare=True)
     views: int = 1
     seed: int = 1
 
@@ -105,8 +108,8 @@ class ViewOptions(SourceOptions):
         seed: Seed for drawing shots and views.
     """
 
-    views: int = option(kinds.VIEWS_COUNT, default=1)
-    seed: int = option(kinds.SEED, default=1)
+    views: int = option(kinds.VIEWS_COUNT, default=1, rare=True)
+    seed: int = option(kinds.SEED, default=1, rare=True)
 
 
 @dataclass(frozen=True)
@@ -119,8 +122,8 @@ class OpeningOptions:
             files is checked. [default: full; fast at an address]
     """
 
-    where: str | None = option(metavar="SQL", **ANSWERS)
-    verify: settings.Verify | None = option(choice(settings.Verify), **ANSWERS)
+    where: str | None = option(metavar="SQL", **ANSWERS, rare=True)
+    verify: settings.Verify | None = option(choice(settings.Verify), **ANSWERS, rare=True)
 
 
 FORMATS = ("table", "json", "csv", "parquet")
@@ -199,34 +202,34 @@ ROOTED = grouped(SourceOptions, without=("split",))
 VIEWS, OPENING, FORMAT = map(grouped, (ViewOptions, OpeningOptions, OutputOptions))
 JSON = flag("--json", help="Print the result as one JSON object.", **OUTPUTS)
 ASKING = {
-    "k": option(kinds.KEYS, "-k", **ANSWERS),
-    "tail": option(None, "--tail/--no-tail", default=None, **ANSWERS),
-    "alpha": option(kinds.NUMBER, **ANSWERS),
-    "beta": option(kinds.NUMBER, **ANSWERS),
+    "k": option(kinds.KEYS, "-k", **ANSWERS, rare=True),
+    "tail": option(None, "--tail/--no-tail", default=None, **ANSWERS, rare=True),
+    "alpha": option(kinds.NUMBER, **ANSWERS, rare=True),
+    "beta": option(kinds.NUMBER, **ANSWERS, rare=True),
 }
 """The options of :class:`settings.Ask` that change the settings of an index."""
 LEVELS = {
     "at_least": option(kinds.SHARE, metavar="P", **ANSWERS),
-    "coverage": option(kinds.SHARE, metavar="C", **ANSWERS),
+    "coverage": option(kinds.SHARE, metavar="C", **ANSWERS, rare=True),
 }
 """The options of :class:`settings.Ask` that let an answer have another form than one class."""
 _BUILD = {
     "shots": option(kinds.SHOTS),
     "templates": option(None, "--template", multiple=True),
-    "text": option(kinds.FILE),
-    "index": option(),
-    "dtype": option(choice(settings.Dtype), default="float32", show_default=False),
-    "alpha": option(kinds.NUMBER),
-    "beta": option(kinds.NUMBER),
+    "text": option(kinds.FILE, rare=True),
+    "index": option(rare=True),
+    "dtype": option(choice(settings.Dtype), default="float32", show_default=False, rare=True),
+    "alpha": option(kinds.NUMBER, rare=True),
+    "beta": option(kinds.NUMBER, rare=True),
     "fit": option(choice(settings.FitName)),
-    "metric": option(choice(settings.MetricName)),
-    "values": option(choice(settings.ValuesName)),
-    "class_prior": option(choice(settings.ClassPrior)),
-    "prior": option(kinds.INDEX, multiple=True),
-    "k": option(kinds.KEYS, "-k"),
-    "logit_scale": option(kinds.POSITIVE),
-    "features": option(multiple=True, metavar="COLUMN,...", callback=kinds.names),
-    "groups": option(kinds.FILE, metavar="TABLE"),
+    "metric": option(choice(settings.MetricName), rare=True),
+    "values": option(choice(settings.ValuesName), rare=True),
+    "class_prior": option(choice(settings.ClassPrior), rare=True),
+    "prior": option(kinds.INDEX, multiple=True, rare=True),
+    "k": option(kinds.KEYS, "-k", rare=True),
+    "logit_scale": option(kinds.POSITIVE, rare=True),
+    "features": option(multiple=True, metavar="COLUMN,...", callback=kinds.names, rare=True),
+    "groups": option(kinds.FILE, metavar="TABLE", rare=True),
 }
 
 
