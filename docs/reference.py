@@ -24,8 +24,8 @@ WIDTH, COLUMN = 100, 24
 HEAD = """# Commands
 
 Each command lists its own options. Options that several commands share are explained once,
-[at the end](#common-options). `retrieval-tip COMMAND --help` prints the options that most people need, and with `-v` all
-of them, with two examples.
+[at the end](#common-options). `retrieval-tip COMMAND --help` prints the options that most people need, with `-v`
+all of them, and two examples.
 An option can be given once, unless its help says that it can be repeated. `make docs` writes this page.
 """
 
