@@ -263,16 +263,16 @@ def lock(
     until = time.monotonic() + wait
     while True:
         held = os.open(path, flags | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
-        own = False
+        acquired = False
         try:
             with suppress(BlockingIOError, FileNotFoundError):
                 fcntl.flock(held, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
                 # Otherwise, its last owner has just removed it.
-                own = os.path.samestat(os.fstat(held), Path(path).stat())
+                acquired = os.path.samestat(os.fstat(held), Path(path).stat())
         finally:
-            if not own:
+            if not acquired:
                 os.close(held)
-        if own:
+        if acquired:
             return held
         if time.monotonic() >= until:
             return None

@@ -206,7 +206,7 @@ def test_views_of_one_photo_stay_together():
         4, 10**6
     )
     assert [held.ids.tolist() for held in folds.held] == [[0, 1]] * 2
-    assert sorted(torch.cat([held.own for held in folds.held]).tolist()) == [
+    assert sorted(torch.cat([held.query_rows for held in folds.held]).tolist()) == [
         0,
         2,
         4,
@@ -214,7 +214,7 @@ def test_views_of_one_photo_stay_together():
     ]  # a class with one photo stays
     for held in folds.held:
         hidden = set(range(9)) - set(held.rows.tolist())
-        assert hidden == {row + view for row in held.own.tolist() for view in (0, 1)}
+        assert hidden == {row + view for row in held.query_rows.tolist() for view in (0, 1)}
 
 
 ORDERS = {
@@ -477,9 +477,9 @@ def test_a_prior_is_the_scatter_of_other_keys_around_their_class_means():
     )
     keys, ids = clusters(3)
     expected = (3 * C * scatter(keys, ids) + 1000 * prior) / (2 * C + 1000)
-    found = Folds(keys, torch.from_numpy(ids), C, None, np.arange(len(ids)), given=prior).scatter(
-        torch.arange(len(ids))
-    )
+    found = Folds(
+        keys, torch.from_numpy(ids), C, None, np.arange(len(ids)), user_prior=prior
+    ).scatter(torch.arange(len(ids)))
     assert_allclose(found.matrix, expected, rtol=1e-4, atol=1e-7)
     with pytest.raises(InputError, match="no class has two"):
         pooled([Sums.of([clusters(1)], C, D)])
@@ -730,7 +730,7 @@ def test_unhelpful_text_does_not_reduce_the_accuracy():
     queries, truth = clusters(20, seed=7)
     text, alone = parts_of(cache, queries)
     both = (cache.logits(queries).argmax(1).numpy() == truth).mean()
-    assert choice.words < 0.5 < choice.photos
+    assert choice.text < 0.5 < choice.photos
     assert (
         both
         >= (alone.argmax(1).numpy() == truth).mean() - 0.03

@@ -218,7 +218,7 @@ def test_unknown_photos_without_a_match_are_no_confusion():
     predicted = np.array([0, 0, 1, 1, 0])
     no_match = np.array([False, True, True, False, False])
     answers = answers_of(truth, predicted, ["a", "b", "new"])
-    answers = replace(answers, known=2, no_match=no_match)
+    answers = replace(answers, n_classes=2, no_match=no_match)
     assert answers.right.tolist() == [True, False, True, False, False]
     found = report.confusion_matrix(answers)
     assert (found.counts.tolist(), found.totals.tolist()) == (

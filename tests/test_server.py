@@ -676,7 +676,7 @@ def test_the_accuracy_follows_label_changes(own):
     with serving(own, token=TOKEN) as client:
         before = client.get("/v1/indexes/own/accuracy").json()
         assert fitted.interval is not None
-        expected = {"photos": fitted.photos, "words": fitted.words, "both": fitted.both}
+        expected = {"photos": fitted.photos, "words": fitted.text, "both": fitted.both}
         assert {name: before[name] for name in expected} == pytest.approx(expected)
         assert before["interval"] == pytest.approx(fitted.interval)
         assert (before["version"], before["weakest"]) == (2, [[*one] for one in fitted.weakest])

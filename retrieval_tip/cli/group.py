@@ -110,9 +110,16 @@ def grouped(
     The options are those that the fields of the dataclass ``kind`` declare, or the given ``options`` by field.
     """
     told = {name: text for base in kind.__mro__ for name, text in _texts(base.__doc__).items()}
-    own = options or {one.name: one for one in fields(kind) if one.metadata}
+    declared = options or {
+        declaration.name: declaration for declaration in fields(kind) if declaration.metadata
+    }
     return OptionGroup(
-        kind, [_parameter(name, one, told) for name, one in own.items() if name not in without]
+        kind,
+        [
+            _parameter(name, declaration, told)
+            for name, declaration in declared.items()
+            if name not in without
+        ],
     )
 
 
@@ -184,17 +191,17 @@ class Command(click.Command):
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         """Insert the general options before --help."""
-        *own, shown = super().get_params(ctx)
-        return [*own, QUIET, VERBOSE, shown]
+        *params, shown = super().get_params(ctx)
+        return [*params, QUIET, VERBOSE, shown]
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse the arguments as click does, but refuse an option given twice, of which click only keeps the last."""
-        for one, times in Counter(self.make_parser(ctx).parse_args([*args])[2]).items():
-            once = isinstance(one, Option) and not (
-                one.multiple or one.count or ctx.resilient_parsing
+        for parameter, times in Counter(self.make_parser(ctx).parse_args([*args])[2]).items():
+            once = isinstance(parameter, Option) and not (
+                parameter.multiple or parameter.count or ctx.resilient_parsing
             )
             if times > 1 and once:
-                ctx.fail(f"{one.opts[0]}: is given {times} times; give it once")
+                ctx.fail(f"{parameter.opts[0]}: is given {times} times; give it once")
         return super().parse_args(ctx, args)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -207,10 +214,10 @@ class Command(click.Command):
             ):
                 heading = option.heading if isinstance(option, Option) else "General"  # for --help
                 records.setdefault(heading, []).append(record)
-        for heading, own in records.items():
-            if own:
+        for heading, rows in records.items():
+            if rows:
                 with formatter.section(heading):
-                    formatter.write_dl(own, COLUMN)
+                    formatter.write_dl(rows, COLUMN)
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the examples for the command."""
@@ -237,17 +244,17 @@ class Group(click.Group):
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write each command with the first sentence of its help."""
-        known = dict(commands_of(self))
-        headings = self.headings or {"Commands": list(known)}
-        width = max(len(name) for own in headings.values() for name in own)
-        for heading, own in headings.items():
+        commands = dict(commands_of(self))
+        headings = self.headings or {"Commands": list(commands)}
+        width = max(len(name) for paths in headings.values() for name in paths)
+        for heading, paths in headings.items():
             with formatter.section(heading):
                 rows = [
                     (
                         f"{name:<{width}}",
-                        known[name].get_short_help_str(formatter.width - width - 6),
+                        commands[name].get_short_help_str(formatter.width - width - 6),
                     )
-                    for name in own
+                    for name in paths
                 ]
                 formatter.write_dl(rows)
 
@@ -276,9 +283,9 @@ command = partial(click.command, cls=Command)
 def commands_of(group: click.Command, prefix: str = "") -> Iterator[tuple[str, click.Command]]:
     """Yield the commands of a group and of its subgroups, and their names."""
     if isinstance(group, click.Group):
-        for name, own in group.commands.items():
-            yield f"{prefix}{name}", own
-            yield from commands_of(own, f"{prefix}{name} ")
+        for name, subcommand in group.commands.items():
+            yield f"{prefix}{name}", subcommand
+            yield from commands_of(subcommand, f"{prefix}{name} ")
 
 
 @contextmanager

@@ -89,10 +89,8 @@ def _next_step(out: Place, index: Index, photos: Place) -> str:
     name, right, held = (fit.get("weakest") or [("", 1, 1)])[0]
     both = fit.get("both")
     if both is not None and both < LEAST_BOTH and not index.parts and index.backbone is not None:
-        own = spelled(index.backbone.model, index.backbone.pretrained)
-        return (
-            f"another encoder may help ({command_line('models', '--try', photos, '--model', own)})"
-        )
+        encoder = spelled(index.backbone.model, index.backbone.pretrained)
+        return f"another encoder may help ({command_line('models', '--try', photos, '--model', encoder)})"
     if right < LEAST_RIGHT * held:
         add = command_line("index", "add", out, "FOLDER")
         audit = command_line("index", "audit", out)
@@ -191,10 +189,10 @@ def query(
 
 
 def _ids(ctx: click.Context, _: click.Parameter, texts: tuple[str, ...]) -> list[int] | None:
-    parts = [part.strip() for text in texts for part in text.split(",")]
-    if wrong := [part for part in parts if not re.fullmatch(r"-?[0-9]{1,40}", part)]:
+    numbers = [number.strip() for list_text in texts for number in list_text.split(",")]
+    if wrong := [number for number in numbers if not re.fullmatch(r"-?[0-9]{1,40}", number)]:
         raise click.BadParameter(f"{wrong[0]!r} is not a key id; give whole numbers", ctx)
-    return [int(part) for part in parts] if texts else None
+    return [int(number) for number in numbers] if texts else None
 
 
 @dataclass(frozen=True)

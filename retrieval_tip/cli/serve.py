@@ -135,8 +135,8 @@ def label_command(
     sources = inputs_of(photos, needed=True)
     store = store_of(out)
     paths = paths_of(sources)
-    known = store.exists()
-    manifest = store.manifest() if known else None
+    exists = store.exists()
+    manifest = store.manifest() if exists else None
     opened = reader_for(manifest, sources, encoding)
     kept = LastServer("label", [out])
     with (
@@ -148,7 +148,7 @@ def label_command(
         assert backbone is not None
         backbones = Backbones(encoding.device, encoding.precision, None, backbone)
         maker = Maker((store.local or Path("indexes/new")).parent, lambda: backbone, backbones)
-        served = open_all([out] if known else [], backbones)
+        served = open_all([out] if exists else [], backbones)
         token = kept.token_for(listening)
         url = f"{address(listening)}/#token={token}"
 

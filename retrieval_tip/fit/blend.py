@@ -73,9 +73,9 @@ class HeldTerms:
         smoothing: float = SMOOTHING,
         reach: float = REACH,
     ) -> None:
-        given = (text, cache, discriminant)
-        self.present = torch.tensor([term is not None for term in given])
-        terms = torch.stack([term.double() for term in given if term is not None])
+        optional_terms = (text, cache, discriminant)
+        self.present = torch.tensor([term is not None for term in optional_terms])
+        terms = torch.stack([term.double() for term in optional_terms if term is not None])
         terms -= terms.mean(2, keepdim=True)
         self.scales = terms.flatten(1).std(1).clamp_min(1e-12)
         self.terms = terms.div_(self.scales[:, None, None])

@@ -74,8 +74,8 @@ class Queries:
         every = index.class_ids.cpu().numpy()
         images = None if self.images is None else images_of(index.labels)
         most = max(c, index.n if k is None else min(k, index.n))
-        for part in slices(len(self.ids), max(1, min(QUERY_BLOCK, VALUES // most))):
-            features = torch.from_numpy(np.asarray(self.features[part], dtype=np.float32)).to(
+        for block in slices(len(self.ids), max(1, min(QUERY_BLOCK, VALUES // most))):
+            features = torch.from_numpy(np.asarray(self.features[block], dtype=np.float32)).to(
                 index.device
             )
             retrieval = index.retrieval
@@ -93,18 +93,18 @@ class Queries:
                 rows = near.rows
                 unseen = near.rows < 0
             if self.images is not None and images is not None:
-                hidden, place = np.unique(self.images[part], return_inverse=True)
+                hidden, place = np.unique(self.images[block], return_inverse=True)
                 at = np.searchsorted(hidden, images).clip(max=len(hidden) - 1)
-                own = hidden[at] == images
-                gone = np.bincount(at[own] * c + every[own], minlength=len(hidden) * c).reshape(
-                    -1, c
-                )[place]
+                is_hidden = hidden[at] == images
+                gone = np.bincount(
+                    at[is_hidden] * c + every[is_hidden], minlength=len(hidden) * c
+                ).reshape(-1, c)[place]
                 counts = counts - torch.from_numpy(gone).to(counts)
                 shown = torch.from_numpy(images).to(index.device)[rows]
                 unseen = unseen | (
-                    shown == torch.from_numpy(self.images[part]).to(index.device)[:, None]
+                    shown == torch.from_numpy(self.images[block]).to(index.device)[:, None]
                 )
-            yield part, Visible(index, features, points, affinity, rows, unseen, counts)
+            yield block, Visible(index, features, points, affinity, rows, unseen, counts)
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class Visible:
         c = len(self.index.class_names)
         settings = self.index.settings
         values = retrieval.keys.values
-        own = retrieval.keys.discriminant
+        of_all_keys = retrieval.keys.discriminant
         text = tip.text_logits(self.features, retrieval.text, settings.logit_scale)
         factor = torch.where(self.counts > 0, retrieval.keys.counts / self.counts.clamp_min(1), 0)
         discriminant = None
@@ -148,7 +148,9 @@ class Visible:
             means = tip.sum_by_class(
                 self.affinity.masked_fill(self.unseen, 0), ids, c
             ) / self.counts.clamp_min(1)
-            discriminant = torch.where(self.counts > 0, means + own.offsets, own(self.points))
+            discriminant = torch.where(
+                self.counts > 0, means + of_all_keys.offsets, of_all_keys(self.points)
+            )
         for beta in betas:
             weights = tip.weight(self.affinity, beta).masked_fill_(self.unseen, 0)
             if values is None:
@@ -176,9 +178,9 @@ def without_parts(
     factory = index.index_type if index.retrieval.keys.by_class else "Flat"
     number = min(PARTS if index.n <= MANY_KEYS else PARTS // 2, len(rows))
     order = folds.order_of(torch.from_numpy(rows)).numpy()
-    for fold in range(number):
-        part = order[fold::number]
-        others = kept[~np.isin(images[kept], images[rows[part]])]
+    for place in range(number):
+        fold = order[place::number]
+        others = kept[~np.isin(images[kept], images[rows[fold]])]
         if not len(others):
             continue
         others = others[np.argsort(ids[others], kind="stable")]
@@ -186,9 +188,9 @@ def without_parts(
         values = None if index.values is None else index.values[torch.from_numpy(others)]
         if fitted is not None:
             metric, values = folds.fitted(
-                Form.of(fitted, index.settings.beta), torch.from_numpy(others), fold
+                Form.of(fitted, index.settings.beta), torch.from_numpy(others), place
             )
         left = ArrayRows(
             np.asarray(index.keys[others]), index.labels.take(pa.array(others)), values
         )
-        yield part, replace(index, rows=left, metric=metric, factory=factory)
+        yield fold, replace(index, rows=left, metric=metric, factory=factory)

@@ -99,14 +99,14 @@ class LocalFiles:
             )
         return raw
 
-    def put(self, name: str, *parts: bytes | memoryview) -> None:
+    def put(self, name: str, *chunks: bytes | memoryview) -> None:
         """Write or replace a file. Readers get either the complete old file or the complete new file."""
         path = self.folder / name
         path.parent.mkdir(exist_ok=True)
         with temporary(path, clean=False) as new:
             with new.open("wb") as file:
-                for part in parts:
-                    file.write(part)
+                for chunk in chunks:
+                    file.write(chunk)
                 file.flush()
                 os.fsync(file.fileno())
             new.replace(path)
@@ -130,11 +130,11 @@ class LocalFiles:
             if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG):
                 return {}
             raise
-        found = {}
+        sizes = {}
         for entry in entries:
             with suppress(FileNotFoundError):  # just deleted
-                found[f"{folder}/{entry.name}"] = entry.stat(follow_symlinks=False).st_size
-        return found
+                sizes[f"{folder}/{entry.name}"] = entry.stat(follow_symlinks=False).st_size
+        return sizes
 
     def old(self, folder: str, age: timedelta) -> set[str]:
         """Return the names of the files in a folder that no running process has written.
@@ -232,8 +232,8 @@ class BucketFiles:
             obstore.put(client, name, data, mode=mode)
 
     def sizes(self, folder: str) -> dict[str, int]:
-        found = {entry["path"]: entry["size"] for entry in self._listed(folder)}
-        return {name: found[name] for name in sorted(found)}
+        sizes = {entry["path"]: entry["size"] for entry in self._listed(folder)}
+        return {name: sizes[name] for name in sorted(sizes)}
 
     def old(self, folder: str, age: timedelta) -> set[str]:
         import obstore
