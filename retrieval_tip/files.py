@@ -139,8 +139,8 @@ def cache_folder() -> Path | None:
 
     You can set the folder with ``$RETRIEVAL_TIP_CACHE``. It defaults to ``retrieval-tip`` in the user's cache folder.
     """
-    if own := os.environ.get("RETRIEVAL_TIP_CACHE"):
-        return Path(own)
+    if configured := os.environ.get("RETRIEVAL_TIP_CACHE"):
+        return Path(configured)
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "retrieval-tip"
     except RuntimeError:  # some containers have no home folder

@@ -83,7 +83,7 @@ def test_labelled_photos_tell_how_often_an_answer_is_right(text):
     rest = unit(CENTRES[np.arange(60) % 4] + 1.5 * unit_rows(60, 10, 9))
     temperature = index.settings.temperature
     before = index.logits(rest).numpy()
-    asked = [1, 7, 12, 20, 28, 33, 38]  # at most PARTS, so that each is held out alone
+    asked = [1, 7, 12, 20, 28, 33, 38]  # at most FOLDS, so that each is held out alone
     logits = answers_without(index, features, ids, asked, range(40))
     right = logits.argmax(axis=1) == ids[asked]
     assert 0 < right.sum() < 7

@@ -27,7 +27,7 @@ from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.sources import of_images
 from retrieval_tip.errors import InputError
 from retrieval_tip.evaluation import held_out
-from retrieval_tip.fit.visible import without_parts
+from retrieval_tip.fit.visible import without_folds
 from retrieval_tip.index import places
 from retrieval_tip.records import Fitted
 from retrieval_tip.settings import Ask
@@ -181,7 +181,7 @@ def test_every_door_classifies_a_shot_without_itself_and_says_so(shots, run, lit
     keys = {digest: row for row, digest in enumerate(index.labels["digest"].to_pylist())}
     for i in known:  # eight photos or fewer are left out one at a time
         row = keys[hashlib.sha256(photos[i].read_bytes()).hexdigest()]
-        [(_, others)] = without_parts(index, np.array([row]))
+        [(_, others)] = without_folds(index, np.array([row]))
         assert others.n == index.n - 1
         expected[i] = others.classify(features[[i]])[0]
     labels = [one.label for one in expected]

@@ -208,7 +208,7 @@ def _on_ray(
     rows, kept, skipped = write_parts(
         work, pieces, out, address=address, device=encoding.device, progress=progress
     )
-    warn(f"skipped {one}" for one in skipped)
+    warn(f"skipped {image}" for image in skipped)
     before = f", {kept} kept from an earlier run" if kept else ""
     return f"{rows} rows in {counted(len(pieces), 'part')}{before}", skipped
 

@@ -182,8 +182,10 @@ class Command(click.Command):
 
         @wraps(callback)
         def collecting(**values: object) -> object:
-            for name, (kind, own) in groups.items():
-                values[name] = kind(**{str(one.name): values.pop(str(one.name)) for one in own})
+            for name, (kind, params) in groups.items():
+                values[name] = kind(
+                    **{str(param.name): values.pop(str(param.name)) for param in params}
+                )
             return callback(**values)
 
         text = text.partition("\n\nOptions:\n")[0]

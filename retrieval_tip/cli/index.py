@@ -70,8 +70,8 @@ def build(
             say(
                 f"Version {version - 1} is kept. To restore it, run: {command_line('index', 'rollback', out)}"
             )
-        given = items.table is not None or encoding.root or encoding.split
-        say(f"Next: {_next_step(out, loaded, 'PHOTOS' if given else source)}")
+        is_list = items.table is not None or encoding.root or encoding.split
+        say(f"Next: {_next_step(out, loaded, 'PHOTOS' if is_list else source)}")
     finish(reader.skipped)
 
 
@@ -136,13 +136,13 @@ def list_command(
     rows = (
         (
             name,
-            one.version,
-            one.n,
-            len(one.class_names),
-            one.identity and one.identity.model,
-            one.created_at,
+            manifest.version,
+            manifest.n,
+            len(manifest.class_names),
+            manifest.identity and manifest.identity.model,
+            manifest.created_at,
         )
-        for name, one in listed(folder)
+        for name, manifest in listed(folder)
     )
     printing.write_rows(rows, types)
 
@@ -367,9 +367,9 @@ def set_command(
     )
     new: dict[str, Any] = {"index": factory, "dtype": dtype}
     settings: dict[str, Any] = {name: getattr(ask, name) for name in options.ASKING}
-    given = (*settings.values(), *more.values(), temperature)
+    others = (*settings.values(), *more.values(), temperature)
     if any(new.values()):
-        if any(value not in (None, ()) for value in given):
+        if any(value not in (None, ()) for value in others):
             raise UsageError(
                 "index set: change the index type and other settings one after the other"
             )
@@ -508,10 +508,10 @@ def export_command(
         if not features and named is not None:
             backbone = load_again(named, device="cpu", precision=precision)
         facts = export_onnx(loaded, onnx, backbone)
-        given = "features" if backbone is None else "pixels"
+        inputs = "features" if backbone is None else "pixels"
         size = f"{facts['bytes'] / 1e6:.1f} MB"
         classes = counted(len(facts["labels"]), "class")
-        about(onnx, f"{given} to logits of {classes}, {size}, opset {facts['opset']}")
+        about(onnx, f"{inputs} to logits of {classes}, {size}, opset {facts['opset']}")
         if (agreement := facts["agreement"]) is None:
             warn(
                 [

@@ -87,7 +87,7 @@ def serve_command(
         served = open_all(folders, backbones)
         if maker is not None and model is not None:
             maker.load()  # fails before the page opens
-        named = (f"{name} ({counted(one.now.index.n, 'shot')})" for name, one in served.items())
+        named = (f"{name} ({counted(entry.now.index.n, 'shot')})" for name, entry in served.items())
         what = ", ".join(named) or "no index yet"
         at = address(listening)
         opened = ""

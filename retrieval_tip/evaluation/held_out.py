@@ -18,7 +18,7 @@ from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.fit.confidence import wilson
-from retrieval_tip.fit.visible import without_parts
+from retrieval_tip.fit.visible import without_folds
 from retrieval_tip.model import MOST_COPIED, Index
 from retrieval_tip.predictions import Predictions
 from retrieval_tip.retrieval.inputs import Features
@@ -65,7 +65,7 @@ class HeldOutAnswers(NamedTuple):
 
 
 def held_out_probabilities(index: Index, rows: IntArray | None = None) -> HeldOutAnswers:
-    """Classify the photo of each row by all keys except the keys of photos in its own part.
+    """Classify the photo of each row by all keys except the keys of photos in its own fold.
 
     The metric and the values are refitted to the other keys, while alpha, beta and the temperature stay. The index does
     not change. Without text, a class that has no other key cannot win. If there are no other keys, all probabilities
@@ -78,7 +78,7 @@ def held_out_probabilities(index: Index, rows: IntArray | None = None) -> HeldOu
         if len(rows) < 2:
             raise UsageError("held-out probabilities: the index has one photo; add more")
     probabilities = torch.zeros(len(rows), len(index.class_names))
-    for fold, others in without_parts(index, rows):
+    for fold, others in without_folds(index, rows):
         probabilities[fold] = probabilities_of(others, index.keys[rows[fold]])
     labels = index.class_ids.cpu().numpy()[rows].astype(np.int64)
     return HeldOutAnswers(probabilities.numpy(), labels, index.labels["key_id"].to_numpy()[rows])
@@ -210,7 +210,7 @@ def known_shots(shots: int, total: int, of: str = "this index") -> str:
 def _windows(
     index: Index, names: pa.ChunkedArray, blocks: Iterable[FeatureBlock]
 ) -> Iterator[FeatureBlock]:
-    """Yield items in order, with the key ids of shots. A shot waits for others, which need the same parts."""
+    """Yield items in order, with the key ids of shots. A shot waits for others, which need the same fold."""
     waiting: list[FeatureBlock] = []
     for block in blocks:
         waiting.append(recognised(index, names, block))
@@ -227,7 +227,7 @@ def _windows(
 def answered(index: Index, block: FeatureBlock, ask: Ask) -> Iterator[AnswerBlock]:
     """Classify the items of a block that are not shots, and then each shot with an index that lacks it.
 
-    The shots are split into the parts of :func:`visible.without_parts`. Without some shots, sets stay the same.
+    The shots are split into the folds of :func:`visible.without_folds`. Without some shots, sets stay the same.
     Shots that cannot be hidden are left out (see :func:`hides`).
     """
     is_shot = block.shots
@@ -236,7 +236,7 @@ def answered(index: Index, block: FeatureBlock, ask: Ask) -> Iterator[AnswerBloc
         shots = block.take(np.flatnonzero(is_shot))
         model = index.in_memory()
         rows = model.rows.in_memory().rows_of(np.asarray(shots.key_ids))
-        for fold, others in without_parts(model, rows):
+        for fold, others in without_folds(model, rows):
             yield from others.altered(scores=index.scores).answers([shots.take(fold)], ask)
 
 

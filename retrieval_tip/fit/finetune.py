@@ -77,9 +77,9 @@ class Trainer:
             self.values = functional.one_hot(index.class_ids, len(index.class_names)).float()
         matrices = (("keys", self.keys), ("values", self.values))
         self._trained = {
-            part: matrix.requires_grad_()
-            for part, matrix in matrices
-            if matrix is not None and part in recipe.train
+            name: matrix.requires_grad_()
+            for name, matrix in matrices
+            if matrix is not None and name in recipe.train
         }
         self._block = BLOCK if index.device == "cpu" else GPU_BLOCK
         self._optimizer = torch.optim.AdamW(self._trained.values(), eps=EPSILON, fused=True)
@@ -139,7 +139,7 @@ class Trainer:
     def trained(self) -> dict[str, Tensor]:
         """Return CPU copies of the trained matrices by name."""
         return {
-            part: matrix.detach().to("cpu", copy=True) for part, matrix in self._trained.items()
+            name: matrix.detach().to("cpu", copy=True) for name, matrix in self._trained.items()
         }
 
 

@@ -1,6 +1,6 @@
 """Queries that are shots of an index, and do not see themselves.
 
-:class:`Queries` hides keys from queries, but keeps the fit. :func:`without_parts` fits an index without some photos.
+:class:`Queries` hides keys from queries, but keeps the fit. :func:`without_folds` fits an index without some photos.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from retrieval_tip.retrieval.logits import slices
 from retrieval_tip.retrieval.rows import ArrayRows
 from retrieval_tip.store.labels import images_of
 
-PARTS, MANY_KEYS = 8, 4096
-"""Number of parts of the photos in :func:`without_parts`, and number of keys above which it is halved. The fit is
-repeated for each part.
+FOLDS, MANY_KEYS = 8, 4096
+"""Number of folds of the photos in :func:`without_folds`, and number of keys above which it is halved. The fit is
+repeated for each fold.
 """
 VALUES = 1 << 23
 """Number of affinities of :class:`Queries` in memory at a time. They take 32 MiB in float32."""
@@ -160,15 +160,15 @@ class Visible:
             yield tip.Terms(text, tip.log_cache(cache, settings.log_offset), discriminant)
 
 
-def without_parts(
+def without_folds(
     index: Index, rows: IntArray, kept: IntArray | None = None
 ) -> Iterator[tuple[IntArray, Index]]:
-    """Split photos into at most :data:`PARTS` parts, and yield each part with an index that lacks its photos.
+    """Split photos into at most :data:`FOLDS` folds, and yield each fold with an index that lacks its photos.
 
-    ``rows`` has a key of each photo, and a part is given as positions in ``rows``. It has few photos of the same
+    ``rows`` has a key of each photo, and a fold is given as positions in ``rows``. It has few photos of the same
     class. The index has those of the ``kept`` keys, all by default, that show none of its photos. Its metric and values
     are refitted to these keys, unless they were trained, and it has the settings of ``index``. It compares a query with
-    every key, unless ``index`` is of the type ``Classes``. A part is left out if no key remains.
+    every key, unless ``index`` is of the type ``Classes``. A fold is left out if no key remains.
     """
     folds = Folds.of(index)
     fitted = index.fitted
@@ -176,7 +176,7 @@ def without_parts(
     images = folds.images
     kept = np.arange(index.n) if kept is None else kept
     factory = index.index_type if index.retrieval.keys.by_class else "Flat"
-    number = min(PARTS if index.n <= MANY_KEYS else PARTS // 2, len(rows))
+    number = min(FOLDS if index.n <= MANY_KEYS else FOLDS // 2, len(rows))
     order = folds.order_of(torch.from_numpy(rows)).numpy()
     for place in range(number):
         fold = order[place::number]

@@ -370,9 +370,12 @@ class Keys(KeyStream):
     def affinity(self, features: Tensor, rows: Tensor) -> Tensor:
         """Return the affinities between each query and the keys at its own ``rows``. The affinity of row -1 is 0."""
         step = max(1, GATHERED // max(1, rows.shape[1] * features.shape[1]))
-        parts = zip(features.split(step), rows.clamp_min(0).split(step), strict=True)
+        blocks = zip(features.split(step), rows.clamp_min(0).split(step), strict=True)
         affinity = torch.cat(
-            [torch.einsum("qd,qkd->qk", part, self._gathered(own)) for part, own in parts]
+            [
+                torch.einsum("qd,qkd->qk", queries, self._gathered(near_rows))
+                for queries, near_rows in blocks
+            ]
         )
         return affinity.masked_fill_(rows < 0, 0)
 
