@@ -529,6 +529,7 @@ class Index:
         )  # a table is not grouped by class
         values = None if self.values is None else self.values[spread(self.n, ASKED)]
         few = replace(self, rows=ArrayRows(keys[order], labels.take(pa.array(order)), values))
+        # Among queries of norm 1, a key gets the largest affinity from the one in its own direction.
         few.logits(functional.normalize(torch.from_numpy(keys.astype(np.float32))), "all")
 
     @property

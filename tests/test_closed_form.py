@@ -903,7 +903,7 @@ def test_an_estimate_matches_the_fit_and_rises_with_corrected_labels(form, text,
     before = closed_form.estimate(cache)
     assert before.interval == pytest.approx(choice.interval)
     assert before.weakest == choice.weakest
-    names = ("photos", "words", "both", "names_hurt", "tested", "classes")
+    names = ("photos", "text", "both", "names_hurt", "tested", "classes")
     assert [getattr(before, name) for name in names] == pytest.approx(
         [getattr(choice, name) for name in names]
     )

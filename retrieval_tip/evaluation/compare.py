@@ -209,7 +209,9 @@ def mcnemar(only_a: int, only_b: int) -> float:
     """
     n = only_a + only_b
     fewer = torch.arange(min(only_a, only_b) + 1, dtype=torch.float64)
+    # In logarithms, because 2^n overflows from 1,024 photos on.
     logs = (
         math.lgamma(n + 1) - torch.lgamma(fewer + 1) - torch.lgamma(n - fewer + 1) - n * math.log(2)
     )
+    # If both numbers are equal, doubling would count the middle of the distribution twice.
     return min(1.0, 2 * float(logs.exp().sum()))

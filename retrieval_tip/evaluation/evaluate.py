@@ -387,6 +387,7 @@ def _area_under_roc(high: KeyArray, low: KeyArray) -> float | None:
     if not len(high) or not len(low):
         return None
     ordered = np.sort(low)
+    # The mean of both sides counts ties as half (Mann and Whitney, 1947).
     below = np.searchsorted(ordered, high, "left") + np.searchsorted(ordered, high, "right")
     return float(below.mean() / (2 * len(low)))
 

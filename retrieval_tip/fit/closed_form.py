@@ -76,7 +76,10 @@ other shots would give another index. With text, errors fall more slowly, and th
 photos, so estimates are not too low (benchmarks/estimates.py, seeds 100 to 103).
 """
 SURER, LESS_SURE, BISECTIONS = 2.0, 16.0, 12
-"""Largest factors by which a temperature is lowered and raised, and number of steps to find it."""
+"""Largest factors by which a temperature is lowered and raised, and number of steps to find it.
+
+benchmarks/accuracy.md (The estimate of a build) says on which photos the rule was chosen.
+"""
 EARLY = 4.0
 """Factor of the temperature of an index of ``label`` before a photo that was drawn at random can be held out.
 
@@ -319,6 +322,7 @@ def fit(
     choice = replace(result.choice, longest=longest)
     form = choice.form
     metric, values = folds.fitted(form, torch.arange(len(folds.ids)))
+    # No metric can be fitted if nothing varies, as in copies of one photo.
     if metric is None:
         form = replace(form, metric=None)
     automatic = validation is None and asked.metric is None and asked.values is None
@@ -407,6 +411,7 @@ def _judged(
     text_logits = fold_terms.text
     ids = folds.ids_held
     weights = folds.weights
+    # The folds keep their terms, and log_cache works in place.
     cache = tip.log_cache(fold_terms.cache.clone(), settings.log_offset)
     text = torch.zeros_like(cache) if text_logits is None else text_logits
     terms = tip.Terms(text, cache, fold_terms.discriminant)
@@ -417,6 +422,7 @@ def _judged(
     left = weights * _errors_left(folds)
     both = 1 - float((left * ~right).mean())
     photos = 1 - float((left * ~right_by_photos).mean())
+    # Kish's effective number of photos: unequal weights make an estimate less certain.
     number = float(weights.sum() ** 2 / (weights * weights).sum())
     choice = replace(
         FormChoice.of(folds, form),
@@ -456,6 +462,7 @@ def unfitted(index: Index) -> Index:
 
 def _longest(index: Index) -> float:
     """Return the largest norm in a sample of the keys. Raises InputError if it is too small for float32."""
+    # In float32, the last row would be rounded to n from 16,777,220 keys on.
     rows = torch.linspace(0, index.n - 1, min(index.n, JUDGED), dtype=torch.float64).long()
     longest = float(torch.linalg.vector_norm(taken_keys(index.keys, rows).double(), dim=1).max())
     if 0 < longest < LEAST_NORM:
@@ -478,6 +485,7 @@ def _forms(
     for name, choice, choices in (("metric", metric, MetricName), ("values", values, ValuesName)):
         if choice is not None:
             check_choice(name, choice, choices)
+    # Solved values compensate for each other, so they would be wrong for a query that uses only some keys.
     if index.settings.k is not None or by_class or index.n > MOST_SOLVED:
         if values == "solved":
             some = f", and {BY_CLASS} searches some" if by_class else ""
@@ -561,9 +569,11 @@ def _settings_of(index: Index, form: Form, folds: Folds) -> _FitResult:
         counted_photos = counted_photos & torch.from_numpy(drawn)[held_rows]
         like_new = counted_photos
         right = int(blend.right[counted_photos].sum())
+        # The rule of succession: a few right answers must not promise an accuracy of 1.
         accuracy = (right + 1) / (int(drawn.sum()) + 2)
         most = LESS_SURE
     else:
+        # Half a right and half a wrong photo are added, so that few photos without an error leave some doubt.
         accuracy = ((choice.both or 0) * folds.n + 0.5) / (folds.n + 1)
         like_new, most = _like_new(folds)
     # Classes without shots can win, too, so the accuracy on the others says little about the temperature.
@@ -590,6 +600,7 @@ def _best_blend(form: Form, folds: Folds) -> tuple[Form, Blend, float | None]:
     blend = held(best).robust(blends[best])
     if terms.bonus is not None:
         form = replace(form, bonus=blend.g / blend.b)
+        # The bonus is part of the cache from now on, so it is not weighted again.
         blend = replace(blend, g=0.0)
     if folds.covered < 1 and not folds.holds_classes:  # too few classes to hold some out
         blend = replace(blend, a=1.0, b=blend.b / max(blend.a, 1.0) * folds.covered)
@@ -644,9 +655,11 @@ def _as_sure(
     low = settings.temperature / SURER
     high = settings.temperature * most
     for _ in range(BISECTIONS):
+        # Temperatures are ratios. Twelve halvings of a factor of at most 32 leave 0.1 %.
         middle = (low * high) ** 0.5
         sure = float((weights * (logits / middle).softmax(1).amax(1)).mean() / weights.mean())
         low, high = (middle, high) if sure > right else (low, middle)
+    # At the lower end, the answers may be too sure.
     return replace(settings, temperature=high)
 
 
@@ -686,6 +699,7 @@ def _weakest(class_names: Sequence[str], right: Tensor, ids: Tensor) -> list[tup
         torch.bincount(class_ids, minlength=len(class_names)) for class_ids in (ids, ids[right])
     )
     missed = torch.nonzero(held > correct)[:, 0].tolist()
+    # Among equally weak classes, the one with more photos comes first, because its figure is more certain.
     missed.sort(key=lambda c: (int(correct[c]) / int(held[c]), -int(held[c])))
     return [(class_names[c], int(correct[c]), int(held[c])) for c in missed[:WEAKEST]]
 
@@ -754,6 +768,7 @@ def _sample(folds: Folds, most: int = CHOSEN_ON) -> Folds:
     sample = folds
     if len(folds.ids) > most:
         sample = _of_classes(folds, most)
+    # The same folds keep the terms of each form, and the final blend uses them again.
     elif [held.of for held in folds.held if held.of != "classes"] == ["shots"] * FOLDS:
         return folds
     return sample.with_shots(FOLDS, len(sample.ids)).with_classes(len(sample.ids))
@@ -778,6 +793,7 @@ def _of_classes(folds: Folds, most: int) -> Folds:
     few = ordered[ranks_within(ids[ordered], draw) < CHOSEN_SHOTS]
     counts = np.bincount(ids[few], minlength=folds.c)
     drawn = draw.permutation(order_of_classes)
+    # Folds of one class could not be judged.
     drawn = drawn[: max(2, int(np.searchsorted(np.cumsum(counts[drawn]), most, "right")))]
     classes = order_of_classes[np.isin(order_of_classes, drawn)]
     rows = few[np.isin(ids[few], classes)]

@@ -315,6 +315,7 @@ def _trained(
             collapsed = f"the loss is not finite in epoch {len(curve) - 1}"
             break
         best = max(best, held[1])
+        # Without validation images, every epoch is good enough, so the last one is kept.
         error = math.inf if queries is None else math.sqrt(best * (1 - best) / len(queries.ids))
         if held[1] >= best - error:
             epoch = len(curve) - 1
@@ -341,6 +342,7 @@ def _trained(
         plain,
         rows=ArrayRows(keys.astype(plain.dtype), plain.labels, kept.get("values", plain.values)),
         factory=plain.index_type,
+        # The temperature belongs to the logits before training.
         settings=replace(plain.settings, temperature=1.0),
         provenance=before | {"alpha": "finetune", "beta": "finetune", "finetune": record},
         curve=pa.Table.from_pylist(curve, schema=CURVE),

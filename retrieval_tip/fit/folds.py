@@ -106,6 +106,7 @@ class Order(NamedTuple):
         joined = np.concatenate([factors[:width] for width in widths])
         for keys, rows in _blocks(index.keys, bare) if len(bare) else ():
             bits = np.asarray(keys, dtype=np.float32).view(np.uint32).astype(np.uint64)
+            # The products wrap modulo 2^64. Integers add exactly, so the order of the sum does not matter.
             hashes[rows] = bits @ joined
         classes = np.argsort(index.class_names)
         places = np.argsort(classes)
@@ -146,6 +147,7 @@ class Folds:
     parts: Sequence[Part] = ()
     shares: Sequence[float] = ()
     order: Order | None = None
+    # Not fields of __init__: a copy by replace() has other folds or shares, so it starts without them.
     _scatters: dict[int | None, Scatter | FewScatter] = field(default_factory=dict, init=False)
     _terms: dict[Form, FoldTerms] = field(default_factory=dict, init=False)
 
@@ -196,6 +198,7 @@ class Folds:
         folds = np.full(len(ids), -1)
         if (several := counts[ids] > 1).any():
             ranks = ranks_within(ids, np.random.default_rng(seed))
+            # With more folds than photos, most classes would be missing from some fold.
             folds = np.where(several, ranks % min(number, int(np.median(counts[counts > 1]))), -1)
         return replace(self, held=list(self._held(folds, most)), single=int((counts == 1).sum()))
 
@@ -275,6 +278,7 @@ class Folds:
     @property
     def halves(self) -> bool:
         """Whether only about half of the shots remain in a fold, so that cache logits differ from the logits of all."""
+        # Two folds leave about 0.5 of the shots, three about 0.67.
         return any(len(held.rows) < 0.6 * len(self.ids) for held in self.held if held.of == "shots")
 
     def held_of(self, what: str) -> Tensor:
@@ -342,6 +346,7 @@ class Folds:
         if self.sums is None:
             self.sums = self._sums_of(every)
         others = np.delete(every, rows.numpy())
+        # Subtracting reads only the keys that are held out, not those that stay.
         sums = self.sums - self._sums_of(others) if len(others) else self.sums
         means = self.scaled(torch.from_numpy(sums.sums)).numpy()
         return Scatter.of(Sums(sums.counts, means, self._scaled_square(sums.second)), prior, widths)

@@ -52,6 +52,7 @@ class Scatter:
         if not scale > 0:
             return None
         eye = torch.eye(d, dtype=torch.float64)
+        # Every root gives the same affinities, and a Cholesky factor is faster to compute than a symmetric root.
         root = torch.linalg.cholesky((1 - shrinkage) / scale * self.matrix + shrinkage * eye)
         transform = torch.linalg.solve_triangular(root.T, eye, upper=True)
         return tip.Metric(self.mean.float(), transform.float().contiguous())
@@ -192,5 +193,6 @@ def known_prior(part: Part) -> DoubleArray | None:
 
 @functools.cache
 def _load_prior(name: str) -> DoubleArray | None:
+    # The name comes from a manifest, so it is compared with the files and never opened as a path.
     path = next((path for path in PRIORS.glob("*.npy") if path.name == name), None)
     return None if path is None else np.load(path).astype(np.float64) / PRIOR_SCALE

@@ -116,6 +116,7 @@ def search(index: Index, queries: Queries) -> HyperparameterChoice:
 
     solved = [_best_alpha(*ends) for ends in zip(low, high, strict=True)]
     *_, b = max(
+        # Among equals, the beta in the middle of the range wins.
         (right, _width(interval), -abs(b - len(solved) // 2), b)
         for b, (right, interval) in enumerate(solved)
     )
@@ -198,6 +199,7 @@ def right_between(text: Tensor, cache: Tensor, y: Tensor) -> tuple[DoubleArray, 
     """
     gain = (cache.gather(1, y[:, None]) - cache).double()
     lead = (text.gather(1, y[:, None]) - text).double()
+    # Where gain is 0, this is infinite or NaN, and neither of the next lines uses it.
     bound = -lead / gain
     low = torch.where(gain > 0, bound, -torch.inf)
     high = torch.where(gain < 0, bound, torch.inf)

@@ -51,6 +51,7 @@ def shares_of(splits: Sequence[Folds], form: Form) -> Shares:
         losses = np.array(
             [folds.n * folds.shared(cell).judge(form).loss for cell in cells.tolist()]
         )
+        # The mean over the splits so far, so that clearly worse shares are not fitted to the next split.
         evidence = (done * evidence - losses) / (done + 1)
         clear = evidence > evidence.max() - CLEAR
         cells, evidence = cells[clear], evidence[clear]
@@ -97,6 +98,7 @@ def shares_without_folds(folds: Folds) -> Shares:
             (covariance[encoder] > REDUNDANT * spreads[encoder] * spreads)
             | (np.arange(len(used)) == encoder)
         )
+        # Weights of least variance are proportional to the inverse covariance times ones; twins make it singular.
         least = np.linalg.solve(
             covariance[np.ix_(group, group)] + 1e-12 * np.eye(len(group)), np.ones(len(group))
         )

@@ -175,6 +175,7 @@ def without_folds(
     ids = folds.ids.numpy()
     images = folds.images
     kept = np.arange(index.n) if kept is None else kept
+    # Other types would be built, and some trained, for every fold.
     factory = index.index_type if index.retrieval.keys.by_class else "Flat"
     number = min(FOLDS if index.n <= MANY_KEYS else FOLDS // 2, len(rows))
     order = folds.order_of(torch.from_numpy(rows)).numpy()

@@ -41,6 +41,7 @@ class Scores:
         photos = len(self.rows)
         lost = 1 - coverage
         always = ~np.isin(np.arange(len(named)), self.rows[:, 2]) & ~named
+        # In floating point, 10 (1 - 0.9) is below 1.
         if photos * lost < 1 - 1e-9:
             return Sets(coverage, photos, 0.0, always)
         probabilities, weights, _ = self.rows[np.argsort(self.rows[:, 0])].T

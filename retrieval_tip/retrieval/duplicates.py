@@ -179,6 +179,7 @@ def _codes_of_equal(keys: KeyArray) -> IntArray:
     integers = (
         np.ascontiguousarray(keys[block]).view(f"u{width}") for block in slices(n, KEY_BLOCK)
     )
+    # Equal keys have equal sums, so only keys whose sum repeats need a digest.
     sums = np.concatenate([chunk.sum(axis=1, dtype=np.uint64) for chunk in integers])
     _, codes, times = np.unique(sums, return_inverse=True, return_counts=True)
     rows = np.flatnonzero(times[codes] > 1)

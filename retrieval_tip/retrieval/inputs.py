@@ -111,7 +111,9 @@ def joined(
         )
     scaled = []
     for array in matrices:
+        # In float16 and float32, the squares of large values would overflow.
         norms = np.linalg.norm(array.astype(np.float64), axis=1, keepdims=True)
+        # A vector of zeros stays zero.
         scaled.append(array / norms.clip(1e-30))
     return join(scaled)
 

@@ -181,6 +181,7 @@ class KeyStream(ABC):
         k = min(k, self.n)
         number = min(self.n_classes, max(8, round(4 * k / self.mean_count)))
         near = exact_search(self.means, points, number)[1]
+        # The nearest classes may be empty or small.
         while number < self.n_classes and (self.counts[near].sum(1) < k).any():
             number = min(self.n_classes, 4 * number)
             near = exact_search(self.means, points, number)[1]
@@ -204,6 +205,7 @@ class KeyStream(ABC):
                 candidates = Nearest(affinity, rows[near], asked[place].expand(near.shape))
                 both = Nearest.joined([best.queries(query), candidates], dim=1)
                 best.put(query, both.at(both.affinity.topk(k, dim=1).indices))
+        # Until now, -inf has kept empty slots last.
         return best._replace(affinity=best.affinity.masked_fill(best.rows < 0, 0))
 
     @property
@@ -229,6 +231,7 @@ class KeyStream(ABC):
         groups, counts = ids.unique_consecutive(return_counts=True)
         sizes = counts.tolist()
         ends = counts.cumsum(0).tolist()
+        # At least one key at a time must fit, with all queries of its class.
         memory = features.new_empty(max([QUERY_BLOCK * KEY_BLOCK, *sizes]))
         for place, block, _ in self.of_classes(groups.cpu().numpy()):
             size = sizes[place]

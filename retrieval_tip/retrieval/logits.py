@@ -136,6 +136,7 @@ class Retrieval:
             others = keys.nearest(points[few], number)
             others = others.without(others.class_ids == winner[few, None], c)
             filled = Nearest.joined([supporting.queries(few), others], dim=1)
+            # With equal order, the stable sort only moves empty slots to the end.
             supporting.put(few, filled.ordered(torch.zeros_like(filled.affinity)).first(number))
         return Contributors(supporting, opposing)
 

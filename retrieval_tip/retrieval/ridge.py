@@ -44,6 +44,7 @@ def ridge_values(gram: Tensor, targets: Tensor, ridge: float | Tensor) -> Tensor
     Raises torch.linalg.LinAlgError if the system cannot be solved in that dtype.
     """
     gram.diagonal().add_(ridge)
+    # On a CPU, it is factorised in place, so that only one matrix of n^2 entries is in memory.
     root = torch.linalg.cholesky(gram, out=gram if gram.is_cpu else None)
     values: Tensor = torch.linalg.solve_triangular(root.T, _forward(root, targets), upper=True)
     return values

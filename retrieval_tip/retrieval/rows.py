@@ -322,6 +322,7 @@ class ArrayRows(Rows):
         if sums is not None and self.sums is not None and not sums.outweighs(self.sums):
             sums = None  # rounding errors have become too large, so the next fit recomputes them
         try:
+            # A column that one of them lacks becomes null. Other types of a column are an error.
             labels = pa.concat_tables([self.labels, more.labels], promote_options="default")
         except pa.ArrowException as error:
             raise InputError(
@@ -382,6 +383,7 @@ class ArrayRows(Rows):
 
 def _picked(old: KeyArray, new: KeyArray, rows: IntArray) -> KeyArray:
     """Return rows of one array followed by another, with a single copy of a large array."""
+    # Rows of the new array get a placeholder, because concatenating would copy the old array twice.
     picked: KeyArray = np.take(old, np.minimum(rows, len(old) - 1), axis=0)
     fresh = np.flatnonzero(rows >= len(old))
     picked[fresh] = new[rows[fresh] - len(old)]
