@@ -159,6 +159,7 @@ class Index:
             keys=_writable(rows.keys),
             points=None if rows.points is None else _writable(rows.points),
         )
+        # The state has no retrieval, which follows from the rows.
         self.__init__(rows=rows, device=present(state.pop("device")), **state)  # type: ignore[misc]
         self.prior = prior
         self.scores = scores
@@ -186,6 +187,7 @@ class Index:
         text = self.text_weights
         if self.parts:
             scale = inputs.scale_of(self.parts, self.shares)
+            # Queries are not scaled here, so the text takes the scale of both.
             text = text if scale is None else text * scale.square().to(text)
         self.retrieval = Retrieval(self.rows.stream(c, self.device, self.metric), text)
 
@@ -801,6 +803,7 @@ class Index:
 
     @classmethod
     def _opened(cls, store: Versions, check: Check, device: str) -> Self:
+        # Files are only parsed after they were checked.
         check.wait()
         place = store.folder
         manifest = check.manifest
@@ -898,6 +901,7 @@ class Index:
         """
         stored = self.stored if isinstance(self.stored, Stored) else None
         write(self._contents(), writer, stored)
+        # Before the commit, so that an index whose logits overflow never becomes current.
         self.check_answers()
         made = self.altered(rows=self._mapped(writer))
         manifest = made.manifest_of(writer, change)

@@ -416,6 +416,7 @@ def _judged(
     text = torch.zeros_like(cache) if text_logits is None else text_logits
     terms = tip.Terms(text, cache, fold_terms.discriminant)
     logits = terms.logits(settings)
+    # Other folds hold out the same photos again.
     shown = folds.held_of("shots")
     right = logits.argmax(1) == ids
     right_by_photos = terms.photos(settings).argmax(1) == ids

@@ -121,6 +121,7 @@ def search(index: Index, queries: Queries) -> HyperparameterChoice:
         for b, (right, interval) in enumerate(solved)
     )
     interval = solved[b][1]
+    # An interval without an upper end has no middle.
     alpha = 2 * interval[0] + 1 if interval[1] == math.inf else sum(interval) / 2
     best = chosen = hits(b, alpha)
     before = hits(tried.index(own_beta), own_alpha)

@@ -94,6 +94,7 @@ class Queries:
                 unseen = near.rows < 0
             if self.images is not None and images is not None:
                 hidden, place = np.unique(self.images[block], return_inverse=True)
+                # For images above all hidden ones, searchsorted returns len(hidden).
                 at = np.searchsorted(hidden, images).clip(max=len(hidden) - 1)
                 is_hidden = hidden[at] == images
                 gone = np.bincount(
