@@ -634,6 +634,7 @@ def test_a_hostile_upload_is_refused_or_answered(served, pictures, name, host, a
             timeout=SECONDS,
         )
     assert answered.status_code < 500, answered.text
+    assert answered.headers["content-type"] in ("application/json", "application/problem+json")
     assert host is None or answered.status_code >= 400
     if answered.status_code >= 400:
         check_line(answered.json().get("detail", answered.text))

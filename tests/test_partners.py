@@ -342,15 +342,6 @@ def test_a_label_stays_with_its_photo_if_the_task_shows_another(own, teach):
     )
 
 
-def test_an_older_event_about_an_annotation_changes_nothing(teach):
-    one, two = teach.files
-    first, second = (f"2026-12-02T09:00:0{time}Z" for time in ("0.999999", "1.000001"))
-    teach(says(1, one, "a", updated_at=second), "a", "")
-    teach(says(1, two, "b", updated_at=first), "a", "")
-    teach(says(1, two, "b", updated_at=second), "", "b")
-    teach(deleted(1), "", "")
-
-
 def test_annotations_count_whatever_was_done_to_their_shots_meanwhile(own, teach, run):
     one = teach.files[0]
     teach(says(1, one, "a"), "a", "")

@@ -713,8 +713,7 @@ NOT_AGAIN = {
 """Changes that depend on the version they began with."""
 
 
-@pytest.mark.parametrize("early", [False, True])
-@pytest.mark.parametrize("change", NOT_AGAIN)
+@pytest.mark.parametrize(("change", "early"), few(itertools.product(NOT_AGAIN, [False, True]), 3))
 def test_a_fit_or_a_bare_rollback_in_a_bucket_is_not_tried_again(
     bucket_pets, monkeypatch, change, early
 ):
