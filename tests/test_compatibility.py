@@ -91,20 +91,6 @@ def test_a_table_with_a_vector_index_compares_all_keys_until_it_is_rebuilt(tmp_p
     at(place).verify()
 
 
-@pytest.mark.parametrize("name", ["fitted", "lance-vectors"])
-def test_an_index_of_an_earlier_format_is_refused_untouched(name, tmp_path, run):
-    place = copied(name, tmp_path)
-    version = at(place).manifest().version
-    outdated(place, version)
-    before = snapshot(tmp_path)
-    words = f"manifests/{version:06d}.json: index format 10, which is no longer read; build the index again"
-    for command in ("info", "verify", "history", "gc", "rollback", "set --temperature 2"):
-        first, *options = command.split()
-        failed = run("index", first, place, *options)
-        assert (failed.exit_code, failed.stderr) == (1, f"Error: {place}/{words}\n")
-        assert snapshot(tmp_path) == before
-
-
 def test_a_folder_with_only_the_manifest_of_an_earlier_program_is_named(tmp_path, run):
     place = Path(copied("fitted", tmp_path))
     shutil.move(place / "manifests/000003.json", place / "manifest.json")

@@ -314,19 +314,6 @@ def test_a_photo_is_a_shot_while_its_annotations_agree(own, teach, caplog):
     assert not teach(says(3, one, "b"), "", "b")
 
 
-def test_a_photo_that_the_index_had_keeps_its_label_and_origin(own, teach):
-    row = Index.load(own).labels.to_pylist()[0]
-    teach.photos = [Path(row["source"]).read_bytes()]
-    file = teach.files[0]
-    file.write_bytes(teach.photos[0])
-    assert "the index had it before" in teach(says(1, file, "b"), row["label"])
-    assert "the index had it before" in teach(says(2, file, row["label"]), row["label"])
-    assert not teach(deleted(1), row["label"])
-    assert not teach(deleted(2), row["label"])
-    assert Index.load(own).find(key_ids=[row["key_id"]]).to_pylist() == [row]
-    assert Index.load(own).manifest.version == 1
-
-
 def test_a_label_stays_with_its_photo_if_the_task_shows_another(own, teach):
     one, two = teach.files
     teach(says(1, one, "a"), "a", "")

@@ -32,7 +32,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from sealing import refused
 from serving import app_of
 from stored import copied, done, everything, labels_of, made, path_of, put, rows_of, source
-from tables import unit_rows, write_table
+from tables import odd_columns, unit_rows, write_table
 
 from retrieval_tip import Index
 from retrieval_tip.data.reader import Reader
@@ -331,22 +331,13 @@ def test_keys_are_found_removed_and_relabelled_by_id_and_by_condition(pets):
     assert changes.relabel(place, each).key_ids == [moved[0], moved[1], 9]
     pets.truth.labels |= {moved[2]: HOSTILE} | each
     pets.check()
-    for call in (changes.remove, partial(changes.relabel, label="cat")):
-        for wrong in ([3], [10**6], [-1], [2**63], [10**30], [0, 2**64]):
-            pets.refused(
-                lambda call=call, wrong=wrong: call(place, key_ids=wrong),
-                str(wrong[-1]),
-                error=InputError,
-            )
-        pets.refused(
-            lambda call=call: call(place, where="label = 'nobody'"), "nobody", error=InputError
-        )
-        pets.refused(lambda call=call: call(place, where="1; DROP"), "where", error=UsageError)
-    for each, word in (({other: "nobody"}, "nobody"), ({other: BARE, 10**30: BARE}, str(10**30))):
-        pets.refused(lambda each=each: changes.relabel(place, each), word, error=InputError)
-    pets.refused(
-        lambda: changes.relabel(place, {other: BARE}, key_ids=[other]), "key_ids", error=UsageError
-    )
+    for wrong in ([3], [10**6], [-1], [2**63], [10**30], [0, 2**64]):
+        for call in (changes.remove, partial(changes.relabel, label="cat")):
+            pets.refused(partial(call, place, key_ids=wrong), str(wrong[-1]), error=InputError)
+    each = {other: BARE, 10**30: BARE}
+    pets.refused(partial(changes.relabel, place, each), str(10**30), error=InputError)
+    both = partial(changes.relabel, place, each, key_ids=[other])
+    pets.refused(both, "key_ids", error=UsageError)
 
 
 def test_a_second_build_is_a_new_version_and_missing_versions_are_refused(pets):
@@ -410,10 +401,6 @@ def test_settings_can_be_changed(pets):
     assert_allclose(model.rows.statistics().mean, same.mean, atol=1e-5)
     pets.refused(
         lambda: changes.configure(pets.place, templates=["a {}"]), "backbone", error=UsageError
-    )
-    pets.refused(lambda: changes.configure(pets.place), "nothing to set", error=UsageError)
-    pets.refused(
-        lambda: changes.configure(pets.place, temperature=0.0), "temperature", error=UsageError
     )
     pets.refused(
         lambda: changes.configure(pets.place, alpha=1e145), "alpha 1e+145", error=InputError
@@ -1081,20 +1068,7 @@ def test_columns_that_lancedb_cannot_store_are_refused(lance_pets, column, tmp_p
 
 
 def test_columns_of_any_type_and_name_are_preserved(tmp_path):
-    columns = {
-        "my col": pa.array(["a", None]),
-        "x'y\"z": pa.array([1, 2], pa.uint64()),
-        "Ünï-1": pa.array([True, None]),
-        "select": pa.array([[1], []], pa.list_(pa.int64())),
-        "when": pa.array([1, 2], pa.timestamp("ns", "UTC")),
-        "raw": pa.array([b"a", b""]),
-        "dictionary": pa.array(["a", "b"]).dictionary_encode(),
-        "none": pa.nulls(2),
-        "large": pa.array(["a", "b"], pa.large_string()),
-        "struct": pa.array([{"x": 1}, {"x": 2}]),
-        "half": pa.array([None, 1.5], pa.float16()),
-        "view": pa.array(["a", None], pa.string_view()),
-    }
+    columns = odd_columns()
     features = unit_rows(2, D, 61)
     places = [made(tmp_path, kind, kind) for kind in ("folder", "lance")]
     table = source(tmp_path / "t.parquet", features, ["a", "b"], **columns)
