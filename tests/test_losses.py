@@ -398,7 +398,6 @@ def server(place, tables):
     with TestClient(app_of(place, token="t"), headers={"Authorization": "Bearer t"}) as http:
         yield [
             partial(edit, "POST", "keys", json=feature),
-            partial(edit, "POST", "relabel", json={"labels": {"0": "dog"}}),
             partial(edit, "DELETE", "keys?key_id=1"),
         ]
 
@@ -410,7 +409,6 @@ def python(place, tables):
     yield [
         lambda: changes.add(place, more, Reader()),
         lambda: changes.label(place, [photo], Reader()),
-        lambda: changes.relabel(place, {0: "dog"}),
         lambda: changes.remove(place, key_ids=[1]),
     ]
 
@@ -420,7 +418,6 @@ def classifier(place, tables):
     opened = Classifier.load(place)
     yield [
         lambda: opened.add(tables / "wide.parquet"),
-        lambda: opened.relabel({0: "dog"}),
         lambda: opened.remove(key_ids=[1]),
     ]
     assert opened.index.version == stores.at(place).manifest().version

@@ -429,35 +429,6 @@ def test_adding_a_shot_changes_the_answer_and_removing_it_undoes_that(own, photo
     assert Index.load(own).n == 80
 
 
-def test_gc_deletes_photos_that_no_kept_version_uses(own, monkeypatch):
-    sent = [path for path, _ in caltech_photos(SHARED, "test", 10, 1)[:3]]
-    with serving(own, token=TOKEN) as client:
-        for path in sent:
-            added(client, path.read_bytes(), "new")
-        gone = client.delete("/v1/indexes/own/keys?key_id=80")
-        assert gone.status_code == 200
-    shots = own.parent / "own-shots"
-    kept = {path.read_bytes(): path for path in (shots / "new").iterdir()}
-    unused, *used = (kept[path.read_bytes()] for path in sent)
-    foreign = [shots / "notes.txt", shots / "new" / "0123456789abcdef.jpg", shots / "new" / "a.jpg"]
-    for path in foreign:
-        path.write_bytes(sent[0].read_bytes())
-    link = shots / "new" / f"{'0' * 16}.jpg"
-    elsewhere = own.parent / unused.name
-    shutil.copy(unused, elsewhere)
-    link.symlink_to(elsewhere)
-    (shots / "linked").symlink_to(own.parent)
-
-    ok("index", "gc", own, "--keep", 2)  # the previous version still uses it
-    assert unused.exists()
-    monkeypatch.setattr("retrieval_tip.store.files.LOCK_WAIT", 0.0)
-    with photos_module.adding(shots):  # as the server does before it saves a version
-        assert changes.gc(own, 1).photos == 0
-    assert changes.gc(own, 1) == changes.Collected([], 1, sent[0].stat().st_size)
-    assert not unused.exists()
-    assert all(path.exists() for path in (*used, *foreign, link, elsewhere))
-
-
 def test_indexes_are_renamed_duplicated_and_deleted(own, photo):
     """Added photos are kept until no index in the folder uses them."""
     with serving(own, token=TOKEN) as client:

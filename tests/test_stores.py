@@ -38,7 +38,7 @@ from retrieval_tip import Index
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import open_source
 from retrieval_tip.errors import InputError, StoreError, UsageError
-from retrieval_tip.index import changes
+from retrieval_tip.index import changes, photos
 from retrieval_tip.index import places as stores
 from retrieval_tip.index.build import build_index
 from retrieval_tip.lance import key_table, lance_store
@@ -516,23 +516,37 @@ def test_a_labelling_session_keeps_one_version_per_minute_and_its_readers_can_fi
     ]
 
 
-def test_gc_deletes_photos_that_only_deleted_versions_use(pets):
+def test_gc_deletes_photos_that_only_deleted_versions_use(pets, monkeypatch):
     """Photos are in the folder ``DIR-shots``, named by their digest. A bucket has no such folder."""
-    photos = []
-    for name in (b"removed", b"kept"):
-        photos.append(
-            pets.tables / "own-shots" / "cat" / f"{hashlib.sha256(name).hexdigest()[:16]}.jpg"
-        )
-        photos[-1].parent.mkdir(parents=True, exist_ok=True)
-        photos[-1].write_bytes(name)
+    folder = pets.tables / "own-shots" / "cat"
+    folder.mkdir(parents=True)
+    unused, used = (
+        folder / f"{hashlib.sha256(name).hexdigest()[:16]}.jpg" for name in (b"x", b"y")
+    )
+    foreign = [folder.parent / "notes.txt", folder / "0123456789abcdef.jpg", folder / "a.jpg"]
+    elsewhere = pets.tables / unused.name
+    for path in (unused, elsewhere, *foreign):
+        path.write_bytes(b"x")
+    used.write_bytes(b"y")
+    link = folder / f"{'0' * 16}.jpg"
+    link.symlink_to(elsewhere)
+    (folder.parent / "linked").symlink_to(pets.tables)
     rows = source(
-        pets.tables / "photos.parquet", unit_rows(2, D, 20), ["cat", "cat"], list(map(str, photos))
+        pets.tables / "photos.parquet",
+        unit_rows(2, D, 20),
+        ["cat", "cat"],
+        [str(unused), str(used)],
     )
     changes.add(pets.place, rows, Reader())
     changes.remove(pets.place, key_ids=[60])
-    assert changes.gc(pets.place, 2).photos == 0
-    assert changes.gc(pets.place, 1).photos == (0 if pets.kind == "s3" else 1)
-    assert [path.exists() for path in photos] == [pets.kind == "s3", True]
+    assert changes.gc(pets.place, 2).photos == 0  # the previous version still uses it
+    monkeypatch.setattr("retrieval_tip.store.files.LOCK_WAIT", 0.0)
+    with photos.adding(folder.parent):  # as the server does before it saves a version
+        assert changes.gc(pets.place, 1).photos == 0
+    gone = 0 if pets.kind == "s3" else 1
+    assert changes.gc(pets.place, 1) == changes.Collected([], gone, gone)
+    assert unused.exists() == (pets.kind == "s3")
+    assert all(path.exists() for path in (used, *foreign, link, elsewhere))
 
 
 def test_deleting_versions_leaves_no_copies_of_the_table(local_pets, monkeypatch):
@@ -628,11 +642,9 @@ def _merge(pets, number):
 
 def _label(pets, number):
     photo = partial(changes.PhotoLabel, picked="suggested", feature=unit_rows(1, D, 40 + number)[0])
-    photos = [
-        photo("both.jpg", "b" * 64, [BARE, "cat"][number]),
-        photo(f"{number}.jpg", str(number) * 64, "cat"),
-    ]
-    return changes.label(pets.place, photos, Reader())
+    both = photo("both.jpg", "b" * 64, [BARE, "cat"][number])
+    alone = photo(f"{number}.jpg", str(number) * 64, "cat")
+    return changes.label(pets.place, [both, alone], Reader())
 
 
 EDITS = {
