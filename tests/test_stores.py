@@ -528,7 +528,8 @@ def test_gc_deletes_photos_that_only_deleted_versions_use(pets, monkeypatch):
     for path in (unused, elsewhere, *foreign):
         path.write_bytes(b"x")
     used.write_bytes(b"y")
-    link = folder / f"{'0' * 16}.jpg"
+    link = pets.tables / "own-shots" / "dog" / unused.name
+    link.parent.mkdir()
     link.symlink_to(elsewhere)
     (folder.parent / "linked").symlink_to(pets.tables)
     rows = source(
