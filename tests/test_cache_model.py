@@ -524,19 +524,6 @@ def test_added_keys_get_ids_and_one_hot_values_and_removed_keys_leave(index):
         (Edits(remove=[5, N + 3]), InputError, f"^key ids {N + 3}: not in this index"),
         (Edits(remove=range(N)), InputError, "^remove: an index needs at least one key"),
     ],
-    ids=[
-        "length",
-        "labels",
-        "name",
-        "NaN",
-        "nothing",
-        "sources",
-        "digests",
-        "extra",
-        "float16",
-        "missing",
-        "all",
-    ],
 )
 def test_a_refused_change_changes_nothing(edits, error, message):
     cache = model(keys=KEYS.astype(np.float16), index="IVF16,Flat", values=VALUES)
