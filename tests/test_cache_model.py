@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 import torch
 from conftest import cache_of, needs_real, parts_of, tries
-from dense import affinity, cache_logits, nearest
+from dense import affinity, nearest, parts
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.random import default_rng
@@ -90,9 +90,7 @@ def dense(model_, k=None, tail=True):
     An approximate search decides which keys count.
     """
     whole = model_.in_memory()
-    own = model_.settings
     A = affinity(QUERIES, whole.keys)
-    y = whole.class_ids.numpy()
     if model_.index_type.startswith("Classes") or k is None or k >= model_.n:
         met = nearest(A, None)
     elif model_.index_type == "Flat":
@@ -100,9 +98,8 @@ def dense(model_, k=None, tail=True):
     else:
         rows = model_.nearest(torch.from_numpy(QUERIES), k)[1]
         met = np.stack([np.isin(np.arange(model_.n), row) for row in rows])
-    V = np.eye(C)[y] if model_.values is None else model_.values.numpy().astype(np.float64)
-    text = own.logit_scale * affinity(QUERIES, model_.text_weights)
-    return text, cache_logits(A, y, C, own.beta, V, met, tail=tail), A, V, met
+    V = np.eye(C)[whole.class_ids] if whole.values is None else whole.values.numpy()
+    return *parts(whole, QUERIES, met, tail=tail), A, V, met
 
 
 def check_logits(model_, k=None, tail=True):

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import cache_of, ok
-from dense import affinity, cache_logits, nearest
+from dense import affinity, nearest, parts
 from numpy.random import default_rng
 from tables import read_features, unit, write_table
 
@@ -45,18 +45,8 @@ def model(c=C, **changes):
 
 
 def labelled(folder, labels, features):
-    path = folder / "features.parquet"
-    pq.write_table(
-        pa.table(
-            {
-                "id": [f"q{i}" for i in range(len(labels))],
-                "label": labels,
-                "feature": list(features),
-            }
-        ),
-        path,
-    )
-    return open_source(path)
+    ids = [f"q{i}" for i in range(len(labels))]
+    return open_source(write_table(folder / "features.parquet", features, labels, ids))
 
 
 def labelled_table(path, ids, features, name="photo"):
@@ -71,9 +61,7 @@ def source(tmp_path):
 
 
 def expected(k=None):
-    A = affinity(QUERIES, KEYS)
-    text = 10 * affinity(QUERIES, TEXT)
-    cache = cache_logits(A, Y, C, 3, met=nearest(A, k))
+    text, cache = parts(model(), QUERIES, nearest(affinity(QUERIES, KEYS), k))
     return text + 2 * cache, text, cache
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from clusters import round_clusters as clusters
 from conftest import ok, tries
-from dense import affinity, cache_logits
+from dense import affinity, cache_logits, parts
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.random import default_rng
@@ -60,13 +60,6 @@ def queries_of(cache, n=60, seed=2):
     return Queries(features, ids, "x")
 
 
-def dense(cache, features, beta):
-    """Return text and cache logits by definition."""
-    A = affinity(features, cache.keys)
-    ids = cache.labels["class_id"].to_numpy()
-    return 10 * affinity(features, cache.text_weights), cache_logits(A, ids, C, beta)
-
-
 def best_over_alphas(text, alone, y):
     """Return the largest number of right answers over all alphas, tried between and beyond all crossings of classes."""
     q = np.arange(len(y))
@@ -88,7 +81,7 @@ def test_the_search_finds_the_best_accuracy_over_all_alphas_and_betas(seed, monk
     monkeypatch.setattr(search_hp, "BETAS", np.array(betas))
     choice = search(cache, queries)
     best = max(
-        best_over_alphas(*dense(cache, queries.features, beta), queries.ids) for beta in betas
+        best_over_alphas(*parts(cache, queries.features, beta=beta), queries.ids) for beta in betas
     )
     assert (
         round(choice.accuracy * len(queries.ids)) == round(choice.best * len(queries.ids)) == best
