@@ -11,7 +11,7 @@ from dense import Case, Largest, affinity, cases, shots_like_clip
 from hypothesis import given
 from hypothesis import strategies as st
 from made import Made
-from numpy.testing import assert_array_equal
+from numpy.testing import assert_allclose, assert_array_equal
 
 from retrieval_tip.errors import InputError
 from retrieval_tip.retrieval import keys as keys_module
@@ -38,6 +38,44 @@ def keys_of(case, **options):
 small_cases = cases(least_d=1, least_q=0, half=st.booleans())
 betas = st.floats(0, 20)
 block_sizes = st.tuples(st.integers(1, 5), st.integers(1, 12), st.integers(1, 60))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("keys")
+
+
+@tries(60)
+@given(small_cases, betas, block_sizes, st.booleans(), st.booleans())
+def test_all_keys_give_the_dense_sum_for_any_shape_and_blocks(
+    folder, case, beta, sizes, valued, mapped
+):
+    if mapped:
+        np.save(folder / "keys.npy", case.K)
+        case.K = np.load(folder / "keys.npy", mmap_mode="c")
+    values = case.V if valued else None
+    expected = case.logits(beta, values)
+    with blocks(*sizes):
+        own = None if values is None else torch.from_numpy(values)
+        found = keys_of(case, values=own).cache_logits(case.queries, beta)
+    assert (found.dtype, tuple(found.shape)) == (torch.float32, expected.shape)
+    assert_allclose(found, expected, atol=1e-4, rtol=0)
+
+
+@tries(30)
+@given(small_cases, block_sizes)
+def test_class_sums_and_means_match_numpy(case, sizes):
+    with blocks(*sizes):
+        keys = keys_of(case)
+        sums = keys.sums
+        means = keys.means
+        together = torch.cat([rows.clone() for rows, *_ in keys.blocks()])
+    one_hot = np.eye(case.c)[case.y]
+    expected = one_hot.T @ case.K.astype(np.float64)
+    assert_allclose(sums, expected, atol=1e-6)
+    assert_allclose(means, expected / np.maximum(one_hot.sum(0), 1)[:, None], atol=1e-6)
+    assert_array_equal(together, case.K.astype(np.float32))
+    assert keys.mean_count == pytest.approx(len(case.y) / len(set(case.y.tolist())))
 
 
 @pytest.mark.parametrize("per_class", [3, 40])
@@ -76,6 +114,32 @@ def test_keys_not_grouped_by_class_are_refused():
 def synthetic():
     """2000 keys, their class ids, text weights and 4096 queries."""
     return shots_like_clip(100, 20, 256, 4096)
+
+
+@st.composite
+def some_classes(draw):
+    """Draw a case, some classes for each query, and which of them are requested."""
+    case = draw(small_cases)
+    p = draw(st.integers(1, case.c))
+    classes = (
+        np.stack([case.rng.permutation(case.c)[:p] for _ in case.f])
+        if len(case.f)
+        else np.empty((0, p), int)
+    )
+    return case, classes, case.rng.random(classes.shape) < draw(st.sampled_from([0.0, 0.3, 1.0]))
+
+
+@tries(60)
+@given(some_classes(), betas, block_sizes)
+def test_requested_classes_get_their_dense_sum_and_others_get_0(given_, beta, sizes):
+    case, classes, met = given_
+    expected = np.take_along_axis(case.logits(beta), classes, axis=1) * met
+    with blocks(*sizes):
+        found = keys_of(case).class_logits(
+            case.queries, torch.from_numpy(classes), torch.from_numpy(met), beta
+        )
+    assert_allclose(found, expected, atol=1e-4, rtol=0)
+    assert (found.numpy()[~met] == 0).all()
 
 
 def excess_of(array, ids, c, f, own, beta):
