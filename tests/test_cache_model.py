@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from conftest import cache_of, needs_real, parts_of, tries
+from conftest import cache_of, fitted, needs_real, parts_of, tries
 from dense import affinity, nearest, parts
 from hypothesis import given
 from hypothesis import strategies as st
@@ -569,7 +569,7 @@ CARRIED += [
 def test_a_saved_or_pickled_index_gives_the_same_answers_bit_for_bit(how, index, dtype, tmp_path):
     cache = model(index=index, keys=KEYS.astype(dtype), sources=[f"ü{i}" for i in range(N)])
     if index == "Flat" and how != "saved":
-        cache, _ = closed_form.fit(cache, closed_form.FitRequest("within", "solved"))
+        cache = fitted(cache, closed_form.FitRequest("within", "solved"))
     cache = reopened(cache, tmp_path / "index")
     cache = cache.edited(Edits(add=NewKeys(unit(KEYS[:5] + 0.1), Y[:5])))
     there = CARRY[how](cache, tmp_path / "there")

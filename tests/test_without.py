@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import cache_of, json_rows, ok
+from conftest import cache_of, json_of, json_rows, ok
 from dense import affinity, cache_logits, discriminant, nearest
 from fastapi.testclient import TestClient
 from hypothesis import given, settings
@@ -234,7 +234,7 @@ def test_classify_answers_shots_as_evaluate_does(run, tmp_path):
         rows = list(csv.DictReader(file))
     assert [row["input"] for row in rows] == [f"item-{i}" for i in range(9 * C)]
     right = np.mean([row["label"] == label for row, label in zip(rows, labels, strict=True)])
-    facts = json.loads(run("evaluate", tmp_path / "index", table, "--json").stdout)
+    facts = json_of("evaluate", tmp_path / "index", table)
     assert right == pytest.approx(facts["top1"])
     assert right < 1
     numbered = write_table(
