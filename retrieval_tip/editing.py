@@ -69,12 +69,12 @@ def _append_classes(made: Index, classes: Mapping[str, Features | None]) -> None
     names = inputs.names(list(classes))
     if again := sorted(set(names) & set(made.class_names)):
         raise InputError(f"classes: {again[0]!r} already exists in the index")
-    given = [weights for weights in classes.values() if weights is not None]
-    if len(given) < len(names) and made.has_text:
+    vectors = [weights for weights in classes.values() if weights is not None]
+    if len(vectors) < len(names) and made.has_text:
         raise InputError(
             f"classes: {names[0]!r} has no text weight; pass one, because the index has text"
         )
-    rows = np.stack(given) if given else None
+    rows = np.stack(vectors) if vectors else None
     weights = inputs.text_weights(rows, len(names), made.d)
     made.class_names = [*made.class_names, *names]
     made.text_weights = torch.cat([made.text_weights, weights.to(made.text_weights)])
@@ -115,8 +115,8 @@ def _add(made: Index, new: NewKeys) -> None:
     made.next_key_id += len(matrix)
     if new.precision is not None:
         before = made.provenance.get("precision") or {}
-        known = sorted({*(before.get("keys") or "").split(", "), new.precision} - {""})
-        made.provenance = made.provenance | {"precision": before | {"keys": ", ".join(known)}}
+        precisions = sorted({*(before.get("keys") or "").split(", "), new.precision} - {""})
+        made.provenance = made.provenance | {"precision": before | {"keys": ", ".join(precisions)}}
 
 
 def _check_lengths(made: Index, keys: npt.NDArray[Any]) -> None:
@@ -149,22 +149,22 @@ def _move(made: Index, labels: Mapping[int, str]) -> None:
             strict=True,
         )
     )
-    part = made.rows.of(list(wanted))
-    class_ids = np.array([wanted[key_id] for key_id in part.key_ids.tolist()], dtype=np.int64)
-    changed = np.flatnonzero(part.class_ids != class_ids)
-    part = part.take(changed)
+    moved = made.rows.of(list(wanted))
+    class_ids = np.array([wanted[key_id] for key_id in moved.key_ids.tolist()], dtype=np.int64)
+    changed = np.flatnonzero(moved.class_ids != class_ids)
+    moved = moved.take(changed)
     class_ids = class_ids[changed]
     rows = made.rows
-    if not part.n:
+    if not moved.n:
         return
     if made.ridge is not None:
         assert isinstance(rows, ArrayRows)
         assert isinstance(made.retrieval.keys, Keys)
         rows = made.ridge.relabelled(
-            made.retrieval.keys, rows, rows.rows_of(part.key_ids), class_ids
+            made.retrieval.keys, rows, rows.rows_of(moved.key_ids), class_ids
         )
-        part = rows.of(part.key_ids.tolist())
-    _hold(made, rows.moved(part, class_ids, made.class_names))
+        moved = rows.of(moved.key_ids.tolist())
+    _hold(made, rows.moved(moved, class_ids, made.class_names))
 
 
 def _remove(made: Index, key_ids: Sequence[int]) -> None:
@@ -191,7 +191,7 @@ def _rename(made: Index, old: str, new: str) -> None:
         place = made.class_names.index(new)
         counts = made.counts
         values = made.values.clone()
-        with_keys = [own for own in (class_id, place) if counts[own]]
+        with_keys = [column for column in (class_id, place) if counts[column]]
         values[:, place] = values[:, with_keys or [place]].sum(1)
         made.rows = replace(made.rows, values=values)
         made.follow()

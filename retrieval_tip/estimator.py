@@ -187,8 +187,8 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
 
     def _first(self, X: npt.ArrayLike, y: npt.ArrayLike, labels: npt.ArrayLike | None) -> Self:
         """Fit the first rows. ``labels`` defaults to the labels in ``y``."""
-        rows, own = validate_data(self, X, y, dtype=DTYPES)
-        check_classification_targets(own)
+        rows, targets = validate_data(self, X, y, dtype=DTYPES)
+        check_classification_targets(targets)
         auto = isinstance(self.alpha, str) and self.alpha == "auto"
         if not auto and (self.metric is not None or self.values is not None):
             raise UsageError(
@@ -204,7 +204,7 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
             beta = Settings.beta
         settings = Settings(alpha, beta, self.logit_scale, self.k, self.tail)
         classes, order = _classes(
-            own if labels is None else labels, once=self.class_names is not None
+            targets if labels is None else labels, once=self.class_names is not None
         )
         names = classes if self.class_names is None else np.asarray(labels)
         text = self.text_weights
@@ -216,7 +216,7 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
                 raise InputError(f"text_weights: {what}; list all classes in class_names")
         index = Index.from_features(
             _rows(rows, self.blocks),
-            _ids(own, names),
+            _ids(targets, names),
             [str(label) or repr(label) for label in names.tolist()],
             text,
             settings=settings,
@@ -254,7 +254,7 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
 def _rows(X: Array, blocks: Sequence[int] | None = None) -> FloatArray:
     """Convert rows to float32, and scale every nonzero row, or each of its ``blocks``, to one length."""
     if blocks:
-        return side_by_side([_rows(part) for part in np.split(X, np.cumsum(blocks)[:-1], axis=1)])
+        return side_by_side([_rows(block) for block in np.split(X, np.cumsum(blocks)[:-1], axis=1)])
     _, exponent = np.frexp(np.abs(X).max(axis=1, keepdims=True))
     X = np.ldexp(
         X.astype(np.float64), -exponent
@@ -266,21 +266,21 @@ def _rows(X: Array, blocks: Sequence[int] | None = None) -> FloatArray:
 
 
 def _classes(labels: npt.ArrayLike, *, once: bool) -> tuple[Array, Array]:
-    given = np.asarray(labels)
+    array = np.asarray(labels)
     try:
-        classes, order = np.unique(given, return_index=True)
+        classes, order = np.unique(array, return_index=True)
     except TypeError:
         raise InputError(
             "classes: labels of different types cannot be sorted; use one type"
         ) from None
-    if given.ndim != 1 or (once and len(classes) < len(given)):
-        distinct = f"shape {given.shape} has {len(classes)} distinct labels"
+    if array.ndim != 1 or (once and len(classes) < len(array)):
+        distinct = f"shape {array.shape} has {len(classes)} distinct labels"
         raise InputError(f"class_names: {distinct}; list each label exactly once")
     return classes, order
 
 
-def _same_classes(given: npt.ArrayLike, known: Array) -> None:
-    if not np.array_equal(_classes(given, once=False)[0], known):
+def _same_classes(labels: npt.ArrayLike, classes: Array) -> None:
+    if not np.array_equal(_classes(labels, once=False)[0], classes):
         raise UsageError(
             "classes: these are not the classes of the first call; omit them, or call fit again"
         )

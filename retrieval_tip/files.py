@@ -140,8 +140,8 @@ def cache_folder() -> Path | None:
 
     You can set the folder with ``$RETRIEVAL_TIP_CACHE``. It defaults to ``retrieval-tip`` in the user's cache folder.
     """
-    if own := os.environ.get("RETRIEVAL_TIP_CACHE"):
-        return Path(own)
+    if configured := os.environ.get("RETRIEVAL_TIP_CACHE"):
+        return Path(configured)
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "retrieval-tip"
     except RuntimeError:  # some containers have no home folder
@@ -284,16 +284,16 @@ def lock(
     until = time.monotonic() + wait
     while True:
         held = os.open(path, flags | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
-        own = False
+        acquired = False
         try:
             with suppress(BlockingIOError, FileNotFoundError):
                 fcntl.flock(held, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
                 # Otherwise, its last owner has just removed it.
-                own = os.path.samestat(os.fstat(held), Path(path).stat())
+                acquired = os.path.samestat(os.fstat(held), Path(path).stat())
         finally:
-            if not own:
+            if not acquired:
                 os.close(held)
-        if own:
+        if acquired:
             return held
         if time.monotonic() >= until:
             return None

@@ -36,8 +36,8 @@ def pip(arguments: str) -> str:
     python = shlex.quote(sys.executable)
     if find_spec("pip") is None:  # in environments from uv
         return f"uv pip {arguments} --python {python}"
-    found = shutil.which("pip")
-    active = found is not None and Path(found).parent == Path(sys.executable).parent
+    path = shutil.which("pip")
+    active = path is not None and Path(path).parent == Path(sys.executable).parent
     return f"pip {arguments}" if active else f"{python} -m pip {arguments}"
 
 
@@ -50,13 +50,15 @@ def install(extra: str) -> str:
 
     try:
         needed = [
-            one
-            for one in requires("retrieval-tip") or []
-            if re.search(f"extra == ['\"]{extra}['\"]", one)
+            requirement
+            for requirement in requires("retrieval-tip") or []
+            if re.search(f"extra == ['\"]{extra}['\"]", requirement)
         ]
     except PackageNotFoundError:  # a clone on the path
         return pip("install " + shlex.quote(f"{Path(__file__).parent.parent}[{extra}]"))
-    return pip("install " + shlex.join(one.partition(";")[0].strip() for one in needed))
+    return pip(
+        "install " + shlex.join(requirement.partition(";")[0].strip() for requirement in needed)
+    )
 
 
 def check_memory(needed: int, what: str, remedy: str) -> None:

@@ -142,7 +142,7 @@ class Index:
             kept_in=None,
             pending=(),
         )
-        return {own.name: getattr(self, own.name) for own in fields(self) if own.init} | {
+        return {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.init} | {
             "rows": rows,
             "text_weights": self.text_weights.cpu(),
             "prior": _not_mapped(self.prior),
@@ -159,6 +159,7 @@ class Index:
             keys=_writable(rows.keys),
             points=None if rows.points is None else _writable(rows.points),
         )
+        # The state has no retrieval, which follows from the rows.
         self.__init__(rows=rows, device=present(state.pop("device")), **state)  # type: ignore[misc]
         self.prior = prior
         self.scores = scores
@@ -186,6 +187,7 @@ class Index:
         text = self.text_weights
         if self.parts:
             scale = inputs.scale_of(self.parts, self.shares)
+            # Queries are not scaled here, so the text takes the scale of both.
             text = text if scale is None else text * scale.square().to(text)
         self.retrieval = Retrieval(self.rows.stream(c, self.device, self.metric), text)
 
@@ -260,8 +262,8 @@ class Index:
     @property
     def shares(self) -> tuple[float, ...]:
         """How much each encoder counts, if there are several. The shares sum to 1."""
-        own = () if self.fitted is None else self.fitted.shares
-        return own or equal_shares(self.parts)
+        fitted_shares = () if self.fitted is None else self.fitted.shares
+        return fitted_shares or equal_shares(self.parts)
 
     def find(
         self, labels: Sequence[str] = (), source: str | None = None, key_ids: Sequence[int] = ()
@@ -402,10 +404,10 @@ class Index:
         ask = replace(ask, neighbours=shown)
         for block in blocks:
             f = index.queries(block.features)
-            for part in slices(len(f), max(1, min(PREDICTED, LOGITS // len(index.class_names)))):
-                own = f[part]
-                terms, logits = index.retrieval.answer(own, index.settings, shown)
-                yield AnswerBlock(index, ask, sets, block.take(part), own, terms, logits)
+            for rows in slices(len(f), max(1, min(PREDICTED, LOGITS // len(index.class_names)))):
+                queries = f[rows]
+                terms, logits = index.retrieval.answer(queries, index.settings, shown)
+                yield AnswerBlock(index, ask, sets, block.take(rows), queries, terms, logits)
 
     @property
     def current_scores(self) -> Scores | None:
@@ -529,6 +531,7 @@ class Index:
         )  # a table is not grouped by class
         values = None if self.values is None else self.values[spread(self.n, ASKED)]
         few = replace(self, rows=ArrayRows(keys[order], labels.take(pa.array(order)), values))
+        # Among queries of norm 1, a key gets the largest affinity from the one in its own direction.
         few.logits(functional.normalize(torch.from_numpy(keys.astype(np.float32))), "all")
 
     @property
@@ -618,15 +621,15 @@ class Index:
         too many keys.
         """
         class_ids = self.rows.class_ids[rows]
-        part = self._on_device(
+        taken = self._on_device(
             self.rows.take(np.asarray(rows)[np.argsort(class_ids, kind="stable")])
         )
-        part = part if self.ridge is None else self.ridge.solved(part)
+        taken = taken if self.ridge is None else self.ridge.solved(taken)
         with suppress(UsageError):
-            part = replace(part, index=self.rows.index).indexed(
+            taken = replace(taken, index=self.rows.index).indexed(
                 len(self.class_names), device=self.device
             )
-        return replace(self, rows=part)
+        return replace(self, rows=taken)
 
     def in_memory(self) -> Self:
         """Return this index with all keys in memory. Raises UsageError if there are too many."""
@@ -738,19 +741,23 @@ class Index:
     def _repr_html_(self) -> str:
         counts = zip(self.class_names, self.counts, strict=True)
         classes = few([f"{name} {number}" for name, number in counts])
-        own = self.settings
-        settings = f"alpha {own.alpha:.4g}, beta {own.beta:.4g}, k {own.k or 'all'}, "
-        settings += f"{'with' if own.tail else 'without'} tail, temperature {own.temperature:.4g}"
+        settings = self.settings
+        settings_text = (
+            f"alpha {settings.alpha:.4g}, beta {settings.beta:.4g}, k {settings.k or 'all'}, "
+        )
+        settings_text += (
+            f"{'with' if settings.tail else 'without'} tail, temperature {settings.temperature:.4g}"
+        )
         text = "none: only the cache is used"
         if self.has_text:
-            text = f"logit scale {own.logit_scale:.4g}"
+            text = f"logit scale {settings.logit_scale:.4g}"
         place = "not from a folder"
         if self.place:
             place = f"{self.place}, version {self.version}"
         rows: list[tuple[str, object]] = [
             ("keys", f"{self.n:,} of {self.d:,} values, {self.dtype}"),
             ("classes and their keys", f"{len(self.class_names):,}: {classes}"),
-            ("settings", settings),
+            ("settings", settings_text),
             ("text", text),
             ("index", f"{self.index_type} on {self.device}"),
             ("backbone", self.backbone or "unnamed"),
@@ -796,6 +803,7 @@ class Index:
 
     @classmethod
     def _opened(cls, store: Versions, check: Check, device: str) -> Self:
+        # Files are only parsed after they were checked.
         check.wait()
         place = store.folder
         manifest = check.manifest
@@ -859,8 +867,8 @@ class Index:
         store = self.stored.store
         if not isinstance(self.stored, Stored):
             return cast("Index", store.load(device=device, version=manifest.version))
-        known = set(self.stored.manifest.data_files)
-        check = Check(store.files, manifest, self.stored.verify, known)
+        verified = set(self.stored.manifest.data_files)
+        check = Check(store.files, manifest, self.stored.verify, verified)
         return type(self).load(store.folder, device=device, check=check)
 
     def save(self, folder: str | os.PathLike[str], change: str = "save") -> Self:
@@ -875,11 +883,11 @@ class Index:
             InputError: if the contents cannot be stored.
         """
         with Versions(folder).write() as writer:
-            own = (
+            same_store = (
                 isinstance(self.stored, Stored)
                 and self.stored.store.resolved == writer.store.resolved
             )
-            if writer.parent is not None and own:
+            if writer.parent is not None and same_store:
                 self._check_current(writer)
             if not isinstance(self.rows, ArrayRows):
                 return replace(self, rows=self.rows.written(writer)).committed(writer, change)
@@ -893,6 +901,7 @@ class Index:
         """
         stored = self.stored if isinstance(self.stored, Stored) else None
         write(self._contents(), writer, stored)
+        # Before the commit, so that an index whose logits overflow never becomes current.
         self.check_answers()
         made = self.altered(rows=self._mapped(writer))
         manifest = made.manifest_of(writer, change)
@@ -1021,26 +1030,28 @@ def verify(folder: str | os.PathLike[str]) -> Index:
             f"{place}: values are not finite; fit again, or roll back to the previous version"
         )
     class_ids = rows.class_ids
-    blocks = ((rows.keys[part], class_ids[part]) for part in slices(rows.n, KEY_BLOCK))
+    blocks = ((rows.keys[block], class_ids[block]) for block in slices(rows.n, KEY_BLOCK))
     if rows.sums is not None and not rows.sums.are_of(blocks):
         raise StoreError(
             f"{place}: sums do not match the keys; run index set --index auto, then fit"
         )
-    own = rows.vectors
-    vectors = rows.index
+    vectors = rows.vectors
+    faiss_index = rows.index
     if (
-        vectors is not None and vectors.by_class
+        faiss_index is not None and faiss_index.by_class
     ):  # the means are recomputed, because those in the index may be damaged
-        own = Keys(rows.vectors, class_ids, len(index.class_names)).means.numpy()
-    sample = np.unique(np.linspace(0, len(own) - 1, min(len(own), 256)).astype(int))
-    queries = np.ascontiguousarray(own[sample], dtype=np.float32)
+        vectors = Keys(rows.vectors, class_ids, len(index.class_names)).means.numpy()
+    sample = np.unique(np.linspace(0, len(vectors) - 1, min(len(vectors), 256)).astype(int))
+    queries = np.ascontiguousarray(vectors[sample], dtype=np.float32)
     if not np.isfinite(queries).all():
         raise StoreError(f"{place}: keys are not finite; build the index again")
-    if vectors is None:
+    if faiss_index is None:
         return index
-    affinity, found = vectors.search(queries, 1)
-    if vectors.exact_affinity:
-        expected = np.einsum("qd,qd->q", queries, own[np.maximum(found[:, 0], 0)], dtype=np.float64)
+    affinity, nearest = faiss_index.search(queries, 1)
+    if faiss_index.exact_affinity:
+        expected = np.einsum(
+            "qd,qd->q", queries, vectors[np.maximum(nearest[:, 0], 0)], dtype=np.float64
+        )
         if not np.allclose(affinity[:, 0], expected, rtol=1e-3, atol=1e-3):
             raise StoreError(
                 f"{place}: the FAISS index does not match the keys; build the index again"

@@ -192,7 +192,7 @@ class Predictions:
     @classmethod
     def joined(cls, parts: Iterable[Predictions]) -> Predictions:
         """Concatenate the predictions for consecutive queries."""
-        tables = [part.to_arrow() for part in parts]
+        tables = [predictions.to_arrow() for predictions in parts]
         return cls(pa.concat_tables(tables) if tables else None)
 
     def named(self, inputs: pa.Array | pa.ChunkedArray) -> Predictions:
@@ -258,7 +258,7 @@ class Predictions:
         logits = (
             row for chunk in chunks for row in chunk.flatten().to_numpy().reshape(len(chunk), -1)
         )
-        return (row | {"logits": own} for row, own in zip(rows, logits, strict=True))
+        return (row | {"logits": row_logits} for row, row_logits in zip(rows, logits, strict=True))
 
     def withheld(self, abstain: Abstain) -> pa.ChunkedArray:
         """Return whether each label is withheld because its probability is below ``abstain``.
@@ -292,7 +292,7 @@ class Predictions:
         return self.to_arrow().to_pandas()
 
     def _repr_html_(self) -> str:
-        cut = f"; the first {SHOWN_PREDICTIONS}" if len(self) > SHOWN_PREDICTIONS else ""
+        limit = f"; the first {SHOWN_PREDICTIONS}" if len(self) > SHOWN_PREDICTIONS else ""
         columns = (
             "query",
             "label",
@@ -303,16 +303,18 @@ class Predictions:
             "strongest shot",
         )
         rows = []
-        for place, one in enumerate(self[:SHOWN_PREDICTIONS]):
-            key = one.neighbours[0] if one.neighbours else None
+        for place, prediction in enumerate(self[:SHOWN_PREDICTIONS]):
+            key = prediction.neighbours[0] if prediction.neighbours else None
             near = (f"{key.affinity:.4f}", f"{key.label} ({key.source})") if key else ("-", "-")
             figures = (
-                shown_probability(one.probability),
-                f"{one.text_logit:.4g}",
-                f"{one.cache_logit:.4g}",
+                shown_probability(prediction.probability),
+                f"{prediction.text_logit:.4g}",
+                f"{prediction.cache_logit:.4g}",
             )
-            rows.append((place, one.label, *figures, *near))
-        return table(columns, rows, counted(len(self), "prediction") + cut, numbers=(0, 2, 3, 4, 5))
+            rows.append((place, prediction.label, *figures, *near))
+        return table(
+            columns, rows, counted(len(self), "prediction") + limit, numbers=(0, 2, 3, 4, 5)
+        )
 
 
 def lists(values: npt.NDArray[Any] | pa.Array, m: int) -> pa.ListArray:

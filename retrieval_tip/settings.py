@@ -41,9 +41,9 @@ ClassPrior = Literal["even", "shots"]
 
 def check_choice(name: str, value: object, alias: object) -> None:
     """Raise UsageError if the value is not one of the options of a ``Literal`` type."""
-    words: tuple[str, ...] = get_args(alias)
-    if value not in words:
-        raise UsageError(f"{name} {value!r}: expected one of {', '.join(words)}")
+    options: tuple[str, ...] = get_args(alias)
+    if value not in options:
+        raise UsageError(f"{name} {value!r}: expected one of {', '.join(options)}")
 
 
 FITTED = ("gamma", "least_cache", "log_offset")
@@ -112,12 +112,12 @@ class Settings:
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, float(getattr(self, name)))
 
-    def override(self, *, k: KeysMet = None, **given: Any) -> Self:
+    def override(self, *, k: KeysMet = None, **settings: Any) -> Self:
         """Return a copy with the given settings. A setting that is ``None`` keeps its current value."""
-        known = {name: value for name, value in given.items() if value is not None}
+        changed = {name: value for name, value in settings.items() if value is not None}
         if k is not None:
-            known["k"] = None if k == "all" else k
-        return replace(self, **known) if known else self
+            changed["k"] = None if k == "all" else k
+        return replace(self, **changed) if changed else self
 
     def unfitted(self) -> Self:
         """Return a copy where all settings that only a fit can set have their default."""
@@ -195,9 +195,9 @@ class Ask:
             raise UsageError("at_least and coverage: give only one")
         object.__setattr__(self, "without", tuple(self.without))
 
-    def settings(self, own: Settings) -> Settings:
+    def settings(self, defaults: Settings) -> Settings:
         """Return the settings of an index, as changed by this question."""
-        return own.override(**{name: getattr(self, name) for name in OVERRIDES})
+        return defaults.override(**{name: getattr(self, name) for name in OVERRIDES})
 
 
 class BuildOptions(TypedDict, total=False):

@@ -89,9 +89,9 @@ def percent(share: float) -> str:
     return shown
 
 
-def command_line(*words: object) -> str:
+def command_line(*arguments: object) -> str:
     """Return a command of this program as a user can type it into a shell."""
-    return shlex.join(["retrieval-tip", *map(str, words)])
+    return shlex.join(["retrieval-tip", *map(str, arguments)])
 
 
 def show(path: str | os.PathLike[str]) -> str:

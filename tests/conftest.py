@@ -33,6 +33,7 @@ from tables import read_features, some_pixels, tiny
 from retrieval_tip import Index, errors
 from retrieval_tip.cli import main
 from retrieval_tip.cli.group import commands_of
+from retrieval_tip.fit import closed_form
 from retrieval_tip.settings import Settings
 
 MEMORY = Path("/dev/shm")
@@ -387,6 +388,11 @@ def json_rows(done, *statuses):
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+def json_of(command, *arguments):
+    """Return what a command has printed with ``--json``."""
+    return json.loads(command_line(command, *arguments, "--json").stdout)
+
+
 COMMANDS = {
     tuple(path.split()): command
     for path, command in commands_of(main)
@@ -407,6 +413,11 @@ def cache_of(*features, **options):
         field.name: options.pop(field.name) for field in fields(Settings) if field.name in options
     }
     return Index.from_features(*features, settings=Settings(**own), **options)
+
+
+def fitted(index, *request, **options):
+    """Return an index with its closed-form fit."""
+    return closed_form.fit(index, *request, **options)[0]
 
 
 def food_index(shared, per_class=8, **changes):

@@ -1,7 +1,6 @@
 """The answer by definition, in float64 with one-hot products, and random cases to compare with it."""
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 from hypothesis import strategies as st
 from made import Made
@@ -37,6 +36,22 @@ def cache_logits(A, y, c, beta, V=None, met=None, *, tail=False):
             A = np.where(rest, mean[:, None], A)
     weights = np.exp(-beta * (1 - A)) * (met | tail)
     return weights @ (np.eye(c)[y] if V is None else V.astype(np.float64))
+
+
+def parts(index, f, met=None, *, tail=False, beta=None):
+    """Return the text and cache logits of queries, over the keys in the mask ``met``, or over all keys."""
+    own = index.settings
+    values = None if index.values is None else index.values.numpy()
+    alone = cache_logits(
+        affinity(f, index.keys),
+        index.class_ids.numpy(),
+        len(index.class_names),
+        own.beta if beta is None else beta,
+        values,
+        met,
+        tail=tail,
+    )
+    return own.logit_scale * affinity(f, index.text_weights), alone
 
 
 def solved(K, y, c, beta, ridge):
@@ -127,25 +142,6 @@ def cases(*, least_d=2, least_q=1, **options):
     q = st.integers(least_q, 8)
     d = st.integers(least_d, 10)
     return st.builds(Case, st.integers(0, 2**32 - 1), counts, q, d, **options)
-
-
-def food(shared, shots):
-    """Return a case of CLIP features, in which classes have different numbers of shots."""
-
-    def features(part):
-        table = pq.read_table(shared / "data" / "clip-food9" / f"{part}.parquet")
-        return np.stack(table["feature"].to_numpy()).astype(np.float32), table["label"].to_pylist()
-
-    (W, names), (K, labels) = features("text"), features("train")
-    y = np.array([names.index(label) for label in labels])
-    chosen = np.concatenate([np.flatnonzero(y == i)[: shots - i % 3] for i in range(len(names))])
-    case = Case(0, [1])
-    case.f = features("test")[0][::5]
-    case.K = K[chosen]
-    case.y = y[chosen]
-    case.W = W
-    case.c = len(W)
-    return case
 
 
 def shots_like_clip(c, shots, d, queries):

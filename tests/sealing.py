@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 
 from retrieval_tip.errors import StoreError
 
@@ -64,6 +65,24 @@ def resealed(index, kind, data, **entry):
     (index / name).write_bytes(data)
     manifest_of(index).write_bytes(sealed(body))
     return index / name
+
+
+def altered(draw, body, values):
+    """Change one value somewhere in a body of JSON, remove it, or add one, and return the body."""
+    node = body
+    while True:
+        key = draw(st.sampled_from(sorted(node) if isinstance(node, dict) else range(len(node))))
+        if not (isinstance(node[key], dict | list) and node[key]) or draw(st.booleans()):
+            break
+        node = node[key]
+    how = draw(st.sampled_from(["value", "value", "value", "gone", "more"]))
+    if how == "gone":
+        del node[key]
+    elif how == "more" and isinstance(node, list):
+        node.append(draw(values))
+    else:
+        node[key if how == "value" else draw(st.text(max_size=5))] = draw(values)
+    return body
 
 
 def npy(array):

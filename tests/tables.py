@@ -35,6 +35,28 @@ def write_table(path, features, labels=None, ids=None, **extra):
     return path
 
 
+def odd_columns():
+    """Return two rows of columns of every type, some with odd names."""
+    half = np.arange(2, dtype=np.float16)
+    return {
+        "my col": pa.array(["a", None]),
+        "x'y\"z": pa.array([1, 2], pa.uint64()),
+        "Ünï-1": pa.array([True, None]),
+        "select": pa.array([[1], []], pa.list_(pa.int64())),
+        "when": pa.array([1, None], pa.timestamp("us", "UTC")),
+        "raw": pa.array([b"a", b"\xff"]),
+        "dictionary": pa.array(["a", "b"]).dictionary_encode(),
+        "none": pa.nulls(2),
+        "large": pa.array(["a", "b"], pa.large_string()),
+        "nested": pa.array([{"a": [1, None]}] * 2),
+        "struct": pa.array([{"x": half[1]}, None], pa.struct([("x", pa.float16())])),
+        "half": pa.array([None, half[1]], pa.float16()),
+        "halves": pa.array([[half[0]], None], pa.list_(pa.float16())),
+        "pair": pa.array([list(half)] * 2, pa.list_(pa.float16(), 2)),
+        "view": pa.array(["a", None], pa.string_view()),
+    }
+
+
 def write_parts(folder, *tables):
     """Write tables as the parts of a complete folder, as ``encode --ray`` does, and return their paths."""
     places = [folder / f"part={number:06}/part-{number}.parquet" for number in range(len(tables))]

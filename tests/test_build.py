@@ -4,13 +4,13 @@ import hashlib
 import json
 import logging
 import subprocess
-import sys
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import warm
 from numpy.testing import assert_allclose
 from tables import unit_rows, write_parts, write_table
 
@@ -82,7 +82,9 @@ print(json.dumps([os.fsdecode(path) for path in opened if not isinstance(path, i
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
-def test_a_build_and_an_add_open_each_file_of_a_feature_table_once(tmp_path, table, kind):
+def test_a_build_and_an_add_open_each_file_of_a_feature_table_once(
+    tmp_path, table, kind, warm_path
+):
     given = table
     files = [table]
     if kind == "folder":
@@ -90,7 +92,7 @@ def test_a_build_and_an_add_open_each_file_of_a_feature_table_once(tmp_path, tab
         whole = pq.read_table(table)
         files = write_parts(given, whole.slice(0, 12), whole.slice(12))
     for words in (("build", given, "--out", tmp_path / "i"), ("add", tmp_path / "i", given)):
-        command = [sys.executable, "-c", OPENS, "-q", "index", *map(str, words)]
+        command = [warm.python(warm_path), "-c", OPENS, "-q", "index", *map(str, words)]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         opened = json.loads(done.stdout.splitlines()[-1])
         assert [opened.count(str(file)) for file in files] == [1] * len(files)

@@ -12,8 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from conftest import cache_of, needs_real, parts_of, tries
-from dense import affinity, cache_logits, nearest
+from conftest import cache_of, fitted, needs_real, parts_of, tries
+from dense import affinity, nearest, parts
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.random import default_rng
@@ -90,9 +90,7 @@ def dense(model_, k=None, tail=True):
     An approximate search decides which keys count.
     """
     whole = model_.in_memory()
-    own = model_.settings
     A = affinity(QUERIES, whole.keys)
-    y = whole.class_ids.numpy()
     if model_.index_type.startswith("Classes") or k is None or k >= model_.n:
         met = nearest(A, None)
     elif model_.index_type == "Flat":
@@ -100,9 +98,8 @@ def dense(model_, k=None, tail=True):
     else:
         rows = model_.nearest(torch.from_numpy(QUERIES), k)[1]
         met = np.stack([np.isin(np.arange(model_.n), row) for row in rows])
-    V = np.eye(C)[y] if model_.values is None else model_.values.numpy().astype(np.float64)
-    text = own.logit_scale * affinity(QUERIES, model_.text_weights)
-    return text, cache_logits(A, y, C, own.beta, V, met, tail=tail), A, V, met
+    V = np.eye(C)[whole.class_ids] if whole.values is None else whole.values.numpy()
+    return *parts(whole, QUERIES, met, tail=tail), A, V, met
 
 
 def check_logits(model_, k=None, tail=True):
@@ -524,19 +521,6 @@ def test_added_keys_get_ids_and_one_hot_values_and_removed_keys_leave(index):
         (Edits(remove=[5, N + 3]), InputError, f"^key ids {N + 3}: not in this index"),
         (Edits(remove=range(N)), InputError, "^remove: an index needs at least one key"),
     ],
-    ids=[
-        "length",
-        "labels",
-        "name",
-        "NaN",
-        "nothing",
-        "sources",
-        "digests",
-        "extra",
-        "float16",
-        "missing",
-        "all",
-    ],
 )
 def test_a_refused_change_changes_nothing(edits, error, message):
     cache = model(keys=KEYS.astype(np.float16), index="IVF16,Flat", values=VALUES)
@@ -572,7 +556,7 @@ CARRIED += [
 def test_a_saved_or_pickled_index_gives_the_same_answers_bit_for_bit(how, index, dtype, tmp_path):
     cache = model(index=index, keys=KEYS.astype(dtype), sources=[f"ü{i}" for i in range(N)])
     if index == "Flat" and how != "saved":
-        cache, _ = closed_form.fit(cache, closed_form.FitRequest("within", "solved"))
+        cache = fitted(cache, closed_form.FitRequest("within", "solved"))
     cache = reopened(cache, tmp_path / "index")
     cache = cache.edited(Edits(add=NewKeys(unit(KEYS[:5] + 0.1), Y[:5])))
     there = CARRY[how](cache, tmp_path / "there")

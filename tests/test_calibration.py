@@ -8,11 +8,11 @@ import math
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import examples, failed, food_index, ok
+from conftest import examples, failed, food_index, json_of, ok
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.random import default_rng
-from scipy.special import log_softmax
+from scipy.special import log_softmax, softmax
 from sealing import manifest_of
 from tables import read_features, unit_rows, write_table
 
@@ -37,11 +37,6 @@ answers = st.lists(
 )
 
 
-def softmax(z):
-    e = np.exp(z - z.max(axis=1, keepdims=True))
-    return e / e.sum(axis=1, keepdims=True)
-
-
 def nll(logits, labels, temperature):
     """Return the negative log likelihood by definition."""
     z = log_softmax(np.asarray(logits, dtype=np.float64) / temperature, axis=1)
@@ -52,7 +47,7 @@ def planted(n, c, temperature, seed, scale=1.0):
     """Return logits, and labels drawn from their softmax at a temperature."""
     rng = default_rng(seed)
     logits = scale * rng.normal(size=(n, c))
-    chances = softmax(logits / temperature).cumsum(axis=1)
+    chances = softmax(logits / temperature, axis=1).cumsum(axis=1)
     labels = (rng.random((n, 1)) > chances[:, :-1]).sum(axis=1)
     return logits, labels
 
@@ -157,22 +152,22 @@ def test_the_temperature_never_changes_an_answer(shared, temperature):
         np.testing.assert_array_equal(one.logits, other.logits)
 
 
-def test_calibrate_writes_a_version_with_its_provenance(run, food):
+def test_calibrate_writes_a_version_with_its_provenance(food):
     folder, val, test = food
     features = read_features(test)[0]
-    before = json.loads(run("evaluate", folder, test, "--json").stdout)
+    before = json_of("evaluate", folder, test)
     shown = ok("fit --calibrate", folder, "--val", val)
     facts = dict(line.split(maxsplit=1) for line in shown.stdout.splitlines())
     assert {"temperature", "n", "top1", "ece_before", "ece_after", "version"} == facts.keys()
     assert (facts["n"], facts["version"]) == ("450", "2")
-    info = json.loads(run("index info", folder, "--json").stdout)
+    info = json_of("index info", folder)
     assert info["temperature"] == pytest.approx(float(facts["temperature"]), rel=1e-3)
     assert info["provenance"]["temperature"] == f"fitted on {val}, n=450"
     assert (info["version"], info["earlier_versions"]) == (2, [1])
     cache = Index.load(folder)
     assert cache.settings.temperature == info["temperature"]
     assert cache.classify(features[:3])[0].probability < 1
-    after = json.loads(run("evaluate", folder, test, "--json").stdout)
+    after = json_of("evaluate", folder, test)
     assert after["ece"] < before["ece"]
     assert after["temperature"] == cache.settings.temperature
     assert {k: v for k, v in before.items() if k not in ("ece", "temperature")} == {
@@ -204,7 +199,7 @@ def test_shots_are_classified_without_themselves(run, food, tmp_path):
         cache.labels["label"].to_pylist(),
         cache.labels["source"].to_pylist(),
     )
-    expected = json.loads(run("evaluate", folder, shots, "--json").stdout)
+    expected = json_of("evaluate", folder, shots)
     done = run("fit --calibrate", folder, "--val", shots)
     facts = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
     assert expected["held_out"] == int(facts["n"]) == 72
@@ -219,14 +214,12 @@ def test_shots_are_classified_without_themselves(run, food, tmp_path):
     )
 
 
-def test_classify_and_evaluate_withhold_the_same_answers(run, food, tmp_path):
+def test_classify_and_evaluate_withhold_the_same_answers(run, food):
     folder, val, test = food
     ok("fit --calibrate", folder, "--val", val)
     truth = pq.read_table(test)["label"].to_pylist()
     for threshold in (0.0, 0.7, 0.97, 1.0):
-        result = json.loads(
-            run("evaluate", folder, test, "--abstain", threshold, "-k", 32, "--json").stdout
-        )
+        result = json_of("evaluate", folder, test, "--abstain", threshold, "-k", 32)
         shown = run(
             "classify", folder, test, "--abstain", threshold, "-k", 32, "--format", "json"
         ).stdout
@@ -243,7 +236,7 @@ def test_classify_and_evaluate_withhold_the_same_answers(run, food, tmp_path):
         right = [one == other for one, other in given_]
         assert result["selective_top1"] == (pytest.approx(np.mean(right)) if right else None)
     assert result["coverage"] < 1
-    everything = json.loads(run("evaluate", folder, test, "--json").stdout)
+    everything = json_of("evaluate", folder, test)
     assert not {"abstain", "coverage", "selective_top1"} & everything.keys()
     assert "selective_top1" in run("evaluate", folder, test, "--abstain", 0.9).stdout
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import SHARED, ok
+from conftest import SHARED, json_rows, ok
 from numpy.testing import assert_allclose, assert_array_equal
 from sealing import snapshot
 from tables import tiny, unit_rows, write_table
@@ -51,13 +51,14 @@ def copy_photos(folder, **classes):
 def built_pictures(tmp_path_factory, lit_mini):
     place = tmp_path_factory.mktemp("pictures")
     source = open_source(copy_photos(place / "photos", panda=range(4), pizza=range(4)))
-    build_index(source, place / "index", Reader(lit_mini), templates=TEMPLATES, fit="none")
+    reader = Reader(lit_mini, views=2, seed=7)
+    build_index(source, place / "index", reader, templates=TEMPLATES, fit="none")
     return place
 
 
 @pytest.fixture
 def pictures(built_pictures, tmp_path):
-    """A copy of an index of four pandas and four pizzas, with the photos beside it."""
+    """A copy of an index of four pandas and four pizzas, each with two views, with the photos beside it."""
     return Path(shutil.copytree(built_pictures, tmp_path / "pictures")) / "index"
 
 
@@ -127,10 +128,6 @@ def flip(path):
     path.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
 
 
-def rows_of(shown):
-    return [json.loads(line) for line in shown.splitlines()]
-
-
 def refused(result, status, *words):
     """Check that a command failed without output, and that its error contains these words."""
     assert result.exit_code == status, result.output
@@ -140,6 +137,7 @@ def refused(result, status, *words):
 
 
 def test_added_photos_become_the_keys_of_a_build(run, pictures, lit_mini, tmp_path):
+    """Their views and the seed are those of the index."""
     new = copy_photos(tmp_path / "new", okapi=range(2), panda=range(4, 6))
     before = opened(pictures)
     done = ok("index add", pictures, new, "--device", "cpu")
@@ -159,36 +157,13 @@ def test_added_photos_become_the_keys_of_a_build(run, pictures, lit_mini, tmp_pa
     ]
     place = {key_id: row for row, key_id in enumerate(cache.labels["key_id"].to_pylist())}
     own = cache.keys[np.array([place[i] for i in range(8, 12)])]
-    assert_allclose(own, features_of(lit_mini, new), atol=1e-5)
+    assert_allclose(own, features_of(lit_mini, new, views=2, seed=7), atol=1e-5)
+    assert {rows[i]["views"] for i in range(8, 12)} == {2}
     assert all(rows[i]["digest"] and rows[i]["source"].startswith(str(new)) for i in range(8, 12))
     image = next((new / "okapi").iterdir())
     answer = run("classify", pictures, image, "--explain", "--format", "json", "--device", "cpu")
-    assert rows_of(answer.stdout)[0]["shot"] is True
+    assert json_rows(answer)[0]["shot"] is True
     assert "1 of 1 photo are shots of this index" in answer.stderr
-
-
-def test_add_uses_the_views_and_seed_of_the_index(lit_mini, tmp_path):
-    photos = copy_photos(tmp_path / "photos", panda=range(2), pizza=range(2))
-    ok(
-        "index build --fit none",
-        photos,
-        "--model",
-        MODEL,
-        "--views",
-        2,
-        "--seed",
-        7,
-        "--device",
-        "cpu",
-        "--out",
-        tmp_path / "i",
-    )
-    new = copy_photos(tmp_path / "new", panda=range(2, 3))
-    ok("index add", tmp_path / "i", new, "--device", "cpu")
-    cache = opened(tmp_path / "i")
-    row = int(np.argmax(cache.labels["key_id"].to_numpy()))
-    assert cache.labels["views"][row].as_py() == 2
-    assert_allclose(cache.keys[[row]], features_of(lit_mini, new, views=2, seed=7), atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -563,8 +538,8 @@ def test_where_answers_like_an_index_of_the_matching_keys(run, grown, table, tex
     where = ("--where", "camera <> 'a'")  # NULL, the camera of late keys, does not match
     done = ok("classify", grown, asked, *options, *where)
     assert done.stderr == "where: 4 of 8 shots match (cat 2/4, dog 2/4)\n"
-    some = rows_of(done.stdout)
-    few = rows_of(run("classify", tmp_path / "few", asked, *options).stdout)
+    some = json_rows(done)
+    few = json_rows(run("classify", tmp_path / "few", asked, *options))
     assert [row["label"] for row in some] == [row["label"] for row in few]
     assert_allclose([row["logits"] for row in some], [row["logits"] for row in few], atol=1e-4)
     done = run("evaluate", grown, asked, "--json", *where)
@@ -592,7 +567,7 @@ def test_where_only_answers_with_matching_classes_if_there_is_no_text(run, tmp_p
     done = run(
         "classify", tmp_path / "i", table, "--top", 6, "--logits", "--format", "json", *where
     )
-    for row in rows_of(done.stdout):
+    for row in json_rows(done):
         assert set(row["labels"]) == {"0", "4"}
         assert sum(row["probabilities"]) == pytest.approx(1)
         assert len(row["logits"]) == 2

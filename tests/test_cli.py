@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from click.types import FloatParamType, IntParamType
-from conftest import COMMANDS, LIT_MINI, failed, few, json_rows, ok
+from conftest import COMMANDS, LIT_MINI, failed, few, json_of, json_rows, ok
 from PIL import Image
 from serving import caltech_photos
 from tables import picture, tiny, unit_rows, write_table
@@ -82,14 +82,10 @@ def test_settings_of_the_index_apply_unless_given(run, tmp_path, queries):
         tmp_path / "i",
     )
     test = write_table(tmp_path / "test.parquet", unit_rows(4, 8, 5), ["cat", "dog"] * 2)
-    result = json.loads(run("evaluate", tmp_path / "i", test, "--json").stdout)
+    result = json_of("evaluate", tmp_path / "i", test)
     assert (result["alpha"], result["beta"], result["k"], result["tail"]) == (7, 2, 3, True)
     assert result["zero_shot_top1"] is None  # the index has no text weights
-    result = json.loads(
-        run(
-            "evaluate", tmp_path / "i", test, "-k", "all", "--no-tail", "--alpha", 0, "--json"
-        ).stdout
-    )
+    result = json_of("evaluate", tmp_path / "i", test, "-k", "all", "--no-tail", "--alpha", 0)
     assert (result["alpha"], result["k"], result["tail"]) == (0, "all", False)
     plain, more = (
         run("evaluate", tmp_path / "i", test, *verbose).stdout for verbose in ((), ("-v",))
@@ -174,7 +170,7 @@ def test_doctor_reports_versions_and_finds_two_faiss_packages(run, monkeypatch):
 
     done = run("doctor")
     assert "faiss SIMD level" in done.stdout
-    assert json.loads(run("doctor --json").stdout)["facts"]["torch"]
+    assert json_of("doctor")["facts"]["torch"]
     real = doctor.version_of
     both = ("faiss-cpu", "faiss-gpu")
     monkeypatch.setattr(doctor, "version_of", lambda name: "1.15.1" if name in both else real(name))
@@ -198,7 +194,7 @@ def test_doctor_names_the_encoders_of_this_machine_or_their_lack(run, tmp_path, 
     )
     catalogue.DEMO[0].parent.mkdir(parents=True)
     catalogue.DEMO[0].touch()
-    found = json.loads(run("doctor --json").stdout)
+    found = json_of("doctor")
     assert found["facts"]["encoders"] == f"timm:tf_efficientnet_lite0@{catalogue.DEMO[0]}"
     assert not [problem for problem in found["problems"] if "encoder" in problem]
 

@@ -20,7 +20,6 @@ from retrieval_tip.wording import command_line
 
 COMMAND = re.compile(r"retrieval-tip(?: (?:'[^']*'|\"[^\"]*\"|[^\s'\"();,])+)+")
 """A command in a message. It ends before a bracket, a comma, a semicolon or the end of the line."""
-GROUPS = {words[0] for words in COMMANDS}
 PROSE = {"retrieval-tip never runs", "retrieval-tip index"}
 """Words in messages that look like a command."""
 DYNAMIC = {

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import failed, json_rows, ok
+from conftest import failed, fitted, json_of, json_rows, ok
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.random import default_rng
@@ -20,7 +20,6 @@ from retrieval_tip.backbones import catalogue
 from retrieval_tip.data.sources import open_items
 from retrieval_tip.errors import InputError
 from retrieval_tip.evaluation.compare import Side, compare, mcnemar
-from retrieval_tip.fit import closed_form
 from retrieval_tip.index.encoders import EncoderTrial, recommended
 
 NAMES = ["cat", "sea horse", "owl", "ant"]
@@ -34,12 +33,13 @@ def rows_around(ids, seed, spread=0.35):
 def side(name, names, each, seed):
     """Return a side with a fitted index of the named classes. Their spelling may differ from ``NAMES``."""
     known = [NAMES.index(own.replace("_", " ").lower()) for own in names]
-    cache = Index.from_features(
-        rows_around(np.repeat(known, each), seed),
-        [own for own in names for _ in range(each)],
-        names,
+    cache = fitted(
+        Index.from_features(
+            rows_around(np.repeat(known, each), seed),
+            [own for own in names for _ in range(each)],
+            names,
+        )
     )
-    cache, _ = closed_form.fit(cache)
     return Side(name, cache, Reader())
 
 
@@ -132,12 +132,9 @@ def test_shots_and_names_that_differ_in_case_count_as_in_an_evaluation(sides, ta
     plain = write_table(tmp_path / "plain.parquet", rows, [*labels, *own_labels], ids)
     for own in sides:
         own.index.save(tmp_path / own.name)
-    facts = json.loads(run("compare", tmp_path / "few", tmp_path / "many", mixed, "--json").stdout)
+    facts = json_of("compare", tmp_path / "few", tmp_path / "many", mixed)
     for letter, own, held_out in zip("ab", sides, (5, 0), strict=True):
-        found, same = (
-            json.loads(run("evaluate", tmp_path / own.name, one, "--json").stdout)
-            for one in (mixed, plain)
-        )
+        found, same = (json_of("evaluate", tmp_path / own.name, one) for one in (mixed, plain))
         assert found["held_out"] == held_out
         for name in (
             "top1",
@@ -178,7 +175,7 @@ def test_the_command_prints_the_comparison(sides, table, tmp_path, run):
     )
     assert first == str(found).replace("few", str(folders[0])).replace("many", str(folders[1]))
     assert len(lines) == len(found.differences)
-    facts = json.loads(run("compare", *folders, table, "--json").stdout)
+    facts = json_of("compare", *folders, table)
     assert facts["differences"] == found.differences.to_pylist()
     assert (facts["top1_a"], facts["p_value"]) == (found.evaluations[0].top1, found.p_value)
     assert run("compare", folders[0], table).exit_code == 2

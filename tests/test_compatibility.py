@@ -57,7 +57,7 @@ def test_an_index_of_the_present_format_gives_its_old_answers(tmp_path):
     check_answers(at(place).verify(), "fitted")
 
 
-def test_the_manifest_of_an_earlier_program_is_ignored_beside_the_others(tmp_path):
+def test_the_manifest_of_an_earlier_program_is_named_if_it_is_alone_and_else_ignored(tmp_path, run):
     """A backup or a synchronised folder can bring it back."""
     place = Path(copied("fitted", tmp_path))
     shutil.copy(place / "manifests/000001.json", place / "manifest.json")
@@ -69,6 +69,15 @@ def test_the_manifest_of_an_earlier_program_is_ignored_beside_the_others(tmp_pat
     assert at(str(place)).history()["version"].to_pylist() == [1, 2, 3, 4]
     assert at(str(place)).manifest(3) == newest
     at(str(place)).verify()
+    shutil.rmtree(place / "manifests")
+    shutil.rmtree(place / "newest")
+    before = snapshot(place)
+    refused(
+        lambda: changes.remove(place, key_ids=[1]), "in an earlier format, which is no longer read"
+    )
+    table = write_table(tmp_path / "t.parquet", unit_rows(4, 8), ["a", "b"] * 2)
+    assert "is not an index and not empty" in run("index build", table, "--out", place).stderr
+    assert snapshot(place) == before
 
 
 def test_a_table_with_a_vector_index_compares_all_keys_until_it_is_rebuilt(tmp_path):
@@ -89,37 +98,6 @@ def test_a_table_with_a_vector_index_compares_all_keys_until_it_is_rebuilt(tmp_p
     assert not check_all().rows.table.table.list_indices()
     fit_index(place, values="solved")  # drops the points
     at(place).verify()
-
-
-@pytest.mark.parametrize("name", ["fitted", "lance-vectors"])
-def test_an_index_of_an_earlier_format_is_refused_untouched(name, tmp_path, run):
-    place = copied(name, tmp_path)
-    version = at(place).manifest().version
-    outdated(place, version)
-    before = snapshot(tmp_path)
-    words = f"manifests/{version:06d}.json: index format 10, which is no longer read; build the index again"
-    for command in ("info", "verify", "history", "gc", "rollback", "set --temperature 2"):
-        first, *options = command.split()
-        failed = run("index", first, place, *options)
-        assert (failed.exit_code, failed.stderr) == (1, f"Error: {place}/{words}\n")
-        assert snapshot(tmp_path) == before
-
-
-def test_a_folder_with_only_the_manifest_of_an_earlier_program_is_named(tmp_path, run):
-    place = Path(copied("fitted", tmp_path))
-    shutil.move(place / "manifests/000003.json", place / "manifest.json")
-    shutil.rmtree(place / "manifests")
-    shutil.rmtree(place / "newest")
-    before = snapshot(place)
-    for command in (["index", "info", place], ["index", "remove", place, "--key-ids", 1]):
-        failed = run(*command)
-        assert (
-            failed.exit_code,
-            failed.stderr.count("in an earlier format, which is no longer read"),
-        ) == (1, 1)
-    table = write_table(tmp_path / "t.parquet", unit_rows(4, 8), ["a", "b"] * 2)
-    assert "is not an index and not empty" in run("index build", table, "--out", place).stderr
-    assert snapshot(place) == before
 
 
 @pytest.mark.parametrize("name", ["fitted", "lance-vectors"])

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 from clusters import round_clusters as clusters
-from conftest import SOAK, needs_real, ok
+from conftest import SOAK, json_of, needs_real, ok
 from serving import caltech_photos
 
 from retrieval_tip.retrieval.defaults import DOUBT, Statistics, default_settings, measure
@@ -71,7 +71,7 @@ def test_defaults_come_close_to_the_best_settings(run, shared, things, tmp_path)
         judged = (split, "--split", "test")
         model = f"local-dir:{shared / 'models/lit-mini'}"
         ok("index build --fit none", split, "--model", model, "--out", index)
-    assert json.loads(run("evaluate", index, *judged, "--json").stdout)["top1"] >= least
+    assert json_of("evaluate", index, *judged)["top1"] >= least
     food = shared / "data/clip-food9"
     given = (
         "--fit",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import shutil
 import signal
@@ -10,13 +9,11 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import httpx
 import killing
 import numpy as np
 import pytest
-from conftest import LIT_MINI
 from PIL import Image
-from serving import InProcess, caltech_photos, labelling_app, server
+from serving import InProcess, caltech_photos, labelling_app
 
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import open_inputs
@@ -181,8 +178,10 @@ def test_dropped_photos_are_shown_labelled_counted_and_finished(
     assert places.at(session.place).load().n == 16
 
 
-def test_a_later_session_has_the_dropped_photos_under_their_numbers(photos, tmp_path, lit_mini):
-    """Otherwise, a page that stays open would label other photos."""
+def test_a_later_session_has_the_dropped_photos_under_their_numbers(
+    photos, tmp_path, lit_mini, monkeypatch
+):
+    """Otherwise, a page that stays open would label other photos. The last session finds what a kill would leave."""
     outside = sorted((tmp_path / "outside").iterdir(), reverse=True)
     with Session(tmp_path, lit_mini) as session:
         dropped = session.drop(*outside[:2]) + session.drop(outside[2])
@@ -205,6 +204,14 @@ def test_a_later_session_has_the_dropped_photos_under_their_numbers(photos, tmp_
         session.settled(17)
         assert session.file(dropped[1]) == outside[1].read_bytes()
         assert session.answers()[outside[1].name]["label"] == "b"
+        monkeypatch.setattr(module, "WAIT", 3600.0)
+        session.label({dropped[0]: "c"})
+        assert session.http.get("/v1/label").json()["unsaved"] == 1
+        killed = shutil.copytree(tmp_path, tmp_path / "killed", symlinks=True)
+    monkeypatch.setattr(module, "WAIT", 0.05)
+    with Session(killed, lit_mini) as session:
+        session.settled(17)
+        assert session.answers()[outside[0].name]["label"] == "c"
 
 
 def test_a_photo_of_the_session_is_not_kept_twice(photos, tmp_path, lit_mini):
@@ -303,48 +310,3 @@ def test_an_upload_that_is_killed_leaves_the_whole_photo_or_none(tmp_path, warm_
         assert [path for path in folder.rglob("*") if path.is_file()] == found
     assert found  # the last step comes after the photo has its name
     process.close()
-
-
-def test_photos_dropped_on_a_killed_server_are_there_with_their_labels(
-    photos, shared, tmp_path, warm_path
-):
-    outside = sorted((tmp_path / "outside").iterdir())
-    given = (tmp_path / "photos", "--out", tmp_path / "ix", "--model", LIT_MINI)
-    again = {"path": warm_path, "command": "label", "port": None}
-    with server(*given, **again) as (url, process):
-        address, _, token = url.partition("/#token=")
-        with httpx.Client(
-            base_url=address, headers={"Authorization": f"Bearer {token}"}, timeout=60
-        ) as http:
-            sent = [("images", (path.name, path.read_bytes())) for path in outside]
-            dropped = http.post("/v1/label/photos", files=sent).raise_for_status().json()["photos"]
-            labels = [
-                {"photo": photo, "label": photos[path.name]}
-                for photo, path in zip(dropped, outside, strict=True)
-            ]
-            http.post("/v1/label", json={"labels": labels}).raise_for_status()
-            process.kill()  # before the labels are in the index
-            process.wait()
-    with (
-        server(*given, **again) as (url, _),
-        httpx.Client(
-            base_url=url.partition("/#")[0], headers={"Authorization": f"Bearer {token}"}
-        ) as http,
-    ):
-        for _ in range(1200):
-            state = http.get("/v1/label").raise_for_status().json()
-            if state["encoded"] == 18 and not state["busy"]:
-                break
-            time.sleep(0.05)
-        assert (state["photos"], state["labelled"], state["unsaved"]) == (18, 6, 0)
-        answers = http.get("/v1/label/answers").json()["photos"]
-        own = {one["photo"]: (Path(one["name"]).name, one["label"]) for one in answers}
-        wanted = {
-            photo: (path.name, photos[path.name])
-            for photo, path in zip(dropped, outside, strict=True)
-        }
-        assert own.items() >= wanted.items()
-    rows = places.at(tmp_path / "ix").load().labels.to_pylist()
-    assert {row["digest"]: row["label"] for row in rows} == {
-        hashlib.sha256(path.read_bytes()).hexdigest(): photos[path.name] for path in outside
-    }

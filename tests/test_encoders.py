@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import failed, ok
+from conftest import failed, json_of, ok
 from dense import scatter
 from fake import IDENTITY, Fake
 from fastapi.testclient import TestClient
@@ -273,7 +273,7 @@ def test_columns_of_a_table_are_encoders(tmp_path, run):
     assert "box" in index.labels.column_names
     assert "cnn" not in index.labels.column_names
     assert "encoders" in run("index info", tmp_path / "own").output
-    assert json.loads(run("index info", tmp_path / "own", "--json").output)["encoders"].keys() == {
+    assert json_of("index info", tmp_path / "own")["encoders"].keys() == {
         "clip",
         "cnn",
     }

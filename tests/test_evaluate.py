@@ -8,8 +8,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import cache_of, ok
-from dense import affinity, cache_logits, nearest
+from conftest import cache_of, fitted, json_of, json_rows, ok
+from dense import affinity, nearest, parts
 from numpy.random import default_rng
 from tables import read_features, unit, write_table
 
@@ -19,7 +19,6 @@ from retrieval_tip.data.sources import open_source
 from retrieval_tip.errors import InputError
 from retrieval_tip.evaluation import held_out
 from retrieval_tip.evaluation.evaluate import CONFUSIONS, evaluate
-from retrieval_tip.fit import closed_form
 from retrieval_tip.fit.forms import Form
 from retrieval_tip.index.places import at
 
@@ -45,18 +44,8 @@ def model(c=C, **changes):
 
 
 def labelled(folder, labels, features):
-    path = folder / "features.parquet"
-    pq.write_table(
-        pa.table(
-            {
-                "id": [f"q{i}" for i in range(len(labels))],
-                "label": labels,
-                "feature": list(features),
-            }
-        ),
-        path,
-    )
-    return open_source(path)
+    ids = [f"q{i}" for i in range(len(labels))]
+    return open_source(write_table(folder / "features.parquet", features, labels, ids))
 
 
 def labelled_table(path, ids, features, name="photo"):
@@ -71,9 +60,7 @@ def source(tmp_path):
 
 
 def expected(k=None):
-    A = affinity(QUERIES, KEYS)
-    text = 10 * affinity(QUERIES, TEXT)
-    cache = cache_logits(A, Y, C, 3, met=nearest(A, k))
+    text, cache = parts(model(), QUERIES, nearest(affinity(QUERIES, KEYS), k))
     return text + 2 * cache, text, cache
 
 
@@ -138,10 +125,7 @@ def test_unknown_classes_are_right_if_they_match_no_class(mixed, run):
     index, test = mixed
     done = run("evaluate", index, test, "--json", "--abstain", 0.5)
     found = json.loads(done.stdout)
-    answers = [
-        json.loads(line)
-        for line in run("classify", index, test, "--format", "json").stdout.splitlines()
-    ]
+    answers = json_rows(run("classify", index, test, "--format", "json"))
     truth = np.array(pq.read_table(test)["label"].to_pylist())
     label, no_match = (
         np.array([answer[name] for answer in answers]) for name in ("label", "no_match")
@@ -180,10 +164,10 @@ def test_unknown_classes_are_right_if_they_match_no_class(mixed, run):
     assert "auroc" not in run("evaluate", index, labelled_table(test, [1], KEYS[4:5])).stdout
 
 
-def test_without_a_threshold_every_unknown_photo_is_wrong(mixed, run):
+def test_without_a_threshold_every_unknown_photo_is_wrong(mixed):
     shots = mixed[0].parent / "shots.parquet"
     ok("-q index build", shots, "--fit", "none", "--out", mixed[0].parent / "plain")
-    found = json.loads(run("evaluate", mixed[0].parent / "plain", mixed[1], "--json").stdout)
+    found = json_of("evaluate", mixed[0].parent / "plain", mixed[1])
     assert (found["known_no_match"], found["unknown_no_match"], found["auroc"]) == (
         None,
         None,
@@ -233,7 +217,7 @@ def test_shots_are_classified_as_by_an_index_without_them(tmp_path, run, kind, s
             TEXT[:4] if index.has_text else None,
         )
         if index.fitted is not None:
-            own, _ = closed_form.fit(own, forms=[Form.of(index.fitted, index.settings.beta)])
+            own = fitted(own, forms=[Form.of(index.fitted, index.settings.beta)])
         own.settings = index.settings
         expected.append(own.classify(features[[photo]])[0])
     expected += list(index.classify(QUERIES[:5]))
@@ -252,15 +236,12 @@ def test_shots_are_classified_as_by_an_index_without_them(tmp_path, run, kind, s
     assert (facts["held_out"], facts["top1"]) == (7, pytest.approx(found.top1))
 
 
-def test_rows_without_a_digest_are_shots_if_id_and_feature_are_equal(tmp_path, run):
+def test_rows_without_a_digest_are_shots_if_id_and_feature_are_equal(tmp_path):
     shots = labelled_table(tmp_path / "shots.parquet", Y, KEYS)
     ok("-q index build", shots, "--fit", "none", "--out", tmp_path / "index")
     other = labelled_table(tmp_path / "other.parquet", Y, -KEYS)  # numbered in the same way
     for table, expected in ((shots, len(Y)), (other, 0)):
-        assert (
-            json.loads(run("evaluate", tmp_path / "index", table, "--json").stdout)["held_out"]
-            == expected
-        )
+        assert json_of("evaluate", tmp_path / "index", table)["held_out"] == expected
 
 
 def test_trained_values_of_the_other_keys_are_kept(tmp_path):
@@ -287,9 +268,7 @@ def test_trained_values_of_the_other_keys_are_kept(tmp_path):
         )
 
 
-def test_shots_of_an_index_that_is_too_large_to_copy_are_left_out(
-    source, tmp_path, monkeypatch, caplog
-):
+def test_shots_of_an_index_that_is_too_large_to_copy_are_left_out(source, monkeypatch, caplog):
     monkeypatch.setattr(held_out, "MOST_COPIED", 1)
     cache = model(sources=[f"q{i}" for i in range(len(Y))])
     cache.keys[:3] = QUERIES[:3]

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from clusters import round_clusters as clusters
-from conftest import cache_of, failed, needs_real, ok, tries
+from conftest import cache_of, failed, ok, tries
 from hypothesis import example, given
 from hypothesis import strategies as st
 from numpy.random import default_rng
@@ -24,8 +24,8 @@ from retrieval_tip.data.reader import Reader, view_names
 from retrieval_tip.data.sources import open_source
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.fit import finetune
-from retrieval_tip.fit.finetune import CURVE, Trainer, _Material, shots_of
-from retrieval_tip.settings import Recipe, Settings
+from retrieval_tip.fit.finetune import CURVE, Trainer, _TrainingData, shots_of
+from retrieval_tip.settings import Recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -300,7 +300,7 @@ def material(tmp_path_factory):
     folder = tmp_path_factory.mktemp("material")
     shots = shots_table(folder / "shots.parquet")
     val = queries_table(folder / "val.parquet")
-    return _Material.of(index(), shots, Reader(), OWN, val)
+    return _TrainingData.of(index(), shots, Reader(), OWN, val)
 
 
 def test_the_kept_epoch_follows_the_rule(material, monkeypatch):
@@ -444,7 +444,7 @@ def test_training_draws_one_view_of_each_photo(lit_mini, photos, monkeypatch):
     chosen = source.take(
         [first[0], first[0], first[0] + 1, first[1], first[1] + 1, first[2], first[0] + 1]
     )
-    material = _Material.of(cache, chosen, Reader(lit_mini), recipe, None)
+    material = _TrainingData.of(cache, chosen, Reader(lit_mini), recipe, None)
     seen = set()
     every = Reader(lit_mini).encode_views(chosen.take([0, 2, 3, 4, 5]), view_names(recipe.seed, 3))
     for epoch in range(40):
@@ -597,36 +597,6 @@ def test_single_shots_are_not_held_out_and_a_message_says_so(run, place):
 
 
 # -- real features, and a GPU --
-
-
-@needs_real
-def test_fine_tuning_does_not_lower_accuracy_on_real_features(shared, tmp_path):
-    from retrieval_tip.data.source import few_shot
-
-    train, test = (
-        open_source(shared / f"data/clip-food9/{part}.parquet") for part in ("train", "test")
-    )
-    text = Reader().encode(words := open_source(shared / "data/clip-food9/text.parquet")).features
-    before, after = [], []
-    for seed in (1, 2):
-        own = train.take(few_shot(train.labels, 16, seed))
-        own_settings = Settings(alpha=1.17, beta=5.5)
-        features = Reader().encode(own).features
-        cache = Index.from_features(
-            features,
-            own.labels,
-            words.labels,
-            text,
-            settings=own_settings,
-            sources=own.sources,
-        )
-        tuned = finetune.finetune(cache, shots_of(cache, own), Reader(), Recipe(seed=seed)).index
-        queries = Reader().encode(test).features
-        ids = cache.ids_of(test)
-        for found, results in ((cache, before), (tuned, after)):
-            results.append(float((found.logits(queries).argmax(1).numpy() == ids).mean()))
-        assert not np.array_equal(tuned.keys, cache.keys)
-    assert np.mean(after) >= np.mean(before) > 0.97
 
 
 @pytest.mark.gpu

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import SHARED, cache_of, failed, needs_real
+from conftest import SHARED, cache_of, failed, fitted, needs_real
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from numpy.random import default_rng
@@ -16,7 +16,6 @@ from tables import unit, unit_rows, write_table
 
 from retrieval_tip import Classifier, Index, tip
 from retrieval_tip.errors import InputError, UsageError
-from retrieval_tip.fit import closed_form
 from retrieval_tip.fit.forms import FORMS
 from retrieval_tip.labelling import groups
 from retrieval_tip.labelling.groups import group, group_similarity
@@ -131,8 +130,7 @@ def test_unknown_classes_of_real_photos_become_groups(things):
     ids = whole.class_ids.numpy()
     keys = np.asarray(whole.keys)
     known = np.isin(ids, default_rng(0).permutation(10)[:6])
-    cache = Index.from_features(keys[known], ids[known], whole.class_names)
-    cache, _ = closed_form.fit(cache, forms=FORMS[:1])
+    cache = fitted(Index.from_features(keys[known], ids[known], whole.class_names), forms=FORMS[:1])
     answers = groups.group_no_match(cache, keys[~known], cache.classify(keys[~known]))
     numbers = answers.to_arrow()["group"].to_numpy(zero_copy_only=False)
     own = ids[~known]
@@ -156,10 +154,9 @@ def test_far_photos_of_several_kinds_are_not_offered_as_one_group(seed):
     flowers, names = features_of("clip-vitb32/oxford_flowers/test.parquet")
     known = draw.permutation(np.unique(names))[:17]
     shots = np.concatenate([draw.permutation(np.flatnonzero(names == name))[:8] for name in known])
-    index = Index.from_features(
-        flowers[shots], np.repeat(range(17), 8), [str(name) for name in known]
+    index = fitted(
+        Index.from_features(flowers[shots], np.repeat(range(17), 8), [str(name) for name in known])
     )
-    index, _ = closed_form.fit(index)
     food, dishes = features_of("clip-food9/train.parquet")
     rows = [np.flatnonzero(dishes == dish)[:80] for dish in draw.permutation(np.unique(dishes))[:5]]
     threshold = group_similarity(index)
@@ -183,8 +180,9 @@ def test_far_photos_of_several_kinds_are_not_offered_as_one_group(seed):
 def folder(tmp_path):
     """A fitted index of three classes."""
     ids = np.arange(60) % 3
-    cache = Index.from_features(unit(3 * np.eye(16)[ids] + unit_rows(60, 16)), ids, ["a", "b", "c"])
-    cache, _ = closed_form.fit(cache)
+    cache = fitted(
+        Index.from_features(unit(3 * np.eye(16)[ids] + unit_rows(60, 16)), ids, ["a", "b", "c"])
+    )
     cache.save(tmp_path / "index")
     return tmp_path / "index"
 

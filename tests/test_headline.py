@@ -1,9 +1,7 @@
 """Accuracy of the whole command line on real photos."""
 
-import json
-
 import pytest
-from conftest import needs_real, ok
+from conftest import json_of, needs_real, ok
 
 pytestmark = pytest.mark.soak
 
@@ -11,7 +9,7 @@ TEMPLATE = "a photo of a {}."
 
 
 @needs_real
-def test_caltech_photos_reach_the_expected_accuracy(run, shared, tmp_path):
+def test_caltech_photos_reach_the_expected_accuracy(shared, tmp_path):
     """The expected values were measured with plain open_clip and the formula (lit-mini's MODEL.md)."""
     caltech = tmp_path / "index"
     split = shared / "data/caltech101/split_zhou_Caltech101.json"
@@ -29,7 +27,7 @@ def test_caltech_photos_reach_the_expected_accuracy(run, shared, tmp_path):
     assert "1,600 shots, 100 classes" in built.stdout
 
     def percent(*settings):
-        result = json.loads(run("evaluate", caltech, split, *settings, "--json").stdout)
+        result = json_of("evaluate", caltech, split, *settings)
         assert result["n"] == 999
         return {name: 100 * result[name] for name in ("zero_shot_top1", "top1", "cache_top1")}
 

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import failed, ok
+from conftest import failed, json_of, ok
 from fastapi.testclient import TestClient
 from hypothesis import given
 from hypothesis import strategies as st
@@ -120,7 +120,7 @@ def test_every_door_answers_by_level(run, index, queries):
             answer[:2] for answer in answers
         ]
         assert client.post("/v1/classify?at_least=2", json=body).status_code == 422
-    report = json.loads(run("evaluate", index, queries, "--at-least", 0.8, "--json").stdout)
+    report = json_of("evaluate", index, queries, "--at-least", 0.8)
     assert report["no_label"] == pytest.approx(np.mean([answer[0] is None for answer in answers]))
     paths = {row[0]: row for row in ROWS}
     for number, level in enumerate(LEVELS):
@@ -144,7 +144,7 @@ def test_every_door_answers_by_level(run, index, queries):
     ]
     labels = [row["label"] if not row["no_match"] else None for row in rows]
     assert [document["classification_categories"].get(number) for number in first] == labels
-    facts = json.loads(run("index info", index, "--json").stdout)
+    facts = json_of("index info", index)
     assert facts["groups"] == {"species": 5, "genus": 3, "family": 2}
 
 
@@ -226,9 +226,6 @@ def test_groups_are_read_from_the_bytes_of_a_file(table, tmp_path):
         (tmp_path / "groups.parquet").read_bytes(),
     ):
         assert read_groups(data, ["lion"]) == expected
-    for text, reason in BAD.values():
-        words = ("groups: ", reason.removesuffix(".csv"))
-        refused(lambda text=text: read_groups(text.encode(), ["lion"]), *words, error=InputError)
 
 
 def test_classes_that_the_index_lacks_are_named_and_have_their_groups_later(index, table, tmp_path):

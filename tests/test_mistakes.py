@@ -15,7 +15,7 @@ import click
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import COMMANDS, PROGRAMS, ROOT, ok
+from conftest import COMMANDS, PROGRAMS, ROOT, json_of, json_rows, ok
 from PIL import Image
 from tables import unit_rows, write_table
 from wcwidth import wcswidth
@@ -154,10 +154,7 @@ def test_quiet_and_verbose_work_in_any_position(run, world):
 
 
 def test_index_list_shows_version_keys_and_classes(run, world):
-    rows = [
-        json.loads(line)
-        for line in run("index list", world / "i", "--format", "json").stdout.splitlines()
-    ]
+    rows = json_rows(run("index list", world / "i", "--format", "json"))
     (row,) = rows
     assert (row["index"], row["version"], row["keys"], row["classes"]) == (
         str(world / "i/x"),
@@ -174,14 +171,14 @@ def test_the_cache_command_shows_prunes_and_limits_the_cache(run, tmp_path, monk
     cache.put("s", {("d", "v"): np.zeros(3, np.float32), ("e", "v"): np.zeros(3, np.float32)})
     cache.close()
     monkeypatch.setenv("RETRIEVAL_TIP_CACHE", str(tmp_path))
-    assert json.loads(run("cache --json").stdout)["encodings"] == 2
+    assert json_of("cache")["encodings"] == 2
     pruned = run("cache --prune --json")
     assert json.loads(pruned.stdout)["encodings"] == 0
     assert "Removed 2 encodings" in pruned.stderr
     bounded = run("cache --max-size 0.02 --json")
     assert json.loads(bounded.stdout)["max_bytes"] == 20_000_000
-    assert json.loads(run("cache --json").stdout)["max_bytes"] == 20_000_000
-    assert "of at most 20 MB" in json.loads(run("doctor --json").stdout)["facts"]["encoding cache"]
+    assert json_of("cache")["max_bytes"] == 20_000_000
+    assert "of at most 20 MB" in json_of("doctor")["facts"]["encoding cache"]
     assert run("cache --max-size 20mb").exit_code == 2
 
 

@@ -7,7 +7,7 @@ import onnx
 import onnxruntime
 import pytest
 from clusters import C, clusters, text_of
-from conftest import json_rows, ok
+from conftest import fitted, json_rows, ok
 from numpy.testing import assert_allclose
 from PIL import Image
 from serving import caltech_photos
@@ -41,7 +41,7 @@ def test_logits_of_features_equal_those_of_the_package(form, covered, tmp_path):
     cache = index()
     cache = cache.take(np.flatnonzero(cache.class_ids.numpy() < covered))
     if form is not None:
-        cache, _ = closed_form.fit(cache, closed_form.FitRequest(metric=form[0], values=form[1]))
+        cache = fitted(cache, closed_form.FitRequest(metric=form[0], values=form[1]))
     facts = export_onnx(cache, tmp_path / "i.onnx")
     onnx.checker.check_model(str(tmp_path / "i.onnx"), full_check=True)
     strangers = -clusters(20, seed=7)[0]

@@ -12,7 +12,7 @@ import onnxruntime
 import pytest
 import torch
 import warm
-from conftest import failed, ok
+from conftest import failed, json_of, ok
 from numpy.testing import assert_array_equal
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -250,7 +250,7 @@ def test_the_command_stores_an_encoder_that_other_commands_load(run, name, place
     query = photos / "red" / "0.png"
     build = ("index", "build", photos, "--model", name, "--out", index)
     ok(*build, "--precision", "int8")
-    assert json.loads(run("index info", index, "--json").stdout)["precision"] == {"keys": "int8"}
+    assert json_of("index info", index)["precision"] == {"keys": "int8"}
     answers = {
         asked: json.loads(
             run("classify", index, query, "--precision", asked, "--format", "json").stdout
@@ -261,10 +261,7 @@ def test_the_command_stores_an_encoder_that_other_commands_load(run, name, place
     (tmp_path / "more" / "red").mkdir(parents=True)
     Image.new("RGB", (40, 40), "red").save(tmp_path / "more" / "red" / "new.png")
     ok("index add", index, tmp_path / "more", "--precision", "float32")
-    assert (
-        json.loads(run("index info", index, "--json").stdout)["precision"]["keys"]
-        == "float32, int8"
-    )
+    assert json_of("index info", index)["precision"]["keys"] == "float32, int8"
     assert Backbones("cpu", "int8", None).of(at(index).load(), "things").precision == "int8"
     assert Classifier.load(index, precision="int8").predict(query).label == "red"
 
@@ -277,7 +274,7 @@ def test_the_model_is_not_loaded_to_encode_in_int8(name, calibrated, monkeypatch
     assert_array_equal(waiting.encode_images(pixels), int8(name).encode_images(pixels))
 
 
-def test_too_few_photos_are_refused(run, name, place, photos, caplog):
+def test_too_few_photos_are_refused(run, name, place, photos):
     few = open_items(photos).take(range(FEWEST - 1))
     for source in (few, open_images(map(read_item, few.paths))):
         with pytest.raises(

@@ -5,13 +5,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import scipy.special
+from conftest import fitted
 from numpy.random import default_rng
 from tables import unit, unit_rows
 
 from retrieval_tip import Index
 from retrieval_tip.errors import UsageError
 from retrieval_tip.evaluation.held_out import held_out_probabilities
-from retrieval_tip.fit import closed_form
 from retrieval_tip.fit.forms import Form
 from retrieval_tip.labelling import progress
 from retrieval_tip.labelling.progress import Estimate, estimate_rest, gain_of
@@ -26,8 +26,9 @@ def index_of(n, text, seed=0):
     ids = default_rng(seed).choice(4, n, p=[0.5, 0.25, 0.2, 0.05])
     features = unit(CENTRES[ids] + 1.5 * unit_rows(n, 10, seed + 1))
     sources = [f"photo-{max(i, 1)}" for i in range(n)]
-    index = Index.from_features(features, ids, NAMES, TEXT if text else None, sources=sources)
-    index, _ = closed_form.fit(index)
+    index = fitted(
+        Index.from_features(features, ids, NAMES, TEXT if text else None, sources=sources)
+    )
     return index, features, ids
 
 
@@ -35,8 +36,10 @@ def answers_of(index, features, ids, kept, photos):
     """Return the logits of photos from a new index of the kept photos, with the settings of ``index``."""
     kept = list(kept)
     text = TEXT if index.has_text else None
-    other = Index.from_features(features[kept], ids[kept], NAMES, text)
-    other, _ = closed_form.fit(other, forms=[Form.of(index.fitted, index.settings.beta)])
+    other = fitted(
+        Index.from_features(features[kept], ids[kept], NAMES, text),
+        forms=[Form.of(index.fitted, index.settings.beta)],
+    )
     other.settings = replace(index.settings)
     logits = other.logits(photos).numpy()
     logits[:, [text is None and i not in ids[kept] for i in range(4)]] = -np.inf
@@ -83,7 +86,7 @@ def test_labelled_photos_tell_how_often_an_answer_is_right(text):
     rest = unit(CENTRES[np.arange(60) % 4] + 1.5 * unit_rows(60, 10, 9))
     temperature = index.settings.temperature
     before = index.logits(rest).numpy()
-    asked = [1, 7, 12, 20, 28, 33, 38]  # at most PARTS, so that each is held out alone
+    asked = [1, 7, 12, 20, 28, 33, 38]  # at most FOLDS, so that each is held out alone
     logits = answers_without(index, features, ids, asked, range(40))
     right = logits.argmax(axis=1) == ids[asked]
     assert 0 < right.sum() < 7
@@ -115,8 +118,7 @@ def test_the_estimate_is_a_mean_of_classifiers_that_lack_the_last_labels():
     wrong = []
     for kept in (40, 35, 30):  # at least 20 of the photos that are held out
         sources = [f"photo-{max(i, 1)}" for i in range(kept)]
-        other = Index.from_features(features[:kept], ids[:kept], NAMES, sources=sources)
-        other, _ = closed_form.fit(other)
+        other = fitted(Index.from_features(features[:kept], ids[:kept], NAMES, sources=sources))
         held = held_out_probabilities(
             other, np.flatnonzero(other.labels["key_id"].to_numpy() >= 10)
         )
@@ -152,8 +154,7 @@ def test_the_estimate_is_empty_without_labels_or_photos():
     assert estimate_rest(index, [1], features[:0]) == Estimate(0.0, 0.0, 1.0, 0, 0, 0, 0)
     with pytest.raises(UsageError, match="more"):
         gain_of(index, features, none, 0)
-    single = Index.from_features(features[:2], [0, 1], NAMES)
-    single, _ = closed_form.fit(single)
+    single = fitted(Index.from_features(features[:2], [0, 1], NAMES))
     found = estimate_rest(single, [0, 1], features)
     assert not held_out_probabilities(
         single, np.arange(2)
@@ -166,8 +167,7 @@ def test_the_estimate_is_empty_without_labels_or_photos():
 def test_an_answer_is_never_certain_if_all_held_out_answers_are_right():
     ids = np.arange(120) % 4
     features = unit(CENTRES[ids] + 1e-3 * unit_rows(120, 10, 5))
-    index = Index.from_features(features[:40], ids[:40], NAMES)
-    index, _ = closed_form.fit(index)
+    index = fitted(Index.from_features(features[:40], ids[:40], NAMES))
     found = estimate_rest(index, range(40), features[40:])
     assert 0 < found.wrong < 1
     assert found.least_wrong == 0 < found.most_wrong
@@ -181,8 +181,7 @@ def test_the_number_of_wrong_answers_stays_in_its_interval_while_the_least_certa
         features = unit(CENTRES[ids] + 1.5 * unit_rows(300, 10, seed + 20))
         labelled = list(range(30))
         for _ in range(3):
-            index = Index.from_features(features[labelled], ids[labelled], NAMES)
-            index, _ = closed_form.fit(index)
+            index = fitted(Index.from_features(features[labelled], ids[labelled], NAMES))
             rest = np.setdiff1d(np.arange(300), labelled)
             found = estimate_rest(index, range(len(labelled)), features[rest])
             p = probabilities(index.logits(features[rest]).numpy(), index.settings.temperature)

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 from clusters import round_clusters as clusters
-from conftest import ok, tries
-from dense import affinity, cache_logits
+from conftest import json_of, ok, tries
+from dense import affinity, cache_logits, parts
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.random import default_rng
 from numpy.testing import assert_allclose
-from tables import tiny, unit_rows
+from tables import tiny, unit, unit_rows
 
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.fit import search_hp
@@ -28,11 +28,10 @@ C, D = 5, 12
 NAMES = [f"class {i}" for i in range(C)]
 
 
-def centres_of(n, seed):
+def centres_of(n, seed, spread=0.6):
     """Return the mean direction of each class of :func:`clusters`."""
-    rows, ids = clusters(n, C, D, seed)
-    means = np.stack([rows[ids == i].mean(axis=0) for i in range(C)])
-    return (means / np.linalg.norm(means, axis=1, keepdims=True)).astype(np.float32)
+    rows, ids = clusters(n, C, D, seed, spread)
+    return unit(np.stack([rows[ids == i].mean(axis=0) for i in range(C)]))
 
 
 ONE_HOT = np.repeat(np.eye(C, dtype=np.float32), 6, 0)
@@ -60,13 +59,6 @@ def queries_of(cache, n=60, seed=2):
     return Queries(features, ids, "x")
 
 
-def dense(cache, features, beta):
-    """Return text and cache logits by definition."""
-    A = affinity(features, cache.keys)
-    ids = cache.labels["class_id"].to_numpy()
-    return 10 * affinity(features, cache.text_weights), cache_logits(A, ids, C, beta)
-
-
 def best_over_alphas(text, alone, y):
     """Return the largest number of right answers over all alphas, tried between and beyond all crossings of classes."""
     q = np.arange(len(y))
@@ -88,7 +80,7 @@ def test_the_search_finds_the_best_accuracy_over_all_alphas_and_betas(seed, monk
     monkeypatch.setattr(search_hp, "BETAS", np.array(betas))
     choice = search(cache, queries)
     best = max(
-        best_over_alphas(*dense(cache, queries.features, beta), queries.ids) for beta in betas
+        best_over_alphas(*parts(cache, queries.features, beta=beta), queries.ids) for beta in betas
     )
     assert (
         round(choice.accuracy * len(queries.ids)) == round(choice.best * len(queries.ids)) == best
@@ -177,7 +169,7 @@ def test_leave_one_out_needs_two_images_per_class():
 
 def test_the_search_may_choose_text_alone_or_cache_alone():
     features, ids = clusters(60, C, D, 2, spread=0.2)
-    centres = np.stack([features[ids == i].mean(axis=0) for i in range(C)])
+    right = centres_of(60, 2, 0.2)
     keys, key_ids = clusters(30, C, D, 1, spread=0.2)
     names = list("abcde")
 
@@ -186,7 +178,6 @@ def test_the_search_may_choose_text_alone_or_cache_alone():
         cache = Index.from_features(keys, labels, names, weights, settings=own)
         return search(cache, Queries(features, ids, "x"))
 
-    right = centres / np.linalg.norm(centres, axis=1, keepdims=True)
     text = chosen(right, (key_ids + 1) % C, 1e3)  # every key is labelled wrongly
     assert (text.accuracy, text.zero_shot, text.interval[0]) == (1.0, 1.0, 0)
     alone = chosen(right[::-1].copy(), key_ids, 0.0)  # the text is wrong
@@ -270,19 +261,19 @@ def test_the_choice_becomes_a_version_with_its_provenance(run, shared, tmp_path)
         "--out",
         out,
     )
-    before = json.loads(run("index info", out, "--json").stdout)
-    dry = json.loads(run("search-hp", out, "--dry-run", "--json").stdout)
-    assert json.loads(run("index info", out, "--json").stdout) == before
+    before = json_of("index info", out)
+    dry = json_of("search-hp", out, "--dry-run")
+    assert json_of("index info", out) == before
     done = run("search-hp", out, "--json")
     facts = json.loads(done.stdout)
     assert {name: facts[name] for name in ("alpha", "beta")} == {
         name: dry[name] for name in ("alpha", "beta")
     }
-    after = json.loads(run("index info", out, "--json").stdout)
+    after = json_of("index info", out)
     assert (after["version"], after["alpha"], after["beta"]) == (2, facts["alpha"], facts["beta"])
     assert after["files"] == before["files"]  # no data file was rewritten
     assert after["provenance"]["search"]["chosen_on"] == "its own shots, each held out in turn"
-    result = json.loads(run("evaluate", out, food / "test.parquet", "--json").stdout)
+    result = json_of("evaluate", out, food / "test.parquet")
     assert result["alpha"] == facts["alpha"]
 
 

@@ -78,32 +78,27 @@ ROWS = zlib.compress(bytes(10_000_000), 9)
 """Compressed black rows of a PNG file, usually fewer than its header claims."""
 
 
-def bad_uploads(photo):
-    return {
-        "empty": b"",
-        "truncated": photo[: len(photo) // 3],
-        "30,000 x 30,000": png(30_000, 30_000, ROWS),
-        "2,000,000,000 x 1": png(2_000_000_000, 1, ROWS),
-        "random": np.random.default_rng(0).bytes(100_000),
-    }
-
-
 def test_bad_uploads_are_refused_and_memory_stays_bounded(served, photo):
-    """Uploads are sent one by one, then many at once."""
+    """Many are sent at once. ``test_hostile.py`` sends others one by one."""
     address, process = served
     before = process.memory_info().rss
     most = 0
-    bodies = bad_uploads(photo[0].read_bytes())
+    whole = photo[0].read_bytes()
+    bodies = [
+        b"",
+        whole[: len(whole) // 3],
+        png(30_000, 30_000, ROWS),
+        png(2_000_000_000, 1, ROWS),
+        png(7000, 7000, ROWS),
+        np.random.default_rng(0).bytes(100_000),
+        bytes(30 * MIB),
+    ]
     with httpx.Client(base_url=address, timeout=60) as client, ThreadPoolExecutor(12) as pool:
-        for name, data in bodies.items():
-            answer = client.post("/v1/classify", files={"images": (name, data)})
-            assert answer.status_code == 422, (name, answer.text)
-            assert answer.headers["content-type"] == "application/problem+json"
-            assert name in answer.json()["detail"]
-        assert process.memory_info().rss - before < AT_ONCE
         assert process.rlimit(psutil.RLIMIT_NOFILE)[0] <= run_module.FILES
-        many = [*bodies.values(), png(7000, 7000, ROWS), bytes(30 * MIB)] * (3 if SOAK else 1)
-        posted = [pool.submit(client.post, "/v1/classify", files={"images": body}) for body in many]
+        posted = [
+            pool.submit(client.post, "/v1/classify", files={"images": body})
+            for body in bodies * (3 if SOAK else 1)
+        ]
         while not all(one.done() for one in posted):
             most = max(most, process.memory_info().rss)
             time.sleep(0.01)

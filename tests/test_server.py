@@ -3,7 +3,7 @@
 import functools
 import hashlib
 import io
-import json
+import itertools
 import os
 import re
 import shutil
@@ -17,7 +17,6 @@ from types import SimpleNamespace
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from click.testing import CliRunner
 from fastapi.testclient import TestClient
 from numpy.testing import assert_allclose
 from PIL import Image
@@ -25,7 +24,6 @@ from serving import app_of, caltech_photos, random_index
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from retrieval_tip import Index
-from retrieval_tip.cli import main
 from retrieval_tip.data import images
 from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.sources import of_images, open_source
@@ -45,7 +43,7 @@ from retrieval_tip.server.served import Backbones, Maker, Served, open_all
 from retrieval_tip.server.service import Service
 from retrieval_tip.settings import Ask
 
-from conftest import SHARED, ok, with_code  # isort: skip
+from conftest import SHARED, json_rows, ok, with_code  # isort: skip
 
 TOKEN = "open sesame"
 pytestmark = pytest.mark.usefixtures("one_encoder")
@@ -55,23 +53,10 @@ AUTHORISED = {"Authorization": f"Bearer {TOKEN}"}
 @pytest.fixture(scope="module")
 def food(shared, tmp_path_factory):
     """An index of CLIP features without a backbone."""
-    return food_index(tmp_path_factory.mktemp("food") / "food", "--fit", "none", "--shots", 16)
-
-
-def food_index(out, *options):
-    data = SHARED / "data" / "clip-food9"
-    arguments = [
-        "index",
-        "build",
-        data / "train.parquet",
-        "--text",
-        data / "text.parquet",
-        "--out",
-        out,
-        *options,
-    ]
-    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
-    assert result.exit_code == 0, result.output
+    data = shared / "data" / "clip-food9"
+    out = tmp_path_factory.mktemp("food") / "food"
+    text = ("--text", data / "text.parquet")
+    ok("index build --fit none --shots 16", data / "train.parquet", *text, "--out", out)
     return out
 
 
@@ -121,54 +106,42 @@ def added(client, data, label):
     return dict(answer.json())
 
 
-def test_the_server_gives_the_same_answers_as_the_command(both, things, run):
+def test_the_server_gives_the_same_answers_as_the_command(own, run):
+    """The index is fitted. Numbers may differ in the last digits, because the command has other batches."""
+    fitted = fit_index(own, metric="within", values="one-hot").index
     items = caltech_photos(SHARED, "test", 10, 1)
     files = [("images", (path.name, path.read_bytes())) for path, _ in items]
-    asked = "index=things&beta=3.5&alpha=20&k=40&top=3&neighbours=4&logits=true"
-    answer = both.post(f"/v1/classify?{asked}", files=files)
-    assert answer.status_code == 200
-    command = [
-        "classify",
-        things,
-        *(path for path, _ in items),
-        "--beta",
-        3.5,
-        "--alpha",
-        20,
-        "-k",
-        40,
-        "--top",
-        3,
-    ]
-    lines = run(
-        *command, "--explain", "--neighbours", 4, "--logits", "--format", "json"
-    ).stdout.splitlines()
-    found = answer.json()
-    assert found["index"] == "things"
-    assert (found["alpha"], found["beta"], found["k"], found["tail"], found["skipped"]) == (
-        20,
-        3.5,
-        40,
-        True,
-        [],
-    )
-    for (path, _), own, line in zip(items, found["results"], lines, strict=True):
-        expected = json.loads(line)
-        assert own["input"] == path.name
-        assert (own["label"], own["labels"]) == (expected["label"], expected["labels"])
-        for name in ("probability", "probabilities", "text_logit", "cache_logit", "logits"):
-            assert_allclose(own[name], expected[name], rtol=1e-4, atol=1e-5)
-        for near, other in zip(own["neighbours"], expected["neighbours"], strict=True):
-            assert {k: near[k] for k in ("key_id", "source", "label")} == {
-                k: other[k] for k in ("key_id", "source", "label")
-            }
-            assert_allclose(
-                [near["affinity"], near["weight"]], [other["affinity"], other["weight"]], 1e-4
-            )
-    assert (
-        sum(own["label"] == name for own, (_, name) in zip(found["results"], items, strict=True))
-        > 5
-    )
+    with serving(own) as client:
+        described = client.get("/v1/indexes/own").json()
+        asked = "alpha=20&k=40&top=3&neighbours=4&logits=true"
+        answer = client.post(f"/v1/classify?{asked}", files=files).json()
+    assert (described["fitted"]["metric"], described["values"]) == ("within", "one-hot")
+    assert described["least_cache"] == pytest.approx(fitted.settings.least_cache)
+    options = ("--alpha", 20, "-k", 40, "--top", 3, "--explain", "--neighbours", 4, "--logits")
+    paths = [path for path, _ in items]
+    rows = json_rows(run("classify", own, *paths, *options, "--format", "json"))
+    settings = ("index", "alpha", "beta", "k", "tail", "skipped")
+    assert [answer[name] for name in settings] == ["own", 20, fitted.settings.beta, 40, True, []]
+    for (path, _), found, expected in zip(items, answer["results"], rows, strict=True):
+        assert found["input"] == path.name
+        for name in expected.keys() - {"input", "shot"}:
+            same(found[name], expected[name])
+    right = [one["label"] == name for one, (_, name) in zip(answer["results"], items, strict=True)]
+    assert sum(right) > 5
+
+
+def same(found, expected):
+    """Check that two values of JSON are equal, except for the last digits of numbers."""
+    if isinstance(expected, dict):
+        for name, value in expected.items():
+            same(found[name], value)
+    elif isinstance(expected, list):
+        for one, other in zip(found, expected, strict=True):
+            same(one, other)
+    elif isinstance(expected, float):
+        assert found == pytest.approx(expected, rel=1e-3, abs=1e-4)
+    else:
+        assert found == expected
 
 
 def test_features_come_with_the_most_similar_shots_and_can_be_sent_again(both, food, photo):
@@ -456,35 +429,6 @@ def test_adding_a_shot_changes_the_answer_and_removing_it_undoes_that(own, photo
     assert Index.load(own).n == 80
 
 
-def test_gc_deletes_photos_that_no_kept_version_uses(own, monkeypatch):
-    sent = [path for path, _ in caltech_photos(SHARED, "test", 10, 1)[:3]]
-    with serving(own, token=TOKEN) as client:
-        for path in sent:
-            added(client, path.read_bytes(), "new")
-        gone = client.delete("/v1/indexes/own/keys?key_id=80")
-        assert gone.status_code == 200
-    shots = own.parent / "own-shots"
-    kept = {path.read_bytes(): path for path in (shots / "new").iterdir()}
-    unused, *used = (kept[path.read_bytes()] for path in sent)
-    foreign = [shots / "notes.txt", shots / "new" / "0123456789abcdef.jpg", shots / "new" / "a.jpg"]
-    for path in foreign:
-        path.write_bytes(sent[0].read_bytes())
-    link = shots / "new" / f"{'0' * 16}.jpg"
-    elsewhere = own.parent / unused.name
-    shutil.copy(unused, elsewhere)
-    link.symlink_to(elsewhere)
-    (shots / "linked").symlink_to(own.parent)
-
-    ok("index", "gc", own, "--keep", 2)  # the previous version still uses it
-    assert unused.exists()
-    monkeypatch.setattr("retrieval_tip.store.files.LOCK_WAIT", 0.0)
-    with photos_module.adding(shots):  # as the server does before it saves a version
-        assert changes.gc(own, 1).photos == 0
-    assert changes.gc(own, 1) == changes.Collected([], 1, sent[0].stat().st_size)
-    assert not unused.exists()
-    assert all(path.exists() for path in (*used, *foreign, link, elsewhere))
-
-
 def test_indexes_are_renamed_duplicated_and_deleted(own, photo):
     """Added photos are kept until no index in the folder uses them."""
     with serving(own, token=TOKEN) as client:
@@ -615,59 +559,42 @@ def test_two_versions_are_compared_in_words_and_with_photos_that_are_gone(
 
 def test_shots_are_relabelled_classes_renamed_and_versions_rolled_back(own):
     with serving(own, token=TOKEN) as client:
-        change = functools.partial(changed, client)
 
         def keys(label):
-            return [
-                row["key_id"]
-                for row in client.get(f"/v1/indexes/own/keys?label={label}").json()["keys"]
-            ]
-
-        def relabelled(key_ids, label):
-            status, answer = change("relabel", labels=dict.fromkeys(key_ids, label))
-            return status, answer["index"], answer["version"], answer["key_ids"]
+            rows = client.get(f"/v1/indexes/own/keys?label={label}").json()["keys"]
+            return [row["key_id"] for row in rows]
 
         first, other, third = client.get("/v1/indexes/own").json()["class_names"][:3]
-        shots = keys(first)
-        others = keys(other)
-        assert relabelled(shots[:2], other) == (200, "own", 2, shots[:2])
-        assert keys(first) == shots[2:]
-        assert relabelled(shots[2:], other) == (200, "own", 3, shots[2:])
-        assert sorted(keys(other)) == sorted(shots + others)
-        assert change("rollback", to=1, since=2)[0] == 409
-        assert "version 3, not 2" in change("rollback", to=1, since=2)[1]["detail"]
-        assert change("rollback", to=1, since=3)[1]["version"] == 4
-        assert (keys(first), keys(other)) == (shots, others)
-        history = client.get("/v1/indexes/own/history").json()
-        assert [one["version"] for one in history] == [1, 2, 3, 4]
-        assert history[-1]["change"] == "restored version 1"
-        assert history[-1]["current"]
+        shots, others, ids = map(keys, (first, other, third))
         moves = dict.fromkeys(shots[:2], other) | {others[0]: first}
-        status, answer = change("relabel", labels=moves)
-        assert (status, answer["version"], answer["key_ids"]) == (200, 5, [*moves])
+        status, answer = changed(client, "relabel", labels=moves)
+        assert (status, answer["version"], answer["key_ids"]) == (200, 2, [*moves])
         assert sorted(keys(first)) == sorted([*shots[2:], others[0]])
         assert sorted(keys(other)) == sorted([*shots[:2], *others[1:]])
-        ids = keys(third)
-        status, answer = change("rename", of=third, label="squeeze <box>")
-        assert (status, answer["version"], answer["key_ids"]) == (200, 6, ids)
+        status, answer = changed(client, "rename", of=third, label="squeeze <box>")
+        assert (status, answer["version"], answer["key_ids"]) == (200, 3, ids)
         assert keys("squeeze <box>") == ids
+        assert changed(client, "rollback", to=1, since=2)[0] == 409
+        assert "version 3, not 2" in changed(client, "rollback", to=1, since=2)[1]["detail"]
+        assert changed(client, "rollback", to=1, since=3)[1]["version"] == 4
+        assert [*map(keys, (first, other, third))] == [shots, others, ids]
+        history = client.get("/v1/indexes/own/history").json()
+        assert [one["version"] for one in history] == [1, 2, 3, 4]
+        assert (history[-1]["change"], history[-1]["current"]) == ("restored version 1", True)
         wrong = [
             ("relabel", {"label": other}, 422),
             ("relabel", {"labels": {}}, 422),
             ("relabel", {"labels": {"a": other}}, 422),
             ("relabel", {"labels": {-1: other}}, 422),
             ("relabel", {"labels": {2**63: other}}, 422),
-            ("relabel", {"labels": moves | {shots[5]: "no such class"}}, 422),
             ("relabel", {"labels": moves | {999: other}}, 422),
             ("rename", {"of": "no such class", "label": "x"}, 422),
-            ("rename", {"of": other, "label": "a\nb"}, 422),
             ("rename", {"of": other, "label": ""}, 422),
             ("rollback", {"to": 99}, 404),
         ]
-        assert [change(what, **body)[0] for what, body, _ in wrong] == [
-            status for *_, status in wrong
-        ]
-        assert client.get("/v1/indexes/own").json()["version"] == 6
+        for what, body, refused in wrong:
+            assert changed(client, what, **body)[0] == refused, (what, body)
+        assert client.get("/v1/indexes/own").json()["version"] == 4
 
 
 def test_the_accuracy_follows_label_changes(own):
@@ -676,7 +603,7 @@ def test_the_accuracy_follows_label_changes(own):
     with serving(own, token=TOKEN) as client:
         before = client.get("/v1/indexes/own/accuracy").json()
         assert fitted.interval is not None
-        expected = {"photos": fitted.photos, "words": fitted.words, "both": fitted.both}
+        expected = {"photos": fitted.photos, "words": fitted.text, "both": fitted.both}
         assert {name: before[name] for name in expected} == pytest.approx(expected)
         assert before["interval"] == pytest.approx(fitted.interval)
         assert (before["version"], before["weakest"]) == (2, [[*one] for one in fitted.weakest])
@@ -732,11 +659,6 @@ def test_uploaded_photos_become_a_new_index(own, tmp_path, lit_mini):
             {label for _, label in some}
         )
         assert body["fit"]["both"] == alone.provenance["fit"]["both"]
-        for path, label in some[::5]:
-            asked = client.post(
-                "/v1/classify?index=my things", files={"images": path.read_bytes()}
-            ).json()
-            assert asked["results"][0]["label"] == label
         more = {"files": {"images": other[0][0].read_bytes()}, "data": {"label": other[0][1]}}
         added = client.post("/v1/indexes/my things/keys", **more)
         assert added.json()["version"] == 2
@@ -818,34 +740,23 @@ def test_a_photo_that_becomes_a_shot_is_decoded_once(
         assert_allclose(key, expected, atol=1e-5)
 
 
-def test_another_spelling_makes_a_new_class_and_a_warning(own):
-    cache = Index.load(own)
-    label = cache.class_names[0]
-    other = cache.class_names[0].upper()
-    sent = {"features": [cache.keys[0].tolist()], "labels": [other]}
-    with serving(own, token=TOKEN) as client:
-        body = client.post("/v1/indexes/own/keys", json=sent).json()
-        assert body["classes"] == [other]
-        assert body["warnings"] == [
-            f"{other!r} is spelled almost like {label!r}; rename one to merge them"
-        ]
-        merged = changed(client, "rename", of=other, label=label)
-        assert (merged[0], merged[1]["key_ids"]) == (200, body["key_ids"])
-        assert client.get("/v1/indexes/own").json()["class_names"] == cache.class_names
-
-
 def test_added_features_get_sources_that_are_not_files(own, truth):
+    """A class in another spelling is a new one, with a warning."""
     features = Index.load(own).keys[[-1, 0]].tolist()  # of another class, and of the first
+    other = truth.upper()
     with serving(own, token=TOKEN) as client:
-        sent = {"features": features, "labels": [truth, "other thing"], "inputs": ["a.jpg", "b"]}
+        sent = {"features": features, "labels": [truth, other], "inputs": ["a.jpg", "b"]}
         refused = client.post("/v1/indexes/own/keys", json={**sent, "labels": [truth]})
         assert refused.status_code == 422
         body = client.post("/v1/indexes/own/keys", json=sent).json()
         assert (len(body["key_ids"]), body["classes"], len(body["duplicates"])) == (
             2,
-            ["other thing"],
+            [other],
             2,
         )
+        assert body["warnings"] == [
+            f"{other!r} is spelled almost like {truth!r}; rename one to merge them"
+        ]
         rows = client.get("/v1/indexes/own/keys", params={"key_id": body["key_ids"]}).json()["keys"]
         assert sorted(row["source"] for row in rows) == ["api:a.jpg", "api:b"]
         assert [row["image"] for row in rows] == [None, None]
@@ -1062,52 +973,42 @@ UNUSABLE = {
 }
 
 
-@pytest.mark.parametrize("what", UNUSABLE)
-def test_bad_features_are_refused(both, what):
-    status, body = UNUSABLE[what]
-    answer = both.post(
-        "/v1/classify?index=food", content=body, headers={"Content-Type": "application/json"}
-    )
-    assert answer.status_code == status, answer.text
-    assert answer.headers["content-type"] == "application/problem+json"
-    problem = answer.json()
-    assert problem["status"] == status
-    assert "\n" not in problem["detail"]
-
-
-@pytest.mark.parametrize("announced", [True, False], ids=["announced", "chunked"])
-@pytest.mark.parametrize(
-    ("path", "kind", "limit"),
-    [
-        ("relabel", "application/json", 1000),
-        ("keys", "application/json", 1000),
-        ("set", "text/csv", 1000),
-        ("keys", "multipart/form-data; boundary=x", 5000),
-        ("groups", "application/octet-stream", 5000),
-    ],
-)
-def test_the_size_of_each_kind_of_body_is_limited(own, path, kind, limit, announced):
-    headers = {"Content-Type": kind}
-    with serving(own, token=TOKEN, limits=Limits(bytes=5000, json_bytes=1000)) as client:
-        for size, large in ((900, False), (limit + 1, True)):
-            body = b" " * size
-            content = body if announced else iter([body[:500], body[500:]])
-            answer = client.post(f"/v1/indexes/own/{path}", content=content, headers=headers)
-            assert (answer.status_code == 413) == large
-            assert answer.headers["content-type"] == "application/problem+json"
-            assert answer.json()["status"] == answer.status_code
-        assert "send" in answer.json()["detail"]
-
-
-def test_features_may_contain_integers_and_tiny_numbers(both):
-    rows = [
-        [1] + [0] * 511,
-        [0.6, 0.8] + [0] * 510,
-        [1.0, -0.0] + [0] * 510,
-        [0, 1] + [1e-300] * 510,
-    ]
+def test_bad_features_are_refused_but_not_integers_and_tiny_numbers(both):
+    kind = {"Content-Type": "application/json"}
+    for what, (status, body) in UNUSABLE.items():
+        answer = both.post("/v1/classify?index=food", content=body, headers=kind)
+        assert answer.status_code == status, (what, answer.text)
+        assert answer.headers["content-type"] == "application/problem+json"
+        problem = answer.json()
+        assert problem["status"] == status
+        assert "\n" not in problem["detail"]
+    rows = [[1] + [0] * 511, [1.0, -0.0] + [0] * 510, [0, 1] + [1e-300] * 510]
     answer = both.post("/v1/classify?index=food", json={"features": rows})
-    assert (answer.status_code, len(answer.json()["results"])) == (200, 4)
+    assert (answer.status_code, len(answer.json()["results"])) == (200, 3)
+
+
+BODIES = [
+    ("relabel", "application/json", 1000),
+    ("keys", "application/json", 1000),
+    ("set", "text/csv", 1000),
+    ("keys", "multipart/form-data; boundary=x", 5000),
+    ("groups", "application/octet-stream", 5000),
+]
+
+
+def test_the_size_of_each_kind_of_body_is_limited(own):
+    """Whether the size is announced or not."""
+    with serving(own, token=TOKEN, limits=Limits(bytes=5000, json_bytes=1000)) as client:
+        for (path, kind, limit), announced in itertools.product(BODIES, [True, False]):
+            for size in (900, limit + 1):
+                body = b" " * size
+                content = body if announced else iter([body[:500], body[500:]])
+                headers = {"Content-Type": kind}
+                answer = client.post(f"/v1/indexes/own/{path}", content=content, headers=headers)
+                assert (answer.status_code == 413) == (size > limit), (path, kind, announced)
+                assert answer.headers["content-type"] == "application/problem+json"
+                assert answer.json()["status"] == answer.status_code
+            assert "send" in answer.json()["detail"]
 
 
 @pytest.fixture(scope="module")
@@ -1160,37 +1061,6 @@ def test_answers_do_not_depend_on_the_batch_size(random_things, monkeypatch):
             shot["key_id"] for shot in other["similar"][:3]
         ]
         assert_allclose(one["logits"], other["logits"], rtol=1e-4, atol=1e-5)
-
-
-def test_a_fitted_index_gives_the_same_answers_on_the_server(shared, tmp_path):
-    out = food_index(tmp_path / "food", "--shots", 4)
-    queries = pq.read_table(shared / "data" / "clip-food9" / "test.parquet")["feature"].to_pylist()[
-        ::40
-    ]
-    cache = Index.load(out)
-    with serving(out) as client:
-        described = client.get("/v1/indexes/food").json()
-        found = client.post(
-            "/v1/classify?logits=true&neighbours=2", json={"features": queries}
-        ).json()
-    assert cache.fitted is not None
-    assert (described["fitted"]["metric"], described["values"]) == (
-        cache.fitted.metric,
-        cache.fitted.values,
-    )
-    assert described["least_cache"] == pytest.approx(cache.settings.least_cache)
-    for own, expected in zip(
-        found["results"], cache.classify(np.array(queries), neighbours=2), strict=True
-    ):
-        assert (own["label"], own["no_match"]) == (expected.label, expected.no_match)
-        assert_allclose(own["logits"], expected.logits, rtol=1e-4)
-        for shot, wanted in zip(
-            [*own["neighbours"], own["opposing"]],
-            [*expected.neighbours, expected.opposing],
-            strict=True,
-        ):
-            assert (shot["key_id"], shot["label"]) == (wanted.key_id, wanted.label)
-            assert_allclose(shot["gives"][0], wanted.contribution, rtol=1e-4)
 
 
 def test_invalid_requests_are_refused(both, things, photo):

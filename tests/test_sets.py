@@ -9,7 +9,7 @@ import re
 
 import numpy as np
 import pytest
-from conftest import ok
+from conftest import json_of, ok
 from fastapi.testclient import TestClient
 from hypothesis import given
 from hypothesis import strategies as st
@@ -117,7 +117,7 @@ def test_every_door_gives_the_sets_of_the_definition(run, index, queries, covera
             f"/v1/classify?coverage={coverage}", json={"features": features.tolist()}
         ).json()
     assert [row["set"] for row in answer["results"]] == expected
-    report = json.loads(run("evaluate", index, queries, "--coverage", coverage, "--json").stdout)
+    report = json_of("evaluate", index, queries, "--coverage", coverage)
     assert report["set_size"] == pytest.approx(
         np.mean([len(one) for one in expected if one is not None])
     )

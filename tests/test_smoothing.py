@@ -16,7 +16,7 @@ from retrieval_tip import Index
 from retrieval_tip.data.reader import FeatureBlock
 from retrieval_tip.evaluation.held_out import threshold_of
 from retrieval_tip.fit import closed_form
-from retrieval_tip.fit.visible import without_parts
+from retrieval_tip.fit.visible import without_folds
 from retrieval_tip.labelling.smoothing import smooth
 
 NAMES = ["ant", "bee", "cat", "dog", "eel"]
@@ -71,7 +71,7 @@ def test_answers_follow_the_formula_and_held_out_photos_choose_the_weight(index)
     folder, _ = photos(60, 1)
     found = smooth(index, [FeatureBlock.of(folder[:25]), FeatureBlock.of(folder[25:])])
     held = np.zeros((2, 20, 5))
-    for part, others in without_parts(index, np.arange(20)):
+    for part, others in without_folds(index, np.arange(20)):
         held[:, part] = alone_and_given(others, index.keys[part], folder)
     weights = np.arange(15) / 20
     ids = index.class_ids.numpy()

@@ -17,7 +17,7 @@ import buckets
 import killing
 import numpy as np
 import pytest
-from conftest import AS_ROOT, examples, failed, few, json_rows, ok, sampled
+from conftest import AS_ROOT, examples, failed, few, fitted, json_rows, ok, sampled
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from serving import caltech_photos
@@ -30,7 +30,6 @@ from retrieval_tip.data.sources import open_inputs, read_item
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.evaluation.held_out import held_out_probabilities, threshold_of
 from retrieval_tip.files import locked_folder
-from retrieval_tip.fit import closed_form
 from retrieval_tip.fit.forms import FORMS
 from retrieval_tip.labelling.placing import (
     MANIFEST,
@@ -70,8 +69,10 @@ class Decoder(Reader):
 
 def make_index():
     ids = np.arange(60) % 3
-    cache = Index.from_features(unit(4 * np.eye(16)[ids] + unit_rows(60, 16)), ids, CLASSES)
-    cache, _ = closed_form.fit(cache, forms=FORMS[:1])
+    cache = fitted(
+        Index.from_features(unit(4 * np.eye(16)[ids] + unit_rows(60, 16)), ids, CLASSES),
+        forms=FORMS[:1],
+    )
     cache.settings = replace(cache.settings, least_cache=0.3)
     return cache
 
@@ -105,8 +106,9 @@ def index():
 
 def test_at_most_wrong_chooses_the_lowest_probability_that_holds_on_held_out_photos(tmp_path, run):
     ids = np.arange(90) % 3
-    noisy = Index.from_features(unit(1.5 * np.eye(16)[ids] + unit_rows(90, 16)), ids, CLASSES)
-    noisy, _ = closed_form.fit(noisy)
+    noisy = fitted(
+        Index.from_features(unit(1.5 * np.eye(16)[ids] + unit_rows(90, 16)), ids, CLASSES)
+    )
     held = held_out_probabilities(noisy)
     sure = held.pred_probs.max(1)
     for most in (0.0, 0.03, 0.1, 0.9):

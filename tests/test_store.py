@@ -259,27 +259,35 @@ def test_malformed_table_digests_are_refused(index):
         rejected(manifest)
 
 
+MAKER = "retrieval-tip 9.9"
 NEWER = {"format_version": FORMAT_VERSION + 1, "alpha": {"new": "meaning"}}
 
 
 @pytest.mark.parametrize(
     ("entries", "words"),
     [
-        (NEWER, [f"index format {FORMAT_VERSION + 1}", f"this program reads {FORMAT_VERSION}"]),
-        (NEWER | {"sha256": "of another algorithm"}, [f"index format {FORMAT_VERSION + 1}"]),
-        ({"metric": "whitened"}, ["metric"]),
+        (
+            NEWER,
+            [MAKER, f"index format {FORMAT_VERSION + 1}", f"this program reads {FORMAT_VERSION}"],
+        ),
+        (NEWER | {"sha256": "of another algorithm"}, [MAKER, f"index format {FORMAT_VERSION + 1}"]),
+        ({"metric": "whitened"}, [MAKER, "metric"]),
+        (
+            {"format_version": 10},
+            ["index format 10, which is no longer read; build the index again"],
+        ),
     ],
 )
-def test_a_newer_format_or_an_unknown_entry_is_refused_with_the_required_version(
+def test_another_format_or_an_unknown_entry_is_refused_with_the_required_version(
     index, entries, words
 ):
-    body = body_of(index) | {"created_by": "retrieval-tip 9.9"} | entries
+    body = body_of(index) | {"created_by": MAKER} | entries
     manifest_of(index).write_bytes(
         json.dumps(body).encode() if "sha256" in entries else sealed(body)
     )
     before = snapshot(index)
     for opened in (Index.load, verify, describe, history, model(1).save):
-        refused(partial(opened, index), "retrieval-tip 9.9", *words)
+        refused(partial(opened, index), *words)
     assert snapshot(index) == before
     assert "\x1b" not in rejected(body | {"created_by": "a\n\x1b[31mb"})
     for long in ({"x" * 9999: 1}, {"created_by": ["x" * 9999]}):

@@ -32,13 +32,13 @@ from numpy.testing import assert_allclose, assert_array_equal
 from sealing import refused
 from serving import app_of
 from stored import copied, done, everything, labels_of, made, path_of, put, rows_of, source
-from tables import unit_rows, write_table
+from tables import odd_columns, unit_rows, write_table
 
 from retrieval_tip import Index
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import open_source
 from retrieval_tip.errors import InputError, StoreError, UsageError
-from retrieval_tip.index import changes
+from retrieval_tip.index import changes, photos
 from retrieval_tip.index import places as stores
 from retrieval_tip.index.build import build_index
 from retrieval_tip.plugins.lance import key_table, lance_store
@@ -332,22 +332,13 @@ def test_keys_are_found_removed_and_relabelled_by_id_and_by_condition(pets):
     assert changes.relabel(place, each).key_ids == [moved[0], moved[1], 9]
     pets.truth.labels |= {moved[2]: HOSTILE} | each
     pets.check()
-    for call in (changes.remove, partial(changes.relabel, label="cat")):
-        for wrong in ([3], [10**6], [-1], [2**63], [10**30], [0, 2**64]):
-            pets.refused(
-                lambda call=call, wrong=wrong: call(place, key_ids=wrong),
-                str(wrong[-1]),
-                error=InputError,
-            )
-        pets.refused(
-            lambda call=call: call(place, where="label = 'nobody'"), "nobody", error=InputError
-        )
-        pets.refused(lambda call=call: call(place, where="1; DROP"), "where", error=UsageError)
-    for each, word in (({other: "nobody"}, "nobody"), ({other: BARE, 10**30: BARE}, str(10**30))):
-        pets.refused(lambda each=each: changes.relabel(place, each), word, error=InputError)
-    pets.refused(
-        lambda: changes.relabel(place, {other: BARE}, key_ids=[other]), "key_ids", error=UsageError
-    )
+    for wrong in ([3], [10**6], [-1], [2**63], [10**30], [0, 2**64]):
+        for call in (changes.remove, partial(changes.relabel, label="cat")):
+            pets.refused(partial(call, place, key_ids=wrong), str(wrong[-1]), error=InputError)
+    each = {other: BARE, 10**30: BARE}
+    pets.refused(partial(changes.relabel, place, each), str(10**30), error=InputError)
+    both = partial(changes.relabel, place, each, key_ids=[other])
+    pets.refused(both, "key_ids", error=UsageError)
 
 
 def test_a_second_build_is_a_new_version_and_missing_versions_are_refused(pets):
@@ -411,10 +402,6 @@ def test_settings_can_be_changed(pets):
     assert_allclose(model.rows.statistics().mean, same.mean, atol=1e-5)
     pets.refused(
         lambda: changes.configure(pets.place, templates=["a {}"]), "backbone", error=UsageError
-    )
-    pets.refused(lambda: changes.configure(pets.place), "nothing to set", error=UsageError)
-    pets.refused(
-        lambda: changes.configure(pets.place, temperature=0.0), "temperature", error=UsageError
     )
     pets.refused(
         lambda: changes.configure(pets.place, alpha=1e145), "alpha 1e+145", error=InputError
@@ -530,23 +517,38 @@ def test_a_labelling_session_keeps_one_version_per_minute_and_its_readers_can_fi
     ]
 
 
-def test_gc_deletes_photos_that_only_deleted_versions_use(pets):
+def test_gc_deletes_photos_that_only_deleted_versions_use(pets, monkeypatch):
     """Photos are in the folder ``DIR-shots``, named by their digest. A bucket has no such folder."""
-    photos = []
-    for name in (b"removed", b"kept"):
-        photos.append(
-            pets.tables / "own-shots" / "cat" / f"{hashlib.sha256(name).hexdigest()[:16]}.jpg"
-        )
-        photos[-1].parent.mkdir(parents=True, exist_ok=True)
-        photos[-1].write_bytes(name)
+    folder = pets.tables / "own-shots" / "cat"
+    folder.mkdir(parents=True)
+    unused, used = (
+        folder / f"{hashlib.sha256(name).hexdigest()[:16]}.jpg" for name in (b"x", b"y")
+    )
+    foreign = [folder.parent / "notes.txt", folder / "0123456789abcdef.jpg", folder / "a.jpg"]
+    elsewhere = pets.tables / unused.name
+    for path in (unused, elsewhere, *foreign):
+        path.write_bytes(b"x")
+    used.write_bytes(b"y")
+    link = pets.tables / "own-shots" / "dog" / unused.name
+    link.parent.mkdir()
+    link.symlink_to(elsewhere)
+    (folder.parent / "linked").symlink_to(pets.tables)
     rows = source(
-        pets.tables / "photos.parquet", unit_rows(2, D, 20), ["cat", "cat"], list(map(str, photos))
+        pets.tables / "photos.parquet",
+        unit_rows(2, D, 20),
+        ["cat", "cat"],
+        [str(unused), str(used)],
     )
     changes.add(pets.place, rows, Reader())
     changes.remove(pets.place, key_ids=[60])
-    assert changes.gc(pets.place, 2).photos == 0
-    assert changes.gc(pets.place, 1).photos == (0 if pets.kind == "s3" else 1)
-    assert [path.exists() for path in photos] == [pets.kind == "s3", True]
+    assert changes.gc(pets.place, 2).photos == 0  # the previous version still uses it
+    monkeypatch.setattr("retrieval_tip.store.files.LOCK_WAIT", 0.0)
+    with photos.adding(folder.parent):  # as the server does before it saves a version
+        assert changes.gc(pets.place, 1).photos == 0
+    gone = 0 if pets.kind == "s3" else 1
+    assert changes.gc(pets.place, 1) == changes.Collected([], gone, gone)
+    assert unused.exists() == (pets.kind == "s3")
+    assert all(path.exists() for path in (used, *foreign, link, elsewhere))
 
 
 def test_deleting_versions_leaves_no_copies_of_the_table(local_pets, monkeypatch):
@@ -642,11 +644,9 @@ def _merge(pets, number):
 
 def _label(pets, number):
     photo = partial(changes.PhotoLabel, picked="suggested", feature=unit_rows(1, D, 40 + number)[0])
-    photos = [
-        photo("both.jpg", "b" * 64, [BARE, "cat"][number]),
-        photo(f"{number}.jpg", str(number) * 64, "cat"),
-    ]
-    return changes.label(pets.place, photos, Reader())
+    both = photo("both.jpg", "b" * 64, [BARE, "cat"][number])
+    alone = photo(f"{number}.jpg", str(number) * 64, "cat")
+    return changes.label(pets.place, [both, alone], Reader())
 
 
 EDITS = {
@@ -714,8 +714,7 @@ NOT_AGAIN = {
 """Changes that depend on the version they began with."""
 
 
-@pytest.mark.parametrize("early", [False, True])
-@pytest.mark.parametrize("change", NOT_AGAIN)
+@pytest.mark.parametrize(("change", "early"), few(itertools.product(NOT_AGAIN, [False, True]), 3))
 def test_a_fit_or_a_bare_rollback_in_a_bucket_is_not_tried_again(
     bucket_pets, monkeypatch, change, early
 ):
@@ -1083,20 +1082,7 @@ def test_columns_that_lancedb_cannot_store_are_refused(lance_pets, column, tmp_p
 
 
 def test_columns_of_any_type_and_name_are_preserved(tmp_path):
-    columns = {
-        "my col": pa.array(["a", None]),
-        "x'y\"z": pa.array([1, 2], pa.uint64()),
-        "Ünï-1": pa.array([True, None]),
-        "select": pa.array([[1], []], pa.list_(pa.int64())),
-        "when": pa.array([1, 2], pa.timestamp("ns", "UTC")),
-        "raw": pa.array([b"a", b""]),
-        "dictionary": pa.array(["a", "b"]).dictionary_encode(),
-        "none": pa.nulls(2),
-        "large": pa.array(["a", "b"], pa.large_string()),
-        "struct": pa.array([{"x": 1}, {"x": 2}]),
-        "half": pa.array([None, 1.5], pa.float16()),
-        "view": pa.array(["a", None], pa.string_view()),
-    }
+    columns = odd_columns()
     features = unit_rows(2, D, 61)
     places = [made(tmp_path, kind, kind) for kind in ("folder", "lance")]
     table = source(tmp_path / "t.parquet", features, ["a", "b"], **columns)
@@ -1291,16 +1277,10 @@ def test_affinities_are_inner_products_with_the_stored_keys_or_points(tmp_path, 
 def test_commands_take_the_address_of_a_bucket(run, bucket_pets):
     own = bucket_pets.place
     copy = made(bucket_pets.tables, "lance", "copy")
-    more = write_table(bucket_pets.tables / "more.parquet", unit_rows(2, D, 20), ["cat", BARE])
     for words, said in (
-        (("add", own, more), f"{own}: version 2, added 2 shots\n"),
-        (("remove", own, "--where", f"label = '{BARE}'"), f"{own}: version 3, removed 1 shot\n"),
-        (("verify", own), f"{own}: version 3 is intact (61 shots, 4 classes)\n"),
+        (("verify", own), f"{own}: version 1 is intact (60 shots, 4 classes)\n"),
         (("info", own, "--json"), f'"folder": "{own}"'),
-        (("query", own, "SELECT count(*) AS keys FROM labels", "--format", "json"), '{"keys": 61}'),
-        (("history", own, "--format", "json"), '"version": 3'),
-        (("rollback", own, 1), f"{own}: version 4, rolled back\n"),
-        (("gc", own, "--keep", 1), f"{own}: deleted 3 versions, "),
+        (("query", own, "SELECT count(*) AS keys FROM labels", "--format", "json"), '{"keys": 60}'),
         (("clone", own, copy), copy),
         (("clone", copy, made(bucket_pets.tables, "s3", "back")), "s3://"),
     ):

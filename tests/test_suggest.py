@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import LIT_MINI, json_rows, ok
+from conftest import LIT_MINI, fitted, json_rows, ok
 from hypothesis import given
 from hypothesis import strategies as st
 from serving import caltech_photos
@@ -17,7 +17,6 @@ from tables import unit, unit_rows, write_table
 from retrieval_tip import Classifier, Index, tip
 from retrieval_tip.cli import main
 from retrieval_tip.errors import InputError, UsageError
-from retrieval_tip.fit import closed_form
 from retrieval_tip.labelling import pool as module
 from retrieval_tip.labelling import suggest as choice
 from retrieval_tip.labelling.suggest import suggest
@@ -119,10 +118,9 @@ def index(tmp_path):
     centres = 2 * unit_rows(3, 8, 5)
     ids = np.repeat([0, 1, 2], [8, 4, 2])
     rows = unit(centres[ids] + unit_rows(14, 8))
-    cache = Index.from_features(
-        rows, ids, ["a", "b", "c"], sources=[f"shot-{i}" for i in range(14)]
+    cache = fitted(
+        Index.from_features(rows, ids, ["a", "b", "c"], sources=[f"shot-{i}" for i in range(14)])
     )
-    cache, _ = closed_form.fit(cache)
     cache.save(tmp_path / "index")
     pool = unit(centres[np.arange(30) % 3] + unit_rows(30, 8, 1))
     return tmp_path / "index", write_table(tmp_path / "pool.parquet", pool), pool

@@ -8,8 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 import scipy.special
 import torch
-from conftest import ROOT, needs_real, tries
-from dense import Case, Largest, betas, cases, discriminant, food, nearest
+from conftest import ROOT, tries
+from dense import Case, Largest, betas, cases, nearest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose
@@ -64,30 +64,6 @@ def test_cache_logits_equal_the_dense_sum(case, beta, k, slots, tail, valued, dt
         assert (found[:, np.bincount(case.y, minlength=case.c) == 0] == 0).all()
 
 
-@tries(150)
-@given(some_cases, betas, st.integers(1, 40))
-def test_logits_with_a_tail_lie_between_those_of_top_k_and_all_keys(case, beta, k):
-    """The exponential is convex (Jensen)."""
-    near, ids, _ = case.retrieved(k)
-    plain, tail = (
-        tip.cache_logits(near, ids, case.c, beta, totals).numpy()
-        for totals in (None, case.totals())
-    )
-    assert (plain <= tail).all()
-    assert (tail <= case.logits(beta) * (1 + 1e-10)).all()
-
-
-@needs_real
-def test_the_tail_reduces_the_error_of_top_k_on_real_features(shared):
-    case = food(shared, 16)
-    near, ids, _ = case.retrieved(16)
-    plain, tail = (
-        np.abs(tip.cache_logits(near, ids, case.c, 5.5, totals).numpy() - case.logits(5.5)).max()
-        for totals in (None, case.totals())
-    )
-    assert tail < plain / 10
-
-
 @pytest.mark.parametrize("tail", [False, True])
 def test_no_tensor_of_queries_by_keys_by_classes_is_allocated(tail):
     case = Case(2, [20] * 10, q=30)
@@ -106,28 +82,6 @@ def test_a_tail_without_value_sums_is_refused():
         tip.cache_logits(
             near, ids, 2, 1.0, case.totals(), tip.Values(torch.from_numpy(case.V), rows)
         )
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
-def test_class_sums_keep_the_dtype_and_ignore_empty_slots(dtype):
-    values = torch.tensor([[1, 2, 4], [8, 16, 32]], dtype=dtype)
-    one = tip.sum_by_class(values, torch.tensor([1, 3, 1]), 3)
-    each = tip.sum_by_class(values, torch.tensor([[1, 3, 1], [0, 0, 2]]), 3)
-    assert one.dtype == each.dtype == dtype
-    assert one.tolist() == [[0, 5, 0], [0, 40, 0]]
-    assert each.tolist() == [[0, 5, 0], [24, 0, 32]]
-
-
-@tries(50)
-@given(some_cases, st.integers(0, 2))
-def test_the_discriminant_matches_its_definition(case, empty):
-    f, K, y = (part.numpy() for part in case.tensors())
-    c = case.c + empty
-    one_hot = np.eye(c)[y]
-    found = tip.Discriminant.of(torch.from_numpy(one_hot.T @ K), torch.from_numpy(one_hot.sum(0)))(
-        torch.from_numpy(f)
-    )
-    assert_allclose(found, discriminant(f, K, y, c), rtol=1e-9, atol=1e-9)
 
 
 @tries(50)

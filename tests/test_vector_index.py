@@ -255,24 +255,6 @@ def test_a_file_that_is_not_an_index_is_refused(content, tmp_path):
 
 
 @pytest.mark.gpu
-@every_type
-def test_a_gpu_index_gives_the_answers_of_the_cpu(factory):
-    cpu = built(factory)
-    gpu = VectorIndex(built(factory)._cpu, factory, "auto")
-    if factory in ("Flat", "IVF16,Flat"):  # FAISS supports only some types on GPUs
-        assert gpu.device == "cuda"
-    for k in (1, 10, 100):
-        expected, rows = cpu.search(QUERIES, k)
-        affinity, gpu_rows = gpu.search(QUERIES, k)
-        filled = (rows >= 0) & (gpu_rows >= 0)
-        assert_array_equal(rows >= 0, gpu_rows >= 0)
-        assert_allclose(affinity[filled], expected[filled], atol=2e-3)
-        if TYPES[factory][1]:  # rows with nearly equal affinities may be swapped
-            own = np.take_along_axis(EXACT, np.maximum(gpu_rows, 0), axis=1)
-            assert_allclose(affinity[filled], own[filled], atol=1e-3)
-
-
-@pytest.mark.gpu
 def test_a_gpu_index_answers_a_large_k_on_the_cpu():
     keys = clustered_vectors(3, GPU_MAX_K + 500, d=8)
     index = VectorIndex.build(keys, "Flat", "cuda")

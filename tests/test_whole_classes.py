@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import cache_of, tries
-from dense import Case, affinity, cache_logits, cases, shots_like_clip
+from dense import Case, cases, parts, shots_like_clip
 from dense import betas as some_betas
 from hypothesis import given
 from hypothesis import strategies as st
@@ -119,15 +119,6 @@ def of_case(case, text=True, **changes):
     )
 
 
-def exact_parts(cache, features):
-    """Return text and cache logits over all keys by definition."""
-    ids = cache.labels["class_id"].to_numpy()
-    c = len(cache.class_names)
-    values = None if cache.values is None else cache.values.numpy()
-    text = cache.settings.logit_scale * affinity(features, cache.text_weights)
-    return text, cache_logits(affinity(features, cache.keys), ids, c, cache.settings.beta, values)
-
-
 def test_no_queries_give_no_answers():
     case = Case(1, [4, 0, 9], q=3, d=5)
     none = case.f[:0]
@@ -142,7 +133,7 @@ def test_no_queries_give_no_answers():
 def test_whole_classes_give_nearly_all_answers_of_all_keys(material):
     array, ids, text, queries = material
     cache = model(array, ids, C, text)
-    exact_text, exact = exact_parts(cache, queries)
+    exact_text, exact = parts(cache, queries)
     winners = (exact_text + exact).argmax(1)
     assert (exact_text.argmax(1) != winners).mean() > 0.02  # the cache changes some answers
     k = round(8 * cache.n / C)  # auto's k for larger indexes
@@ -195,7 +186,7 @@ def test_each_class_counts_whole_or_at_its_mean(case, alpha, beta, k, text, valu
     )
     assert (met.sum(1) <= most).all()
     # the most promising class is searched, unless its keys are missing or their weight is negligible
-    logits = exact_parts(cache, case.f)[0] + alpha * lower
+    logits = parts(cache, case.f)[0] + alpha * lower
     best = logits.argmax(1)
     clear = (np.sort(logits, axis=1)[:, -1:] - np.sort(logits, axis=1)[:, :-1] > 1e-3).all(1)
     seen = exact[np.arange(len(best)), best] > 1e-6
@@ -279,7 +270,7 @@ def test_some_of_the_keys_give_the_answers_of_a_new_build(index, material):
     cache.logits(queries[:5], 64)  # computes the sums of keys
     cache = cache.take(rows)
     check_same(cache, model(array[rows], ids[rows], C, text, index=index), queries[:50])
-    text_, exact = exact_parts(cache, queries[:50])
+    text_, exact = parts(cache, queries[:50])
     assert_allclose(cache.logits(queries[:50]), text_ + exact, atol=1e-3)
 
 

@@ -102,8 +102,8 @@ def _try_encoders(
     from retrieval_tip.index.encoders import try_encoders
 
     here = (name for name in cached() if word.lower() in name.lower())
-    given = split_names(encoding.model) if encoding.model else []
-    names = list(dict.fromkeys([*given, *here]))
+    chosen = split_names(encoding.model) if encoding.model else []
+    names = list(dict.fromkeys([*chosen, *here]))
     more = "to download more, give --model, for example --model clip+dinov2"
     if not names:
         wanted = f"encoder named {word}" if word else "encoder"
@@ -124,13 +124,13 @@ def _try_encoders(
     }
     rows = (
         (
-            one.name,
-            one.accuracy,
-            *one.interval,
-            round(one.images_per_second),
-            one is tried.recommended,
+            trial.name,
+            trial.accuracy,
+            *trial.interval,
+            round(trial.images_per_second),
+            trial is tried.recommended,
         )
-        for one in tried.trials
+        for trial in tried.trials
     )
     printing.write_rows(rows, types | {"recommended": bool})
     if len(tried.trials) == 1:
@@ -209,7 +209,7 @@ def _on_ray(
     rows, kept, skipped = write_parts(
         work, pieces, out, address=address, device=encoding.device, progress=progress
     )
-    warn(f"skipped {one}" for one in skipped)
+    warn(f"skipped {image}" for image in skipped)
     before = f", {kept} kept from an earlier run" if kept else ""
     return f"{rows} rows in {counted(len(pieces), 'part')}{before}", skipped
 

@@ -95,8 +95,8 @@ def _print_evaluation(evaluation: Evaluation) -> None:
     """Print the accuracy first, then the weakest classes, and with -v all figures."""
     low, high = evaluation.interval
     within = f"(95 % interval {100 * low:.1f} to {100 * high:.1f} %)"
-    weakest = [one for one in evaluation.by_class[:WEAKEST] if one.right < one.n]
-    weak = (f"{one.name} {percent(one.accuracy)} of {one.n:,}" for one in weakest)
+    weakest = [score for score in evaluation.by_class[:WEAKEST] if score.right < score.n]
+    weak = (f"{score.name} {percent(score.accuracy)} of {score.n:,}" for score in weakest)
     confused = (f"{a} as {b} ({times})" for a, b, times in evaluation.confusions[:WEAKEST])
     facts: dict[str, object] = {
         "accuracy": f"{percent(evaluation.top1)} of {counted(evaluation.n, 'photo')} {within}",

@@ -126,7 +126,7 @@ _RECIPE = {
         click.Choice(TRAINED),
         multiple=True,
         default=("keys",),
-        callback=lambda *given: tuple(dict.fromkeys(given[-1])),
+        callback=lambda *values: tuple(dict.fromkeys(values[-1])),
     ),
     "epochs": option(kinds.count("epochs"), default=Recipe.epochs),
     "lr": option(kinds.POSITIVE, default=Recipe.lr),
@@ -164,8 +164,8 @@ def finetune_command(
     from retrieval_tip.fit.finetune import finetune_into, shots_of
 
     index = store_of(folder).load(device=encoding.device)
-    given = None if source is None else source_of(source, encoding, "train")
-    shots = shots_of(index, given)
+    items = None if source is None else source_of(source, encoding, "train")
+    shots = shots_of(index, items)
     unseen = None if val is None else source_of(val, replace(encoding, split=None), "val")
     sources = [shots] if unseen is None else [shots, unseen]
     with reader_for(index, sources, encoding) as reader:

@@ -99,10 +99,16 @@ def grouped(
     The options are those that the fields of the dataclass ``kind`` declare, or the given ``options`` by field.
     """
     told = {name: text for base in kind.__mro__ for name, text in _texts(base.__doc__).items()}
-    own = options or {one.name: one for one in fields(kind) if one.metadata}
+    declared = options or {
+        declaration.name: declaration for declaration in fields(kind) if declaration.metadata
+    }
     return OptionGroup(
         kind,
-        [_parameter(name, one, told, **shown) for name, one in own.items() if name not in without],
+        [
+            _parameter(name, declaration, told, **shown)
+            for name, declaration in declared.items()
+            if name not in without
+        ],
     )
 
 
@@ -165,8 +171,10 @@ class Command(click.Command):
 
         @wraps(callback)
         def collecting(**values: object) -> object:
-            for name, (kind, own) in groups.items():
-                values[name] = kind(**{str(one.name): values.pop(str(one.name)) for one in own})
+            for name, (kind, params) in groups.items():
+                values[name] = kind(
+                    **{str(param.name): values.pop(str(param.name)) for param in params}
+                )
             return callback(**values)
 
         text = text.partition("\n\nOptions:\n")[0]
@@ -174,8 +182,8 @@ class Command(click.Command):
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         """Insert the options of a format and the general options before --help."""
-        *own, shown = super().get_params(ctx)
-        return [*own, *self.further(ctx), QUIET, VERBOSE, shown]
+        *params, shown = super().get_params(ctx)
+        return [*params, *self.further(ctx), QUIET, VERBOSE, shown]
 
     def further(self, ctx: click.Context) -> Sequence[click.Parameter]:
         """Return options that depend on the command line."""
@@ -185,12 +193,12 @@ class Command(click.Command):
         """Parse the arguments as click does, but refuse an option given twice, of which click only keeps the last."""
         if not {"-v", "-vv", "--verbose"}.isdisjoint(args):
             _set_level(ctx, VERBOSE, 1)  # also if it follows --help
-        for one, times in Counter(self.make_parser(ctx).parse_args([*args])[2]).items():
-            once = isinstance(one, Option) and not (
-                one.multiple or one.count or ctx.resilient_parsing
+        for parameter, times in Counter(self.make_parser(ctx).parse_args([*args])[2]).items():
+            once = isinstance(parameter, Option) and not (
+                parameter.multiple or parameter.count or ctx.resilient_parsing
             )
             if times > 1 and once:
-                ctx.fail(f"{one.opts[0]}: is given {times} times; give it once")
+                ctx.fail(f"{parameter.opts[0]}: is given {times} times; give it once")
         return super().parse_args(ctx, args)
 
     def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -218,10 +226,10 @@ class Command(click.Command):
         if not verbose:
             for heading in HEADINGS[1:]:
                 records["Options"] += records.pop(heading)
-        for heading, own in records.items():
-            if own:
+        for heading, rows in records.items():
+            if rows:
                 with formatter.section(heading):
-                    formatter.write_dl(own, COLUMN)
+                    formatter.write_dl(rows, COLUMN)
         if rare:
             with formatter.section("More options (add -v to have them explained)"):
                 formatter.write_text(", ".join(rare))
@@ -244,17 +252,17 @@ class Group(click.Group):
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write each command with the first sentence of its help."""
-        known = dict(commands_of(self))
-        headings = self.headings or {"Commands": list(known)}
-        width = max(len(name) for own in headings.values() for name in own)
-        for heading, own in headings.items():
+        commands = dict(commands_of(self))
+        headings = self.headings or {"Commands": list(commands)}
+        width = max(len(name) for paths in headings.values() for name in paths)
+        for heading, paths in headings.items():
             with formatter.section(heading):
                 rows = [
                     (
                         f"{name:<{width}}",
-                        known[name].get_short_help_str(formatter.width - width - 6),
+                        commands[name].get_short_help_str(formatter.width - width - 6),
                     )
-                    for name in own
+                    for name in paths
                 ]
                 formatter.write_dl(rows)
 
@@ -283,9 +291,9 @@ command = partial(click.command, cls=Command)
 def commands_of(group: click.Command, prefix: str = "") -> Iterator[tuple[str, click.Command]]:
     """Yield the commands of a group and of its subgroups, and their names."""
     if isinstance(group, click.Group):
-        for name, own in group.commands.items():
-            yield f"{prefix}{name}", own
-            yield from commands_of(own, f"{prefix}{name} ")
+        for name, subcommand in group.commands.items():
+            yield f"{prefix}{name}", subcommand
+            yield from commands_of(subcommand, f"{prefix}{name} ")
 
 
 @contextmanager

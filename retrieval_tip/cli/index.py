@@ -71,8 +71,8 @@ def build(
             say(
                 f"Version {version - 1} is kept. To restore it, run: {command_line('index', 'rollback', out)}"
             )
-        given = items.table is not None or encoding.root or encoding.split
-        say(f"Next: {_next_step(out, loaded, 'PHOTOS' if given else source)}")
+        is_list = items.table is not None or encoding.root or encoding.split
+        say(f"Next: {_next_step(out, loaded, 'PHOTOS' if is_list else source)}")
     finish(reader.skipped)
 
 
@@ -90,10 +90,8 @@ def _next_step(out: Place, index: Index, photos: Place) -> str:
     name, right, held = (fit.get("weakest") or [("", 1, 1)])[0]
     both = fit.get("both")
     if both is not None and both < LEAST_BOTH and not index.parts and index.backbone is not None:
-        own = spelled(index.backbone.model, index.backbone.pretrained)
-        return (
-            f"another encoder may help ({command_line('models', '--try', photos, '--model', own)})"
-        )
+        encoder = spelled(index.backbone.model, index.backbone.pretrained)
+        return f"another encoder may help ({command_line('models', '--try', photos, '--model', encoder)})"
     if right < LEAST_RIGHT * held:
         add = command_line("index", "add", out, "FOLDER")
         audit = command_line("index", "audit", out)
@@ -139,13 +137,13 @@ def list_command(
     rows = (
         (
             name,
-            one.version,
-            one.n,
-            len(one.class_names),
-            one.identity and one.identity.model,
-            one.created_at,
+            manifest.version,
+            manifest.n,
+            len(manifest.class_names),
+            manifest.identity and manifest.identity.model,
+            manifest.created_at,
         )
-        for name, one in listed(folder)
+        for name, manifest in listed(folder)
     )
     printing.write_rows(rows, types)
 
@@ -192,10 +190,10 @@ def query(
 
 
 def _ids(ctx: click.Context, _: click.Parameter, texts: tuple[str, ...]) -> list[int] | None:
-    parts = [part.strip() for text in texts for part in text.split(",")]
-    if wrong := [part for part in parts if not re.fullmatch(r"-?[0-9]{1,40}", part)]:
+    numbers = [number.strip() for list_text in texts for number in list_text.split(",")]
+    if wrong := [number for number in numbers if not re.fullmatch(r"-?[0-9]{1,40}", number)]:
         raise click.BadParameter(f"{wrong[0]!r} is not a key id; give whole numbers", ctx)
-    return [int(part) for part in parts] if texts else None
+    return [int(number) for number in numbers] if texts else None
 
 
 @dataclass(frozen=True)
@@ -370,9 +368,9 @@ def set_command(
     )
     new: dict[str, Any] = {"index": factory, "dtype": dtype}
     settings: dict[str, Any] = {name: getattr(ask, name) for name in options.ASKING}
-    given = (*settings.values(), *more.values(), temperature)
+    others = (*settings.values(), *more.values(), temperature)
     if any(new.values()):
-        if any(value not in (None, ()) for value in given):
+        if any(value not in (None, ()) for value in others):
             raise UsageError(
                 "index set: change the index type and other settings one after the other"
             )
@@ -511,10 +509,10 @@ def export_command(
         if not features and named is not None:
             backbone = load_again(named, device="cpu", precision=precision)
         facts = export_onnx(loaded, onnx, backbone)
-        given = "features" if backbone is None else "pixels"
+        inputs = "features" if backbone is None else "pixels"
         size = f"{facts['bytes'] / 1e6:.1f} MB"
         classes = counted(len(facts["labels"]), "class")
-        about(onnx, f"{given} to logits of {classes}, {size}, opset {facts['opset']}")
+        about(onnx, f"{inputs} to logits of {classes}, {size}, opset {facts['opset']}")
         if (agreement := facts["agreement"]) is None:
             warn(
                 [

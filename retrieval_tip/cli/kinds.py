@@ -58,10 +58,10 @@ FILE = click.Path(path_type=Path, dir_okay=False)
 
 def names(ctx: click.Context, _: click.Parameter, texts: tuple[str, ...]) -> list[str]:
     """Split names at commas."""
-    found = [name for text in texts for name in map(str.strip, text.split(",")) if name]
-    if texts and not found:
+    listed = [name for text in texts for name in map(str.strip, text.split(",")) if name]
+    if texts and not listed:
         raise click.BadParameter("give at least one name", ctx)
-    return found
+    return listed
 
 
 class SourceType(Folder):

@@ -91,13 +91,13 @@ def find_command(
         index, encoded, encoding, needed=text or (index is None and example is not None)
     ) as reader:
         if duplicates:
-            table, found = find_duplicates(sources, reader, number)
+            table, pairs = find_duplicates(sources, reader, number)
             only = (
                 ""
-                if found.compared != "digests"
+                if pairs.compared != "digests"
                 else "; compared only identical photos and features"
             )
-            done = f"found {counted(found.total, 'pair')}, showing {len(table):,}{only}"
+            done = f"found {counted(pairs.total, 'pair')}, showing {len(table):,}{only}"
         else:
             table, total = find_photos(sources, reader, query, number, index)
             what = "the text" if text else "photos like"

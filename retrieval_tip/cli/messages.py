@@ -61,9 +61,9 @@ def shown(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, dict):
-        return ", ".join(f"{one_line(key)} {shown(part)}" for key, part in value.items())
+        return ", ".join(f"{one_line(key)} {shown(entry)}" for key, entry in value.items())
     if isinstance(value, list):
-        line = ", ".join(shown(part) for part in value[:8])
+        line = ", ".join(shown(entry) for entry in value[:8])
         return line + (f" ... ({len(value)} in total)" if len(value) > 8 else "")
     return "-" if value is None else one_line(str(value))
 

@@ -161,9 +161,9 @@ class OutputOptions:
         suffix = Path(self.output).suffix.lower() if self.output else ""  # it may be a URL
         style = self.named or _SUFFIXES.get(suffix)
         if style is None:
-            known = ", ".join(name for name in _SUFFIXES if name)
+            suffixes = ", ".join(name for name in _SUFFIXES if name)
             raise UsageError(
-                f"--out {show(str(self.output))}: unknown suffix {suffix}; use {known} or give --format"
+                f"--out {show(str(self.output))}: unknown suffix {suffix}; use {suffixes} or give --format"
             )
         return style
 
@@ -171,7 +171,7 @@ class OutputOptions:
         """Write rows whose columns have these types. Lists contain texts, which a table joins with commas."""
         import pyarrow as pa
 
-        known = {
+        arrow_types = {
             str: pa.string(),
             int: pa.int64(),
             float: pa.float64(),
@@ -179,9 +179,9 @@ class OutputOptions:
             list: pa.list_(pa.string()),
         }
         if self.style == "table":
-            known[list] = pa.string()
+            arrow_types[list] = pa.string()
             rows = [[_joined(cell) for cell in row] for row in rows]
-        schema = pa.schema([(name, known[kind]) for name, kind in types.items()])
+        schema = pa.schema([(name, arrow_types[kind]) for name, kind in types.items()])
         cells = [dict(zip(types, row, strict=True)) for row in rows]
         self.write_table(pa.Table.from_pylist(cells, schema))
 

@@ -30,14 +30,14 @@ def write_tables(
     schema: pa.Schema,
     style: str,
     path: Path | None,
-    known: Mapping[str, Iterable[str]] | None = None,
+    expected: Mapping[str, Iterable[str]] | None = None,
     *,
     predictions: bool = False,
 ) -> None:
     """Write tables that have the same schema as they arrive, in the format ``style``.
 
-    An output file appears only once it is complete. In the format ``table``, floats are rounded. ``known`` contains the
-    texts that will appear in a column, so that the column is aligned from the first row. If the rows are
+    An output file appears only once it is complete. In the format ``table``, floats are rounded. ``expected`` contains
+    the texts that will appear in a column, so that the column is aligned from the first row. If the rows are
     ``predictions``, a table has lines below a row instead of nested columns, and CSV has probabilities with 4 digits
     and the classes of a ``set`` separated by ``|``, with a backslash before a ``|`` or backslash in a name.
 
@@ -66,7 +66,7 @@ def write_tables(
                     if not (predictions and pa.types.is_nested(field.type))
                 ]
                 right = {field.name: _is_number(field.type) for field in fields}
-                blocks = _table(rows, right, known or {}, predictions=predictions)
+                blocks = _table(rows, right, expected or {}, predictions=predictions)
             elif style == "json":
                 blocks = ("".join(f"{json_line(row)}\n" for row in block) for block in rows)
             else:
@@ -160,7 +160,7 @@ def _aligned(
 def _table(
     blocks: Iterable[Sequence[Row]],
     right: Mapping[str, bool],
-    known: Mapping[str, Iterable[str]],
+    expected: Mapping[str, Iterable[str]],
     *,
     predictions: bool = False,
 ) -> Iterator[str]:
@@ -171,7 +171,7 @@ def _table(
     heading = list(map(one_line, right))
     widths = []
     for name, column in zip(heading, right, strict=True):
-        cells_to_come = [_cell(text, column) for text in known.get(column, ())]
+        cells_to_come = [_cell(text, column) for text in expected.get(column, ())]
         widths.append(_width([name, *cells_to_come]))
     head = [heading]
     for rows in filter(None, blocks):
@@ -196,7 +196,9 @@ def _csv(
     def cell(value: Any, column: str = "") -> object:
         if short and column in ("probability", "probabilities"):
             value = (
-                [_shortened(one) for one in value] if isinstance(value, list) else _shortened(value)
+                [_shortened(number) for number in value]
+                if isinstance(value, list)
+                else _shortened(value)
             )
         if short and column == "set" and value is not None:
             value = "|".join(re.sub(r"[\\|]", r"\\\g<0>", name) for name in value)

@@ -147,13 +147,13 @@ def _orderly_end() -> Iterator[None]:
     main_thread = (
         threading.current_thread() is threading.main_thread()
     )  # handlers can only be set there
-    own = [number for number, handler in before.items() if main_thread and handler in unchanged]
+    handled = [number for number, handler in before.items() if main_thread and handler in unchanged]
     try:
-        for number in own:
+        for number in handled:
             signal.signal(number, end)
         yield
     finally:
-        for number in own:
+        for number in handled:
             signal.signal(number, before[number])
 
 

@@ -88,7 +88,7 @@ def serve_command(
         served = open_all(folders, backbones)
         if maker is not None and model is not None:
             maker.load()  # fails before the page opens
-        named = (f"{name} ({counted(one.now.index.n, 'shot')})" for name, one in served.items())
+        named = (f"{name} ({counted(entry.now.index.n, 'shot')})" for name, entry in served.items())
         what = ", ".join(named) or "no index yet"
         at = address(listening)
         opened = ""
@@ -136,8 +136,8 @@ def label_command(
     sources = inputs_of(photos, needed=True)
     store = store_of(out)
     paths = paths_of(sources)
-    known = store.exists()
-    manifest = store.manifest() if known else None
+    exists = store.exists()
+    manifest = store.manifest() if exists else None
     opened = reader_for(manifest, sources, encoding)
     kept = LastServer("label", [out])
     with (
@@ -149,7 +149,7 @@ def label_command(
         assert backbone is not None
         backbones = Backbones(encoding.device, encoding.precision, None, backbone)
         maker = Maker((store.local or Path("indexes/new")).parent, lambda: backbone, backbones)
-        served = open_all([out] if known else [], backbones)
+        served = open_all([out] if exists else [], backbones)
         token = kept.token_for(listening)
         url = f"{address(listening)}/#token={token}"
 

@@ -69,39 +69,39 @@ def audit(index: Index, *, borderline: bool = False) -> pa.Table:
     norms = torch.cat([keys.norm(dim=1) for keys, *_ in index.retrieval.keys.blocks()])
     norms = norms.clamp_min(LEAST)
     shots = Queries(np.asarray(index.vectors), class_ids, "its own shots", images_of(index.labels))
-    for part, visible in shots.blocks(index, near):
-        own = index.class_ids[part]
-        found = {"row": torch.arange(part.start, part.stop, device=index.device)}
-        found |= _neighbours(visible, part, own, norms, digests)
-        found |= _scores(visible, own, found["nearest_affinity"], beta, borderline=borderline)
-        suspicious = ((found["suggested"] != own) & found["judged"]) | (found["twin"] >= 0)
-        parts.append({name: column[suspicious].cpu().numpy() for name, column in found.items()})
-    columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    for block, visible in shots.blocks(index, near):
+        labels = index.class_ids[block]
+        facts = {"row": torch.arange(block.start, block.stop, device=index.device)}
+        facts |= _neighbours(visible, block, labels, norms, digests)
+        facts |= _scores(visible, labels, facts["nearest_affinity"], beta, borderline=borderline)
+        suspicious = ((facts["suggested"] != labels) & facts["judged"]) | (facts["twin"] >= 0)
+        parts.append({name: column[suspicious].cpu().numpy() for name, column in facts.items()})
+    columns = {name: np.concatenate([facts[name] for facts in parts]) for name in parts[0]}
     return _table(index, columns)
 
 
 def _neighbours(
-    visible: Visible, part: slice, own: Tensor, norms: Tensor, digests: Tensor
+    visible: Visible, block: slice, labels: Tensor, norms: Tensor, digests: Tensor
 ) -> dict[str, Tensor]:
     """Return the nearest visible key of each shot, and its closest duplicate in another class, or row -1."""
     affinity = visible.affinity
     rows = visible.rows.clamp_min(0)
     unseen = -torch.inf
-    cosine = affinity / norms[part, None] / norms[rows]
-    digest = digests[part, None]
+    cosine = affinity / norms[block, None] / norms[rows]
+    digest = digests[block, None]
     same_image = (digest == digests[rows]) & (digest >= 0)
     cosine.masked_fill_(same_image, torch.inf)
-    no_duplicate = (visible.ids == own[:, None]) | (visible.rows < 0)
+    no_duplicate = (visible.ids == labels[:, None]) | (visible.rows < 0)
     closest, twin_at = cosine.masked_fill_(no_duplicate, unseen).max(dim=1)
     nearest, near_at = affinity.masked_fill(visible.unseen, unseen).max(dim=1)
-    rows = rows.expand(len(own), -1)
+    rows = rows.expand(len(labels), -1)
     near = rows.gather(1, near_at[:, None])[:, 0].where(nearest > unseen, -1)
     twin = rows.gather(1, twin_at[:, None])[:, 0].where(closest >= NEAR, -1)
     return {"near": near, "nearest_affinity": nearest, "twin": twin}
 
 
 def _scores(
-    visible: Visible, own: Tensor, nearest: Tensor, beta: float, *, borderline: bool
+    visible: Visible, labels: Tensor, nearest: Tensor, beta: float, *, borderline: bool
 ) -> dict[str, Tensor]:
     """Return which shots can be scored, the label that fits each shot best, and how much better it fits."""
     lowest = torch.finfo(torch.float32).min
@@ -110,13 +110,13 @@ def _scores(
     weights = tip.weight(weights, beta, out=weights).masked_fill_(visible.unseen, 0)
     sums = tip.sum_by_class(weights, visible.ids, visible.counts.shape[1])
     scores = torch.where(visible.counts > 0, sums / visible.counts.clamp_min(1), -1)
-    mine = scores.gather(1, own[:, None])[:, 0]
+    mine = scores.gather(1, labels[:, None])[:, 0]
     best, suggested = scores.max(dim=1)
     margin = best.clamp_min(LEAST).log() - mine.clamp_min(LEAST).log()
     stays = (mine >= best) if borderline else (margin <= CLEAR)
     return {
         "judged": mine >= 0,
-        "suggested": own.where(stays, suggested),
+        "suggested": labels.where(stays, suggested),
         "margin": margin.masked_fill(stays, 0),
     }
 

@@ -68,8 +68,8 @@ def expected_calibration_error(confidence: npt.ArrayLike, right: npt.ArrayLike) 
     See :func:`reliability` for the bins. The estimate is biased upwards if the bins contain few answers.
     """
     curve = reliability(confidence, right, BINS)
-    errors = sum(part.n * abs(part.accuracy - part.confidence) for part in curve)
-    return float(errors / sum(part.n for part in curve))
+    errors = sum(group.n * abs(group.accuracy - group.confidence) for group in curve)
+    return float(errors / sum(group.n for group in curve))
 
 
 def fit_temperature(logits: npt.ArrayLike | Tensor, labels: npt.ArrayLike | Tensor) -> float:
@@ -111,14 +111,14 @@ def calibrate(index: Index, source: Source, reader: Reader) -> tuple[Index, Cali
     assert index.folder is not None
     truth = torch.from_numpy(index.ids_of(source))
     asked = judged(index, source, reader, Ask(neighbours=0))
-    answers = ((one.logits.cpu(), truth[one.block.positions]) for one in asked)
+    answers = ((answer.logits.cpu(), truth[answer.block.positions]) for answer in asked)
     logits, y = (torch.cat(column) for column in zip(*answers, strict=True))
     right = logits.argmax(1) == y
     before = index.settings.temperature
 
     def error(temperature: float) -> float:
         confidence = [
-            tip.probabilities(logits[part], temperature).amax(1) for part in slices(len(y), ROWS)
+            tip.probabilities(logits[rows], temperature).amax(1) for rows in slices(len(y), ROWS)
         ]
         return expected_calibration_error(torch.cat(confidence).numpy(), right.numpy())
 

@@ -94,13 +94,13 @@ class Compared:
             "n": self.n,
             "skipped": len(self.skipped),
         }
-        for side, own, alone in zip("ab", self.evaluations or (), self.alone, strict=False):
+        for side, evaluation, alone in zip("ab", self.evaluations or (), self.alone, strict=False):
             facts |= {
-                f"top1_{side}": own.top1,
-                f"interval_95_{side}": list(own.interval),
+                f"top1_{side}": evaluation.top1,
+                f"interval_95_{side}": list(evaluation.interval),
                 f"only_{side}_right": alone,
             }
-            facts |= {f"{name}_{side}": getattr(own, name) for name in UNUSUAL}
+            facts |= {f"{name}_{side}": getattr(evaluation, name) for name in UNUSUAL}
         return facts | {"p_value": self.p_value, "differences": self.differences.to_pylist()}
 
     def __str__(self) -> str:
@@ -132,24 +132,24 @@ def _ends(evaluation: Evaluation) -> str:
     return f"{100 * low:.0f} to {100 * high:.0f} %"
 
 
-def _notes(name: str, own: Evaluation) -> Iterator[str]:
+def _notes(name: str, evaluation: Evaluation) -> Iterator[str]:
     """Yield sentences about classes that the index lacks, and about photos that are its shots."""
-    if own.unknown:
-        number = sum(own.unknown.values())
+    if evaluation.unknown:
+        number = sum(evaluation.unknown.values())
         lost = counted(number, "photo")
-        classes = counted(len(own.unknown), "class")
+        classes = counted(len(evaluation.unknown), "class")
         wrong = f"{lost} count as wrong"
-        if own.unknown_no_match:
-            right = f"{own.unknown_no_match * number:.0f} of {lost}"
+        if evaluation.unknown_no_match:
+            right = f"{evaluation.unknown_no_match * number:.0f} of {lost}"
             wrong = f'{right} got "no match", which is right'
-        yield f"{name} does not have {classes} of the photos ({few([*own.unknown])}); {wrong}."
-        if own.known_top1 is not None:
-            right = f"On the other photos, {name} is right on {percent(own.known_top1)}"
-            if own.known_no_match is not None:
-                right += f', and {percent(own.known_no_match)} got "no match"'
+        yield f"{name} does not have {classes} of the photos ({few([*evaluation.unknown])}); {wrong}."
+        if evaluation.known_top1 is not None:
+            right = f"On the other photos, {name} is right on {percent(evaluation.known_top1)}"
+            if evaluation.known_no_match is not None:
+                right += f', and {percent(evaluation.known_no_match)} got "no match"'
             yield f"{right}."
-    if own.held_out:
-        yield f"{known_shots(own.held_out, own.n, name)}."
+    if evaluation.held_out:
+        yield f"{known_shots(evaluation.held_out, evaluation.n, name)}."
 
 
 def compare(a: Side, b: Side, source: Source) -> Compared:
@@ -209,7 +209,9 @@ def mcnemar(only_a: int, only_b: int) -> float:
     """
     n = only_a + only_b
     fewer = torch.arange(min(only_a, only_b) + 1, dtype=torch.float64)
+    # In logarithms, because 2^n overflows from 1,024 photos on.
     logs = (
         math.lgamma(n + 1) - torch.lgamma(fewer + 1) - torch.lgamma(n - fewer + 1) - n * math.log(2)
     )
+    # If both numbers are equal, doubling would count the middle of the distribution twice.
     return min(1.0, 2 * float(logs.exp().sum()))

@@ -39,8 +39,8 @@ class Answers:
     of the ``m`` largest blended logits (at most 5), of the largest text logit and of the largest cache logit.
     ``confidence`` is the probability of the first. ``positions`` are the item positions in the source. ``log_truth`` is
     the natural logarithm of the probability of the true class, which can be used to rank items whose probabilities
-    round to 0. ``class_names`` starts with the classes of the index, whose number is ``known``. If an item belongs to
-    another class, its ``truth`` is at least ``known``. ``held_out`` is true for shots of the index, which were
+    round to 0. ``class_names`` starts with the ``n_classes`` classes of the index. If an item belongs to another class,
+    its ``truth`` is at least ``n_classes``. ``held_out`` is true for shots of the index, which were
     classified without themselves. ``strength`` is the largest cache logit of a class with keys. ``no_match`` is true if
     it is below the threshold of the index. Both are ``None`` if the index has no threshold. For a question with
     ``at_least``, ``levels`` holds the level of each answer, or -1 if it has no label, and ``right_at_level`` tells
@@ -54,7 +54,7 @@ class Answers:
     positions: IntArray
     log_truth: DoubleArray
     class_names: list[str]
-    known: int
+    n_classes: int
     held_out: BoolArray
     strength: DoubleArray | None = None
     no_match: BoolArray | None = None
@@ -71,7 +71,7 @@ class Answers:
     @property
     def of_known(self) -> BoolArray:
         """Whether each item belongs to a class of the index."""
-        return np.asarray(self.truth < self.known)
+        return np.asarray(self.truth < self.n_classes)
 
     @property
     def right(self) -> BoolArray:
@@ -96,10 +96,10 @@ class Answers:
 
     def figures(self, groups: Levels | None, abstain: float | None) -> dict[str, Any]:
         """Return the figures that ``abstain``, ``at_least`` and ``coverage`` add to an :class:`Evaluation`."""
-        found: dict[str, Any] = {}
+        figures: dict[str, Any] = {}
         if abstain is not None:
             sure = self.confidence >= abstain
-            found |= {
+            figures |= {
                 "abstain": abstain,
                 "coverage": sure.mean(),
                 "selective_top1": _mean(self.right[sure]),
@@ -107,19 +107,19 @@ class Answers:
         if groups is not None and self.levels is not None and self.right_at_level is not None:
             at = {level: self.levels == number for number, level in enumerate(groups.levels)}
             shares = {
-                name: {"share": own.mean(), "right": _mean(self.right_at_level[own])}
-                for name, own in at.items()
+                name: {"share": at_level.mean(), "right": _mean(self.right_at_level[at_level])}
+                for name, at_level in at.items()
             }
-            found |= {"levels": shares, "no_label": (self.levels < 0).mean()}
+            figures |= {"levels": shares, "no_label": (self.levels < 0).mean()}
         if self.set_sizes is not None and self.in_set is not None:
-            known = self.of_known
+            is_known = self.of_known
             if self.no_match is not None:
-                known = known & ~self.no_match
-            found |= {
-                "set_coverage": _mean(self.in_set[known]),
-                "set_size": _mean(self.set_sizes[known]),
+                is_known = is_known & ~self.no_match
+            figures |= {
+                "set_coverage": _mean(self.in_set[is_known]),
+                "set_size": _mean(self.set_sizes[is_known]),
             }
-        return found
+        return figures
 
 
 class ClassScore(NamedTuple):
@@ -202,7 +202,7 @@ class Evaluation:
     @property
     def per_class(self) -> dict[str, float]:
         """The accuracy of each class, weakest class first."""
-        return {one.name: one.accuracy for one in self.by_class}
+        return {score.name: score.accuracy for score in self.by_class}
 
     def to_dict(self) -> dict[str, object]:
         """Return the figures that ``evaluate --json`` prints. ``k`` is ``"all"`` if every key is used."""
@@ -234,23 +234,23 @@ def evaluate(
         raise UsageError(f"abstain is {abstain}: give a probability, 0 to 1")
     ask = Ask(**asked)
     index = index.with_settings(ask.settings(index.settings))
-    found = judge(
+    evaluation = judge(
         index, answers_of(index, source, reader, ask, blocks), reader.skipped, abstain=abstain
     )
-    if found.held_out:
-        log.warning(known_shots(found.held_out, found.n))
-    return found
+    if evaluation.held_out:
+        log.warning(known_shots(evaluation.held_out, evaluation.n))
+    return evaluation
 
 
 def judge(
     index: Index, answers: Answers, skipped: Sequence[Skipped] = (), *, abstain: float | None = None
 ) -> Evaluation:
     """Evaluate answers of an index. See :func:`evaluate` for ``abstain`` and the errors."""
-    known = answers.of_known
+    is_known = answers.of_known
     right = answers.right
     truth = answers.truth
     class_names = answers.class_names
-    if not known.any():
+    if not is_known.any():
         raise InputError("photos: none of a class of the index could be read; add such photos")
     if abstain is not None and answers.in_set is not None:
         raise UsageError("abstain and coverage: give only one")
@@ -260,20 +260,20 @@ def judge(
     confusions = [
         (class_names[a], class_names[b], n) for (a, b), n in wrong.most_common(CONFUSIONS)
     ]
-    unknown = Counter(class_names[i] for i in truth[~known].tolist())
+    unknown = Counter(class_names[i] for i in truth[~is_known].tolist())
     known_no_match = unknown_no_match = auroc = None
     if answers.no_match is not None:
-        known_no_match = _mean(answers.no_match[known])
-        unknown_no_match = _mean(answers.no_match[~known])
+        known_no_match = _mean(answers.no_match[is_known])
+        unknown_no_match = _mean(answers.no_match[~is_known])
     if answers.strength is not None:
-        auroc = _area_under_roc(answers.strength[known], answers.strength[~known])
+        auroc = _area_under_roc(answers.strength[is_known], answers.strength[~is_known])
     return Evaluation(
         top1=float(right.mean()),
         top5=float((right | hits[:, :-2].any(axis=1)).mean()),
-        zero_shot_top1=float(hits[known, -2].mean()) if index.has_text else None,
-        cache_top1=float(hits[known, -1].mean()),
-        mean_per_class=float(np.mean([one.accuracy for one in by_class])),
-        ece=expected_calibration_error(answers.confidence[known], right[known]),
+        zero_shot_top1=float(hits[is_known, -2].mean()) if index.has_text else None,
+        cache_top1=float(hits[is_known, -1].mean()),
+        mean_per_class=float(np.mean([score.accuracy for score in by_class])),
+        ece=expected_calibration_error(answers.confidence[is_known], right[is_known]),
         n=len(truth),
         skipped=len(skipped),
         settings=index.settings,
@@ -283,7 +283,7 @@ def judge(
         figures=answers.figures(index.groups, abstain),
         held_out=int(answers.held_out.sum()),
         unknown=dict(sorted(unknown.items())),
-        known_top1=_mean(right[known]),
+        known_top1=_mean(right[is_known]),
         known_no_match=known_no_match,
         unknown_no_match=unknown_no_match,
         auroc=auroc,
@@ -294,10 +294,10 @@ def _by_class(index: Index, answers: Answers) -> list[ClassScore]:
     names = index.class_names
     scores = []
     for i in np.unique(answers.truth[answers.of_known]).tolist():
-        given = Counter(answers.predicted[answers.truth == i].tolist())
-        n = given.total()
-        right = given.pop(i, 0)
-        answer, times = given.most_common(1)[0] if given else (i, 0)
+        predicted = Counter(answers.predicted[answers.truth == i].tolist())
+        n = predicted.total()
+        right = predicted.pop(i, 0)
+        answer, times = predicted.most_common(1)[0] if predicted else (i, 0)
         scores.append(ClassScore(names[i], right, n, index.counts[i], names[answer], times))
     return sorted(scores, key=lambda score: (score.accuracy, -score.n))
 
@@ -327,7 +327,7 @@ def answers_of(
     ]
     columns = [name for name, x in vars(parts[0]).items() if isinstance(x, np.ndarray)]
     arrays: dict[str, Any] = {
-        name: np.concatenate([getattr(part, name) for part in parts]) for name in columns
+        name: np.concatenate([getattr(answers, name) for answers in parts]) for name in columns
     }
     return replace(parts[0], **arrays).take(np.argsort(arrays["positions"]))
 
@@ -349,26 +349,33 @@ def _answers(answer: AnswerBlock, every: IntArray, class_names: list[str]) -> An
     scaled = logits / settings.temperature
     log_truth = scaled.gather(1, ids.clamp(0, c - 1)[:, None])[:, 0] - scaled.logsumexp(dim=1)
     log_truth = log_truth.double().masked_fill((ids < 0) | (ids >= c), -torch.inf)
-    ranks, chances, logs = (part.cpu().numpy() for part in (ranked, confidence, log_truth))
+    ranks, chances, logs = (column.cpu().numpy() for column in (ranked, confidence, log_truth))
     answers = Answers(
-        truth, ranks, chances, positions, logs, class_names, known=c, held_out=answer.block.shots
+        truth,
+        ranks,
+        chances,
+        positions,
+        logs,
+        class_names,
+        n_classes=c,
+        held_out=answer.block.shots,
     )
     if answer.ask.at_least is not None and (groups := answer.index.groups) is not None:
-        found = narrowest(
+        narrowed = narrowest(
             answer.probabilities, answer.index.class_names, groups, answer.ask.at_least
         )
-        levels = pc.index_in(found["level"], pa.array(groups.levels)).fill_null(-1).to_numpy()
+        levels = pc.index_in(narrowed["level"], pa.array(groups.levels)).fill_null(-1).to_numpy()
         hits = np.zeros(len(truth), dtype=bool)
-        for place, label in enumerate(found["label"].to_pylist()):
+        for place, label in enumerate(narrowed["label"].to_pylist()):
             if label is not None:
                 true_label = groups.at(int(levels[place]), class_names[truth[place]])
                 hits[place] = true_label == label
         answers = replace(answers, levels=levels, right_at_level=hits)
     if answer.sets is not None:
         members = answer.sets.members(answer.probabilities).cpu().numpy()
-        known = (truth >= 0) & (truth < c)
-        own = members[np.arange(len(truth)), np.where(known, truth, 0)] & known
-        answers = replace(answers, set_sizes=members.sum(1), in_set=own)
+        is_known = (truth >= 0) & (truth < c)
+        in_set = members[np.arange(len(truth)), np.where(is_known, truth, 0)] & is_known
+        answers = replace(answers, set_sizes=members.sum(1), in_set=in_set)
     if settings.least_cache is None:
         return answers
     strength = terms.strongest(answer.index.retrieval.keys.counts).double().cpu().numpy()
@@ -380,6 +387,7 @@ def _area_under_roc(high: KeyArray, low: KeyArray) -> float | None:
     if not len(high) or not len(low):
         return None
     ordered = np.sort(low)
+    # The mean of both sides counts ties as half (Mann and Whitney, 1947).
     below = np.searchsorted(ordered, high, "left") + np.searchsorted(ordered, high, "right")
     return float(below.mean() / (2 * len(low)))
 

@@ -18,7 +18,7 @@ from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.fit.confidence import wilson
-from retrieval_tip.fit.visible import without_parts
+from retrieval_tip.fit.visible import without_folds
 from retrieval_tip.model import MOST_COPIED, Index
 from retrieval_tip.predictions import Predictions
 from retrieval_tip.retrieval.inputs import Features
@@ -65,7 +65,7 @@ class HeldOutAnswers(NamedTuple):
 
 
 def held_out_probabilities(index: Index, rows: IntArray | None = None) -> HeldOutAnswers:
-    """Classify the photo of each row by all keys except the keys of photos in its own part.
+    """Classify the photo of each row by all keys except the keys of photos in its own fold.
 
     The metric and the values are refitted to the other keys, while alpha, beta and the temperature stay. The index does
     not change. Without text, a class that has no other key cannot win. If there are no other keys, all probabilities
@@ -78,8 +78,8 @@ def held_out_probabilities(index: Index, rows: IntArray | None = None) -> HeldOu
         if len(rows) < 2:
             raise UsageError("held-out probabilities: the index has one photo; add more")
     probabilities = torch.zeros(len(rows), len(index.class_names))
-    for part, others in without_parts(index, rows):
-        probabilities[part] = probabilities_of(others, index.keys[rows[part]])
+    for fold, others in without_folds(index, rows):
+        probabilities[fold] = probabilities_of(others, index.keys[rows[fold]])
     labels = index.class_ids.cpu().numpy()[rows].astype(np.int64)
     return HeldOutAnswers(probabilities.numpy(), labels, index.labels["key_id"].to_numpy()[rows])
 
@@ -196,8 +196,8 @@ def classified(
             answers = (answer.predictions() for answer in answered(index, block, ask))
             if block.shots.any():
                 answers = iter([Predictions.joined(answers).in_order()])
-            for part in answers:
-                yield part.named(names.take(part.positions))
+            for predictions in answers:
+                yield predictions.named(names.take(predictions.positions))
     if shots:
         log.warning(known_shots(shots, total))
 
@@ -210,11 +210,14 @@ def known_shots(shots: int, total: int, of: str = "this index") -> str:
 def _windows(
     index: Index, names: pa.ChunkedArray, blocks: Iterable[FeatureBlock]
 ) -> Iterator[FeatureBlock]:
-    """Yield items in order, with the key ids of shots. A shot waits for others, which need the same parts."""
+    """Yield items in order, with the key ids of shots. A shot waits for others, which need the same fold."""
     waiting: list[FeatureBlock] = []
     for block in blocks:
         waiting.append(recognised(index, names, block))
-        if not waiting[0].shots.any() or sum(len(one.positions) for one in waiting) >= WINDOW:
+        if (
+            not waiting[0].shots.any()
+            or sum(len(waiting_block.positions) for waiting_block in waiting) >= WINDOW
+        ):
             yield FeatureBlock.joined(waiting)
             waiting = []
     if waiting:
@@ -224,17 +227,17 @@ def _windows(
 def answered(index: Index, block: FeatureBlock, ask: Ask) -> Iterator[AnswerBlock]:
     """Classify the items of a block that are not shots, and then each shot with an index that lacks it.
 
-    The shots are split into the parts of :func:`visible.without_parts`. Without some shots, sets stay the same.
+    The shots are split into the folds of :func:`visible.without_folds`. Without some shots, sets stay the same.
     Shots that cannot be hidden are left out (see :func:`hides`).
     """
-    known = block.shots
-    yield from index.answers([block.take(np.flatnonzero(~known))], ask)
-    if known.any() and hides(index):
-        shots = block.take(np.flatnonzero(known))
+    is_shot = block.shots
+    yield from index.answers([block.take(np.flatnonzero(~is_shot))], ask)
+    if is_shot.any() and hides(index):
+        shots = block.take(np.flatnonzero(is_shot))
         model = index.in_memory()
         rows = model.rows.in_memory().rows_of(np.asarray(shots.key_ids))
-        for part, others in without_parts(model, rows):
-            yield from others.altered(scores=index.scores).answers([shots.take(part)], ask)
+        for fold, others in without_folds(model, rows):
+            yield from others.altered(scores=index.scores).answers([shots.take(fold)], ask)
 
 
 def hides(index: Index) -> bool:
@@ -250,21 +253,21 @@ def recognised(index: Index, every: pa.ChunkedArray, block: FeatureBlock) -> Fea
     same id and the same feature, because many tables number their rows.
     """
     shots = index.having("digest", filter(None, block.digests))
-    known = dict(zip(shots["digest"].to_pylist(), shots["key_id"].to_pylist(), strict=True))
-    found = np.array([known.get(digest, -1) for digest in block.digests], dtype=np.int64)
+    key_id_of = dict(zip(shots["digest"].to_pylist(), shots["key_id"].to_pylist(), strict=True))
+    key_ids = np.array([key_id_of.get(digest, -1) for digest in block.digests], dtype=np.int64)
     names = every.take(pa.array(block.positions)).to_pylist()
     places: dict[str, list[int]] = {}
     for place, (name, digest) in enumerate(zip(names, block.digests, strict=True)):
         if not digest:
             places.setdefault(name, []).append(place)
     if not places:
-        return replace(block, key_ids=found)
+        return replace(block, key_ids=key_ids)
     rows = index.rows.of(index.having("source", places)["key_id"].to_pylist())
     for key_id, name, key in zip(
         rows.key_ids.tolist(), rows.labels["source"].to_pylist(), rows.keys, strict=True
     ):
-        own = np.array(places[name])
+        same_name = np.array(places[name])
         key = key.astype(np.float32)
-        lengths = np.linalg.norm(block.features[own], axis=1) * np.linalg.norm(key)
-        found[own[block.features[own] @ key >= SAME * lengths]] = key_id
-    return replace(block, key_ids=found)
+        lengths = np.linalg.norm(block.features[same_name], axis=1) * np.linalg.norm(key)
+        key_ids[same_name[block.features[same_name] @ key >= SAME * lengths]] = key_id
+    return replace(block, key_ids=key_ids)

@@ -73,9 +73,10 @@ class HeldTerms:
         smoothing: float = SMOOTHING,
         reach: float = REACH,
     ) -> None:
-        given = (text, cache, discriminant)
-        self.present = torch.tensor([term is not None for term in given])
-        terms = torch.stack([term.double() for term in given if term is not None])
+        optional_terms = (text, cache, discriminant)
+        self.present = torch.tensor([term is not None for term in optional_terms])
+        terms = torch.stack([term.double() for term in optional_terms if term is not None])
+        # A constant for all classes changes no probability, but would count as spread.
         terms -= terms.mean(2, keepdim=True)
         self.scales = terms.flatten(1).std(1).clamp_min(1e-12)
         self.terms = terms.div_(self.scales[:, None, None])
@@ -101,7 +102,9 @@ class HeldTerms:
             logs = (factors[self.present] * self.scales).log().clamp(-self.reach, self.reach)
         now = self._at(logs, weights)
         for _ in range(STEPS):
+            # In logarithms the loss is not convex: a negative gradient could make the curvature indefinite.
             curvature = now.curvature + torch.diag(now.gradient.clamp_min(0) + 1e-9)
+            # The quadratic model only holds nearby, so a step changes a weight by a factor of at most e^2.
             step = torch.linalg.solve(curvature, now.gradient).clamp(-2, 2)
             size = 1.0
             while True:
@@ -110,6 +113,7 @@ class HeldTerms:
                 if new.loss <= now.loss or size < 1e-3:
                     break
                 size /= 2
+            # Unlike `>`, this also stops if the loss is NaN.
             if not new.loss <= now.loss:
                 break
             gain = now.loss - new.loss
@@ -138,6 +142,7 @@ class HeldTerms:
             trust = likely / (likely + wrong / c)
             trusted = weights * trust
             before = wrong
+            # From 0, the estimate could never rise again.
             wrong = float((weights * (1 - trust)).mean().clamp(1e-4, 0.5))
             blend = replace(self.blend(trusted / trusted.mean(), blend), weights=weights)
             if abs(wrong - before) < CONVERGED:

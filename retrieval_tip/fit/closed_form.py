@@ -76,7 +76,10 @@ other shots would give another index. With text, errors fall more slowly, and th
 photos, so estimates are not too low (benchmarks/estimates.py, seeds 100 to 103).
 """
 SURER, LESS_SURE, BISECTIONS = 2.0, 16.0, 12
-"""Largest factors by which a temperature is lowered and raised, and number of steps to find it."""
+"""Largest factors by which a temperature is lowered and raised, and number of steps to find it.
+
+benchmarks/accuracy.md (The estimate of a build) says on which photos the rule was chosen.
+"""
 EARLY = 4.0
 """Factor of the temperature of an index of ``label`` before a photo that was drawn at random can be held out.
 
@@ -130,8 +133,8 @@ class FitRequest(NamedTuple):
 class FormChoice:
     """A form of an index, and its accuracy on ``n`` held-out photos. ``trials`` are the forms that a fit has tried.
 
-    - ``photos``, ``words`` and ``both`` are the accuracies of the shots, the text and the blend. They are ``None`` if
-      no photo could be held out, and ``words`` also if there is no text.
+    - ``photos``, ``text`` and ``both`` are the accuracies of the shots, the text and the blend. They are ``None`` if
+      no photo could be held out, and ``text`` also if there is no text.
     - ``interval`` is the 95 % confidence interval of ``both``.
     - ``names_hurt`` is true if the shots alone are significantly more accurate than the blend.
     - ``weakest`` lists classes with mistakes, least accurate first, with their numbers of correct answers and of
@@ -153,7 +156,7 @@ class FormChoice:
     without_shots: int
     halves: bool
     photos: float | None = None
-    words: float | None = None
+    text: float | None = None
     both: float | None = None
     interval: tuple[float, float] | None = None
     names_hurt: bool = False
@@ -192,9 +195,9 @@ class FormChoice:
             details.append("extrapolated from one photo per class")
         if self.without_shots:
             details.append(without)
-        if self.words is not None:
+        if self.text is not None:
             photos = f"photos alone {100 * self.photos:.1f} %"
-            details.append(f"{photos}, class names alone {100 * self.words:.1f} %")
+            details.append(f"{photos}, class names alone {100 * self.text:.1f} %")
         estimate = f"Estimated accuracy: {100 * self.both:.1f} % ({'; '.join(details)})"
         if self.tested < self.classes:
             return f"{self._tested_classes().capitalize()}. {estimate}"
@@ -237,7 +240,7 @@ class FormChoice:
 
     def provenance(self) -> dict[str, object]:
         """Return the record for the manifest."""
-        accuracies = {"photos": self.photos, "words": self.words, "both": self.both}
+        accuracies = {"photos": self.photos, "words": self.text, "both": self.both}
         interval = None
         if self.interval is not None:
             interval = [round(end, 6) for end in self.interval]
@@ -259,7 +262,7 @@ class FormChoice:
         }
 
 
-class _Found(NamedTuple):
+class _FitResult(NamedTuple):
     """The settings and the form that a fit has found, the rows of its :class:`conformal.Scores`, and in words, how."""
 
     settings: Settings
@@ -315,21 +318,22 @@ def fit(
         shares = _shares_of(folds, forms[0])
         folds = folds.shared(shares)
     find = _found_on_folds if folds.can_judge else _found_without_folds
-    found = find(index, forms, folds)
-    choice = replace(found.choice, longest=longest)
+    result = find(index, forms, folds)
+    choice = replace(result.choice, longest=longest)
     form = choice.form
     metric, values = folds.fitted(form, torch.arange(len(folds.ids)))
+    # No metric can be fitted if nothing varies, as in copies of one photo.
     if metric is None:
         form = replace(form, metric=None)
     automatic = validation is None and asked.metric is None and asked.values is None
     fitted = form.fitted(index.n, asked.class_prior, shares, automatic=automatic)
-    how = dict.fromkeys(("alpha", "beta", "temperature"), found.how)
+    how = dict.fromkeys(("alpha", "beta", "temperature"), result.how)
     made = index.with_fit(metric, values, fitted, factory)
     made = made.altered(
         rows=made.rows.with_sums(folds.sums),
-        settings=found.settings,
+        settings=result.settings,
         provenance=index.provenance | how | {"fit": choice.provenance()},
-        scores=Scores(found.rows, found.settings),
+        scores=Scores(result.rows, result.settings),
     )
     return made, choice
 
@@ -354,12 +358,12 @@ def _shares_of(folds: Folds, form: Form) -> Shares:
     return shares_without_folds(folds)
 
 
-def _found_on_folds(index: Index, forms: Sequence[Form], folds: Folds) -> _Found:
+def _found_on_folds(index: Index, forms: Sequence[Form], folds: Folds) -> _FitResult:
     if folds.prior is not None and forms[0] == DEFAULT_FORM:
         forms = [WITH_PRIOR, *forms]
     form, trials = _chosen(forms, folds)
-    found = _settings_of(index, form, folds)
-    return found._replace(choice=replace(found.choice, trials=trials))
+    result = _settings_of(index, form, folds)
+    return result._replace(choice=replace(result.choice, trials=trials))
 
 
 def refit(index: Index, beta: float) -> tuple[Index, FormChoice]:
@@ -403,20 +407,23 @@ def _judged(
     The whole index has ``r`` times as many shots of a class as a fold has. Without text, an error in this class counts
     as ``r^-0.4`` (see :data:`LEARNING`).
     """
-    found = folds.terms(form)
-    words = found.text
+    fold_terms = folds.terms(form)
+    text_logits = fold_terms.text
     ids = folds.ids_held
     weights = folds.weights
-    cache = tip.log_cache(found.cache.clone(), settings.log_offset)
-    text = torch.zeros_like(cache) if words is None else words
-    terms = tip.Terms(text, cache, found.discriminant)
+    # The folds keep their terms, and log_cache works in place.
+    cache = tip.log_cache(fold_terms.cache.clone(), settings.log_offset)
+    text = torch.zeros_like(cache) if text_logits is None else text_logits
+    terms = tip.Terms(text, cache, fold_terms.discriminant)
     logits = terms.logits(settings)
+    # Other folds hold out the same photos again.
     shown = folds.held_of("shots")
     right = logits.argmax(1) == ids
     right_by_photos = terms.photos(settings).argmax(1) == ids
     left = weights * _errors_left(folds)
     both = 1 - float((left * ~right).mean())
     photos = 1 - float((left * ~right_by_photos).mean())
+    # Kish's effective number of photos: unequal weights make an estimate less certain.
     number = float(weights.sum() ** 2 / (weights * weights).sum())
     choice = replace(
         FormChoice.of(folds, form),
@@ -425,18 +432,18 @@ def _judged(
         interval=wilson(both, number / DRAWN),
         weakest=_weakest(index.class_names, right[shown], ids[shown]),
     )
-    if words is not None:
-        right_by_words = words.argmax(1) == ids
+    if text_logits is not None:
+        right_by_text = text_logits.argmax(1) == ids
         lost = weights * (right_by_photos.double() - right.double())
         choice = replace(
-            choice, words=float((weights * right_by_words).mean()), names_hurt=is_clear(lost)
+            choice, text=float((weights * right_by_text).mean()), names_hurt=is_clear(lost)
         )
     return choice, logits
 
 
 def _errors_left(folds: Folds) -> Tensor:
     """Return the share of the errors of each held-out photo that the whole index still makes, ``[q]``."""
-    return folds.growth ** (-LEARNING if folds.words is None else 0)
+    return folds.growth ** (-LEARNING if folds.weighted_text is None else 0)
 
 
 def unfitted(index: Index) -> Index:
@@ -446,7 +453,9 @@ def unfitted(index: Index) -> Index:
     alpha, beta = untouched_settings(index.keys, index.class_ids.cpu().numpy())
     settings = replace(index.settings.unfitted(), alpha=alpha, beta=beta, temperature=1.0)
     kept = {
-        name: part for name, part in index.provenance.items() if name not in ("fit", "temperature")
+        name: value
+        for name, value in index.provenance.items()
+        if name not in ("fit", "temperature")
     }
     provenance = kept | {"alpha": "default", "beta": "default"}
     return index.with_fit(None, None, None).altered(settings=settings, provenance=provenance)
@@ -454,6 +463,7 @@ def unfitted(index: Index) -> Index:
 
 def _longest(index: Index) -> float:
     """Return the largest norm in a sample of the keys. Raises InputError if it is too small for float32."""
+    # In float32, the last row would be rounded to n from 16,777,220 keys on.
     rows = torch.linspace(0, index.n - 1, min(index.n, JUDGED), dtype=torch.float64).long()
     longest = float(torch.linalg.vector_norm(taken_keys(index.keys, rows).double(), dim=1).max())
     if 0 < longest < LEAST_NORM:
@@ -473,9 +483,10 @@ def _forms(
     by_class: bool,
 ) -> list[Form]:
     """Return the possible forms. Raises InputError if the keys are too long for every form."""
-    for name, given, known in (("metric", metric, MetricName), ("values", values, ValuesName)):
-        if given is not None:
-            check_choice(name, given, known)
+    for name, choice, choices in (("metric", metric, MetricName), ("values", values, ValuesName)):
+        if choice is not None:
+            check_choice(name, choice, choices)
+    # Solved values compensate for each other, so they would be wrong for a query that uses only some keys.
     if index.settings.k is not None or by_class or index.n > MOST_SOLVED:
         if values == "solved":
             some = f", and {BY_CLASS} searches some" if by_class else ""
@@ -541,7 +552,7 @@ def _chosen(forms: Sequence[Form], folds: Folds) -> tuple[Form, list[tuple[Form,
     return chosen, trials
 
 
-def _settings_of(index: Index, form: Form, folds: Folds) -> _Found:
+def _settings_of(index: Index, form: Form, folds: Folds) -> _FitResult:
     """Return the settings and the bonus that give the held-out photos the highest log-likelihood."""
     form, blend, offset = _best_blend(form, folds)
     settings = replace(
@@ -553,13 +564,17 @@ def _settings_of(index: Index, form: Form, folds: Folds) -> _Found:
     drawn = None if folds.validation is not None else _drawn(index)
     counted_photos = folds.held_of("shots")
     if drawn is not None:
-        held_rows = torch.cat([held.own for held in folds.held if held.own is not None])
+        held_rows = torch.cat(
+            [held.query_rows for held in folds.held if held.query_rows is not None]
+        )
         counted_photos = counted_photos & torch.from_numpy(drawn)[held_rows]
         like_new = counted_photos
         right = int(blend.right[counted_photos].sum())
+        # The rule of succession: a few right answers must not promise an accuracy of 1.
         accuracy = (right + 1) / (int(drawn.sum()) + 2)
         most = LESS_SURE
     else:
+        # Half a right and half a wrong photo are added, so that few photos without an error leave some doubt.
         accuracy = ((choice.both or 0) * folds.n + 0.5) / (folds.n + 1)
         like_new, most = _like_new(folds)
     # Classes without shots can win, too, so the accuracy on the others says little about the temperature.
@@ -567,7 +582,7 @@ def _settings_of(index: Index, form: Form, folds: Folds) -> _Found:
         weights = folds.weights[like_new]
         settings = _as_sure(settings, logits[like_new], weights, accuracy, most)
     rows = _scores(folds, logits, settings.temperature, counted_photos)
-    return _Found(settings, choice, rows, f"fitted on {folds.judged_on}")
+    return _FitResult(settings, choice, rows, f"fitted on {folds.judged_on}")
 
 
 def _best_blend(form: Form, folds: Folds) -> tuple[Form, Blend, float | None]:
@@ -586,6 +601,7 @@ def _best_blend(form: Form, folds: Folds) -> tuple[Form, Blend, float | None]:
     blend = held(best).robust(blends[best])
     if terms.bonus is not None:
         form = replace(form, bonus=blend.g / blend.b)
+        # The bonus is part of the cache from now on, so it is not weighted again.
         blend = replace(blend, g=0.0)
     if folds.covered < 1 and not folds.holds_classes:  # too few classes to hold some out
         blend = replace(blend, a=1.0, b=blend.b / max(blend.a, 1.0) * folds.covered)
@@ -602,7 +618,7 @@ def _least_cache(form: Form, folds: Folds, offset: float | None) -> float | None
 
 def _like_new(folds: Folds) -> tuple[Tensor, float]:
     """Return which held-out photos meet about as many shots as new ones, and the factor of :func:`_as_sure`."""
-    if folds.words is None and folds.halves:
+    if folds.weighted_text is None and folds.halves:
         return folds.held_of("small"), LESS_SURE
     return folds.held_of("shots"), 1.0
 
@@ -640,9 +656,11 @@ def _as_sure(
     low = settings.temperature / SURER
     high = settings.temperature * most
     for _ in range(BISECTIONS):
+        # Temperatures are ratios. Twelve halvings of a factor of at most 32 leave 0.1 %.
         middle = (low * high) ** 0.5
         sure = float((weights * (logits / middle).softmax(1).amax(1)).mean() / weights.mean())
         low, high = (middle, high) if sure > right else (low, middle)
+    # At the lower end, the answers may be too sure.
     return replace(settings, temperature=high)
 
 
@@ -663,9 +681,9 @@ def _strongest(cache: Tensor, folds: Folds, form: Form) -> Tensor:
     most = cache.masked_fill(counts == 0, -torch.inf).amax(1)
     if form.ridge is None:
         return most * ratio
-    own = cache.gather(1, places)[:, 0]
-    own = own * ratio / (1 + (ratio - 1) * own[shots > 0].mean().clamp(0, 1))
-    return torch.where(shots > 0, torch.maximum(most, own), most)
+    own_logits = cache.gather(1, places)[:, 0]
+    own_logits = own_logits * ratio / (1 + (ratio - 1) * own_logits[shots > 0].mean().clamp(0, 1))
+    return torch.where(shots > 0, torch.maximum(most, own_logits), most)
 
 
 def _quantile(values: Tensor, share: float, weights: Tensor) -> float:
@@ -678,13 +696,16 @@ def _quantile(values: Tensor, share: float, weights: Tensor) -> float:
 
 def _weakest(class_names: Sequence[str], right: Tensor, ids: Tensor) -> list[tuple[str, int, int]]:
     """Return the classes with mistakes, least accurate first, with the numbers of correct answers and photos."""
-    held, correct = (torch.bincount(part, minlength=len(class_names)) for part in (ids, ids[right]))
+    held, correct = (
+        torch.bincount(class_ids, minlength=len(class_names)) for class_ids in (ids, ids[right])
+    )
     missed = torch.nonzero(held > correct)[:, 0].tolist()
+    # Among equally weak classes, the one with more photos comes first, because its figure is more certain.
     missed.sort(key=lambda c: (int(correct[c]) / int(held[c]), -int(held[c])))
     return [(class_names[c], int(correct[c]), int(held[c])) for c in missed[:WEAKEST]]
 
 
-def _found_without_folds(index: Index, forms: Sequence[Form], folds: Folds) -> _Found:
+def _found_without_folds(index: Index, forms: Sequence[Form], folds: Folds) -> _FitResult:
     """Return the form and the settings for shots that cannot be held out.
 
     The text weights do not depend on the shots, so their temperature T can still be fitted to the shots. If the text is
@@ -718,7 +739,7 @@ def _found_without_folds(index: Index, forms: Sequence[Form], folds: Folds) -> _
         index.settings.unfitted(), alpha=alpha, beta=form.beta, gamma=gamma, temperature=temperature
     )
     how = "default for shots that cannot be held out"
-    return _Found(settings, FormChoice.of(folds, form), NO_SCORES, how)
+    return _FitResult(settings, FormChoice.of(folds, form), NO_SCORES, how)
 
 
 def _one_shot_form(forms: Sequence[Form], folds: Folds) -> Form:
@@ -733,12 +754,12 @@ def _one_shot_form(forms: Sequence[Form], folds: Folds) -> Form:
 
 def _text_temperature(index: Index, folds: Folds) -> float:
     """Return the temperature of the text, fitted to the shots as far as their number allows."""
-    words = folds.words
-    if words is None or len(index.class_names) == 1:
+    text = folds.weighted_text
+    if text is None or len(index.class_names) == 1:
         return 1.0
     rows = torch.from_numpy(folds.ordered.rows[spread(index.n, JUDGED)])
     keys = torch.nn.functional.normalize(taken_keys(index.keys, rows))
-    terms = HeldTerms(None, tip.affinity(keys, words), None, index.class_ids.cpu()[rows])
+    terms = HeldTerms(None, tip.affinity(keys, text), None, index.class_ids.cpu()[rows])
     trust = len(rows) / (len(rows) + ONE_SHOT_DOUBT)
     return float(terms.blend().b ** -trust)
 
@@ -748,6 +769,7 @@ def _sample(folds: Folds, most: int = CHOSEN_ON) -> Folds:
     sample = folds
     if len(folds.ids) > most:
         sample = _of_classes(folds, most)
+    # The same folds keep the terms of each form, and the final blend uses them again.
     elif [held.of for held in folds.held if held.of != "classes"] == ["shots"] * FOLDS:
         return folds
     return sample.with_shots(FOLDS, len(sample.ids)).with_classes(len(sample.ids))
@@ -772,6 +794,7 @@ def _of_classes(folds: Folds, most: int) -> Folds:
     few = ordered[ranks_within(ids[ordered], draw) < CHOSEN_SHOTS]
     counts = np.bincount(ids[few], minlength=folds.c)
     drawn = draw.permutation(order_of_classes)
+    # Folds of one class could not be judged.
     drawn = drawn[: max(2, int(np.searchsorted(np.cumsum(counts[drawn]), most, "right")))]
     classes = order_of_classes[np.isin(order_of_classes, drawn)]
     rows = few[np.isin(ids[few], classes)]

@@ -7,6 +7,7 @@ from torch import Tensor
 
 def wilson(share: float, n: float) -> tuple[float, float]:
     """Return the 95 % confidence interval of a share that was measured on ``n`` items (Wilson, 1927)."""
+    # Unlike share ± z error, this interval has a width even if all items are right.
     z = 1.96
     centre = share + z * z / (2 * n)
     half = z * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5

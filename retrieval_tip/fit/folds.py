@@ -51,15 +51,15 @@ class Held:
     """Held-out queries, for an index over the other ``rows``.
 
     The ``features`` have shape ``[q, d]`` and the class ``ids`` have shape ``[q]``. ``of`` says what is held out: some
-    shots, few shots at a time (see :meth:`Folds.with_small`), or whole classes. ``own`` are the rows of the queries, if
-    they are keys.
+    shots, few shots at a time (see :meth:`Folds.with_small`), or whole classes. ``query_rows`` are the rows of the
+    queries, if they are keys.
     """
 
     features: Tensor
     ids: Tensor
     rows: Tensor
     of: HeldOutKind = "shots"
-    own: Tensor | None = None
+    query_rows: Tensor | None = None
 
 
 class FoldTerms(NamedTuple):
@@ -106,6 +106,7 @@ class Order(NamedTuple):
         joined = np.concatenate([factors[:width] for width in widths])
         for keys, rows in _blocks(index.keys, bare) if len(bare) else ():
             bits = np.asarray(keys, dtype=np.float32).view(np.uint32).astype(np.uint64)
+            # The products wrap modulo 2^64. Integers add exactly, so the order of the sum does not matter.
             hashes[rows] = bits @ joined
         classes = np.argsort(index.class_names)
         places = np.argsort(classes)
@@ -127,8 +128,9 @@ class Folds:
 
     Keys with the same number in ``images`` are views of one photo, which are held out together. ``validation`` is the
     name of the queries if they are not shots. They then have equal weight, as if ``class_prior`` were ``shots``.
-    ``given`` is a prior from the user. ``single`` classes have one photo, which is never held out. ``parts`` are the
-    parts of a feature by encoder, and ``shares`` say how much each encoder counts. Photos are drawn in the ``order``.
+    ``user_prior`` is a prior from the user. ``single`` classes have one photo, which is never held out. ``parts`` are
+    the parts of a feature by encoder, and ``shares`` say how much each encoder counts. Photos are drawn in the
+    ``order``.
     """
 
     keys: StoredKeys
@@ -140,11 +142,12 @@ class Folds:
     sums: Sums | None = None
     class_prior: ClassPrior = "even"
     validation: str | None = None
-    given: DoubleArray | None = None
+    user_prior: DoubleArray | None = None
     single: int = 0
     parts: Sequence[Part] = ()
     shares: Sequence[float] = ()
     order: Order | None = None
+    # Not fields of __init__: a copy by replace() has other folds or shares, so it starts without them.
     _scatters: dict[int | None, Scatter | FewScatter] = field(default_factory=dict, init=False)
     _terms: dict[Form, FoldTerms] = field(default_factory=dict, init=False)
 
@@ -153,7 +156,7 @@ class Folds:
         cls, index: Index, class_prior: ClassPrior | None = None, shares: Sequence[float] = ()
     ) -> Folds:
         """Return the keys of an index without held-out queries, by default with its own class prior and shares."""
-        own = "even" if index.fitted is None else index.fitted.class_prior
+        fitted_prior = "even" if index.fitted is None else index.fitted.class_prior
         text = index.text_weights.cpu() * index.settings.logit_scale if index.has_text else None
         parts = index.parts or (Part(index.d, "feature", index.backbone),)
         labels = index.rows.columns("digest", "source")
@@ -164,8 +167,8 @@ class Folds:
             text,
             images_of(labels),
             sums=index.rows.sums,
-            class_prior=class_prior or own,
-            given=None if index.prior is None else index.prior.astype(np.float64),
+            class_prior=class_prior or fitted_prior,
+            user_prior=None if index.prior is None else index.prior.astype(np.float64),
             parts=parts,
             shares=shares or index.shares or equal_shares(parts),
             order=Order.of(index, labels),
@@ -190,11 +193,12 @@ class Folds:
 
     def with_shots(self, number: int, most: int, seed: int = 0) -> Folds:
         """Split the photos into up to ``number`` folds, and hold out about ``most`` of them."""
-        own = self.ids.numpy()[self._photos]
-        counts = np.bincount(own)
-        folds = np.full(len(own), -1)
-        if (several := counts[own] > 1).any():
-            ranks = ranks_within(own, np.random.default_rng(seed))
+        ids = self.ids.numpy()[self._photos]
+        counts = np.bincount(ids)
+        folds = np.full(len(ids), -1)
+        if (several := counts[ids] > 1).any():
+            ranks = ranks_within(ids, np.random.default_rng(seed))
+            # With more folds than photos, most classes would be missing from some fold.
             folds = np.where(several, ranks % min(number, int(np.median(counts[counts > 1]))), -1)
         return replace(self, held=list(self._held(folds, most)), single=int((counts == 1).sum()))
 
@@ -209,13 +213,13 @@ class Folds:
             self.prior is not None and self.text is not None
         ):  # the text would count less
             return self
-        own = self.ids.numpy()[self._photos]
+        ids = self.ids.numpy()[self._photos]
         draw = np.random.default_rng(0)
-        counts = np.bincount(own, minlength=self.c)[own]
+        counts = np.bincount(ids, minlength=self.c)[ids]
         starts = np.empty(self.c, dtype=np.int64)
-        ranks = ranks_within(own, draw)
+        ranks = ranks_within(ids, draw)
         starts[self.ordered.classes] = draw.permutation(self.c)
-        places = ranks * np.maximum(SMALL_FOLDS // counts, 1) + starts[own]
+        places = ranks * np.maximum(SMALL_FOLDS // counts, 1) + starts[ids]
         small = self._held(np.where(counts > 1, places % SMALL_FOLDS, -1), most, "small")
         return replace(self, held=[*self.held, *small])
 
@@ -227,11 +231,13 @@ class Folds:
         """
         ids = self.ids.numpy()
         classes = self.ordered.classes
-        own = classes[np.isin(classes, ids)]
-        if not self.held or self.covered == 1 or len(own) < CLASS_FOLDS:
+        shot_classes = classes[np.isin(classes, ids)]
+        if not self.held or self.covered == 1 or len(shot_classes) < CLASS_FOLDS:
             return self
         fold_of = np.zeros(self.c, dtype=np.int64)
-        fold_of[np.random.default_rng(0).permutation(own)] = np.arange(len(own)) % CLASS_FOLDS
+        fold_of[np.random.default_rng(0).permutation(shot_classes)] = (
+            np.arange(len(shot_classes)) % CLASS_FOLDS
+        )
         whole = self._held(fold_of[ids[self._photos]], most, "classes", fold_of[ids])
         return replace(self, held=[*self.held, *whole])
 
@@ -252,8 +258,14 @@ class Folds:
             if len(asked) > most:
                 asked = np.random.default_rng(fold).choice(asked, most, replace=False)
             rows = torch.from_numpy(np.flatnonzero(~np.isin(groups, groups[asked])))
-            own = torch.from_numpy(asked)
-            yield Held(taken_keys(self.keys, own), torch.from_numpy(ids[asked]), rows, of, own)
+            query_rows = torch.from_numpy(asked)
+            yield Held(
+                taken_keys(self.keys, query_rows),
+                torch.from_numpy(ids[asked]),
+                rows,
+                of,
+                query_rows,
+            )
             most = most - len(asked)
             begun = True
 
@@ -266,6 +278,7 @@ class Folds:
     @property
     def halves(self) -> bool:
         """Whether only about half of the shots remain in a fold, so that cache logits differ from the logits of all."""
+        # Two folds leave about 0.5 of the shots, three about 0.67.
         return any(len(held.rows) < 0.6 * len(self.ids) for held in self.held if held.of == "shots")
 
     def held_of(self, what: str) -> Tensor:
@@ -333,18 +346,19 @@ class Folds:
         if self.sums is None:
             self.sums = self._sums_of(every)
         others = np.delete(every, rows.numpy())
+        # Subtracting reads only the keys that are held out, not those that stay.
         sums = self.sums - self._sums_of(others) if len(others) else self.sums
         means = self.scaled(torch.from_numpy(sums.sums)).numpy()
         return Scatter.of(Sums(sums.counts, means, self._scaled_square(sums.second)), prior, widths)
 
     @cached_property
     def prior(self) -> DoubleArray | None:
-        """The given prior, or the known priors of all encoders that count. Otherwise ``None``.
+        """The prior from the user, or the known priors of all encoders that count. Otherwise ``None``.
 
         If no class has two keys, one known prior is enough. The other features then vary evenly, as ``I / d``.
         """
-        if self.given is not None:
-            return self._scaled_square(self.given)
+        if self.user_prior is not None:
+            return self._scaled_square(self.user_prior)
         priors = [known_prior(part) for part, _ in self._used]
         unknown = sum(prior is None for prior in priors)
         has_pairs = len(self.ids.unique()) < len(self.ids)
@@ -403,7 +417,7 @@ class Folds:
         return tip.Metric(mean, transform)
 
     @property
-    def words(self) -> Tensor | None:
+    def weighted_text(self) -> Tensor | None:
         """The scaled text weights in which each encoder has its share, or ``None`` if there are none."""
         text = self.text
         scale = self._scale
@@ -412,7 +426,7 @@ class Folds:
 
     def _sums_of(self, rows: IntArray) -> Sums:
         ids = self.ids.numpy()
-        blocks = ((keys, ids[part]) for keys, part in _blocks(self.keys, rows))
+        blocks = ((keys, ids[block]) for keys, block in _blocks(self.keys, rows))
         return Sums.of(blocks, self.c, self.keys.shape[1])
 
     def shared(self, shares: Sequence[float]) -> Folds:
@@ -421,8 +435,12 @@ class Folds:
 
     def of_known(self) -> Folds:
         """Return the same folds, in which only encoders with a prior count."""
-        known = [self.given is not None or known_prior(part) is not None for part in self.parts]
-        return self.shared([share * own for share, own in zip(self.shares, known, strict=True)])
+        has_prior = [
+            self.user_prior is not None or known_prior(part) is not None for part in self.parts
+        ]
+        return self.shared(
+            [share * counts for share, counts in zip(self.shares, has_prior, strict=True)]
+        )
 
     def judge(self, form: Form) -> Blend:
         """Fit a form to all shots except each fold in turn, and return the blend on these folds."""
@@ -438,7 +456,9 @@ class Folds:
             answers = [self._answers(plain, held, fold) for fold, held in enumerate(self.held)]
             cache, discriminant, bonus = zip(*answers, strict=True)
             features = torch.cat([held.features for held in self.held])
-            text = None if self.words is None else tip.affinity(features, self.words)
+            text = (
+                None if self.weighted_text is None else tip.affinity(features, self.weighted_text)
+            )
             self._terms[form] = FoldTerms(text, torch.cat(cache), _cat(discriminant), _cat(bonus))
         terms = self._terms[form]
         if terms.bonus is None:
@@ -467,10 +487,10 @@ class Folds:
 
         It is 1 for a class that is held out whole.
         """
-        own = self.ids_held
+        ids = self.ids_held
         every = torch.bincount(self.ids, minlength=self.c)
-        fewer = self.counts.gather(1, own[:, None])[:, 0]
-        return torch.where(fewer > 0, every[own] / fewer, 1)
+        fewer = self.counts.gather(1, ids[:, None])[:, 0]
+        return torch.where(fewer > 0, every[ids] / fewer, 1)
 
     def fitted(
         self, form: Form, rows: Tensor, fold: int | None = None
@@ -538,13 +558,13 @@ def _blocks(keys: StoredKeys, rows: IntArray) -> Iterator[tuple[npt.NDArray[Any]
     """Yield some of the keys and their rows in blocks, in order unless the keys are read in place."""
     if isinstance(keys, KeysInPlace):
         return keys.blocks(rows)
-    parts = (rows[part] for part in slices(len(rows), KEY_BLOCK))
-    return ((np.asarray(keys[part]), part) for part in parts)
+    blocks = (rows[block] for block in slices(len(rows), KEY_BLOCK))
+    return ((np.asarray(keys[block]), block) for block in blocks)
 
 
-def _cat(parts: Sequence[Tensor | None]) -> Tensor | None:
+def _cat(terms: Sequence[Tensor | None]) -> Tensor | None:
     """Concatenate a term of all folds, which no fold or every fold has."""
-    some = [part for part in parts if part is not None]
+    some = [term for term in terms if term is not None]
     return torch.cat(some) if some else None
 
 

@@ -52,6 +52,7 @@ class Scatter:
         if not scale > 0:
             return None
         eye = torch.eye(d, dtype=torch.float64)
+        # Every root gives the same affinities, and a Cholesky factor is faster to compute than a symmetric root.
         root = torch.linalg.cholesky((1 - shrinkage) / scale * self.matrix + shrinkage * eye)
         transform = torch.linalg.solve_triangular(root.T, eye, upper=True)
         return tip.Metric(self.mean.float(), transform.float().contiguous())
@@ -99,10 +100,10 @@ class FewScatter:
         sums = torch.zeros(c, keys.shape[1], dtype=torch.float64).index_add_(0, ids, keys.double())
         mean, centres = _centres(torch.bincount(ids, minlength=c).numpy(), sums.numpy())
         apart = keys - torch.from_numpy(centres.astype(np.float32)[ids.numpy()])
-        found = torch.linalg.eigh(
+        decomposition = torch.linalg.eigh(
             (apart @ apart.T / len(keys)).double()
         )  # in float32, it may not converge
-        values, left = (part.float() for part in found)
+        values, left = (matrix.float() for matrix in decomposition)
         some = values > LEAST_EIGENVALUE * values.max()
         scaled = left[:, some] / (len(keys) * values[some]).sqrt()
         return cls(torch.from_numpy(mean), values[some], apart.T @ scaled, widths)
@@ -117,11 +118,11 @@ class FewScatter:
         scale = _mean_variance(self.eigenvectors.square() @ self.eigenvalues, self.widths)
         if not scale > 0:
             return None
-        along = (
+        stretch = (
             (1 - shrinkage) * self.eigenvalues / (shrinkage * scale) + 1
         ) ** -0.5  # as a share of a
         beyond = torch.full_like(self.eigenvectors[:, :1], shrinkage**-0.5)
-        factor = torch.cat([beyond, self.eigenvectors * (1 - along).sqrt()], dim=1).T.contiguous()
+        factor = torch.cat([beyond, self.eigenvectors * (1 - stretch).sqrt()], dim=1).T.contiguous()
         return tip.Metric(self.mean.float(), factor=factor)
 
 
@@ -138,7 +139,7 @@ def dimensions(scatter: Scatter | FewScatter, shrinkage: float) -> float:
 
 
 def _mean_variance(variances: Tensor, widths: Sequence[int]) -> float:
-    return sum(float(part.mean()) for part in variances.split(list(widths) or len(variances)))
+    return sum(float(block.mean()) for block in variances.split(list(widths) or len(variances)))
 
 
 def _centres(
@@ -163,17 +164,17 @@ def pooled(sums: Sequence[Sums]) -> DoubleArray:
     ``P = sum_i r_i r_i^T / (n - c)``, where ``r_i`` is the difference between a key and its class mean. Raises
     InputError if no class has two keys, or if the keys have different lengths.
     """
-    if len({part.second.shape for part in sums}) > 1:
+    if len({key_sums.second.shape for key_sums in sums}) > 1:
         raise InputError("prior: features of different lengths; give indexes of the same encoders")
-    free = sum(part.n - int((part.counts > 0).sum()) for part in sums)
+    free = sum(key_sums.n - int((key_sums.counts > 0).sum()) for key_sums in sums)
     if not free:
         raise InputError(
             "prior: no class has two photos, so their spread is unknown; give another index"
         )
     scatters = []
-    for part in sums:
-        roots = part.sums / np.sqrt(np.maximum(part.counts, 1))[:, None]
-        scatters.append(part.second - roots.T @ roots)
+    for key_sums in sums:
+        roots = key_sums.sums / np.sqrt(np.maximum(key_sums.counts, 1))[:, None]
+        scatters.append(key_sums.second - roots.T @ roots)
     return np.asarray(sum(scatters) / free)
 
 
@@ -186,11 +187,12 @@ PRIOR_SCALE = 1024.0
 def known_prior(part: Part) -> DoubleArray | None:
     """Return the prior that is known for the features of an encoder, of shape ``[d, d]``, or ``None``."""
     encoder = part.identity
-    found = None if encoder is None else _known(f"{encoder.model}-{encoder.pretrained}.npy")
-    return found if found is not None and len(found) == part.width else None
+    prior = None if encoder is None else _load_prior(f"{encoder.model}-{encoder.pretrained}.npy")
+    return prior if prior is not None and len(prior) == part.width else None
 
 
 @functools.cache
-def _known(name: str) -> DoubleArray | None:
+def _load_prior(name: str) -> DoubleArray | None:
+    # The name comes from a manifest, so it is compared with the files and never opened as a path.
     path = next((path for path in PRIORS.glob("*.npy") if path.name == name), None)
     return None if path is None else np.load(path).astype(np.float64) / PRIOR_SCALE

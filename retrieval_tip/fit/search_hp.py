@@ -116,25 +116,27 @@ def search(index: Index, queries: Queries) -> HyperparameterChoice:
 
     solved = [_best_alpha(*ends) for ends in zip(low, high, strict=True)]
     *_, b = max(
+        # Among equals, the beta in the middle of the range wins.
         (right, _width(interval), -abs(b - len(solved) // 2), b)
         for b, (right, interval) in enumerate(solved)
     )
     interval = solved[b][1]
+    # An interval without an upper end has no middle.
     alpha = 2 * interval[0] + 1 if interval[1] == math.inf else sum(interval) / 2
-    best = own = hits(b, alpha)
+    best = chosen = hits(b, alpha)
     before = hits(tried.index(own_beta), own_alpha)
     if not _is_better(best, before):
         b = tried.index(own_beta)
         alpha = own_alpha
         interval = (own_alpha, own_alpha)
-        own = before
-    accuracy = float(own.mean())
+        chosen = before
+    accuracy = float(chosen.mean())
     most = float(best.mean())
-    n = len(own)
+    n = len(chosen)
     rivals = {"text alone": hits(b, 0.0), "cache alone": high[b] == np.inf}
     warnings = []
     for name, rival in rivals.items():
-        if accuracy > rival.mean() and not _is_better(own, rival):
+        if accuracy > rival.mean() and not _is_better(chosen, rival):
             figure = f"{100 * rival.mean():.1f} %"
             warnings.append(
                 f"{n} queries are too few to prefer these settings to {name} ({figure})"
@@ -180,10 +182,12 @@ def _intervals(
             f"{queries.name}: features {queries.features.shape}; expected [{q}, {index.d}]"
         )
     low, high = np.empty((2, len(betas), q))
-    for part, visible in queries.blocks(index):
-        y = torch.from_numpy(queries.ids[part]).to(index.device)
+    for block, visible in queries.blocks(index):
+        y = torch.from_numpy(queries.ids[block]).to(index.device)
         for b, terms in enumerate(visible.terms(betas)):
-            low[b, part], high[b, part] = right_between(terms.text, terms.photos(index.settings), y)
+            low[b, block], high[b, block] = right_between(
+                terms.text, terms.photos(index.settings), y
+            )
     return low, high
 
 
@@ -196,13 +200,14 @@ def right_between(text: Tensor, cache: Tensor, y: Tensor) -> tuple[DoubleArray, 
     """
     gain = (cache.gather(1, y[:, None]) - cache).double()
     lead = (text.gather(1, y[:, None]) - text).double()
+    # Where gain is 0, this is infinite or NaN, and neither of the next lines uses it.
     bound = -lead / gain
     low = torch.where(gain > 0, bound, -torch.inf)
     high = torch.where(gain < 0, bound, torch.inf)
-    own = torch.zeros_like(gain, dtype=torch.bool).scatter_(1, y[:, None], True)
-    lost = ((gain == 0) & (lead <= 0) & ~own).any(dim=1)
-    low = low.masked_fill(own, -torch.inf).amax(dim=1).masked_fill(lost, torch.inf)
-    high = high.masked_fill(own, torch.inf).amin(dim=1).masked_fill(lost, -torch.inf)
+    is_own = torch.zeros_like(gain, dtype=torch.bool).scatter_(1, y[:, None], True)
+    lost = ((gain == 0) & (lead <= 0) & ~is_own).any(dim=1)
+    low = low.masked_fill(is_own, -torch.inf).amax(dim=1).masked_fill(lost, torch.inf)
+    high = high.masked_fill(is_own, torch.inf).amin(dim=1).masked_fill(lost, -torch.inf)
     return low.cpu().numpy(), high.cpu().numpy()
 
 

@@ -51,6 +51,7 @@ def shares_of(splits: Sequence[Folds], form: Form) -> Shares:
         losses = np.array(
             [folds.n * folds.shared(cell).judge(form).loss for cell in cells.tolist()]
         )
+        # The mean over the splits so far, so that clearly worse shares are not fitted to the next split.
         evidence = (done * evidence - losses) / (done + 1)
         clear = evidence > evidence.max() - CLEAR
         cells, evidence = cells[clear], evidence[clear]
@@ -80,25 +81,29 @@ def shares_without_folds(folds: Folds) -> Shares:
         for part in keys.split([part.width for part in folds.parts], dim=1)
     ]
     means = [_class_means(part, ids) for part in parts]
-    used = [one for one in range(len(parts)) if one == 0 or agree(means[0], means[one])]
+    used = [
+        encoder for encoder in range(len(parts)) if encoder == 0 or agree(means[0], means[encoder])
+    ]
     shares = np.zeros(len(parts))
     if len(used) == 1:
         shares[used] = 1
         return tuple(shares.tolist())
-    between = torch.stack([(parts[one] @ parts[one].T)[others] for one in used]).numpy()
+    between = torch.stack([(parts[encoder] @ parts[encoder].T)[others] for encoder in used]).numpy()
     contrast = 1 / np.maximum(1 - between.mean(1), 1e-6)
     covariance = np.cov(between * contrast[:, None])
     spreads = np.sqrt(np.maximum(np.diag(covariance), 1e-12))
     counts = np.zeros(len(used))
-    for one in range(len(used)):
+    for encoder in range(len(used)):
         group = np.flatnonzero(
-            (covariance[one] > REDUNDANT * spreads[one] * spreads) | (np.arange(len(used)) == one)
+            (covariance[encoder] > REDUNDANT * spreads[encoder] * spreads)
+            | (np.arange(len(used)) == encoder)
         )
+        # Weights of least variance are proportional to the inverse covariance times ones; twins make it singular.
         least = np.linalg.solve(
             covariance[np.ix_(group, group)] + 1e-12 * np.eye(len(group)), np.ones(len(group))
         )
         least = least.clip(min=0)
-        counts[one] = least[group == one][0] ** 2 / (least**2).sum()
+        counts[encoder] = least[group == encoder][0] ** 2 / (least**2).sum()
     contrasted = counts * contrast
     rounded = (STEP * contrasted / contrasted.sum()).round()
     shares[used] = rounded / rounded.sum()
@@ -115,18 +120,20 @@ def agree(first: DoubleArray, second: DoubleArray) -> bool:
     c = len(first)
     if c < LEAST_CLASSES:
         return False
-    one, other = (_between(means) for means in (first, second))
+    first_affinity, second_affinity = (_between(means) for means in (first, second))
     draw = np.random.default_rng(0)
     orders = [draw.permutation(c) for _ in range(PERMUTED)]
-    chance = np.array([(one * other[np.ix_(order, order)]).sum() for order in orders])
-    return bool(((one * other).sum() > chance).sum() >= CONVINCED)
+    chance = np.array(
+        [(first_affinity * second_affinity[np.ix_(order, order)]).sum() for order in orders]
+    )
+    return bool(((first_affinity * second_affinity).sum() > chance).sum() >= CONVINCED)
 
 
 def _class_means(features: Tensor, ids: Tensor) -> DoubleArray:
     """Return the mean feature of each of at most :data:`ASKED` classes, scaled to norm 1, in the order of the rows."""
     classes = list(dict.fromkeys(ids.tolist()))[:ASKED]
     return torch.nn.functional.normalize(
-        torch.stack([features[ids == one].mean(0) for one in classes])
+        torch.stack([features[ids == class_id].mean(0) for class_id in classes])
     ).numpy()
 
 

@@ -1,6 +1,6 @@
 """Queries that are shots of an index, and do not see themselves.
 
-:class:`Queries` hides keys from queries, but keeps the fit. :func:`without_parts` fits an index without some photos.
+:class:`Queries` hides keys from queries, but keeps the fit. :func:`without_folds` fits an index without some photos.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from retrieval_tip.retrieval.logits import slices
 from retrieval_tip.retrieval.rows import ArrayRows
 from retrieval_tip.store.labels import images_of
 
-PARTS, MANY_KEYS = 8, 4096
-"""Number of parts of the photos in :func:`without_parts`, and number of keys above which it is halved. The fit is
-repeated for each part.
+FOLDS, MANY_KEYS = 8, 4096
+"""Number of folds of the photos in :func:`without_folds`, and number of keys above which it is halved. The fit is
+repeated for each fold.
 """
 VALUES = 1 << 23
 """Number of affinities of :class:`Queries` in memory at a time. They take 32 MiB in float32."""
@@ -74,8 +74,8 @@ class Queries:
         every = index.class_ids.cpu().numpy()
         images = None if self.images is None else images_of(index.labels)
         most = max(c, index.n if k is None else min(k, index.n))
-        for part in slices(len(self.ids), max(1, min(QUERY_BLOCK, VALUES // most))):
-            features = torch.from_numpy(np.asarray(self.features[part], dtype=np.float32)).to(
+        for block in slices(len(self.ids), max(1, min(QUERY_BLOCK, VALUES // most))):
+            features = torch.from_numpy(np.asarray(self.features[block], dtype=np.float32)).to(
                 index.device
             )
             retrieval = index.retrieval
@@ -93,18 +93,19 @@ class Queries:
                 rows = near.rows
                 unseen = near.rows < 0
             if self.images is not None and images is not None:
-                hidden, place = np.unique(self.images[part], return_inverse=True)
+                hidden, place = np.unique(self.images[block], return_inverse=True)
+                # For images above all hidden ones, searchsorted returns len(hidden).
                 at = np.searchsorted(hidden, images).clip(max=len(hidden) - 1)
-                own = hidden[at] == images
-                gone = np.bincount(at[own] * c + every[own], minlength=len(hidden) * c).reshape(
-                    -1, c
-                )[place]
+                is_hidden = hidden[at] == images
+                gone = np.bincount(
+                    at[is_hidden] * c + every[is_hidden], minlength=len(hidden) * c
+                ).reshape(-1, c)[place]
                 counts = counts - torch.from_numpy(gone).to(counts)
                 shown = torch.from_numpy(images).to(index.device)[rows]
                 unseen = unseen | (
-                    shown == torch.from_numpy(self.images[part]).to(index.device)[:, None]
+                    shown == torch.from_numpy(self.images[block]).to(index.device)[:, None]
                 )
-            yield part, Visible(index, features, points, affinity, rows, unseen, counts)
+            yield block, Visible(index, features, points, affinity, rows, unseen, counts)
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ class Visible:
         c = len(self.index.class_names)
         settings = self.index.settings
         values = retrieval.keys.values
-        own = retrieval.keys.discriminant
+        of_all_keys = retrieval.keys.discriminant
         text = tip.text_logits(self.features, retrieval.text, settings.logit_scale)
         factor = torch.where(self.counts > 0, retrieval.keys.counts / self.counts.clamp_min(1), 0)
         discriminant = None
@@ -148,7 +149,9 @@ class Visible:
             means = tip.sum_by_class(
                 self.affinity.masked_fill(self.unseen, 0), ids, c
             ) / self.counts.clamp_min(1)
-            discriminant = torch.where(self.counts > 0, means + own.offsets, own(self.points))
+            discriminant = torch.where(
+                self.counts > 0, means + of_all_keys.offsets, of_all_keys(self.points)
+            )
         for beta in betas:
             weights = tip.weight(self.affinity, beta).masked_fill_(self.unseen, 0)
             if values is None:
@@ -158,27 +161,28 @@ class Visible:
             yield tip.Terms(text, tip.log_cache(cache, settings.log_offset), discriminant)
 
 
-def without_parts(
+def without_folds(
     index: Index, rows: IntArray, kept: IntArray | None = None
 ) -> Iterator[tuple[IntArray, Index]]:
-    """Split photos into at most :data:`PARTS` parts, and yield each part with an index that lacks its photos.
+    """Split photos into at most :data:`FOLDS` folds, and yield each fold with an index that lacks its photos.
 
-    ``rows`` has a key of each photo, and a part is given as positions in ``rows``. It has few photos of the same
+    ``rows`` has a key of each photo, and a fold is given as positions in ``rows``. It has few photos of the same
     class. The index has those of the ``kept`` keys, all by default, that show none of its photos. Its metric and values
     are refitted to these keys, unless they were trained, and it has the settings of ``index``. It compares a query with
-    every key, unless ``index`` is of the type ``Classes``. A part is left out if no key remains.
+    every key, unless ``index`` is of the type ``Classes``. A fold is left out if no key remains.
     """
     folds = Folds.of(index)
     fitted = index.fitted
     ids = folds.ids.numpy()
     images = folds.images
     kept = np.arange(index.n) if kept is None else kept
+    # Other types would be built, and some trained, for every fold.
     factory = index.index_type if index.retrieval.keys.by_class else "Flat"
-    number = min(PARTS if index.n <= MANY_KEYS else PARTS // 2, len(rows))
+    number = min(FOLDS if index.n <= MANY_KEYS else FOLDS // 2, len(rows))
     order = folds.order_of(torch.from_numpy(rows)).numpy()
-    for fold in range(number):
-        part = order[fold::number]
-        others = kept[~np.isin(images[kept], images[rows[part]])]
+    for place in range(number):
+        fold = order[place::number]
+        others = kept[~np.isin(images[kept], images[rows[fold]])]
         if not len(others):
             continue
         others = others[np.argsort(ids[others], kind="stable")]
@@ -186,9 +190,9 @@ def without_parts(
         values = None if index.values is None else index.values[torch.from_numpy(others)]
         if fitted is not None:
             metric, values = folds.fitted(
-                Form.of(fitted, index.settings.beta), torch.from_numpy(others), fold
+                Form.of(fitted, index.settings.beta), torch.from_numpy(others), place
             )
         left = ArrayRows(
             np.asarray(index.keys[others]), index.labels.take(pa.array(others)), values
         )
-        yield part, replace(index, rows=left, metric=metric, factory=factory)
+        yield fold, replace(index, rows=left, metric=metric, factory=factory)

@@ -27,7 +27,7 @@ from retrieval_tip.data.source import spread
 from retrieval_tip.errors import check_count
 from retrieval_tip.evaluation.held_out import held_out_probabilities, photo_rows, probabilities_of
 from retrieval_tip.fit import closed_form
-from retrieval_tip.fit.visible import without_parts
+from retrieval_tip.fit.visible import without_folds
 from retrieval_tip.model import Index
 from retrieval_tip.retrieval.inputs import Features
 from retrieval_tip.store.labels import images_of
@@ -164,7 +164,7 @@ def gain_of(index: Index, rest: Features, found: Estimate, more: int) -> float |
     n = index.n
     m = len(rest)
     order = np.argsort(index.labels["key_id"].to_numpy())
-    half = next(without_parts(index, order[-1:], order[: n // 2]), None) if m and n >= 4 else None
+    half = next(without_folds(index, order[-1:], order[: n // 2]), None) if m and n >= 4 else None
     if half is None:
         return None
     features = rest[spread(m, MOST_REST)]

@@ -29,7 +29,7 @@ from retrieval_tip.arrays import FloatArray
 from retrieval_tip.data.reader import FeatureBlock
 from retrieval_tip.data.source import spread
 from retrieval_tip.evaluation.held_out import SAME, HeldOutAnswers, photo_rows, probabilities_of
-from retrieval_tip.fit.visible import without_parts
+from retrieval_tip.fit.visible import without_folds
 from retrieval_tip.labelling.suggest import BLOCK, points_of
 from retrieval_tip.machine import check_memory
 from retrieval_tip.model import Index
@@ -111,7 +111,7 @@ def _chosen(index: Index, folder: FloatArray) -> tuple[float, HeldOutAnswers]:
     rows = every[spread(len(every), MOST_HELD)]
     photos = len(every) / len(ids.unique())
     own, given = torch.zeros(2, len(rows), len(index.class_names))
-    for part, others in without_parts(index, rows):
+    for part, others in without_folds(index, rows):
         keys = np.asarray(index.keys[rows[part]], dtype=np.float32)
         near, shares = _near(points_of(keys, others.metric), points_of(folder, others.metric))
         used, places = near.unique(return_inverse=True)

@@ -196,8 +196,8 @@ class Share(NamedTuple):
 def by_probability(evaluation: Evaluation) -> Iterator[Share]:
     """Yield the answers to photos of known classes by their probability, with its mean."""
     answers = evaluation.answers
-    known = answers.of_known
-    bins = reliability(answers.confidence[known], answers.right[known], 10)
+    is_known = answers.of_known
+    bins = reliability(answers.confidence[is_known], answers.right[is_known], 10)
     for low, high, n, mean, accuracy in bins:
         yield Share(f"{100 * low:.0f} to {100 * high:.0f} %", n, mean, accuracy)
 
@@ -251,15 +251,15 @@ def provenance(results: Results) -> dict[str, list[tuple[str, str]]]:
     }
     tables = {}
     for title, facts in parts.items():
-        known = {name: value for name, value in facts.items() if value not in (None, [])}
-        tables[title] = [(name, described(value)) for name, value in known.items()]
+        stated = {name: value for name, value in facts.items() if value not in (None, [])}
+        tables[title] = [(name, described(value)) for name, value in stated.items()]
     return tables
 
 
 def described(value: object) -> str:
     """Return a manifest value as text without local paths."""
     if isinstance(value, dict):
-        return ", ".join(f"{name} {described(part)}" for name, part in value.items())
+        return ", ".join(f"{name} {described(entry)}" for name, entry in value.items())
     if isinstance(value, list):
         more = f" ... ({len(value)} in all)" if len(value) > LISTED else ""
         return ", ".join(map(described, value[:LISTED])) + more

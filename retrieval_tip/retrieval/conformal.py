@@ -41,11 +41,12 @@ class Scores:
         photos = len(self.rows)
         lost = 1 - coverage
         always = ~np.isin(np.arange(len(named)), self.rows[:, 2]) & ~named
+        # In floating point, 10 (1 - 0.9) is below 1.
         if photos * lost < 1 - 1e-9:
             return Sets(coverage, photos, 0.0, always)
-        own, weights, _ = self.rows[np.argsort(self.rows[:, 0])].T
+        probabilities, weights, _ = self.rows[np.argsort(self.rows[:, 0])].T
         number = int((photos * np.cumsum(weights) + 1 <= lost * (photos + 1) + 1e-9).sum())
-        return Sets(coverage, photos, float(np.append(own, np.inf)[number]), always)
+        return Sets(coverage, photos, float(np.append(probabilities, np.inf)[number]), always)
 
 
 @dataclass(frozen=True, eq=False)

@@ -47,6 +47,7 @@ def measure(keys: StoredKeys, class_ids: IntArray) -> Statistics | None:
     """
     rows = np.arange(len(keys))
     if len(keys) > SAMPLE:
+        # With a fixed seed, the same keys get the same defaults.
         rows = np.sort(np.random.default_rng(0).choice(len(keys), SAMPLE, replace=False))
     sample = keys[rows].astype(np.float32)
     other = (sample @ sample.T)[class_ids[rows][:, None] != class_ids[rows][None, :]]

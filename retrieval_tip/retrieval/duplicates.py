@@ -176,14 +176,17 @@ def _codes_of_equal(keys: KeyArray) -> IntArray:
     """Return a code for each key, which only identical keys share. Unique keys have the code -1."""
     n = int(keys.shape[0])
     width = math.gcd(8, int(keys.shape[1]) * keys.dtype.itemsize)
-    words = (np.ascontiguousarray(keys[part]).view(f"u{width}") for part in slices(n, KEY_BLOCK))
-    sums = np.concatenate([block.sum(axis=1, dtype=np.uint64) for block in words])
+    integers = (
+        np.ascontiguousarray(keys[block]).view(f"u{width}") for block in slices(n, KEY_BLOCK)
+    )
+    # Equal keys have equal sums, so only keys whose sum repeats need a digest.
+    sums = np.concatenate([chunk.sum(axis=1, dtype=np.uint64) for chunk in integers])
     _, codes, times = np.unique(sums, return_inverse=True, return_counts=True)
     rows = np.flatnonzero(times[codes] > 1)
     exact = np.full(n, -1)
     numbers = dict[bytes, int]()
-    for part in slices(len(rows), KEY_BLOCK):
-        for row, key in zip(rows[part].tolist(), keys[rows[part]], strict=True):
+    for block in slices(len(rows), KEY_BLOCK):
+        for row, key in zip(rows[block].tolist(), keys[rows[block]], strict=True):
             exact[row] = numbers.setdefault(
                 blake2b(key.tobytes(), digest_size=16).digest(), len(numbers)
             )
@@ -200,13 +203,13 @@ def _near(keys: KeyArray, asked: IntArray, new: BoolArray, remain: Remain) -> It
     fresh = _unit(keys, asked).T
     n = int(keys.shape[0])
     number = np.where(new, np.cumsum(new) - 1, len(asked))  # the place of each row in ``asked``
-    for part in slices(n, max(1, min(MOST_ROWS, BLOCK // max(1, len(asked))))):
-        block = torch.from_numpy(np.require(keys[part], np.float32, ["W"]))
+    for rows in slices(n, max(1, min(MOST_ROWS, BLOCK // max(1, len(asked))))):
+        block = torch.from_numpy(np.require(keys[rows], np.float32, ["W"]))
         cosine = (block @ fresh).div_(block.norm(dim=1, keepdim=True).clamp_min_(TINY))
-        own, places = (cosine >= NEAR).nonzero(as_tuple=True)
-        near = cosine[own, places].numpy()
+        row, places = (cosine >= NEAR).nonzero(as_tuple=True)
+        near = cosine[row, places].numpy()
         x = places.numpy()
-        y = own.numpy() + part.start
+        y = row.numpy() + rows.start
         kept = (x < number[y]) & remain(asked[x], y)  # so that two asked rows are one pair
         yield asked[x[kept]], y[kept], near[kept]
 
@@ -242,7 +245,7 @@ def _describe(
     a, b = np.where(swap, b, a), np.where(swap, a, b)
     order = np.lexsort((key_ids[b], key_ids[a], -cosine, kinds))
     described = labels.select(["key_id", "source", "label"])
-    one, other = (described.take(pa.array(rows[order])).to_pylist() for rows in (a, b))
+    first, second = (described.take(pa.array(rows[order])).to_pylist() for rows in (a, b))
     return [
         Duplicate(
             **x,
@@ -251,6 +254,6 @@ def _describe(
             kind=KINDS[kind],
         )
         for x, y, value, kind in zip(
-            one, other, cosine[order].tolist(), kinds[order].tolist(), strict=True
+            first, second, cosine[order].tolist(), kinds[order].tolist(), strict=True
         )
     ]

@@ -28,14 +28,14 @@ class Nearest(NamedTuple):
     rows: Tensor
     class_ids: Tensor
 
-    def queries(self, part: slice | Tensor) -> Nearest:
-        """Return the keys of the queries in ``part``."""
-        return Nearest(*(column[part] for column in self))
+    def queries(self, selection: slice | Tensor) -> Nearest:
+        """Return the keys of the queries in ``selection``."""
+        return Nearest(*(column[selection] for column in self))
 
-    def put(self, part: Tensor, other: Nearest) -> None:
-        """Replace the keys of the queries in ``part``."""
+    def put(self, selection: Tensor, other: Nearest) -> None:
+        """Replace the keys of the queries in ``selection``."""
         for column, replacement in zip(self, other, strict=True):
-            column[part] = replacement
+            column[selection] = replacement
 
     def ordered(self, by: Tensor) -> Nearest:
         """Sort the keys of each query by ``by``, largest first. Empty slots come last, and the sort is stable."""

@@ -73,7 +73,7 @@ def are_several(features: object) -> TypeGuard[Sequence[Features]]:
     return (
         isinstance(features, list | tuple)
         and bool(features)
-        and all(np.ndim(one) == 2 for one in features)
+        and all(np.ndim(array) == 2 for array in features)
     )
 
 
@@ -100,17 +100,21 @@ def joined(
     widths = [part.width for part in parts]
     if len(parts) < 2:
         return features[0] if several and len(features) == 1 else features  # type: ignore[return-value]
-    given = [matrix(one, what) for one in features] if several else [matrix(features, what)]  # type: ignore[arg-type]
-    if len(given) == 1 and given[0].shape[1] == sum(widths):
-        given = np.split(given[0], np.cumsum(widths)[:-1], axis=1)
-    if [one.shape[1] for one in given] != widths or len({len(one) for one in given}) > 1:
+    matrices = [matrix(array, what) for array in features] if several else [matrix(features, what)]  # type: ignore[arg-type]
+    if len(matrices) == 1 and matrices[0].shape[1] == sum(widths):
+        matrices = np.split(matrices[0], np.cumsum(widths)[:-1], axis=1)
+    if [array.shape[1] for array in matrices] != widths or len(
+        {len(array) for array in matrices}
+    ) > 1:
         raise InputError(
-            f"{what}: shapes {', '.join(str(one.shape) for one in given)}; expected {widths} values"
+            f"{what}: shapes {', '.join(str(array.shape) for array in matrices)}; expected {widths} values"
         )
     scaled = []
-    for one in given:
-        norms = np.linalg.norm(one.astype(np.float64), axis=1, keepdims=True)
-        scaled.append(one / norms.clip(1e-30))
+    for array in matrices:
+        # In float16 and float32, the squares of large values would overflow.
+        norms = np.linalg.norm(array.astype(np.float64), axis=1, keepdims=True)
+        # A vector of zeros stays zero.
+        scaled.append(array / norms.clip(1e-30))
     return join(scaled)
 
 

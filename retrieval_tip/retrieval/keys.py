@@ -72,9 +72,9 @@ def transformed(metric: tip.Metric | None, keys: KeyArray, device: str) -> KeyAr
         return None
     points = np.empty(keys.shape, dtype=keys.dtype)
     for start in range(0, len(keys), KEY_BLOCK):
-        part = slice(start, start + KEY_BLOCK)
-        block = torch.from_numpy(np.array(keys[part], dtype=np.float32))
-        points[part] = metric(block.to(device)).cpu().numpy()
+        rows = slice(start, start + KEY_BLOCK)
+        block = torch.from_numpy(np.array(keys[rows], dtype=np.float32))
+        points[rows] = metric(block.to(device)).cpu().numpy()
     return points
 
 
@@ -156,10 +156,10 @@ class KeyStream(ABC):
             if len(rows) < 16 * len(present):
                 sums.index_add_(0, ids, rows.double())
                 continue
-            for class_id, part in zip(
+            for class_id, class_rows in zip(
                 present.tolist(), rows.split(counts.tolist()), strict=True
             ):  # 6 times faster
-                sums[class_id] += part.sum(0, dtype=torch.float64)
+                sums[class_id] += class_rows.sum(0, dtype=torch.float64)
         return sums.float()
 
     @abstractmethod
@@ -181,6 +181,7 @@ class KeyStream(ABC):
         k = min(k, self.n)
         number = min(self.n_classes, max(8, round(4 * k / self.mean_count)))
         near = exact_search(self.means, points, number)[1]
+        # The nearest classes may be empty or small.
         while number < self.n_classes and (self.counts[near].sum(1) < k).any():
             number = min(self.n_classes, 4 * number)
             near = exact_search(self.means, points, number)[1]
@@ -201,9 +202,10 @@ class KeyStream(ABC):
         for place, keys, rows in self.of_classes(asked.cpu().numpy()):
             for query in queries[place].split(QUERY_BLOCK):
                 affinity, near = tip.affinity(points[query], keys).topk(min(k, len(keys)), dim=1)
-                found = Nearest(affinity, rows[near], asked[place].expand(near.shape))
-                both = Nearest.joined([best.queries(query), found], dim=1)
+                candidates = Nearest(affinity, rows[near], asked[place].expand(near.shape))
+                both = Nearest.joined([best.queries(query), candidates], dim=1)
                 best.put(query, both.at(both.affinity.topk(k, dim=1).indices))
+        # Until now, -inf has kept empty slots last.
         return best._replace(affinity=best.affinity.masked_fill(best.rows < 0, 0))
 
     @property
@@ -229,17 +231,18 @@ class KeyStream(ABC):
         groups, counts = ids.unique_consecutive(return_counts=True)
         sizes = counts.tolist()
         ends = counts.cumsum(0).tolist()
+        # At least one key at a time must fit, with all queries of its class.
         memory = features.new_empty(max([QUERY_BLOCK * KEY_BLOCK, *sizes]))
         for place, block, _ in self.of_classes(groups.cpu().numpy()):
             size = sizes[place]
-            own = slice(ends[place] - size, ends[place])
-            asked = features[query[own]]
+            pairs = slice(ends[place] - size, ends[place])
+            queries = features[query[pairs]]
             for keys in block.float().split(max(1, len(memory) // size)):
-                rows, columns = (keys, asked) if size <= FEW else (asked, keys)
+                rows, columns = (keys, queries) if size <= FEW else (queries, keys)
                 affinity = tip.affinity(
                     rows, columns, out=memory[: size * len(keys)].view(len(rows), len(columns))
                 )
-                sums[own] += tip.weight(affinity, beta, out=affinity).sum(0 if size <= FEW else 1)
+                sums[pairs] += tip.weight(affinity, beta, out=affinity).sum(0 if size <= FEW else 1)
         logits = features.new_zeros(classes.shape)
         logits[query, slot] = sums
         return logits
@@ -256,17 +259,17 @@ class KeyStream(ABC):
         values = self.values
         parts = []
         memory = points.new_empty(self.block * min(self.queries, len(points)))
-        for own in points.split(self.queries):
+        for queries in points.split(self.queries):
             row = 0
-            sums = points.new_zeros(self.n_classes, len(own))  # transposed: contiguous memory
+            sums = points.new_zeros(self.n_classes, len(queries))  # transposed: contiguous memory
             for keys, ids, *_ in self.blocks():
-                affinity = memory[: len(keys) * len(own)].view(len(keys), len(own))
-                tip.affinity(keys.to(own.dtype), own, out=affinity)
+                affinity = memory[: len(keys) * len(queries)].view(len(keys), len(queries))
+                tip.affinity(keys.to(queries.dtype), queries, out=affinity)
                 weights = tip.weight(affinity, beta, out=affinity)
                 if values is None:
                     tip.add_rows(sums, ids, weights)
                 else:
-                    sums.T.addmm_(weights.T, values[row : row + len(ids)].to(own.dtype))
+                    sums.T.addmm_(weights.T, values[row : row + len(ids)].to(queries.dtype))
                 row += len(ids)
             parts.append(sums.T)
         return torch.cat(parts)
@@ -364,15 +367,18 @@ class Keys(KeyStream):
         for place, class_id in enumerate(class_ids.tolist()):
             first, last = self.starts[class_id : class_id + 2].tolist()
             for start in range(first, last, self.block):
-                part = slice(start, min(start + self.block, last))
-                yield place, self.held[part].to(self.device), self._numbers[part]
+                rows = slice(start, min(start + self.block, last))
+                yield place, self.held[rows].to(self.device), self._numbers[rows]
 
     def affinity(self, features: Tensor, rows: Tensor) -> Tensor:
         """Return the affinities between each query and the keys at its own ``rows``. The affinity of row -1 is 0."""
         step = max(1, GATHERED // max(1, rows.shape[1] * features.shape[1]))
-        parts = zip(features.split(step), rows.clamp_min(0).split(step), strict=True)
+        blocks = zip(features.split(step), rows.clamp_min(0).split(step), strict=True)
         affinity = torch.cat(
-            [torch.einsum("qd,qkd->qk", part, self._gathered(own)) for part, own in parts]
+            [
+                torch.einsum("qd,qkd->qk", queries, self._gathered(near_rows))
+                for queries, near_rows in blocks
+            ]
         )
         return affinity.masked_fill_(rows < 0, 0)
 

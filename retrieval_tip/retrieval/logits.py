@@ -85,13 +85,13 @@ class Retrieval:
     ) -> AnswerTerms:
         """Fill ``terms`` with cache logits from the ``k`` nearest keys of each query, and find ``neighbours`` shots."""
         kept = []
-        for part in slices(len(points), max(QUERY_BLOCK, LOGITS // max(k, self.keys.n_classes))):
-            own = terms.queries(part)
-            near = self.keys.nearest(points[part], k)
-            own.cache.copy_(self._logits_over(near, points[part], settings))
-            tip.log_cache(own.cache, settings.log_offset)
+        for block in slices(len(points), max(QUERY_BLOCK, LOGITS // max(k, self.keys.n_classes))):
+            block_terms = terms.queries(block)
+            near = self.keys.nearest(points[block], k)
+            block_terms.cache.copy_(self._logits_over(near, points[block], settings))
+            tip.log_cache(block_terms.cache, settings.log_offset)
             if neighbours:
-                two = first_two(own.logits(settings))
+                two = first_two(block_terms.logits(settings))
                 winner, rival = (self._contributions(near, ids, settings.beta) for ids in two)
                 kept.append(
                     Contributors.among(near, winner, rival, self.keys.n_classes, neighbours)
@@ -129,15 +129,16 @@ class Retrieval:
                 not_against = self._contributions(most, rivals, beta) <= 0
                 opposing.put(none, most.without(not_against, c))
             return Contributors(supporting, opposing)
-        own = keys.nearest_of_classes(points, winner[:, None], number)
+        supporting = keys.nearest_of_classes(points, winner[:, None], number)
         opposing = keys.nearest_of_classes(points, rival[:, None], 1)
-        few = own.rows[:, -1] < 0
+        few = supporting.rows[:, -1] < 0
         if few.any():
             others = keys.nearest(points[few], number)
             others = others.without(others.class_ids == winner[few, None], c)
-            filled = Nearest.joined([own.queries(few), others], dim=1)
-            own.put(few, filled.ordered(torch.zeros_like(filled.affinity)).first(number))
-        return Contributors(own, opposing)
+            filled = Nearest.joined([supporting.queries(few), others], dim=1)
+            # With equal order, the stable sort only moves empty slots to the end.
+            supporting.put(few, filled.ordered(torch.zeros_like(filled.affinity)).first(number))
+        return Contributors(supporting, opposing)
 
     def _extremes(
         self, values: Tensor, points: Tensor, classes: Tensor, number: int, beta: float
@@ -145,11 +146,11 @@ class Retrieval:
         """Return, for one class per query, the keys that contribute most and the key that contributes least."""
         most: list[Nearest] = []
         least: list[Nearest] = []
-        for part in slices(len(points), max(1, min(QUERY_BLOCK, AFFINITIES // self.keys.n))):
+        for block in slices(len(points), max(1, min(QUERY_BLOCK, AFFINITIES // self.keys.n))):
             affinity = torch.cat(
-                [tip.affinity(points[part], keys) for keys, *_ in self.keys.blocks()], dim=1
+                [tip.affinity(points[block], keys) for keys, *_ in self.keys.blocks()], dim=1
             )
-            shares = tip.weight(affinity, beta).mul_(values.index_select(1, classes[part]).T)
+            shares = tip.weight(affinity, beta).mul_(values.index_select(1, classes[block]).T)
             largest = shares.topk(number, dim=1).indices
             smallest = shares.argmin(1, keepdim=True)
             most.append(self.keys.described(affinity.gather(1, largest), largest))
@@ -162,19 +163,19 @@ class Retrieval:
         most = min(max(LEAST_CLASSES, round(k / keys.mean_count)), keys.n_classes)
         classes = torch.empty(len(points), most, dtype=torch.int64, device=keys.device)
         candidates = torch.empty(classes.shape, dtype=torch.bool, device=keys.device)
-        block = QUERY_BLOCK  # whose logits fit in the CPU cache
+        size = QUERY_BLOCK  # whose logits fit in the CPU cache
         if keys.device != "cpu":
-            block = max(block, LOGITS // keys.n_classes)
-        for part in slices(len(points), block):
-            at_means = terms.queries(part)
-            self.bounds.count_at_means(points[part], at_means.cache, settings.beta)
+            size = max(size, LOGITS // keys.n_classes)
+        for block in slices(len(points), size):
+            at_means = terms.queries(block)
+            self.bounds.count_at_means(points[block], at_means.cache, settings.beta)
             slack = self.bounds.slack(settings.beta)
-            classes[part], candidates[part] = promising(at_means, settings, slack, most)
+            classes[block], candidates[block] = promising(at_means, settings, slack, most)
         if keys.values is not None:
-            for part in slices(len(points), QUERY_BLOCK):
-                every = int(keys.counts[classes[part]].sum(1).max())  # other values have no bounds
-                near = keys.nearest_of_classes(points[part], classes[part], every)
-                terms.cache[part] = self._logits_over(near, points[part], settings)
+            for block in slices(len(points), QUERY_BLOCK):
+                every = int(keys.counts[classes[block]].sum(1).max())  # other values have no bounds
+                near = keys.nearest_of_classes(points[block], classes[block], every)
+                terms.cache[block] = self._logits_over(near, points[block], settings)
             return
         exact = keys.class_logits(points, classes, candidates, settings.beta)
         if settings.tail:

@@ -44,6 +44,7 @@ def ridge_values(gram: Tensor, targets: Tensor, ridge: float | Tensor) -> Tensor
     Raises torch.linalg.LinAlgError if the system cannot be solved in that dtype.
     """
     gram.diagonal().add_(ridge)
+    # On a CPU, it is factorised in place, so that only one matrix of n^2 entries is in memory.
     root = torch.linalg.cholesky(gram, out=gram if gram.is_cpu else None)
     values: Tensor = torch.linalg.solve_triangular(root.T, _forward(root, targets), upper=True)
     return values
@@ -114,19 +115,19 @@ class Ridge:
         step of block Gauss-Seidel for each block of new keys. If :meth:`solved` will solve all keys, the targets are
         returned.
         """
-        own_ids = torch.from_numpy(ids).to(self.device)
-        wanted = one_hot(own_ids, self.n_classes).float()
+        new_ids = torch.from_numpy(ids).to(self.device)
+        wanted = one_hot(new_ids, self.n_classes).float()
         if keys.n + len(ids) <= SOLVED_AGAIN:
             return wanted
-        own = self._on_device(points)
+        new = self._on_device(points)
         parts = [wanted[:0]]
-        ridges = self._ridges(own_ids, torch.cat([keys.class_ids, own_ids]))
-        for start in range(0, len(own), KEY_BLOCK):
-            part = slice(start, start + KEY_BLOCK)
-            block = own[part]
-            left = wanted[part] - keys.cache_logits(block, self.beta)
-            left -= tip.weight(tip.affinity(block, own[:start]), self.beta) @ torch.cat(parts)
-            parts.append(self._solve(block, self._gram(block), left, ridges[part]))
+        ridges = self._ridges(new_ids, torch.cat([keys.class_ids, new_ids]))
+        for start in range(0, len(new), KEY_BLOCK):
+            rows = slice(start, start + KEY_BLOCK)
+            block = new[rows]
+            left = wanted[rows] - keys.cache_logits(block, self.beta)
+            left -= tip.weight(tip.affinity(block, new[:start]), self.beta) @ torch.cat(parts)
+            parts.append(self._solve(block, self._gram(block), left, ridges[rows]))
         return torch.cat(parts)
 
     def relabelled(
@@ -136,16 +137,16 @@ class Ridge:
         assert labelled.values is not None
         if len(labelled.keys) <= SOLVED_AGAIN:
             return labelled  # `solved` will solve all of them
-        own = self._on_device(np.asarray(labelled.vectors[rows]))
-        gram = self._gram(own)
+        points = self._on_device(np.asarray(labelled.vectors[rows]))
+        gram = self._gram(points)
         values = labelled.values.clone()
-        weights = tip.weight(tip.affinity(own, own), self.beta)
-        others = keys.cache_logits(own, self.beta) - weights @ values[rows]
-        own_ids = torch.from_numpy(class_ids).to(self.device)
+        weights = tip.weight(tip.affinity(points, points), self.beta)
+        others = keys.cache_logits(points, self.beta) - weights @ values[rows]
+        new_ids = torch.from_numpy(class_ids).to(self.device)
         every = keys.class_ids.clone()
-        every[rows] = own_ids
-        wanted = one_hot(own_ids, self.n_classes).float()
-        values[rows] = self._solve(own, gram, wanted - others, self._ridges(own_ids, every))
+        every[rows] = new_ids
+        wanted = one_hot(new_ids, self.n_classes).float()
+        values[rows] = self._solve(points, gram, wanted - others, self._ridges(new_ids, every))
         return replace(labelled, values=values)
 
     def _solve(self, points: Tensor, gram: Tensor, targets: Tensor, ridges: Tensor) -> Tensor:

@@ -149,11 +149,11 @@ class Rows(ABC):
             None, replace(new, labels=shots_after(new.labels, ids, self._next_shots(ids)))
         )
 
-    def moved(self, part: ArrayRows, class_ids: IntArray, class_names: Sequence[str]) -> Rows:
+    def moved(self, rows: ArrayRows, class_ids: IntArray, class_names: Sequence[str]) -> Rows:
         """Move keys to other classes, where they become the last shots. Values do not change."""
-        labels = labels_in(part.labels, class_names, class_ids)
+        labels = labels_in(rows.labels, class_names, class_ids)
         return self.replaced(
-            part, replace(part, labels=shots_after(labels, class_ids, self._next_shots(class_ids)))
+            rows, replace(rows, labels=shots_after(labels, class_ids, self._next_shots(class_ids)))
         )
 
     def _next_shots(self, class_ids: IntArray) -> npt.NDArray[np.int32]:
@@ -274,10 +274,10 @@ class ArrayRows(Rows):
             if class_ids is None
             else np.flatnonzero(np.isin(self.class_ids, class_ids))
         )
-        for part in slices(len(rows), KEY_BLOCK):
+        for block in slices(len(rows), KEY_BLOCK):
             yield (
-                self.described(rows[part], columns or self.labels.column_names),
-                np.asarray(self.keys[rows[part]]),
+                self.described(rows[block], columns or self.labels.column_names),
+                np.asarray(self.keys[rows[block]]),
             )
 
     def rows_of(self, key_ids: IntArray) -> IntArray:
@@ -322,6 +322,7 @@ class ArrayRows(Rows):
         if sums is not None and self.sums is not None and not sums.outweighs(self.sums):
             sums = None  # rounding errors have become too large, so the next fit recomputes them
         try:
+            # A column that one of them lacks becomes null. Other types of a column are an error.
             labels = pa.concat_tables([self.labels, more.labels], promote_options="default")
         except pa.ArrowException as error:
             raise InputError(
@@ -382,6 +383,7 @@ class ArrayRows(Rows):
 
 def _picked(old: KeyArray, new: KeyArray, rows: IntArray) -> KeyArray:
     """Return rows of one array followed by another, with a single copy of a large array."""
+    # Rows of the new array get a placeholder, because concatenating would copy the old array twice.
     picked: KeyArray = np.take(old, np.minimum(rows, len(old) - 1), axis=0)
     fresh = np.flatnonzero(rows >= len(old))
     picked[fresh] = new[rows[fresh] - len(old)]

@@ -235,8 +235,8 @@ class VectorIndex:
         """
         k = int(min(k, self.n))
         try:
-            found = self._search_on_gpu(features, k)
-            affinity, rows = _search(self._cpu, features, k) if found is None else found
+            on_gpu = self._search_on_gpu(features, k)
+            affinity, rows = _search(self._cpu, features, k) if on_gpu is None else on_gpu
         except torch.OutOfMemoryError:
             raise
         except (AssertionError, IndexError, RuntimeError) as error:
@@ -288,8 +288,8 @@ class VectorIndex:
         # After this import, FAISS accepts tensors. It uses the stream of the current device.
         importlib.import_module("faiss.contrib.torch_utils")
         with _GPU, torch.cuda.device(features.device):
-            found: tuple[Tensor, Tensor] = copied.search(features.contiguous(), k)
-        return found
+            nearest: tuple[Tensor, Tensor] = copied.search(features.contiguous(), k)
+        return nearest
 
     def _copy(self) -> FaissIndex:
         """Create the copy. Raises RuntimeError if this is not possible."""
@@ -330,7 +330,9 @@ def exact_search(vectors: Tensor, features: Tensor, k: int) -> tuple[Tensor, Ten
 
     The products are computed in float32, even if the vectors are float16.
     """
-    parts = [_nearest(vectors, part, k) for part in features.split(QUERIES[features.device.type])]
+    parts = [
+        _nearest(vectors, queries, k) for queries in features.split(QUERIES[features.device.type])
+    ]
     affinity, rows = zip(*parts, strict=True)
     return torch.cat(affinity), torch.cat(rows)
 
@@ -384,8 +386,8 @@ def _is_uncompressed(index: FaissIndex) -> bool:
 
 def _bytes_on_gpu(index: FaissIndex) -> int:
     size = 4 * int(index.d)
-    for part in _inner(index):
-        size = int(getattr(part, "code_size", size))  # the innermost counts
+    for inner in _inner(index):
+        size = int(getattr(inner, "code_size", size))  # the innermost counts
     return int(index.ntotal) * (size + 8)
 
 
@@ -435,21 +437,23 @@ def _inner(index: FaissIndex) -> Iterator[FaissIndex]:
 
 
 def _lists(index: FaissIndex) -> int:
-    return next((int(part.nlist) for part in _inner(index) if hasattr(part, "nlist")), 0)
+    return next((int(inner.nlist) for inner in _inner(index) if hasattr(inner, "nlist")), 0)
 
 
 def _set_search_effort(index: FaissIndex) -> None:
     """Increase the FAISS defaults of 1 list and 16 candidates, which are too low for a cache."""
-    for part in _inner(index):
-        if hasattr(part, "cp"):
+    for inner in _inner(index):
+        if hasattr(inner, "cp"):
             # By default, FAISS prints a warning if there are fewer than 39.
-            part.cp.min_points_per_centroid = 1
-        if hasattr(part, "nprobe"):
-            part.nprobe = min(int(part.nlist), max(8, round(2 * int(part.nlist) ** 0.5)), GPU_MAX_K)
-        if hasattr(part, "k_factor"):
-            part.k_factor = 4  # recompute the affinities of 4 k candidates exactly
-        if hasattr(part, "hnsw"):
-            part.hnsw.efSearch = 128
-        if hasattr(part, "do_polysemous_training"):
+            inner.cp.min_points_per_centroid = 1
+        if hasattr(inner, "nprobe"):
+            inner.nprobe = min(
+                int(inner.nlist), max(8, round(2 * int(inner.nlist) ** 0.5)), GPU_MAX_K
+            )
+        if hasattr(inner, "k_factor"):
+            inner.k_factor = 4  # recompute the affinities of 4 k candidates exactly
+        if hasattr(inner, "hnsw"):
+            inner.hnsw.efSearch = 128
+        if hasattr(inner, "do_polysemous_training"):
             # It takes seconds and is only used for Hamming distances.
-            part.do_polysemous_training = False
+            inner.do_polysemous_training = False

@@ -91,13 +91,13 @@ def write(contents: Contents, writer: Writer, stored: Stored | None) -> None:
     if (
         stored is not None
     ):  # files are mapped, so damage on the disk is copied, and must not get a valid digest
-        known = {stored.manifest.files[kind] for kind in same}
-        known |= {
+        verified = {stored.manifest.files[kind] for kind in same}
+        verified |= {
             file
             for file in stored.manifest.data_files
             if not (stored.store.folder / file.name).exists()
         }
-        check = Check(stored.store.files, stored.manifest, known=known)
+        check = Check(stored.store.files, stored.manifest, verified=verified)
     writer.begin()
     with ThreadPoolExecutor(SEALED_AT_ONCE, thread_name_prefix="seal") as pool:
         new = [kind for kind in contents if kind not in writer.files]

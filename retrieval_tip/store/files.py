@@ -52,7 +52,7 @@ class StoreFiles(Protocol):
         file or leads out of the folder.
         """
 
-    def put(self, name: str, *parts: bytes | memoryview) -> None:
+    def put(self, name: str, *chunks: bytes | memoryview) -> None:
         """Write or replace a file. Readers get either the complete old file or the complete new file."""
 
     def create(self, name: str, data: bytes) -> bool:
@@ -115,13 +115,13 @@ class LocalFiles:
             )
         return raw
 
-    def put(self, name: str, *parts: bytes | memoryview) -> None:
+    def put(self, name: str, *chunks: bytes | memoryview) -> None:
         path = self.folder / name
         path.parent.mkdir(exist_ok=True)
         with temporary(path, clean=False) as new:
             with new.open("wb") as file:
-                for part in parts:
-                    file.write(part)
+                for chunk in chunks:
+                    file.write(chunk)
                 file.flush()
                 os.fsync(file.fileno())
             new.replace(path)
@@ -139,11 +139,11 @@ class LocalFiles:
             if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG):
                 return {}
             raise
-        found = {}
+        sizes = {}
         for entry in entries:
             with suppress(FileNotFoundError):  # just deleted
-                found[f"{folder}/{entry.name}"] = entry.stat(follow_symlinks=False).st_size
-        return found
+                sizes[f"{folder}/{entry.name}"] = entry.stat(follow_symlinks=False).st_size
+        return sizes
 
     def old(self, folder: str, age: timedelta) -> set[str]:
         return set(self.sizes(folder))

@@ -66,7 +66,7 @@ def edits_between(before: pa.Table, after: pa.Table) -> LabelChanges:
     columns = (
         [table[name].to_pylist() for name in ("key_id", "label")] for table in (before, after)
     )
-    old, new = (dict(zip(*own, strict=True)) for own in columns)
+    old, new = (dict(zip(*column, strict=True)) for column in columns)
     return {
         key_id: (old.get(key_id), new.get(key_id))
         for key_id in old | new
@@ -87,12 +87,12 @@ def in_words(pairs: Iterable[tuple[str | None, str | None]], backbone: object) -
         elif before != after:
             moved[f"{before} became {after}"] = n
     said = []
-    for prefix, found in (("", added), ("", moved), ("removed ", removed)):
-        names = [f"{n:,} {name}" for name, n in found.most_common()]
-        if found is moved and len(moved) == 1:
+    for prefix, counts in (("", added), ("", moved), ("removed ", removed)):
+        names = [f"{n:,} {name}" for name, n in counts.most_common()]
+        if counts is moved and len(moved) == 1:
             names = list(moved)  # the number stands before the colon
-        if found:
-            said.append(f"{prefix}{counted(found.total(), noun_of(backbone))}: {few(names)}")
+        if counts:
+            said.append(f"{prefix}{counted(counts.total(), noun_of(backbone))}: {few(names)}")
     return "; ".join(said)
 
 
@@ -109,11 +109,13 @@ def label_table(
     """Build the label store for keys with the given class ids. ``shot`` numbers the keys of each class from 0."""
     n = len(class_ids)
     extra = extra if extra is not None and extra.num_columns else None
-    for what, given in (("sources", sources), ("digests", digests), ("extra", extra)):
-        if given is not None and len(given) != n:
-            raise InputError(f"{what}: expected {n} values, one per key, but got {len(given)}")
-    if extra is not None and (own := sorted(set(extra.column_names) & set(LABEL_SCHEMA.names))):
-        raise InputError(f"extra: column {own[0]!r} is reserved by the label store; rename it")
+    for what, values in (("sources", sources), ("digests", digests), ("extra", extra)):
+        if values is not None and len(values) != n:
+            raise InputError(f"{what}: expected {n} values, one per key, but got {len(values)}")
+    if extra is not None and (
+        reserved := sorted(set(extra.column_names) & set(LABEL_SCHEMA.names))
+    ):
+        raise InputError(f"extra: column {reserved[0]!r} is reserved by the label store; rename it")
     ids = np.arange(n) if key_ids is None else key_ids
     if sources is None:
         sources = [f"key {i}" for i in ids]
@@ -227,9 +229,9 @@ def read_labels(folder: Path, manifest: Manifest) -> pa.Table:
     path = folder / file.name
     table = _read_table(path)
     columns = list(zip(table.schema.names, table.schema.types, strict=True))
-    known = list(zip(LABEL_SCHEMA.names, LABEL_SCHEMA.types, strict=True))
+    expected = list(zip(LABEL_SCHEMA.names, LABEL_SCHEMA.types, strict=True))
     if (
-        columns[: len(known)] != known
+        columns[: len(expected)] != expected
         or len(table) != file.rows
         or any(table[name].null_count for name in ("key_id", "class_id", "label"))
     ):

@@ -165,8 +165,8 @@ class Manifest:
                 part.names[-1]: share for part, share in zip(self.parts, shares, strict=True)
             }
         if self.groups is not None:
-            own = self.groups.of(self.class_names)
-            facts["groups"] = {level: len(set(names) - {None}) for level, names in own.items()}
+            groups = self.groups.of(self.class_names)
+            facts["groups"] = {level: len(set(names) - {None}) for level, names in groups.items()}
         return (
             facts
             | asdict(self.settings)
@@ -393,7 +393,7 @@ def _shallow(value: object, depth: int) -> bool:
         value = list(value.values())
     if not isinstance(value, list):
         return depth > 0
-    return depth > 0 and all(_shallow(part, depth - 1) for part in value)
+    return depth > 0 and all(_shallow(nested, depth - 1) for nested in value)
 
 
 def _seal(body: Mapping[str, object]) -> bytes:

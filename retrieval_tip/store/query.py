@@ -70,7 +70,7 @@ def rows_where(labels: pa.Table, condition: str) -> IntArray:
             f"{position} FROM labels WHERE ({condition})",
         )
         _, value, rows = (
-            _one_select(database, f"SELECT {part}", f"where: {expected}") for part in asked
+            _one_select(database, f"SELECT {clause}", f"where: {expected}") for clause in asked
         )
         types = [str(kind) for kind in database.sql(value).types]
         if types != ["BOOLEAN"]:

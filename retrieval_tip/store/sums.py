@@ -54,13 +54,13 @@ class Sums:
         Only use this while no other code holds a reference to the object.
         """
         for start in range(0, len(keys), BLOCK):
-            own = ids[start : start + BLOCK]
+            block_ids = ids[start : start + BLOCK]
             wide = np.array(keys[start : start + BLOCK], np.float64)
-            if (own[1:] < own[:-1]).any():
-                order = np.argsort(own, kind="stable")
-                own, wide = own[order], wide[order]
-            classes, first = np.unique(own, return_index=True)
-            self.counts[classes] += sign * np.diff(first, append=len(own))
+            if (block_ids[1:] < block_ids[:-1]).any():
+                order = np.argsort(block_ids, kind="stable")
+                block_ids, wide = block_ids[order], wide[order]
+            classes, first = np.unique(block_ids, return_index=True)
+            self.counts[classes] += sign * np.diff(first, append=len(block_ids))
             self.sums[classes] += sign * np.add.reduceat(wide, first)
             if self.second.size:
                 self.second[:] += sign * (wide.T @ wide)
@@ -108,10 +108,10 @@ class Sums:
 
     def are_of(self, blocks: Blocks) -> bool:
         """Check with :class:`SumCheck` that these are the sums of the keys in ``blocks``."""
-        along = SumCheck(*self.sums.shape)
+        check = SumCheck(*self.sums.shape)
         for keys, ids in blocks:
-            along.count(keys, ids)
-        return along.has(self.counts, self.sums) and along.has_second(self.second)
+            check.count(keys, ids)
+        return check.has(self.counts, self.sums) and check.has_second(self.second)
 
     @classmethod
     def of_array(cls, array: DoubleArray, c: int) -> Sums:
@@ -164,16 +164,16 @@ class SumCheck:
 
     def _fit(
         self,
-        known: DoubleArray,
-        found: DoubleArray,
+        sums: DoubleArray,
+        products: DoubleArray,
         every: IntArray | DoubleArray,
-        one: float | DoubleArray,
+        single: float | DoubleArray,
     ) -> bool:
         """Compare sums, with a tolerance relative to their Cauchy-Schwarz bound ``(every sum_i (k_i . r)^2)^(1/2)``."""
         most = np.sqrt(every * self._squares)
-        least = np.sqrt(one * self._squares / self._counts.sum())
+        least = np.sqrt(single * self._squares / self._counts.sum())
         return bool(
             (
-                np.abs(known @ self._direction - found) <= TOLERANCE * most + self._least * least
+                np.abs(sums @ self._direction - products) <= TOLERANCE * most + self._least * least
             ).all()
         )

@@ -146,21 +146,23 @@ class Writer:
                 path.unlink(missing_ok=True)
             self.store.remove_unnamed({file.name for file in self.files.values()})
 
-    def put(self, kind: str, rows: int, *parts: bytes | memoryview) -> None:
+    def put(self, kind: str, rows: int, *chunks: bytes | memoryview) -> None:
         """Write the data file of this kind. In a bucket, a file that the parent version has is not sent again."""
         digest = hashlib.sha256()
-        for part in parts:
-            digest.update(part)
-        own = entry(kind, rows, sum(memoryview(part).nbytes for part in parts), digest.hexdigest())
-        self.files[kind] = own
+        for chunk in chunks:
+            digest.update(chunk)
+        data_file = entry(
+            kind, rows, sum(memoryview(chunk).nbytes for chunk in chunks), digest.hexdigest()
+        )
+        self.files[kind] = data_file
         if self.store.local is None:
-            self.sent[own.name] = parts
+            self.sent[data_file.name] = chunks
         if (
             self.store.local is not None
             or self.parent is None
-            or self.parent.files.get(kind) != own
+            or self.parent.files.get(kind) != data_file
         ):
-            self.store.files.put(own.name, *parts)
+            self.store.files.put(data_file.name, *chunks)
 
     def put_array(self, kind: str, array: KeyArray) -> None:
         """Write a two-dimensional array as the data file of this kind."""
@@ -207,8 +209,8 @@ class Writer:
         """Flush a staged file to disk, and rename it by its digest."""
         with staged.open("rb+") as file:
             os.fsync(file.fileno())
-        own = self.files[kind] = entry(kind, rows, staged.stat().st_size, sha256_of(staged))
-        staged.replace(self.store.folder / own.name)
+        data_file = self.files[kind] = entry(kind, rows, staged.stat().st_size, sha256_of(staged))
+        staged.replace(self.store.folder / data_file.name)
 
     def seal_array(self, kind: str, array: np.memmap[Any, Any]) -> KeyArray:
         """Seal a staged array, and map its file again."""
@@ -356,11 +358,13 @@ class Versions:
         """Return the number of keys per class, and further facts for :meth:`describe`."""
         Check(self.files, manifest, "fast").wait()
         labels = self.read_labels(manifest)
-        own = sizes_of(manifest)
+        file_sizes = sizes_of(manifest)
         before = {name: size for old in earlier for name, size in sizes_of(old).items()}
         sizes: dict[str, object] = {
-            "bytes": sum(own.values()),
-            "bytes_of_earlier": sum(size for name, size in before.items() if name not in own),
+            "bytes": sum(file_sizes.values()),
+            "bytes_of_earlier": sum(
+                size for name, size in before.items() if name not in file_sizes
+            ),
         }
         return np.bincount(
             labels["class_id"].to_numpy(), minlength=len(manifest.class_names)
@@ -454,33 +458,33 @@ class Versions:
         """
 
         def read() -> list[Manifest]:
-            found = []
+            manifests = []
             for number, name in self.names().items():
                 if number < current.version:
                     with suppress(EarlierFormatError):
-                        found.append(self.parse(name))
-            return found
+                        manifests.append(self.parse(name))
+            return manifests
 
         return self._steady(read)
 
     def check_earlier(self, current: Manifest) -> None:
         """Verify the files of earlier versions, except those of the current version, which are known to be intact."""
-        known = set(current.digested)
+        verified = set(current.digested)
         for manifest in self.earlier(current):
             try:
-                self.check_files(manifest, known)
+                self.check_files(manifest, verified)
             except StoreError:
                 if self.keeps(manifest):
                     raise
-            known.update(manifest.digested)
+            verified.update(manifest.digested)
 
     def check(self, manifest: Manifest) -> None:
         """Raise StoreError if a version is damaged and therefore cannot be restored."""
         self.check_files(manifest)
 
-    def check_files(self, manifest: Manifest, known: Collection[DataFile] = ()) -> None:
-        """Raise StoreError if a file of a version is missing or damaged. Files in ``known`` are skipped."""
-        Check(self.files, manifest, known=known).wait()
+    def check_files(self, manifest: Manifest, verified: Collection[DataFile] = ()) -> None:
+        """Raise StoreError if a file of a version is missing or damaged. Files in ``verified`` are skipped."""
+        Check(self.files, manifest, verified=verified).wait()
 
     def history(self) -> pa.Table:
         """Return the kept versions as a table with the columns of :data:`labels.VERSIONS_SCHEMA`, oldest first.
@@ -489,13 +493,13 @@ class Versions:
         is known.
         """
         current = self.manifest()
-        known = [*self.earlier(current), current]
+        manifests = [*self.earlier(current), current]
         rows: list[dict[str, Any]] = [
             {"version": number, "change": UNREAD}
             for number in self.names()
-            if number < known[0].version
+            if number < manifests[0].version
         ]
-        for manifest in known:
+        for manifest in manifests:
             row: dict[str, Any] = {
                 "version": manifest.version,
                 "parent": manifest.parent,
@@ -739,18 +743,18 @@ class Check:
         files: StoreFiles,
         manifest: Manifest,
         verify: Verify = "full",
-        known: Collection[DataFile] = (),
+        verified: Collection[DataFile] = (),
     ) -> None:
         """Start the check.
 
         With ``verify="full"``, the size and SHA-256 of every file are compared with the manifest. With ``"fast"``, the
         SHA-256 is only compared for files of up to 4 MiB, so a change that keeps the size of a larger file is not
-        detected. Files in ``known`` are skipped. Raises UsageError if ``verify`` has another value.
+        detected. Files in ``verified`` are skipped. Raises UsageError if ``verify`` has another value.
         """
         check_choice("verify", verify, Verify)
         self.manifest = manifest
         self.verify = verify
-        wanted = [file for file in manifest.digested if file not in known]
+        wanted = [file for file in manifest.digested if file not in verified]
         pool = ThreadPoolExecutor(min(len(wanted), 16) or 1, thread_name_prefix="check")
         self._problems = [pool.submit(files.problem, file, verify == "full") for file in wanted]
         pool.shutdown(wait=False)

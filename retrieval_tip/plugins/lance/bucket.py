@@ -75,8 +75,8 @@ class BucketFiles:
                 )
             return bytes(result.bytes())
 
-    def put(self, name: str, *parts: bytes | memoryview) -> None:
-        self._put(name, b"".join(parts), "overwrite")
+    def put(self, name: str, *chunks: bytes | memoryview) -> None:
+        self._put(name, b"".join(chunks), "overwrite")
 
     def create(self, name: str, data: bytes) -> bool:
         from obstore.exceptions import AlreadyExistsError, PreconditionError
