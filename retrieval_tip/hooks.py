@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator, Mapping
 from dataclasses import field
+from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from retrieval_tip.errors import UsageError
@@ -75,6 +76,16 @@ def find(kind: str, name: str) -> Any:
         raise UsageError(
             f"{strangers[0]}: cannot be imported ({reason}); update or uninstall its package"
         ) from error
+
+
+def exists(kind: str, name: str) -> bool:
+    """Return whether a name is known. Nothing is imported, and packages are searched once at most."""
+    return name in TABLE[kind] or name in _all_names(kind)
+
+
+@cache
+def _all_names(kind: str) -> frozenset[str]:
+    return frozenset(names(kind))
 
 
 def names(kind: str) -> list[str]:

@@ -2,7 +2,9 @@
 
 import csv
 import io
+import json
 import math
+from dataclasses import replace
 from datetime import datetime, timedelta
 
 import numpy as np
@@ -15,7 +17,10 @@ from PIL import Image
 from PIL.TiffImagePlugin import IFDRational
 from serving import caltech_photos
 
-from retrieval_tip.data.exif import UNKNOWN, Taken, taken
+from retrieval_tip.data import images
+from retrieval_tip.data.boxes import cut_boxes
+from retrieval_tip.data.exif import UNKNOWN, ExifRecorder, Taken, taken
+from retrieval_tip.data.pictures import open_images
 from retrieval_tip.labelling.bursts import bursts
 
 START = datetime(2026, 3, 1, 23, 59, 55)
@@ -166,3 +171,30 @@ def test_a_burst_has_no_match_if_no_photo_of_it_has_one(run, things, traps, tmp_
     assert [row["no_match"] for row in found] == list(map(str, expected))
     assert [row["label"] for row in found[7:]] == ["", "", ""]
     assert [row["burst"] for row in found] == ["1", "1", "1", "2", "3", "1", "4", "5", "5", "6"]
+
+
+def test_exif_is_read_from_photos_as_their_source_reads_them(tmp_path):
+    """Photos in memory have no path, so only their source can read them."""
+    photo = encoded("2026:01:02 03:04:05", gps_of(48.5, 2.25))
+    source = replace(open_images([photo]), strict=False)
+    (tmp_path / "boxes.json").write_text(
+        json.dumps(
+            {
+                "images": [
+                    {
+                        "file": "photo 0",
+                        "detections": [{"category": "1", "conf": 0.9, "bbox": [0, 0, 0.5, 0.5]}],
+                    }
+                ],
+                "detection_categories": {"1": "animal"},
+            }
+        )
+    )
+    cut = cut_boxes(tmp_path / "boxes.json", [source])
+    for sources, boxes in (([source], {}), (cut.sources, cut.boxes)):
+        recorder = ExifRecorder(boxes)
+        (noted,) = recorder.over(sources)
+        assert images.decode(noted.load(noted.paths[0])).width <= 8
+        assert [found.taken_at for found in recorder.taken.values()] == [
+            datetime(2026, 1, 2, 3, 4, 5)
+        ]

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import pytest
 from conftest import failed, needs_real, ok
 from numpy.testing import assert_allclose, assert_array_equal
 from serving import caltech_photos
-from tables import tiny, touch
+from tables import picture, tiny, touch
 
 from retrieval_tip.data import remote
 from retrieval_tip.data.reader import Reader
@@ -714,3 +716,68 @@ def test_photos_in_a_bucket_are_read_as_those_in_a_folder(run, shared, tmp_path,
         failed(done, 1, wrong)
     done = run("encode", tmp_path / "photos", *model, "--out", f"{bucket}/t.parquet")
     failed(done, 2, "encode --ray")
+
+
+OUTSIDER = """
+from pathlib import Path
+from retrieval_tip.data.source import of_images
+
+def open(rest, *, split, labelled):
+    paths = sorted(Path(rest).rglob("*.png"))
+    names = [f"stash:{path}#0" for path in paths]
+    return of_images(names, f"stash:{rest}", [path.parent.name for path in paths])
+
+def read(path):
+    return Path(path.removeprefix("stash:").removesuffix("#0")).read_bytes()
+"""
+
+
+@pytest.fixture
+def stash(tmp_path):
+    """A folder of photos, and the environment in which a package that adds the scheme ``stash`` is installed."""
+    for number, name in enumerate(("cat/0", "cat/1", "dog/0", "dog/1")):
+        path = tmp_path / "photos" / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture((40 + number, 40)).save(path)
+    site = tmp_path / "site"
+    info = site / "outsider-0.1.dist-info"
+    info.mkdir(parents=True)
+    write(site / "outsider.py", OUTSIDER)
+    write(info / "METADATA", "Metadata-Version: 2.1\nName: outsider\nVersion: 0.1\n")
+    write(info / "entry_points.txt", "[retrieval_tip.sources]\nstash = outsider\n")
+    path = os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")])
+    return tmp_path / "photos", os.environ | {"PYTHONPATH": path}
+
+
+def test_a_source_of_another_package_works_everywhere_by_its_scheme(stash, tmp_path):
+    photos, installed = stash
+    tiny(tmp_path / "model")
+
+    def said(*arguments, environment=installed, status=0):
+        command = [sys.executable, "-m", "retrieval_tip", "-q", *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        assert done.returncode == status, done.stderr
+        return done.stdout + done.stderr
+
+    model = ["--model", f"local-dir:{tmp_path / 'model'}"]
+    said("index", "build", f"stash:{photos}/", *model, "--out", tmp_path / "index")
+    shots = Index.load(tmp_path / "index").labels["source"].to_pylist()
+    item = f"stash:{photos / 'cat/0.png'}#0"
+    assert shots[0] == item
+    for given in (f"stash:{photos}", item):  # a source and an item
+        rows = said("classify", tmp_path / "index", given, "--exif", "--format", "json")
+        assert json.loads(rows.splitlines()[0])["input"] == item
+    read = "import sys; from retrieval_tip.data.sources import read_item as r; print(len(r(sys.argv[1])))"
+    size = subprocess.check_output([sys.executable, "-c", read, item], env=installed, text=True)
+    assert int(size) == (photos / "cat/0.png").stat().st_size
+    plain = {**installed, "PYTHONPATH": os.environ.get("PYTHONPATH", "")}
+    assert "no such file" in said(
+        "index",
+        "build",
+        f"stash:{photos}",
+        *model,
+        "--out",
+        tmp_path / "b",
+        environment=plain,
+        status=1,
+    )

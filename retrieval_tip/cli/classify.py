@@ -156,7 +156,7 @@ class RowOptions:
         noting = ExifRecorder(cut.boxes)
         detected = cut.detected | dict.fromkeys(map(show, cut.empty), EMPTY)
         if self.exif or self.burst is not None or self.boxes is not None:
-            sources = [replace(source, load=noting) for source in sources]
+            sources = noting.over(sources)
         answers = self._answers(index, sources, reader, noting)
         for table in chain(answers, self._others(cut, noting)):
             names = table["input"].to_pylist()

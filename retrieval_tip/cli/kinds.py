@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import click
 
-from retrieval_tip.data.remote import is_remote
+from retrieval_tip.data.remote import is_address, is_remote
 from retrieval_tip.errors import MANY, MOST
 from retrieval_tip.files import check_out
 from retrieval_tip.store.address import KIND, METAVAR, parse
@@ -65,10 +65,10 @@ def names(ctx: click.Context, _: click.Parameter, texts: tuple[str, ...]) -> lis
 
 
 class SourceType(Folder):
-    """A source, given as a path or an object store URL."""
+    """A source, given as a path, an object store URL, or ``SCHEME:REST``."""
 
     def convert(self, value: Any, param: Any, ctx: Any) -> Any:
-        return value if is_remote(value) else super().convert(value, param, ctx)
+        return value if is_address(value) else super().convert(value, param, ctx)
 
 
 class Output(click.Path):

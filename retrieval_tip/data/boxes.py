@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,8 @@ def cut_boxes(file: Path, sources: Sequence[Source], categories: Sequence[str] =
                 made.boxes[name] = (path, box)
                 made.detected[show(name)] = category
                 made.found[show(name)] = image, detection
-        made.sources.append(of_images(items, source.name, failed=failed))
+        parts = of_images(items, source.name, failed=failed)
+        made.sources.append(replace(parts, load=source.load))
     if not made.boxes and not made.empty:
         raise InputError(str(next(skip for source in made.sources for skip in source.failed)))
     return made

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ import pyarrow as pa
 from PIL import ExifTags, Image
 
 from retrieval_tip.data import images
-from retrieval_tip.data.source import read_item
+from retrieval_tip.data.source import Source, read_item
 from retrieval_tip.wording import show
 
 
@@ -83,11 +83,16 @@ class ExifRecorder:
     """A function that reads a photo, and notes in ``taken`` when and where it was taken, by its name.
 
     If a name is one of ``boxes``, it returns this part of a photo, which is given by its path and by the edges of the
-    box (see :func:`images.crop`).
+    box (see :func:`images.crop`). Photos are read with ``load``, which is that of their source.
     """
 
     boxes: Mapping[str, tuple[str, images.Box]] = field(default_factory=dict)
     taken: dict[str, Taken] = field(default_factory=dict)
+    load: Callable[[str], bytes] = read_item
+
+    def over(self, sources: Sequence[Source]) -> list[Source]:
+        """Return the sources with recorders around their ``load``, which share ``boxes`` and ``taken``."""
+        return [replace(source, load=replace(self, load=source.load)) for source in sources]
 
     def __call__(self, path: str) -> bytes:
         """Return the bytes of a photo or its part."""
@@ -97,7 +102,7 @@ class ExifRecorder:
 
     def note(self, path: str) -> bytes:
         """Return the bytes of the whole photo."""
-        data = read_item(self.boxes.get(path, (path, None))[0])
+        data = self.load(self.boxes.get(path, (path, None))[0])
         self.taken[show(path)] = taken(data)
         return data
 

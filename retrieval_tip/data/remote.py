@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeGuard
 
+from retrieval_tip import hooks
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.machine import install
 from retrieval_tip.wording import first_line
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
 SCHEMES = ("s3://", "gs://", "az://")
+_PREFIX = re.compile(r"([a-z][a-z0-9.+-]+):(?!//)")
 
 
 def is_remote(path: str | os.PathLike[str]) -> TypeGuard[str]:
@@ -27,9 +30,20 @@ def is_remote(path: str | os.PathLike[str]) -> TypeGuard[str]:
     return isinstance(path, str) and path.startswith(SCHEMES)
 
 
+def scheme_of(path: str | os.PathLike[str]) -> str | None:
+    """Return the scheme of ``SCHEME:REST`` if an opener of this name is installed (see :class:`source.Opener`)."""
+    prefix = _PREFIX.match(path) if isinstance(path, str) else None
+    return prefix[1] if prefix and hooks.exists("sources", prefix[1]) else None
+
+
+def is_address(path: str | os.PathLike[str]) -> TypeGuard[str]:
+    """Return whether a path is the URL of an object store, or has a scheme, and so is no path on this machine."""
+    return is_remote(path) or scheme_of(path) is not None
+
+
 def absolute(path: str) -> str:
-    """Return the absolute path of a file. Links are kept, and URLs do not change."""
-    return path if is_remote(path) else os.path.abspath(path)  # noqa: PTH100 - resolve() follows links
+    """Return the absolute path of a file. Links are kept, and addresses do not change."""
+    return path if is_address(path) else os.path.abspath(path)  # noqa: PTH100 - resolve() follows links
 
 
 @functools.cache

@@ -9,13 +9,15 @@ import re
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from functools import cache
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from retrieval_tip import hooks
 from retrieval_tip.arrays import IntArray
 from retrieval_tip.data import remote
 from retrieval_tip.errors import InputError, Skipped, check_count
@@ -33,9 +35,38 @@ MAX_BYTES = 256 << 20  # largest image file, in bytes
 ITEM_BYTES = 256  # estimated bytes per drawn item, for its position, path, label and digest
 
 
+class Opener(Protocol):
+    """Opens the sources of a scheme, which are called ``SCHEME:REST``.
+
+    Other packages add one as an entry point in ``retrieval_tip.sources`` whose name is the scheme. It runs with the
+    user's rights. The paths of its items begin with ``SCHEME:``, unless they are those of files, and contain a ``#``.
+    An index stores them, and later asks for their bytes to show its photos.
+    """
+
+    def open(self, rest: str, *, split: str | None, labelled: bool) -> Source:
+        """Open a source. Every item has a label if ``labelled`` is true. Raises InputError if it cannot be read."""
+
+    def read(self, path: str) -> bytes:
+        """Return the encoded image of an item. Raises InputError if it cannot be read."""
+
+
+@cache
+def opener(scheme: str) -> Opener:
+    """Return the opener of a scheme for which :func:`remote.scheme_of` has found one."""
+    found: Opener = hooks.find("sources", scheme)
+    return found
+
+
 def read_item(path: str | os.PathLike[str]) -> bytes:
-    """Return the bytes of an image file or object. Raises InputError without its path if it is empty or too large."""
-    if remote.is_remote(path):
+    """Return the bytes of an image file, an object, or an item of an opener.
+
+    Raises InputError without its path if it is empty or too large.
+    """
+    if (scheme := remote.scheme_of(path)) is not None:
+        with remote.reaching():
+            data = opener(scheme).read(os.fspath(path))
+        _check_size(len(data))
+    elif remote.is_remote(path):
         with remote.reaching():
             _check_size(remote.system_of(path).size(path))
             data = bytes(remote.system_of(path).cat_file(path))

@@ -22,6 +22,7 @@ from retrieval_tip.data import exchange, images, remote, tables, writing
 from retrieval_tip.data.feature_table import FeatureTable
 from retrieval_tip.data.source import Source as Source
 from retrieval_tip.data.source import of_images as of_images
+from retrieval_tip.data.source import opener
 from retrieval_tip.data.source import read_item as read_item
 from retrieval_tip.data.source import spelled_alike as spelled_alike
 from retrieval_tip.data.tables import (
@@ -39,7 +40,7 @@ from retrieval_tip.wording import counted, few, show
 
 log = logging.getLogger(__name__)
 
-Kind = Literal["image", "table", "bucket", "folder", "split file", "pattern"]
+Kind = Literal["image", "table", "bucket", "folder", "split file", "pattern", "scheme"]
 """Kinds of paths. ``image`` is any other path, even a missing one."""
 PARTS = {
     "train": ("train", "training"),
@@ -61,13 +62,15 @@ def is_web(where: str) -> bool:
 
 
 def is_there(path: str) -> bool:
-    """Return whether an image exists. Images on an object store are assumed to exist."""
-    return remote.is_remote(path) or os.path.isfile(path)
+    """Return whether an image exists. Those without a path on this machine are assumed to exist."""
+    return remote.is_address(path) or os.path.isfile(path)
 
 
 def kind_of(path: str | os.PathLike[str]) -> Kind:
     """Return the kind of a path, pattern or URL. Raises InputError for web addresses and unreachable object stores."""
     where = os.fspath(path)
+    if remote.scheme_of(where) is not None:
+        return "image" if "#" in where else "scheme"
     if remote.is_remote(where) and Path(where).suffix.lower() in images.extensions():
         return "image"
     if tables.is_table(where):
@@ -106,6 +109,7 @@ def open_source(
     - A feature table, which is a ``.parquet`` file with the columns ``id``, ``label`` and ``feature``, or a folder of
       parts written by ``encode --ray``.
     - A folder of class folders or a Parquet table on an object store (``s3://``, ``gs://``, ``az://``).
+    - ``SCHEME:REST``, if the scheme is installed (see :class:`source.Opener`).
     - Any folder of images, if ``labelled`` is false.
 
     Raises InputError if the source cannot be read.
@@ -118,6 +122,10 @@ def open_source(
             return _open_table(
                 where if remote.is_remote(where) else Path(where), root, labelled=labelled
             )
+        case "scheme":
+            scheme, _, rest = where.partition(":")
+            with remote.reaching(show(where)):
+                return opener(scheme).open(rest, split=split, labelled=labelled)
         case "bucket":
             return _open_bucket(where, labelled=labelled)
         case "folder":
@@ -159,7 +167,7 @@ def open_inputs(arguments: Iterable[str], stdin: Iterable[str] = ()) -> Iterator
             paths += [line for line in (line.rstrip("\r\n\0") for line in stdin) if line]
             continue
         kind = kind_of(argument)
-        if kind in ("table", "bucket"):
+        if kind in ("table", "bucket", "scheme"):
             if paths:
                 yield of_images(paths)
                 paths = []
@@ -365,7 +373,7 @@ def _open_table(
         return Source(name, items, names, table=FeatureTable(files), rows=np.arange(len(items)))
     folder = root or (file.parent if isinstance(file, Path) else os.fspath(file).rpartition("/")[0])
     paths = [
-        path if remote.is_remote(path) else os.path.join(folder, path)
+        path if remote.is_address(path) else os.path.join(folder, path)
         for path in items["source"].to_pylist()
     ]
     items = items.set_column(0, "source", pa.array([show(path) for path in paths], pa.string()))

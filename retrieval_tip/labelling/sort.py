@@ -147,7 +147,7 @@ def sort_photos(
 def check_files(sources: Sequence[Source], what: str, advice: str) -> None:
     """Raise UsageError if some photos are not files."""
     for source in sources:
-        if source.table is not None or any(map(remote.is_remote, source.paths or ())):
+        if source.table is not None or any(map(remote.is_address, source.paths or ())):
             raise UsageError(f"{what}: {source.name} has photos that are not files; {advice}")
 
 

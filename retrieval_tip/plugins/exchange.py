@@ -95,7 +95,7 @@ class LabelStudio(_PhotoList):
                 "result": [choice],
             }
             image = path
-            if not remote.is_remote(path):
+            if not remote.is_address(path):
                 image = LOCAL + quote(remote.absolute(path).lstrip("/"))
             made = [] if label is None else [prediction]
             tasks.append({"data": {"image": image}, "predictions": made})

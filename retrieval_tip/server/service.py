@@ -25,6 +25,7 @@ from retrieval_tip.arrays import FloatArray
 from retrieval_tip.backbones.base import Backbone, unit_of
 from retrieval_tip.data import images
 from retrieval_tip.data.reader import FeatureBlock, pixels_of
+from retrieval_tip.data.remote import scheme_of
 from retrieval_tip.data.sources import read_item
 from retrieval_tip.errors import InputError, Skipped
 from retrieval_tip.index.places import Changed
@@ -320,8 +321,10 @@ class Service:
                 202, "the result is still being computed; try again in 5 s", {"Retry-After": "5"}
             ) from None
 
-    def image_of(self, source: str) -> tuple[Path, int, int] | None:
-        """Return the path of the image file that the source of a shot names, its time and its size, if it exists."""
+    def image_of(self, source: str) -> tuple[Path | str, int, int] | None:
+        """Return the path of the image that the source of a shot names, and the time and the size of its file."""
+        if scheme_of(source) is not None:
+            return source, 0, 0
         path = self.root / source
         try:
             if path.suffix.lower() in images.extensions() and stat.S_ISREG(
@@ -345,7 +348,7 @@ class Service:
             raise Problem(404, f"the photo cannot be read: {error}") from None
 
 
-def read_image(path: Path, digest: str | None) -> bytes:
+def read_image(path: Path | str, digest: str | None) -> bytes:
     """Read an image file. Raises OSError or InputError, also if the file has another ``digest``."""
     data = read_item(path)
     if digest and hashlib.sha256(data).hexdigest() != digest:

@@ -19,7 +19,7 @@ ANIMAL = "animal"
 def root_of(inputs: Iterable[str], sources: Iterable[Source]) -> str:
     """Return the lowest folder that contains all folders among the inputs and all photos of the sources."""
     paths = (
-        path for source in sources for path in source.paths or () if not remote.is_remote(path)
+        path for source in sources for path in source.paths or () if not remote.is_address(path)
     )
     folders = {os.path.dirname(os.path.abspath(path)) for path in paths}
     folders |= {os.path.abspath(one) for one in inputs if os.path.isdir(one)}
@@ -28,4 +28,4 @@ def root_of(inputs: Iterable[str], sources: Iterable[Source]) -> str:
 
 def within(root: str, name: str) -> str:
     """Return the path of a photo relative to the root, or the address of a remote photo."""
-    return name if remote.is_remote(name) else os.path.relpath(name, root)
+    return name if remote.is_address(name) else os.path.relpath(name, root)
