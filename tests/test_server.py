@@ -31,8 +31,7 @@ from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.sources import of_images, open_source
 from retrieval_tip.evaluation.audit import audit
 from retrieval_tip.evaluation.projection import projected
-from retrieval_tip.index import changes
-from retrieval_tip.index import photos as photos_module
+from retrieval_tip.index import added_photos, changes
 from retrieval_tip.index.changes import fit_index
 from retrieval_tip.labelling.groups import group, group_similarity
 from retrieval_tip.server import routes as routes_module
@@ -478,7 +477,7 @@ def test_gc_deletes_photos_that_no_kept_version_uses(own, monkeypatch):
     ok("index", "gc", own, "--keep", 2)  # the previous version still uses it
     assert unused.exists()
     monkeypatch.setattr("retrieval_tip.store.files.LOCK_WAIT", 0.0)
-    with photos_module.adding(shots):  # as the server does before it saves a version
+    with added_photos.adding(shots):  # as the server does before it saves a version
         assert changes.gc(own, 1).photos == 0
     assert changes.gc(own, 1) == changes.Collected([], 1, sent[0].stat().st_size)
     assert not unused.exists()
@@ -1460,7 +1459,7 @@ def test_a_command_names_the_common_folder_of_the_photos_unless_it_contains_the_
     paths = ["my photos/a/1.png", "my photos/b/2.png", "ix-shots/a/3.png", "gone/4.png"]
     for path in paths[:3]:
         Path(path).parent.mkdir(parents=True)
-    command = functools.partial(photos_module.command, "sort")
+    command = functools.partial(added_photos.command, "sort")
     assert command("ix", paths[:2]) == f"retrieval-tip sort {tmp_path}/ix '{tmp_path}/my photos'"
     every = f"{tmp_path}/ix-shots/a '{tmp_path}/my photos/a' '{tmp_path}/my photos/b'"
     assert (

@@ -28,6 +28,7 @@ from retrieval_tip.errors import InputError, StoreError, UsageError, check_count
 from retrieval_tip.fit import closed_form
 from retrieval_tip.fit.closed_form import FitRequest
 from retrieval_tip.index import places
+from retrieval_tip.index.added_photos import remove_unused
 from retrieval_tip.index.build import prior_of
 from retrieval_tip.index.items import (
     ItemColumns,
@@ -37,7 +38,6 @@ from retrieval_tip.index.items import (
     read_text_table,
     warn_of_spelling,
 )
-from retrieval_tip.index.photos import remove_unused
 from retrieval_tip.index.places import TRIES, Changed, Place
 from retrieval_tip.model import Index
 from retrieval_tip.settings import ClassPrior, Dtype, MetricName, ValuesName, check_choice
