@@ -80,25 +80,24 @@ def shares_without_folds(folds: Folds) -> Shares:
         for part in keys.split([part.width for part in folds.parts], dim=1)
     ]
     means = [_class_means(part, ids) for part in parts]
-    used = [one for one in range(len(parts)) if one == 0 or agree(means[0], means[one])]
+    used = [0]
+    used += [part for part in range(1, len(parts)) if agree(means[0], means[part])]
     shares = np.zeros(len(parts))
     if len(used) == 1:
         shares[used] = 1
         return tuple(shares.tolist())
-    between = torch.stack([(parts[one] @ parts[one].T)[others] for one in used]).numpy()
+    between = torch.stack([(parts[part] @ parts[part].T)[others] for part in used]).numpy()
     contrast = 1 / np.maximum(1 - between.mean(1), 1e-6)
     covariance = np.cov(between * contrast[:, None])
     spreads = np.sqrt(np.maximum(np.diag(covariance), 1e-12))
+    correlated = covariance > REDUNDANT * spreads[:, None] * spreads
+    np.fill_diagonal(correlated, True)
     counts = np.zeros(len(used))
-    for one in range(len(used)):
-        group = np.flatnonzero(
-            (covariance[one] > REDUNDANT * spreads[one] * spreads) | (np.arange(len(used)) == one)
-        )
-        least = np.linalg.solve(
-            covariance[np.ix_(group, group)] + 1e-12 * np.eye(len(group)), np.ones(len(group))
-        )
-        least = least.clip(min=0)
-        counts[one] = least[group == one][0] ** 2 / (least**2).sum()
+    for part, row in enumerate(correlated):
+        group = np.flatnonzero(row)
+        regularised = covariance[np.ix_(group, group)] + 1e-12 * np.eye(len(group))
+        least = np.linalg.solve(regularised, np.ones(len(group))).clip(min=0)
+        counts[part] = least[group == part][0] ** 2 / (least**2).sum()
     contrasted = counts * contrast
     rounded = (STEP * contrasted / contrasted.sum()).round()
     shares[used] = rounded / rounded.sum()
@@ -115,19 +114,22 @@ def agree(first: DoubleArray, second: DoubleArray) -> bool:
     c = len(first)
     if c < LEAST_CLASSES:
         return False
-    one, other = (_between(means) for means in (first, second))
+    affinities = _between(first)
+    others = _between(second)
+    agreement = (affinities * others).sum()
     draw = np.random.default_rng(0)
-    orders = [draw.permutation(c) for _ in range(PERMUTED)]
-    chance = np.array([(one * other[np.ix_(order, order)]).sum() for order in orders])
-    return bool(((one * other).sum() > chance).sum() >= CONVINCED)
+    less = 0
+    for _ in range(PERMUTED):
+        order = draw.permutation(c)
+        less += agreement > (affinities * others[np.ix_(order, order)]).sum()
+    return bool(less >= CONVINCED)
 
 
 def _class_means(features: Tensor, ids: Tensor) -> DoubleArray:
     """Return the mean feature of each of at most :data:`ASKED` classes, scaled to norm 1, in the order of the rows."""
     classes = list(dict.fromkeys(ids.tolist()))[:ASKED]
-    return torch.nn.functional.normalize(
-        torch.stack([features[ids == one].mean(0) for one in classes])
-    ).numpy()
+    means = torch.stack([features[ids == class_id].mean(0) for class_id in classes])
+    return torch.nn.functional.normalize(means).numpy()
 
 
 def _between(means: DoubleArray) -> DoubleArray:
