@@ -15,8 +15,8 @@ from retrieval_tip.data.groups import not_in_index
 from retrieval_tip.data.remote import absolute
 from retrieval_tip.data.sources import spelled_alike
 from retrieval_tip.errors import InputError
+from retrieval_tip.index import added_photos, manage
 from retrieval_tip.index import changes as index_changes
-from retrieval_tip.index import manage, photos
 from retrieval_tip.index.places import Changed, Place
 from retrieval_tip.labelling.placing import Action
 from retrieval_tip.labelling.pool import MOST_PHOTOS
@@ -126,9 +126,9 @@ async def rollback(
 async def _told(service: Service, one: Served, changed: Changed) -> schemas.ChangedIndex:
     """Describe a change of shots, and name the command that sorts them into folders."""
     index = changed.index
-    sources = index.labels["source"].to_pylist() if index.n <= photos.LISTED else []
+    sources = index.labels["source"].to_pylist() if index.n <= added_photos.LISTED else []
     paths = [os.path.join(service.root, source) for source in sources]  # noqa: PTH118 - much faster
-    sort = await service.find(photos.command, "sort", one.folder, paths, "--into", "fixed")
+    sort = await service.find(added_photos.command, "sort", one.folder, paths, "--into", "fixed")
     return _answer(one, key_ids=changed.key_ids, sort=sort)
 
 
