@@ -303,7 +303,7 @@ async def label_sort(
     elif version is None:
         raise Problem(404, "there are no labels yet; label some photos first")
     else:
-        some = known.own(labelling.labels()) if change.labelled else every
+        some = known.own(labelling.session.labels()) if change.labelled else every
         reader = known.remembered(some) if change.dry_run else reader
         action: Action = "copy" if change.action == "xmp" else change.action
         most = change.at_most_wrong
