@@ -145,14 +145,9 @@ class SessionPhotos:
         return np.stack([self.features[photo] for photo in photos])
 
     def remembered(self, photos: Sequence[int]) -> Reader:
-        """Return a reader of the encoded ones of some photos, which reads no file. Raises InputError without any."""
-        known = {place: photo for place, photo in enumerate(photos) if photo in self.features}
-        if not known:
-            raise InputError("photos: have not been read yet; try again later")
-        digests = [self.digests.get(photo) for photo in known.values()]
-        return Remembered(
-            known=(FeatureBlock(np.array([*known]), self.rows([*known.values()]), digests),)
-        )
+        """Return a reader of encoded photos, which reads no file."""
+        digests = [self.digests.get(photo) for photo in photos]
+        return Remembered(known=(FeatureBlock.of(self.rows(photos), digests),))
 
     def hashed(self, photos: Iterable[int]) -> dict[int, str]:
         """Return the digests of the photos whose files can be read. The object does not change."""
@@ -254,7 +249,7 @@ def build_from_labels(
     source = of_images([photo.source for photo in photos], "photos", names, list(own))
     picked = pa.array([photo.picked for photo in photos], pa.string())
     features = np.stack([photo.feature for photo in photos if photo.feature is not None])
-    block = replace(FeatureBlock.of(features), digests=[photo.digest for photo in photos])
+    block = FeatureBlock.of(features, [photo.digest for photo in photos])
     source = replace(source, items=source.items.append_column(PICKED, picked))
     return build_index(source, place, Remembered(**vars(reader), known=(block,)))
 

@@ -60,15 +60,9 @@ class Dropped:
 
 @dataclass(frozen=True)
 class Suggested:
-    """Event: photos were suggested, each with a reason."""
+    """Event: photos were suggested, each with a reason, and the ``facts`` about the photos to show were computed."""
 
     picks: Iterable[tuple[int, str]]
-
-
-@dataclass(frozen=True)
-class Guessed:
-    """Event: the facts about the photos that are shown were computed."""
-
     facts: Facts
 
 
@@ -80,7 +74,7 @@ class Written:
     refusal: str | None = None
 
 
-Event = Change | Noticed | Dropped | Suggested | Guessed | Written
+Event = Change | Noticed | Dropped | Suggested | Written
 
 
 @dataclass(frozen=True)
@@ -150,11 +144,10 @@ class Session:
                 session = replace(session, index=index, known=known, unsaved=unsaved)
             case Dropped(photo):
                 session.queue.add(photo)
-            case Suggested(picks):
+            case Suggested(picks, facts):
                 labels = self.labels().values()
                 chosen = sum(label.picked in ("random", "suggested") for label in labels)
                 session.queue.suggest(picks, self.taken(), chosen)
-            case Guessed(facts):
                 session = replace(session, facts=facts)
             case Written(labels, refusal):
                 # a label that has changed since is still to be saved

@@ -45,7 +45,6 @@ from retrieval_tip.labelling.session import (
     Dropped,
     Event,
     Facts,
-    Guessed,
     Noticed,
     Session,
     Suggested,
@@ -126,8 +125,7 @@ class Labelling:
         self._problem: str | None = None
         self._trouble: str | None = None
         self._closing = False
-        self._wake = asyncio.Event()
-        self._due = asyncio.Event()
+        self._changed = asyncio.Event()  # the next change of the state
 
     @asynccontextmanager
     async def running(self, service: Service) -> AsyncIterator[None]:
@@ -153,7 +151,7 @@ class Labelling:
         unsaved = self.session.unsaved
         if unsaved:
             refusals = [label.refusal for label in unsaved.values()]
-            reasons = (*refusals, self._trouble, self._problem, "the session has ended")
+            reasons = [*refusals, self._trouble, self._problem, "the session has ended"]
             some = next(filter(None, reasons))
             raise StoreError(
                 f"{show(self._journal.path)}: has {counted(len(unsaved), 'label')} that could not be saved "
@@ -280,9 +278,8 @@ class Labelling:
         self.session = session
         if effects.saved:
             self._journal.saved(effects.saved, all_saved=not session.unsaved)
-        # there may be something to save or to choose
-        self._due.set()
-        self._wake.set()
+        self._changed.set()  # there may be something to save or to choose
+        self._changed = asyncio.Event()
 
     def version(self) -> OpenVersion | None:
         """Return the open version of the index, if it exists, and note which photos it contains."""
@@ -301,12 +298,12 @@ class Labelling:
         """Save labels in batches. If the index cannot be written, try again until the session ends."""
         while self.session.waiting() or not self._closing:
             if not self.session.waiting():
-                await self._changed()
+                await self._changed.wait()
                 continue
             with suppress(TimeoutError):
                 async with asyncio.timeout(WAIT):
                     while len(self.session.waiting()) < BATCH and not self._closing:
-                        await self._changed()
+                        await self._changed.wait()
             closing = self._closing
             try:
                 await self._write(self.session.waiting())
@@ -317,10 +314,6 @@ class Labelling:
                     return
                 await asyncio.sleep(0 if self._closing else RETRY)
 
-    async def _changed(self) -> None:
-        await self._due.wait()
-        self._due.clear()
-
     async def _write(self, labels: Mapping[int, Label]) -> None:
         """Save labels as one new version. If the index refuses a label, save the others and keep this one."""
         try:
@@ -330,7 +323,8 @@ class Labelling:
         except RetrievalTipError as error:
             photos = list(labels)
             if len(photos) > 1:
-                for half in (photos[: len(photos) // 2], photos[len(photos) // 2 :]):
+                middle = len(photos) // 2
+                for half in (photos[:middle], photos[middle:]):
                     await self._write({photo: labels[photo] for photo in half})
             else:
                 self._apply(Written(labels, str(error)))
@@ -400,7 +394,6 @@ class Labelling:
     async def _think(self) -> None:
         """Choose the next photos, and estimate the accuracy, whenever there is a new version or enough new photos."""
         while True:
-            self._wake.clear()
             self.version()
             if self._choice_due():
                 async with self._deciding:
@@ -410,7 +403,7 @@ class Labelling:
             else:
                 with suppress(TimeoutError):
                     async with asyncio.timeout(POLL):
-                        await self._wake.wait()
+                        await self._changed.wait()
 
     def _choice_due(self) -> bool:
         """Return whether there is a new version, twice as many photos as at the last choice, or all photos."""
@@ -428,10 +421,11 @@ class Labelling:
             run = partial(self.service.run, self._thinking)
             rows = sorted(unlabelled)
             features = await run(self.photos.rows, rows)
-            self._apply(Suggested(await run(_suggested, rows, features, index)))
-            queue = [queued.photo for queued in self.session.shown()]
-            shown = [photo for photo in queue if photo in unlabelled]
-            self._apply(Guessed(await run(_facts_of, shown, rows, features, index)))
+            picks = await run(_suggested, rows, features, index)
+            ahead, _ = self.session.apply(Suggested(picks, {}))
+            shown = [queued.photo for queued in ahead.shown() if queued.photo in unlabelled]
+            facts = await run(_facts_of, shown, rows, features, index)
+            self._apply(Suggested(picks, facts))
         self._chosen = index, encoded
 
     async def _measure(self) -> None:
