@@ -79,9 +79,9 @@ class FeatureBlock:
         )
 
     @classmethod
-    def of(cls, features: FloatArray) -> FeatureBlock:
-        """Return features of unknown origin as a block. Their positions are the row numbers."""
-        return cls(np.arange(len(features)), features, [None] * len(features))
+    def of(cls, features: FloatArray, digests: list[str | None] | None = None) -> FeatureBlock:
+        """Return features, perhaps of unknown origin, as a block. Their positions are the row numbers."""
+        return cls(np.arange(len(features)), features, digests or [None] * len(features))
 
     def take(self, places: IntArray | slice) -> FeatureBlock:
         """Return some of the items."""

@@ -303,8 +303,12 @@ async def label_sort(
     elif version is None:
         raise Problem(404, "there are no labels yet; label some photos first")
     else:
-        some = known.own(labelling.labels()) if change.labelled else every
-        reader = known.remembered(some) if change.dry_run else reader
+        some = known.own(labelling.session.labels()) if change.labelled else every
+        if change.dry_run:
+            some = [photo for photo in some if photo in known.encoded]
+            if not some:
+                raise InputError("photos: have not been read yet; try again later")
+            reader = known.remembered(some)
         action: Action = "copy" if change.action == "xmp" else change.action
         most = change.at_most_wrong
         smooth = not change.labelled and version.index.n <= service.limits.estimated

@@ -100,7 +100,7 @@ def _saved(
             digests: list[str | None] = [
                 hashlib.sha256(sent.images[row]).hexdigest() for row in rows
             ]
-            block = replace(FeatureBlock.of(features[rows]), digests=digests)
+            block = FeatureBlock.of(features[rows], digests)
             source = of_images(
                 [str(path) for _, path in kept], name, [label for label, _ in kept], labels
             )
