@@ -355,7 +355,7 @@ async def label_answers(service: TheService, labelling: TheLabelling) -> Respons
     Without labels, there are no answers. ``groups`` lists the numbers of similar photos without a match.
     """
     version = labelling.version()
-    labels = labelling.labels()
+    labels = labelling.session.labels()
     photos = labelling.photos
     shown = photos.own(photos.encoded | labels.keys())
     rows = [photo for photo in shown if photo not in labels]
