@@ -256,7 +256,7 @@ async def accuracy(service: TheService, version: Now) -> schemas.Accuracy:
     if version.index.n > service.limits.estimated:
         return schemas.Accuracy(version=version.manifest.version)
     found = await service.once(version, "accuracy", lambda: estimate(version.index.in_memory()))
-    return schemas.Accuracy(version=version.manifest.version, **vars(found))
+    return schemas.Accuracy(version=version.manifest.version, words=found.text, **vars(found))
 
 
 @reads.get("/indexes/{name}/history", response_model=list[schemas.PastVersion])
