@@ -64,7 +64,7 @@ class Answered:
 
 
 @dataclass(frozen=True)
-class Written:
+class Outcome:
     """What a writer tells the user: a sentence, unless the output says it all, and what could not be written."""
 
     said: str = ""
@@ -74,7 +74,7 @@ class Written:
 class FormatWriter(Protocol):
     """A format. It is a frozen dataclass whose fields are options of ``classify`` (see :func:`hooks.option`).
 
-    A writer may also have a method ``undo(photos: Sequence[Source]) -> Written``. The command then offers ``--undo``,
+    A writer may also have a method ``undo(photos: Sequence[Source]) -> Outcome``. The command then offers ``--undo``,
     which calls it with the photos and neither opens the index nor classifies.
     """
 
@@ -83,7 +83,7 @@ class FormatWriter(Protocol):
     def check(self, out: Path | None) -> None:
         """Raise UsageError or InputError if options do not fit. This is called before the index is opened."""
 
-    def write(self, answers: Answered, out: Path | None) -> Written:
+    def write(self, answers: Answered, out: Path | None) -> Outcome:
         """Read the rows, and write them to ``out`` or to standard output."""
 
 

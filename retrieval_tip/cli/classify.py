@@ -23,7 +23,7 @@ from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.hooks import argument, flag, option
 from retrieval_tip.settings import Ask
 from retrieval_tip.wording import counted, show
-from retrieval_tip.writers import Answered, FormatWriter, Written
+from retrieval_tip.writers import Answered, FormatWriter, Outcome
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -376,7 +376,7 @@ def classify(
     from retrieval_tip.data.boxes import PhotoBoxes, cut_boxes
 
     if undo:
-        undone: Written = writer.undo(inputs_of(inputs))  # type: ignore[union-attr]  # see Classify
+        undone: Outcome = writer.undo(inputs_of(inputs))  # type: ignore[union-attr]  # see Classify
         click.echo(undone.said.capitalize())
         finish(undone.skipped, "restored")
         return
@@ -394,7 +394,7 @@ def classify(
     counts = Counter[str]()
     with reader_for(loaded, photos, encoding) as reader:
         tables = count_rows(rows.tables(loaded, boxes.sources, reader, boxes), counts)
-        written = Written()
+        written = Outcome()
         if writer is None:
             _write_tables(tables, rows, loaded, boxes, printing)
         else:

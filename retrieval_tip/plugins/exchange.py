@@ -9,7 +9,7 @@ from typing import ClassVar
 from urllib.parse import quote
 
 from retrieval_tip.data import remote
-from retrieval_tip.writers import Answered, Wants, Written, write_json
+from retrieval_tip.writers import Answered, Outcome, Wants, write_json
 
 _answer = itemgetter("input", "label", "probability")
 
@@ -23,10 +23,10 @@ class _PhotoList:
     def check(self, out: Path | None) -> None:
         """Accept any file."""
 
-    def write(self, answers: Answered, out: Path | None) -> Written:
+    def write(self, answers: Answered, out: Path | None) -> Outcome:
         """Write the document."""
         write_json(lambda: self.document(answers), out)
-        return Written()
+        return Outcome()
 
     def document(self, answers: Answered) -> object:
         """Return the value to write as JSON."""

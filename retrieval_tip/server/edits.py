@@ -43,7 +43,7 @@ from retrieval_tip.server.served import Maker, Served
 from retrieval_tip.server.service import Service, backbone_of
 from retrieval_tip.server.uploads import read, read_form
 from retrieval_tip.wording import command_line, show
-from retrieval_tip.writers import Answered, Row, Written
+from retrieval_tip.writers import Answered, Outcome, Row
 
 changes = APIRouter(prefix="/v1", dependencies=CHANGES)
 
@@ -311,7 +311,7 @@ async def label_sort(
     if xmp:
         check_files([source], "xmp", "they have no sidecars")
     done = Sorted("")
-    written = Written()
+    written = Outcome()
     if change.undo and xmp:
         written = await run(sidecars.undo, [source])
     elif change.undo:

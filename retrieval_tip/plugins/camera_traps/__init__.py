@@ -12,7 +12,7 @@ import click
 from retrieval_tip.errors import Skipped, UsageError
 from retrieval_tip.hooks import option
 from retrieval_tip.plugins.camera_traps.paths import ANIMAL
-from retrieval_tip.writers import Answered, Wants, Written, write_folder, write_json
+from retrieval_tip.writers import Answered, Outcome, Wants, write_folder, write_json
 
 if TYPE_CHECKING:
     from zoneinfo import ZoneInfo
@@ -27,13 +27,13 @@ class MegaDetector:
     def check(self, out: Path | None) -> None:
         """Accept any file."""
 
-    def write(self, answers: Answered, out: Path | None) -> Written:
+    def write(self, answers: Answered, out: Path | None) -> Outcome:
         """Write the file of boxes with the answers, or a file in which each photo is one detection."""
         from retrieval_tip.plugins.camera_traps.megadetector import clear, megadetector
 
         clear(answers.boxes)
         write_json(lambda: megadetector(answers), out)
-        return Written()
+        return Outcome()
 
 
 def zone(_: click.Context, __: click.Parameter, name: str | None) -> ZoneInfo | None:
@@ -76,7 +76,7 @@ class CamtrapDP:
 
         return {} if self.deployments is None else read_deployments(self.deployments, self.timezone)
 
-    def write(self, answers: Answered, out: Path | None) -> Written:
+    def write(self, answers: Answered, out: Path | None) -> Outcome:
         """Write the folder."""
         from retrieval_tip.plugins.camera_traps.camtrap_dp import camtrap_dp
 
@@ -91,4 +91,4 @@ class CamtrapDP:
             return texts
 
         write_folder(files, out)
-        return Written(skipped=skipped)
+        return Outcome(skipped=skipped)

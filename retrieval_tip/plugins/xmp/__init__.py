@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from retrieval_tip.errors import UsageError
 from retrieval_tip.hooks import option
 from retrieval_tip.wording import show
-from retrieval_tip.writers import Answered, Wants, Written
+from retrieval_tip.writers import Answered, Outcome, Wants
 
 if TYPE_CHECKING:
     from retrieval_tip.data.source import Source
@@ -34,7 +34,7 @@ class XMP:
         if out is not None:
             raise UsageError("--format xmp: writes a sidecar beside each photo; leave out --out")
 
-    def write(self, answers: Answered, out: Path | None) -> Written:
+    def write(self, answers: Answered, out: Path | None) -> Outcome:
         """Write the keywords. Sidecars that cannot be changed are skipped. Raises UsageError for other than files."""
         from retrieval_tip.labelling.sort import check_files
         from retrieval_tip.plugins.xmp.sidecars import write_labels
@@ -55,7 +55,7 @@ class XMP:
         label: str | None = row["label"]
         return self.uncertain if label in (None, NONE) or row["no_match"] else label
 
-    def undo(self, photos: Sequence[Source]) -> Written:
+    def undo(self, photos: Sequence[Source]) -> Outcome:
         """Restore the sidecars as they were before the first keyword was written."""
         from retrieval_tip.plugins.xmp.sidecars import undo_sidecars
 

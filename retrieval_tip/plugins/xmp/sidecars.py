@@ -23,10 +23,10 @@ from retrieval_tip.levels import Levels
 from retrieval_tip.plugins.xmp import documents
 from retrieval_tip.plugins.xmp.documents import Keywords
 from retrieval_tip.wording import counted
-from retrieval_tip.writers import Written
+from retrieval_tip.writers import Outcome
 
 
-def write_sidecars(photos: Mapping[str, Keywords]) -> Written:
+def write_sidecars(photos: Mapping[str, Keywords]) -> Outcome:
     """Merge keywords into the sidecars of photos (see :func:`documents.merged`), and return how many changed.
 
     The sidecar of ``a.jpg`` is ``a.jpg.xmp``, or an existing ``a.xmp`` if no other file is called ``a``. Sidecars that
@@ -59,10 +59,10 @@ def write_sidecars(photos: Mapping[str, Keywords]) -> Written:
                     _record(_record_of(sidecar, records), old, new)
                     _replace(sidecar, old, new)
                     changed += 1
-    return Written(f"changed the keywords of {counted(changed, 'photo')}", skipped)
+    return Outcome(f"changed the keywords of {counted(changed, 'photo')}", skipped)
 
 
-def write_labels(labels: Iterable[tuple[str, str | None]], groups: Levels | None) -> Written:
+def write_labels(labels: Iterable[tuple[str, str | None]], groups: Levels | None) -> Outcome:
     """Write the labels of photos as keywords (see :func:`write_sidecars`). A photo can have several labels, or none.
 
     If an index has groups, each keyword gets its path through them, such as ``animal|bird``. darktable ignores keywords
@@ -81,7 +81,7 @@ def write_labels(labels: Iterable[tuple[str, str | None]], groups: Levels | None
     )
 
 
-def undo_sidecars(photos: Iterable[str]) -> Written:
+def undo_sidecars(photos: Iterable[str]) -> Outcome:
     """Restore the sidecars of photos to their state before :func:`write_sidecars` first changed them.
 
     Sidecars that have changed since are ``skipped``.
@@ -102,7 +102,7 @@ def undo_sidecars(photos: Iterable[str]) -> Written:
                     elif now != before:
                         raise InputError("has changed since, and is kept")
                     record.unlink()
-    return Written(f"restored the keywords of {counted(restored, 'photo')}", skipped)
+    return Outcome(f"restored the keywords of {counted(restored, 'photo')}", skipped)
 
 
 @contextmanager
