@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import shutil
 import signal
@@ -10,13 +9,11 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import httpx
 import killing
 import numpy as np
 import pytest
-from conftest import LIT_MINI
 from PIL import Image
-from serving import InProcess, caltech_photos, labelling_app, server
+from serving import InProcess, caltech_photos, labelling_app
 
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import open_inputs
@@ -303,48 +300,3 @@ def test_an_upload_that_is_killed_leaves_the_whole_photo_or_none(tmp_path, warm_
         assert [path for path in folder.rglob("*") if path.is_file()] == found
     assert found  # the last step comes after the photo has its name
     process.close()
-
-
-def test_photos_dropped_on_a_killed_server_are_there_with_their_labels(
-    photos, shared, tmp_path, warm_path
-):
-    outside = sorted((tmp_path / "outside").iterdir())
-    given = (tmp_path / "photos", "--out", tmp_path / "ix", "--model", LIT_MINI)
-    again = {"path": warm_path, "command": "label", "port": None}
-    with server(*given, **again) as (url, process):
-        address, _, token = url.partition("/#token=")
-        with httpx.Client(
-            base_url=address, headers={"Authorization": f"Bearer {token}"}, timeout=60
-        ) as http:
-            sent = [("images", (path.name, path.read_bytes())) for path in outside]
-            dropped = http.post("/v1/label/photos", files=sent).raise_for_status().json()["photos"]
-            labels = [
-                {"photo": photo, "label": photos[path.name]}
-                for photo, path in zip(dropped, outside, strict=True)
-            ]
-            http.post("/v1/label", json={"labels": labels}).raise_for_status()
-            process.kill()  # before the labels are in the index
-            process.wait()
-    with (
-        server(*given, **again) as (url, _),
-        httpx.Client(
-            base_url=url.partition("/#")[0], headers={"Authorization": f"Bearer {token}"}
-        ) as http,
-    ):
-        for _ in range(1200):
-            state = http.get("/v1/label").raise_for_status().json()
-            if state["encoded"] == 18 and not state["busy"]:
-                break
-            time.sleep(0.05)
-        assert (state["photos"], state["labelled"], state["unsaved"]) == (18, 6, 0)
-        answers = http.get("/v1/label/answers").json()["photos"]
-        own = {one["photo"]: (Path(one["name"]).name, one["label"]) for one in answers}
-        wanted = {
-            photo: (path.name, photos[path.name])
-            for photo, path in zip(dropped, outside, strict=True)
-        }
-        assert own.items() >= wanted.items()
-    rows = places.at(tmp_path / "ix").load().labels.to_pylist()
-    assert {row["digest"]: row["label"] for row in rows} == {
-        hashlib.sha256(path.read_bytes()).hexdigest(): photos[path.name] for path in outside
-    }
