@@ -19,10 +19,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from serving import InProcess, caltech_photos, labelling_app, server
 
-from retrieval_tip import Index
 from retrieval_tip.data.encoding_cache import EncodingCache
 from retrieval_tip.data.reader import Reader
-from retrieval_tip.data.sources import of_images, open_inputs
+from retrieval_tip.data.sources import open_inputs
 from retrieval_tip.errors import StoreError
 from retrieval_tip.index import changes, places
 from retrieval_tip.labelling.labels import SessionPhotos
@@ -132,7 +131,7 @@ class Client(InProcess):
 
     def settled(self):
         """Wait until the session is idle and every photo is encoded; return its state."""
-        return self.until(lambda state: not state["busy"] and state["encoded"] == len(self.pool))
+        return self.until(lambda state: not state["busy"])
 
     def until(self, done):
         for _ in range(1200):
@@ -202,7 +201,7 @@ def test_labels_build_an_index_that_guesses_and_sessions_can_be_resumed(pool, pl
 def test_a_step_is_one_version_done_once_and_undo_restores_labels_and_skipped_photos(
     pool, place, lit_mini
 ):
-    """``test_label_sessions.py`` repeats this at random, with other writers."""
+    """``test_label_sessions.py`` undoes steps at random, with other writers."""
     with Client(pool, place, lit_mini) as client:
         one, other, third, *_ = client.settled()["queue"]
         client.set({one["photo"]: "a"}, step="1")
@@ -213,12 +212,6 @@ def test_a_step_is_one_version_done_once_and_undo_restores_labels_and_skipped_ph
             for n, label in (("1", "a"), ("2", "b"))
         ]
         assert client.settled()["queue"][0]["photo"] == other["photo"]
-        red = str(place.parent / "red.png")
-        Image.new("RGB", (64, 64), "red").save(red)
-        changes.add(
-            place, of_images([red], "photos", ["red"], ["red"]), Reader(lit_mini)
-        )  # by another process
-        client.until(lambda state: state["version"] == opened(place).version)
         version = client.settled()["version"]
         client.set({other["photo"]: "x", third["photo"]: "tpyo"}, step="typo")
         assert client.settled()["version"] == version + 1
@@ -232,10 +225,10 @@ def test_a_step_is_one_version_done_once_and_undo_restores_labels_and_skipped_ph
             state = client.set({}, undo="3")
             assert (state["queue"][0]["photo"], state["steps"]) == (other["photo"], steps)
         client.settled()
-        assert labels_of(place) == {one["name"]: "b", red: "red"}
+        assert labels_of(place) == {one["name"]: "b"}
         client.set({}, undo="2")
         client.settled()
-        assert labels_of(place) == {one["name"]: "a", red: "red"}
+        assert labels_of(place) == {one["name"]: "a"}
         assert client.set({}, undo="1")["queue"][0] | {"guesses": []} == one | {"guesses": []}
 
 
@@ -317,68 +310,6 @@ def test_photos_are_recognised_by_their_bytes_from_any_folder(
     assert labels_of(place) == wanted | {str(tmp_path / "day0/new/IMG_0.jpg"): "changed"}
 
 
-def test_labels_are_saved_later_if_saving_fails(pool, place, lit_mini, monkeypatch):
-    real = module.build_from_labels
-    full = True
-
-    def save(*arguments):
-        if full:
-            raise StoreError("idx: no space left on device")
-        return real(*arguments)
-
-    monkeypatch.setattr(module, "build_from_labels", save)
-    monkeypatch.setattr(module, "RETRY", 0.05)
-    with Client(pool, place, lit_mini) as client:
-        client.label(2)
-        state = client.until(lambda state: state["problem"])
-        assert state["problem"] == "idx: no space left on device"
-        assert (state["labelled"], state["unsaved"], state["version"]) == (2, 2, None)
-        full = False
-        assert client.settled()["problem"] is None
-    assert opened(place).n == 2
-
-
-def test_saved_labels_are_shown_even_if_the_index_cannot_be_read(
-    pool, place, lit_mini, monkeypatch
-):
-    def refuse(_):
-        raise StoreError("idx: input/output error")
-
-    with Client(pool, place, lit_mini) as client:
-        client.label(2)
-        client.settled()
-        monkeypatch.setattr(Index, "reload", refuse)
-        done = client.label(2)
-        state = client.until(lambda state: state["unsaved"] == 0)
-        assert (state["labelled"], state["version"]) == (4, opened(place).version)
-        assert not {one["photo"] for one in state["queue"]} & {one["photo"] for one in done}
-
-
-def test_the_first_labels_are_saved_even_if_their_photos_are_gone(pool, place, lit_mini, tmp_path):
-    """The session has read them, so the first version has all of them."""
-    folder = shutil.copytree(Path(next(iter(pool))).parent, tmp_path / "pool")
-    images = [folder / f"{name}.jpg" for name in ("0", "1", "2")]
-    for path in {*folder.iterdir()} - {*images}:
-        path.unlink()
-    with Client({str(path): "x" for path in images}, place, lit_mini) as client:
-        client.settled()
-        for path in images[:2]:
-            path.unlink()
-        client.set(
-            {client.number(path.stem): label for path, label in zip(images, "xyx", strict=True)},
-            step="all",
-        )
-        state = client.settled()
-        assert (state["version"], state["labelled"], state["unsaved"], state["refused"]) == (
-            1,
-            3,
-            0,
-            [],
-        )
-    assert labels_of(place) == dict(zip(map(str, images), "xyx", strict=True))
-    assert opened(place).provenance["precision"] == {"keys": "float32"}
-
-
 def test_near_copies_name_each_other_and_photos_that_are_gone_can_be_relabelled(
     pool, place, lit_mini, tmp_path
 ):
@@ -396,8 +327,10 @@ def test_near_copies_name_each_other_and_photos_that_are_gone_can_be_relabelled(
         for name in ("0", "1"):
             images[name].unlink()
         client.set(dict.fromkeys(numbers.values(), "x"), step="all")
-        client.settled()
+        state = client.settled()
+        assert (state["version"], state["labelled"], state["refused"]) == (1, 4, [])
         assert labels_of(place) == {str(path): "x" for path in images.values()}
+        assert opened(place).provenance["precision"] == {"keys": "float32"}
         client.set({numbers["0"]: "y"})
         client.set({numbers["1"]: None, numbers["2"]: None})
         client.settled()

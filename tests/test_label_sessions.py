@@ -6,6 +6,7 @@ and the disk is full at times. Run as a script, this file is the process that is
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -27,7 +28,6 @@ from serving import labelling_app
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import of_images, open_inputs
 from retrieval_tip.index import changes, places
-from retrieval_tip.labelling.pool import MOST_PHOTOS
 from retrieval_tip.server import session as module
 from retrieval_tip.server.guard import Limits
 
@@ -57,165 +57,152 @@ class Wordless(Fake):
 
 
 class Session:
-    """A labelling session, driven at random. ``wanted`` are the acknowledged labels, ``maybe`` those of a request.
+    """A labelling session, driven at random. ``wanted`` are the acknowledged labels by the digest of the photo.
 
-    A killed session may or may not have done what it was last asked for. ``digests`` are those of the photos by number,
-    and ``dropped`` those of the acknowledged dropped photos.
+    A killed session may or may not have done its last request, so ``maybe`` are the labels if it has. ``dropped`` are
+    the digests of the acknowledged dropped photos.
     """
 
     def __init__(self, job):
-        self.job, self.draw = job, random.Random(f"{job['seed']} {job['round']}")
-        self.place, self.folder = job["place"], Path(job["folder"])
-        self.state = self.folder / "state.json"
-        known = json.loads(self.state.read_text()) if self.state.exists() else {}
-        self.wanted = known.get("wanted", {})
-        self.maybe = known.get("maybe", self.wanted)
-        self.dropped = known.get("dropped", {})
-        self.undo = []
+        self.job = job
+        self.draw = random.Random(f"{job['seed']} {job['round']}")
+        self.place = job["place"]
+        self.folder = Path(job["folder"])
+        self.backbone = (Words if job["seed"] % 2 else Wordless)()
         self.full = self.folder / "disk" / "full"
+        self.state = self.folder / "state.json"
+        self.wanted, self.maybe, self.dropped = {}, {}, []
+        if self.state.exists():
+            self.wanted, self.maybe, self.dropped = json.loads(self.state.read_text())
+        self.undo = []
 
     def run(self):
         self.full.unlink(missing_ok=True)
-        self.backbone = (Words if self.job["seed"] % 2 else Wordless)()
-        photos = self.folder / ("moved" if self.job["round"] % 2 else "photos")
+        before, photos = ("photos", "moved") if self.job["round"] % 2 else ("moved", "photos")
+        photos = self.folder / photos
         if not photos.exists():
-            (self.folder / ("photos" if self.job["round"] % 2 else "moved")).rename(photos)
-        sources = list(open_inputs([str(photos)]))
-        app = labelling_app(self.place, sources, Reader(self.backbone), limits=Limits(poll=0.05))
-        own = app.state.labelling.photos
-        self.digests = {photo: digest_of(own.path(photo)) for photo in own.own(own.paths)}
-        assert len(self.digests) >= PHOTOS + 1 + len(self.dropped)
-        assert all(self.digests[int(photo)] == digest for photo, digest in self.dropped.items())
-        with TestClient(app) as self.http:
-            self.until(lambda state: state["encoded"] == len(self.digests) and saved(state))
+            (self.folder / before).rename(photos)
+        app = labelling_app(
+            self.place,
+            list(open_inputs([str(photos)])),
+            Reader(self.backbone),
+            limits=Limits(poll=0.05),
+        )
+        known = app.state.labelling.photos
+        self.digests = {photo: digest_of(known.path(photo)) for photo in known.own(known.paths)}
+        assert {*self.dropped} <= {*self.digests.values()}
+        with TestClient(app, headers=AUTHORISED) as self.http:
+            self.until(saved)
             found = self.found()
             assert found in (self.wanted, self.maybe), (found, self.wanted, self.maybe)
             self.keep(found, found)
+            steps = (
+                self.label,
+                self.label,
+                self.label,
+                self.back,
+                self.skip,
+                self.others,
+                self.fill,
+                self.drop,
+            )
             for number in range(STEPS):
-                steps = (
-                    self.label,
-                    self.label,
-                    self.review,
-                    self.back,
-                    self.skip,
-                    self.others,
-                    self.fill,
-                    self.drop,
-                )
                 self.draw.choice(steps)(f"{self.job['round']} {number}")
                 time.sleep(self.draw.choice((0, 0, 0.05)))
             if self.draw.random() < 0.5:
                 self.full.unlink(missing_ok=True)
         if not self.full.exists():
-            rows = self.rows()  # the only label stays until there is another one
-            assert self.found() == self.wanted or len(rows) == 1 > len(self.wanted), (
-                rows,
-                self.wanted,
-            )
+            only = len(self.rows()) == 1 > len(self.wanted)  # it stays until there is another label
+            assert only or self.found() == self.wanted, (self.found(), self.wanted)
 
-    def review(self, step):
-        """Label many photos at once. The page then shows the acknowledged labels."""
-        self.label(step, most=len(self.digests), reviewed=True)
-        shown = self.http.get("/v1/label/answers").json()["photos"]
-        labels = {self.digests[one["photo"]]: one["label"] for one in shown}
-        assert labels == {digest: self.wanted.get(digest) for digest in labels}
-
-    def label(self, step, most=3, **more):
+    def label(self, step):
+        """Label some photos, or review many. The page then shows the acknowledged labels."""
+        reviewed = self.draw.random() < 0.3
+        most = len(self.digests) if reviewed else 3
         chosen = self.draw.sample([*self.digests], self.draw.randint(1, most))
-        labels = {photo: self.draw.choice((*LABELS, f"new {step}")) for photo in chosen}
-        new = self.wanted | {self.digests[photo]: label for photo, label in labels.items()}
-        before = {
-            digest: self.wanted.get(digest)
-            for digest in new
-            if new[digest] != self.wanted.get(digest)
-        }
-        body = [{"photo": photo, "label": label} for photo, label in labels.items()]
-        if self.ask({"labels": body, "step": step, **more}, new):
-            self.undo.append((step, before))
+        labels = [{"photo": n, "label": self.draw.choice((*LABELS, f"new {step}"))} for n in chosen]
+        new = {self.digests[one["photo"]]: one["label"] for one in labels}
+        before = {digest: self.wanted.get(digest) for digest in new}
+        changed = {digest: old for digest, old in before.items() if old != new[digest]}
+        if self.ask(new, labels=labels, step=step, reviewed=reviewed):
+            self.undo.append((step, changed))
+        if reviewed:
+            for one in self.http.get("/v1/label/answers").json()["photos"]:
+                assert one["label"] == self.wanted.get(self.digests[one["photo"]])
 
     def skip(self, step):
-        if self.ask({"skip": [self.draw.choice([*self.digests])], "step": step}, self.wanted):
+        if self.ask({}, skip=[self.draw.choice([*self.digests])], step=step):
             self.undo.append((step, {}))
+
+    def back(self, _):
+        if self.undo and self.ask(self.undo[-1][1], undo=self.undo[-1][0]):
+            self.undo.pop()
 
     def drop(self, _):
         """Drop a photo, perhaps once more, or a copy of a photo in the folder."""
         path = self.draw.choice(sorted((self.folder / "dropped").iterdir()))
         sent = [("images", ("x.png", path.read_bytes(), "image/png"))]
-        answer = self.http.post("/v1/label/photos", files=sent, headers=AUTHORISED)
-        assert answer.status_code in ((201, 503) if self.full.exists() else (201,)), answer.text
-        if answer.status_code == 201:
-            (photo,), digest = answer.json()["photos"], digest_of(path)
-            assert self.digests.setdefault(photo, digest) == digest
-            self.dropped |= {str(photo): digest} if photo >= MOST_PHOTOS else {}
-            self.keep(self.wanted, self.maybe)
-
-    def back(self, _):
-        if not self.undo:
-            return
-        step, before = self.undo.pop()
-        new = {
-            digest: label for digest, label in (self.wanted | before).items() if label is not None
-        }
-        if not self.ask({"undo": step}, new):
-            self.undo.append((step, before))
+        answer = self.http.post("/v1/label/photos", files=sent)
+        if self.is_acknowledged(answer):
+            [photo] = answer.json()["photos"]
+            assert self.digests.setdefault(photo, digest_of(path)) == digest_of(path)
+            self.dropped.append(digest_of(path))
+            self.keep(self.wanted, self.wanted)
 
     def others(self, _):
-        """Add and remove photos as another process does, when the session has saved everything."""
+        """Add or remove a photo as another process does, when the session has saved everything."""
         if self.full.exists() or not places.at(self.place).exists():
             return
         self.until(saved)
         rows = self.rows()
-        gone = self.draw.sample(rows, 1) if len(rows) > 2 and self.draw.random() < 0.5 else []
         path = self.folder / "others" / f"{self.draw.randrange(OTHERS)}.png"
-        there = digest_of(path) in {row["digest"] for row in rows}
-        new = {
-            digest: label
-            for digest, label in self.wanted.items()
-            if digest not in {r["digest"] for r in gone}
-        }
-        if gone:
+        if len(rows) > 2 and self.draw.random() < 0.5:
+            gone = self.draw.choice(rows)
+            new = self.after({gone["digest"]: None})
             self.keep(self.wanted, new)
-            changes.remove(self.place, key_ids=[row["key_id"] for row in gone])
-            self.keep(new, new)
-        if not there:
+            changes.remove(self.place, key_ids=[gone["key_id"]])
+        else:
+            source = of_images([str(path)], "others", ["other"], ["other"])
             new = self.wanted | {digest_of(path): "other"}
             self.keep(self.wanted, new)
-            changes.add(
-                self.place,
-                of_images([str(path)], "others", ["other"], ["other"]),
-                Reader(self.backbone),
-            )
-            self.keep(new, new)
+            changes.add(self.place, source, Reader(self.backbone))
+        self.keep(new, new)
         version = places.at(self.place).manifest().version
         self.until(lambda state: state["version"] >= version)
 
     def fill(self, _):
         """Fill the disk, or make room again."""
-        if not self.job["disk"]:
-            return
         if self.full.exists():
             self.full.unlink()
-            return
-        with self.full.open("wb", buffering=0) as file:
-            for size in (1 << 20, 1 << 10):
-                try:
-                    while True:
-                        file.write(b"x" * size)
-                except OSError:
-                    pass
+        elif self.job["disk"]:
+            with self.full.open("wb", buffering=0) as file:
+                for size in (1 << 20, 1 << 10):
+                    with contextlib.suppress(OSError):
+                        while True:
+                            file.write(b"x" * size)
 
-    def ask(self, body, new):
+    def ask(self, changed, **body):
+        """Send a request that sets labels, and return whether it was acknowledged."""
+        new = self.after(changed)
         self.keep(self.wanted, new)
-        answer = self.http.post("/v1/label", json=body, headers=AUTHORISED)
-        assert answer.status_code in ((200, 503) if self.full.exists() else (200,)), answer.text
-        done = answer.status_code == 200
-        self.keep(new if done else self.wanted, new if done else self.wanted)
+        done = self.is_acknowledged(self.http.post("/v1/label", json=body))
+        new = new if done else self.wanted
+        self.keep(new, new)
         return done
+
+    def is_acknowledged(self, answer):
+        assert answer.is_success or (answer.status_code == 503 and self.full.exists()), answer.text
+        return answer.is_success
+
+    def after(self, changed):
+        """Return the wanted labels after a change, in which ``None`` removes a label."""
+        new = self.wanted | changed
+        return {digest: label for digest, label in new.items() if label is not None}
 
     def keep(self, wanted, maybe):
         self.wanted, self.maybe = wanted, maybe
         new = self.state.with_suffix(".tmp")
-        new.write_text(json.dumps({"wanted": wanted, "maybe": maybe, "dropped": self.dropped}))
+        new.write_text(json.dumps([wanted, maybe, self.dropped]))
         new.replace(self.state)
 
     def until(self, done):
@@ -239,9 +226,7 @@ class Session:
 
 def saved(state):
     """Return whether all labels are saved. The only label cannot be removed, so this waits for another one."""
-    return all(one["label"] is None for one in state["refused"]) and state["unsaved"] == len(
-        state["refused"]
-    )
+    return not state["busy"] and all(one["label"] is None for one in state["refused"])
 
 
 def digest_of(path):
