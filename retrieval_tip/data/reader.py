@@ -254,7 +254,7 @@ class Reader:
     def _text_weights(
         self, backbone: Backbone, class_names: Sequence[str], templates: Sequence[str]
     ) -> FloatArray:
-        files = getattr(backbone, "text_key", None)  # other implementations may lack it
+        files = backbone.text_key
         if self.cache is None or files is None:
             return text_weights(backbone, class_names, templates)
         words = "float32" if backbone.precision == "int8" else backbone.precision
@@ -277,11 +277,10 @@ class Reader:
 
     def for_queries(self, parts: tuple[Part, ...], shares: Sequence[float]) -> Reader:
         """Return a reader for queries to an index, which does not encode images with encoders that have no share."""
-        return (
-            replace(self, parts=parts, backbone=without_unused(self.backbone, shares))
-            if parts
-            else self
-        )
+        if not parts:
+            return self
+        backbone = None if self.backbone is None else without_unused(self.backbone, shares)
+        return replace(self, parts=parts, backbone=backbone)
 
     def needed_backbone(self, source: Source) -> Backbone:
         """Return the backbone. Raises UsageError if it is missing."""
@@ -482,8 +481,8 @@ class _Encoding:
         found = []
         start = 0
         for part, in_use in encoders_of(backbone):
-            scope = getattr(part, "scope", part.precision)  # other implementations may lack it
-            found += [cls(start, part, f"{part.identity.fingerprint}/{scope}")] if in_use else []
+            scope = f"{part.identity.fingerprint}/{part.scope}"
+            found += [cls(start, part, scope)] if in_use else []
             start += part.dim
         return found
 
