@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, TypeGuard, Unpack, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, TypeGuard, Unpack, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -69,8 +69,6 @@ from retrieval_tip.store.address import parse
 from retrieval_tip.wording import counted, few
 
 if TYPE_CHECKING:
-    from retrieval_tip.backbones.joined import Joined
-    from retrieval_tip.backbones.torch_backbone import TorchBackbone
     from retrieval_tip.fit.finetune import Tuned
 
 THUMBNAIL = 128
@@ -652,8 +650,8 @@ class Classifier(OpenIndex):
             raise UsageError(
                 f"as_module: k is {self.index.settings.k}, but a module uses all keys; set k to all"
             )
-        backbone = cast("TorchBackbone | Joined | None", self.reader.backbone)
-        return copy.deepcopy(answering(self.index.in_memory(), backbone, alone=True)).eval()
+        module = answering(self.index.in_memory(), self.reader.backbone, alone=True)
+        return copy.deepcopy(module).eval()
 
     def export_onnx(self, out: Place, *, features: bool = False) -> dict[str, Any]:
         """Write the classifier to an ONNX file, which computes logits from pixels, and return its metadata.
@@ -663,7 +661,7 @@ class Classifier(OpenIndex):
         """
         from retrieval_tip.export.onnx_graph import export_onnx
 
-        backbone = None if features else cast("TorchBackbone | Joined | None", self.reader.backbone)
+        backbone = None if features else self.reader.backbone
         return export_onnx(self.index.in_memory(), _place("out", out), backbone)
 
 

@@ -66,7 +66,7 @@ def examine() -> Diagnosis:
         elif installed is None:
             problems.append(f"{name} is not installed; run {pip('install ' + name)}")
     for stranger in hooks.strangers():
-        facts[f"plugin {stranger.name}"] = f"{stranger.package}, {stranger.kind}"
+        facts[f"plugin {stranger.name}"] = f"{stranger.package} {stranger.version}, {stranger.kind}"
         try:
             hooks.find(stranger.kind, stranger.name)
         except UsageError as error:

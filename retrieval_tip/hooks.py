@@ -28,7 +28,7 @@ TABLE: Mapping[str, Mapping[str, str]] = {
         "camtrap-dp": "retrieval_tip.plugins.camera_traps:CamtrapDP",
         "xmp": "retrieval_tip.plugins.xmp:XMP",
     },
-    "encoders": {},
+    "encoders": {},  # ours are opened on first use by backbones/loading.py, which needs more than one function
     "sources": {},
     "stores": dict.fromkeys(
         ("lance", "s3", "gs"), "retrieval_tip.plugins.lance.lance_store:LanceStore"
@@ -45,9 +45,10 @@ class Stranger(NamedTuple):
     kind: str
     name: str
     package: str
+    version: str
 
     def __str__(self) -> str:
-        return f"{self.kind.removesuffix('s')} {self.name} (of {self.package})"
+        return f"{self.kind.removesuffix('s')} {self.name} (of {self.package} {self.version})"
 
 
 def find(kind: str, name: str) -> Any:
@@ -65,7 +66,7 @@ def find(kind: str, name: str) -> Any:
         return None
     strangers = [_stranger(kind, point) for point in points]
     if len(points) > 1:
-        packages = " and ".join(stranger.package for stranger in strangers)
+        packages = " and ".join(f"{one.package} {one.version}" for one in strangers)
         raise UsageError(
             f"{kind.removesuffix('s')} {name}: is in {packages}; uninstall one of them"
         )
@@ -98,6 +99,11 @@ def strangers() -> list[Stranger]:
     return [_stranger(kind, point) for kind in OPEN for point in _entry_points(kind)]
 
 
+def stranger(kind: str, name: str) -> Stranger:
+    """Return the plugin that :func:`find` has found in another package."""
+    return next(own for own in strangers() if (own.kind, own.name) == (kind, name))
+
+
 def _entry_points(kind: str) -> Iterator[EntryPoint]:
     from importlib.metadata import entry_points  # slow
 
@@ -105,10 +111,9 @@ def _entry_points(kind: str) -> Iterator[EntryPoint]:
 
 
 def _stranger(kind: str, point: EntryPoint) -> Stranger:
-    package = (
-        "an unknown package" if point.dist is None else f"{point.dist.name} {point.dist.version}"
-    )
-    return Stranger(kind, point.name, package)
+    package = point.dist
+    assert package is not None  # entry_points() sets it
+    return Stranger(kind, point.name, package.name, package.version)
 
 
 def argument(kind: object = None, **more: Any) -> Any:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
-Loaded = TypeVar("Loaded")  # a backbone, or None
 Preprocess = Mapping[str, Any]  # JSON preprocessing settings, named as in open_clip or timm
+PACKAGE = "[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
+"""A name of a distribution. A message tells the user to install it, so it must not be an option of pip."""
 
 
 def digest_of(value: object, *, sort_keys: bool = False) -> str:
@@ -37,7 +38,8 @@ class Identity:
 
     ``model`` and ``pretrained`` are only used to load the backbone. The fingerprint is computed from ``weights`` (a
     digest of every tensor), ``config`` (a digest of the architecture) and ``preprocess``. If several backbones are
-    joined, ``parts`` has the identity of each, and the fingerprint is computed from theirs.
+    joined, ``parts`` has the identity of each, and the fingerprint is computed from theirs. ``package`` is the name of
+    the distribution that made the backbone, unless that is ours. It is only used in messages.
     """
 
     model: str
@@ -46,6 +48,7 @@ class Identity:
     config: str
     preprocess: Preprocess
     parts: tuple[Identity, ...] = ()
+    package: str | None = None
 
     @classmethod
     def joined(cls, parts: Sequence[Identity]) -> Identity:
@@ -79,7 +82,7 @@ class Identity:
 
     def to_dict(self) -> dict[str, object]:
         """Return the identity as it is stored in manifests and feature tables."""
-        whole = asdict(self) | {
+        whole = asdict(self, dict_factory=_without_package) | {
             "preprocess": dict(self.preprocess),
             "fingerprint": self.fingerprint,
         }
@@ -96,14 +99,20 @@ class Identity:
             "weights": str,
             "config": str,
             "preprocess": Mapping,
+            "package": (str, type(None)),
         }
         for key, kind in kinds.items():
             if not isinstance(data.get(key), kind):  # type: ignore[arg-type]  # a type or a tuple of types
                 raise BackboneError(f"backbone: {key} is missing or has the wrong type")
-        return cls(
-            **{key: data[key] for key in kinds},
-            parts=tuple(map(cls.from_dict, data.get("parts") or ())),
-        )
+        own: dict[str, Any] = {key: data.get(key) for key in kinds}
+        if own["package"] is not None and not re.fullmatch(PACKAGE, own["package"]):
+            raise BackboneError("backbone: package is not the name of a package")
+        return cls(**own, parts=tuple(map(cls.from_dict, data.get("parts") or ())))
+
+
+def _without_package(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the items of a record, without the name of a package if it is not known."""
+    return {name: value for name, value in items if name != "package" or value}
 
 
 @dataclass(frozen=True)
@@ -154,12 +163,16 @@ def view_size(preprocess: Preprocess) -> tuple[int, int]:
 class Backbone(Protocol):
     """An image encoder that may also have a text encoder.
 
+    ``scope``, ``text_key``, ``encoders`` and ``only`` have defaults, which an object that lacks them also gets.
+
     Attributes:
         identity: the identity of the backbone.
         dim: the length ``d`` of the features.
         has_text: whether the backbone can encode text.
         logit_scale: the scale of the zero-shot logits, which is 100 for OpenAI's CLIP and without a text encoder.
         precision: ``float32``, the autocast dtype, or ``int8``.
+        text_key: a digest of what the features of sentences depend on beside the identity, so that the encoding cache
+            can keep them, or ``None`` if they are not cached.
     """
 
     identity: Identity
@@ -167,6 +180,7 @@ class Backbone(Protocol):
     has_text: bool
     logit_scale: float
     precision: str
+    text_key: str | None = None
 
     @property
     def batch_size(self) -> int:
@@ -183,6 +197,51 @@ class Backbone(Protocol):
 
     def encode_texts(self, texts: Sequence[str]) -> FloatArray:
         """Return the raw features ``[t, d]`` of ``t`` sentences. Raises UsageError without a text encoder."""
+
+    @property
+    def scope(self) -> str:
+        """What image features depend on beside the identity. The encoding cache keeps those of each scope apart."""
+        return self.precision
+
+    def encoders(self) -> list[tuple[Backbone, bool]]:
+        """Return the encoders whose features are side by side, and whether each is in use."""
+        return [(self, True)]
+
+    def only(self, shares: Sequence[float]) -> Backbone:
+        """Return a backbone that does not encode images with the encoders whose share is 0."""
+        return self
+
+
+class _Completed(Backbone):
+    """A backbone of a user that is not a subclass of :class:`Backbone`, with the defaults of the members it lacks."""
+
+    batch_size = 1  # replaces the property, which could not be set
+
+    def __init__(self, given: Backbone) -> None:
+        for name in REQUIRED:
+            setattr(self, name, getattr(given, name))
+        self.text_key = None
+
+
+REQUIRED = (
+    "identity",
+    "dim",
+    "has_text",
+    "logit_scale",
+    "precision",
+    "batch_size",
+    "preprocess",
+    "view",
+    "encode_images",
+    "encode_texts",
+)
+"""The members of a backbone that have no default."""
+
+
+def completed(backbone: Backbone) -> Backbone:
+    """Return a backbone that has all members."""
+    subclass = Backbone in type(backbone).__mro__  # isinstance would evaluate every property
+    return backbone if subclass else _Completed(backbone)  # type: ignore[abstract]  # has the methods of its own
 
 
 def unit(features: FloatArray, what: str = "feature") -> FloatArray:
@@ -203,17 +262,14 @@ def identity_of(parts: Sequence[Part]) -> Identity | None:
     return known[0] if len(known) == 1 else Identity.joined(known)
 
 
-def encoders_of(backbone: Any) -> list[tuple[Backbone, bool]]:
+def encoders_of(backbone: Backbone) -> list[tuple[Backbone, bool]]:
     """Return the encoders of a backbone, which may be :class:`joined.Joined`, and whether each is in use."""
-    return list(
-        zip(getattr(backbone, "parts", [backbone]), getattr(backbone, "used", [True]), strict=True)
-    )
+    return completed(backbone).encoders()
 
 
-def without_unused(backbone: Loaded, shares: Sequence[float]) -> Loaded:
+def without_unused(backbone: Backbone, shares: Sequence[float]) -> Backbone:
     """Return a backbone that does not encode images with the encoders whose share is 0."""
-    only = getattr(backbone, "only", None)
-    return backbone if only is None or 0 not in shares else cast(Loaded, only(shares))
+    return completed(backbone).only(shares) if 0 in shares else backbone
 
 
 def parts_of(backbone: Backbone) -> tuple[Part, ...]:

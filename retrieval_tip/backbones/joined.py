@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from retrieval_tip.arrays import FloatArray
-from retrieval_tip.backbones.base import Backbone, Identity, text_side_by_side, unit, view_size
+from retrieval_tip.backbones.base import (
+    Backbone,
+    Identity,
+    completed,
+    text_side_by_side,
+    unit,
+    view_size,
+)
 from retrieval_tip.errors import UsageError
 
 if TYPE_CHECKING:
@@ -20,7 +27,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
-class Joined:
+class Joined(Backbone):
     """A :class:`base.Backbone` that joins ``parts``. A part that is not ``used`` encodes nothing and is 0.
 
     Pixels have shape ``[b, p]``, with the views of all used parts one after the other. The logit scale is the mean
@@ -29,18 +36,26 @@ class Joined:
 
     def __init__(self, parts: Sequence[Backbone], used: Sequence[bool] | None = None) -> None:
         """Join backbones. Raises UsageError if one of them occurs twice."""
-        self.parts = tuple(parts)
+        self.parts = tuple(map(completed, parts))
         self.used = tuple(used or [True] * len(parts))
         self.identity = Identity.joined([part.identity for part in parts])
         if len({part.identity.fingerprint for part in parts}) < len(parts):
-            raise UsageError(f"model {self.identity.model}: names an encoder twice")
+            makers = dict.fromkeys(part.identity.package for part in parts if part.identity.package)
+            remedy = f"; or {' and '.join(makers)} gives two models one digest" if makers else ""
+            raise UsageError(f"model {self.identity.model}: names an encoder twice{remedy}")
         self.dim = sum(part.dim for part in parts)
         self.has_text = any(part.has_text for part in parts)
         self.logit_scale = float(
             np.mean([part.logit_scale for part in parts if part.has_text] or [100.0])
         )
         self.precision = ", ".join(dict.fromkeys(part.precision for part in parts))
-        self.batch_size = min(part.batch_size for part in parts)
+
+    @property
+    def batch_size(self) -> int:
+        return min(part.batch_size for part in self.parts)
+
+    def encoders(self) -> list[tuple[Backbone, bool]]:
+        return list(zip(self.parts, self.used, strict=True))
 
     def only(self, shares: Sequence[float]) -> Joined:
         """Return the same backbone, which does not use the parts whose share is 0."""

@@ -16,7 +16,7 @@ from retrieval_tip.wording import first_line, show
 
 log = logging.getLogger(__name__)
 
-FORM = 2  # version of the stored records
+FORM = 3  # version of the stored records
 PACKAGES = (
     "open_clip_torch",
     "timm",
@@ -71,6 +71,7 @@ class Known:
     identity: Identity
     dim: int
     logit_scale: float
+    has_text: bool
     files: Files | None
 
 
@@ -87,6 +88,7 @@ def recall(model: str, pretrained: str | None) -> tuple[Names, Known] | None:
             Identity.from_dict(record["identity"]),
             int(record["dim"]),
             float(record["logit_scale"]),
+            bool(record["has_text"]),
             files,
         )
         return ((name, tag), known) if files.are_unchanged() else None
@@ -107,6 +109,7 @@ def remember(model: str, pretrained: str | None, names: Names, known: Known) -> 
         "identity": known.identity.to_dict(),
         "dim": known.dim,
         "logit_scale": known.logit_scale,
+        "has_text": known.has_text,
     }
     try:
         make_folders(path.parent)

@@ -4,19 +4,34 @@ from __future__ import annotations
 
 import gc
 import re
+from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from retrieval_tip import hooks
 from retrieval_tip.backbones import known, open_clip, timm, transformers
-from retrieval_tip.backbones.base import Backbone, Identity, resolve_execution
+from retrieval_tip.backbones.base import (
+    Backbone,
+    Identity,
+    completed,
+    digest_of,
+    resolve_execution,
+    unit,
+)
 from retrieval_tip.backbones.catalogue import DEFAULT, expanded, named
 from retrieval_tip.backbones.joined import Joined
 from retrieval_tip.backbones.known import Known
 from retrieval_tip.backbones.torch_backbone import TorchBackbone
-from retrieval_tip.errors import UsageError
+from retrieval_tip.errors import BackboneError, UsageError
+from retrieval_tip.machine import pip
 from retrieval_tip.settings import Precision
+from retrieval_tip.wording import first_line
+
+OURS = ("timm", "hf", "hf-hub", "local-dir")
+"""The schemes of our own encoders, which other packages cannot replace."""
 
 Model: TypeAlias = "str | Backbone | tuple[Any, Any, Any] | list[Model] | None"
 """The name of an encoder, a backbone, or the model, preprocessing and tokenizer that open_clip returns.
@@ -31,7 +46,7 @@ def load_backbone(
     device: str = "auto",
     precision: Precision = "auto",
     lazy: bool = False,
-) -> TorchBackbone | Joined:
+) -> Backbone:
     """Load a backbone by its name, in evaluation mode.
 
     Args:
@@ -39,9 +54,10 @@ def load_backbone(
             folder that contains ``open_clip_config.json`` and weights), or ``hf-hub:ORG/REPO`` (a repository in the
             same format). ``hf:ORG/REPO`` and ``hf:PATH`` are CLIP or SigLIP models in the format of transformers.
             ``timm:NAME`` is an image encoder that does not encode text. You can also give a short name from
-            :data:`catalogue.SHORT`. Defaults to :data:`catalogue.DEFAULT`. The weights follow ``@``: a tag (such as
-            ``openai``), a checkpoint file, or ``TAG=FILE`` for a local copy of a tag's weights, in which case the
-            preprocessing and the activation of the tag are used. They default to :func:`catalogue.recommended`.
+            :data:`catalogue.SHORT`. ``NAME:REST`` is an encoder of another package. Defaults to
+            :data:`catalogue.DEFAULT`. The weights follow ``@``: a tag (such as ``openai``), a checkpoint file, or
+            ``TAG=FILE`` for a local copy of a tag's weights, in which case the preprocessing and the activation of the
+            tag are used. They default to :func:`catalogue.recommended`.
             Join several encoders with ``+``, as in ``ViT-B-32@openai+timm:resnet18``.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         precision: ``float32``, or ``float16`` or ``bfloat16`` for autocast. ``auto`` uses float32 on a CPU and float16
@@ -54,20 +70,40 @@ def load_backbone(
         BackboneError: if the weights are missing, damaged or do not fit, or cannot be downloaded.
         BackboneError: if the model requires custom Python code, which is never executed.
         BackboneError: if the precision is int8, but no int8 tower of this encoder is stored.
+        BackboneError: if the encoder of another package fails, or returns features that cannot be used.
     """
     names = split_names(model or DEFAULT)
     parts = [_load(*split_weights(name), device, precision, lazy=lazy) for name in names]
+    return _together(parts)
+
+
+def _together(parts: Sequence[Backbone]) -> Backbone:
     return Joined(parts) if len(parts) > 1 else parts[0]
 
 
 def _load(
-    model: str, weights: str | None, device: str, precision: Precision, *, lazy: bool
-) -> TorchBackbone:
+    model: str,
+    weights: str | None,
+    device: str,
+    precision: Precision,
+    *,
+    lazy: bool,
+    package: str | None = None,
+) -> Backbone:
+    """Load one backbone, which comes from a ``package`` if it is known."""
     given = expanded(model, weights)
     how = resolve_execution(device, precision)
     if lazy and (recalled := known.recall(*given)) is not None:
         return _of(*recalled[0], *how, recalled[1])
     names = _from_anywhere(*named(*given))
+    scheme = names[0].partition(":")[0]
+    if scheme not in (names[0], *OURS) and hooks.find("encoders", scheme) is not None:
+        return _of_package(*names, *how)
+    if package is not None:
+        run = pip(f"install {package}")
+        raise UsageError(
+            f"model {names[0]!r}: needs the package {package}; if you trust it, run {run}"
+        )
     backbone = _of(*names, *how)
     if lazy:
         for own in {
@@ -110,15 +146,17 @@ def _is_there(model: str) -> bool:
 
 
 def load_again(
-    identity: Identity, *, device: str = "auto", precision: Precision = "auto"
-) -> TorchBackbone | Joined:
-    """Load the backbone with the names of an ``identity``, as by :func:`load_backbone` with ``lazy``.
+    identity: Identity, *, device: str = "auto", precision: Precision = "auto", lazy: bool = True
+) -> Backbone:
+    """Load the backbone with the names of an ``identity``, as by :func:`load_backbone`.
 
-    If its weights were replaced, its identity differs.
+    If its weights were replaced, its identity differs. Raises UsageError if it comes from a package that is missing.
     """
-    own = identity.parts or (identity,)
-    parts = [_load(one.model, one.pretrained, device, precision, lazy=True) for one in own]
-    return Joined(parts) if identity.parts else parts[0]
+    parts = []
+    for own in identity.parts or (identity,):
+        names = (own.model, own.pretrained)
+        parts.append(_load(*names, device, precision, lazy=lazy, package=own.package))
+    return _together(parts)
 
 
 def given_backbone(model: Model, device: str = "auto", precision: Precision = "auto") -> Backbone:
@@ -129,7 +167,7 @@ def given_backbone(model: Model, device: str = "auto", precision: Precision = "a
         if not model:
             raise UsageError("model: a list needs at least one encoder")
         parts = [given_backbone(one, device, precision) for one in model]
-        return Joined(parts) if len(parts) > 1 else parts[0]
+        return _together(parts)
     if isinstance(model, tuple):
         if len(model) != 3:
             raise UsageError(
@@ -159,6 +197,53 @@ def _of(
         elif name.startswith("hf:"):
             open_model = partial(transformers.open_model, name.removeprefix("hf:"))
         return TorchBackbone(open_model, device, precision, found)
+
+
+def _of_package(name: str, weights: str | None, device: str, precision: Precision) -> Backbone:
+    """Open ``SCHEME:REST`` with the function of another package (see docs/plugins.md), and try it on two images.
+
+    The fingerprint depends on the name, so that two names never share encodings. Raises BackboneError if it fails.
+    """
+    scheme, _, rest = name.partition(":")
+    stranger = hooks.stranger("encoders", scheme)
+
+    def renamed(identity: Identity) -> Identity:
+        config = f"sha256:{digest_of([name, identity.config])}"
+        package = stranger.package
+        return replace(identity, model=name, pretrained=weights, config=config, package=package)
+
+    try:
+        found = hooks.find("encoders", scheme)(rest, weights, device=device, precision=precision)
+        if isinstance(found, tuple):
+            opened = open_clip.opened_of(*found)
+            opened = replace(opened, identity=renamed(opened.identity))
+            opened.model.to(device)
+            backbone: Backbone = TorchBackbone(opened, device, precision)
+        else:
+            backbone = completed(found)
+            backbone.identity = renamed(backbone.identity)
+        _try_out(backbone)
+    except Exception as error:  # a package can raise anything
+        reason = first_line(error) or type(error).__name__
+        raise BackboneError(
+            f"{stranger}: {name} cannot be used ({reason}); check the name, or update {stranger.package}"
+        ) from error
+    return backbone
+
+
+def _try_out(backbone: Backbone) -> None:
+    """Encode two images. Raises ValueError or InputError if the features cannot be used."""
+    import torch
+    from PIL import Image
+
+    pictures = [Image.new("RGB", (64, 64), colour) for colour in ("white", "navy")]
+    views = torch.stack([backbone.preprocess(picture) for picture in pictures])
+    features = unit(backbone.encode_images(views))
+    expected = (len(views), backbone.dim)
+    if features.shape != expected:
+        raise ValueError(
+            f"two features have shape {list(features.shape)}; expected {list(expected)}"
+        )
 
 
 def _from_anywhere(model: str, weights: str | None) -> tuple[str, str | None]:

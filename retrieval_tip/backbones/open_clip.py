@@ -192,17 +192,32 @@ def _tokenizer(plan: _Plan) -> Tokenizer:
 
 
 def wrapped(
-    model: Model, preprocess: Callable[[Image.Image], torch.Tensor], tokenizer: Tokenizer
+    model: Model,
+    preprocess: Callable[[Image.Image], torch.Tensor],
+    tokenizer: Tokenizer | None,
 ) -> TorchBackbone:
     """Wrap an open_clip model that is already loaded, with its validation transform and its tokenizer.
 
     These are the results of ``open_clip.create_model_and_transforms`` and ``get_tokenizer``. The model stays on its
     device, in evaluation mode and without gradients. An index cannot load it again.
     """
+    device = str(next(model.parameters()).device)
+    return TorchBackbone(opened_of(model, preprocess, tokenizer), *resolve_execution(device))
+
+
+def opened_of(
+    model: Model,
+    preprocess: Callable[[Image.Image], torch.Tensor],
+    tokenizer: Tokenizer | None,
+) -> Opened:
+    """Describe a model that is already loaded. Without a tokenizer, it does not encode text.
+
+    Beside ``encode_image``, it has the settings of the preprocessing in ``visual.preprocess_cfg``.
+    """
     config = f"sha256:{hashlib.sha256(repr(model).encode()).hexdigest()}"
     identity = Identity("loaded", None, "", config, cast("Any", model.visual.preprocess_cfg))
-    opened = Opened(model, preprocess, identity, None, partial(_same, tokenizer))
-    return TorchBackbone(opened, *resolve_execution(str(next(model.parameters()).device)))
+    get_tokenizer = None if tokenizer is None else partial(_same, tokenizer)
+    return Opened(model, preprocess, identity, None, get_tokenizer)
 
 
 def _same(tokenizer: Tokenizer) -> Tokenizer:

@@ -16,7 +16,14 @@ import numpy as np
 
 from retrieval_tip.arrays import FloatArray
 from retrieval_tip.backbones import tower
-from retrieval_tip.backbones.base import Identity, present, same_backbone, spelled, view_size
+from retrieval_tip.backbones.base import (
+    Backbone,
+    Identity,
+    present,
+    same_backbone,
+    spelled,
+    view_size,
+)
 from retrieval_tip.backbones.known import Files, Known
 from retrieval_tip.errors import BackboneError, UsageError
 from retrieval_tip.settings import Precision
@@ -57,7 +64,7 @@ class Opened:
         return self  # stays on its device
 
 
-class TorchBackbone:
+class TorchBackbone(Backbone):
     """A :class:`base.Backbone`. Create one with :func:`loading.load_backbone`. Its weights must not change.
 
     A pickle has the names of the model, which is loaded again on first use, or a model that was given in memory.
@@ -83,7 +90,7 @@ class TorchBackbone:
         self.identity = known.identity
         self.dim = known.dim
         self.logit_scale = known.logit_scale
-        self.has_text = not known.identity.model.startswith("timm:")
+        self.has_text = known.has_text
         self.text_key = None if known.files is None else known.files.digest
         if precision == "int8":
             self._compiled(1)
@@ -106,9 +113,18 @@ class TorchBackbone:
 
     def _described(self) -> Known:
         opened = self._open_model()
-        scale = 100.0 if opened.tokenizer is None else float(opened.model.logit_scale.exp())
-        dim = opened.dim or int(self.encode_texts(["a"]).shape[1])
-        return Known(opened.identity, dim, scale, opened.files)
+        has_text = opened.tokenizer is not None
+        scale = float(opened.model.logit_scale.exp()) if has_text else 100.0
+        if (dim := opened.dim) is None:
+            some = self.encode_texts(["a"]) if has_text else self._encode_blank(opened)
+            dim = int(some.shape[1])
+        return Known(opened.identity, dim, scale, has_text, opened.files)
+
+    def _encode_blank(self, opened: Opened) -> FloatArray:
+        import torch
+
+        view = torch.zeros(1, 3, *view_size(opened.identity.preprocess), device=self._device)
+        return self._forward(opened.model.encode_image, view)
 
     def _open_model(self) -> Opened:
         with _OPENING:  # several decoding threads may need the model at the same time

@@ -79,8 +79,7 @@ class CachedEncoder:
             columns = slice(start, start + encoder.dim)
             start = columns.stop
             if in_use:
-                scope = getattr(encoder, "scope", encoder.precision)  # others may lack it
-                scope = f"{encoder.identity.fingerprint}/{scope}"
+                scope = f"{encoder.identity.fingerprint}/{encoder.scope}"
                 self._members.append(_Member(encoder, columns, scope))
 
     @property
@@ -185,7 +184,7 @@ def _text_weights(
     class_names: Sequence[str],
     templates: Sequence[str],
 ) -> FloatArray:
-    files = getattr(encoder, "text_key", None)  # other implementations may lack it
+    files = encoder.text_key
     if cache is None or files is None:
         return text_weights(encoder, class_names, templates)
     precision = "float32" if encoder.precision == "int8" else encoder.precision

@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
@@ -22,8 +22,16 @@ from torch.nn.functional import normalize, one_hot
 
 from retrieval_tip import tip
 from retrieval_tip.arrays import FloatArray
-from retrieval_tip.backbones.base import Preprocess, encoders_of, unit_of, view_size, without_unused
+from retrieval_tip.backbones.base import (
+    Backbone,
+    Preprocess,
+    encoders_of,
+    unit_of,
+    view_size,
+    without_unused,
+)
 from retrieval_tip.backbones.joined import Joined
+from retrieval_tip.backbones.torch_backbone import TorchBackbone
 from retrieval_tip.backbones.tower import (
     FEATURES,
     OPSET,
@@ -45,9 +53,6 @@ from retrieval_tip.wording import first_line, show
 if TYPE_CHECKING:
     import onnx
 
-    from retrieval_tip.backbones.torch_backbone import TorchBackbone
-
-Encoder: TypeAlias = "TorchBackbone | Joined | None"
 Answers: TypeAlias = Tensor | tuple[Tensor, ...]
 
 LARGEST = (1 << 31) - (1 << 20)
@@ -132,16 +137,11 @@ class Answer(torch.nn.Module):
 class Towers(torch.nn.Module):
     """A torch module that encodes pixels, with one input for each encoder in use, and joins the unit features."""
 
-    def __init__(self, backbone: Encoder, answer: Answer) -> None:
+    def __init__(self, backbone: Backbone, answer: Answer) -> None:
         super().__init__()
-        self.parts = [(one.dim, used) for one, used in encoders_of(backbone)]
-        self.towers = torch.nn.ModuleList(
-            torch.nn.Sequential(
-                Pixels(one.identity.preprocess), cast("TorchBackbone", one).image_encoder
-            )
-            for one, used in encoders_of(backbone)
-            if used
-        )
+        encoders = encoders_of(backbone)
+        self.parts = [(encoder.dim, used) for encoder, used in encoders]
+        self.towers = torch.nn.ModuleList(_tower(encoder) for encoder, used in encoders if used)
         self.answer = answer
 
     def forward(self, *pixels: Tensor) -> Answers:
@@ -157,7 +157,16 @@ class Towers(torch.nn.Module):
         return answers
 
 
-def answering(index: Index, backbone: Encoder, *, alone: bool = False) -> torch.nn.Module:
+def _tower(encoder: Backbone) -> torch.nn.Module:
+    """Return an encoder of pixels. Raises UsageError if it is no module of torch."""
+    if not isinstance(encoder, TorchBackbone):
+        raise UsageError(
+            f"{encoder.identity}: only encoders that are torch modules can be exported; leave it out with --features"
+        )
+    return torch.nn.Sequential(Pixels(encoder.identity.preprocess), encoder.image_encoder)
+
+
+def answering(index: Index, backbone: Backbone | None, *, alone: bool = False) -> torch.nn.Module:
     """Return a module that computes the answers of an index from pixels, or from features without a ``backbone``.
 
     If the index has several encoders, the module has one input for each that has a share. With ``alone``, it only
@@ -167,7 +176,7 @@ def answering(index: Index, backbone: Encoder, *, alone: bool = False) -> torch.
     return answer if backbone is None else Towers(without_unused(backbone, index.shares), answer)
 
 
-def inputs_of(index: Index, backbone: Encoder) -> dict[str, Preprocess]:
+def inputs_of(index: Index, backbone: Backbone) -> dict[str, Preprocess]:
     """Return the names of the inputs of a graph of pixels, and the preprocessing of each."""
     encoders = enumerate(encoders_of(without_unused(backbone, index.shares)), 1)
     several = isinstance(backbone, Joined)
@@ -179,7 +188,7 @@ def inputs_of(index: Index, backbone: Encoder) -> dict[str, Preprocess]:
 
 
 def export_onnx(
-    index: Index, out: str | os.PathLike[str], backbone: Encoder = None
+    index: Index, out: str | os.PathLike[str], backbone: Backbone | None = None
 ) -> dict[str, Any]:
     """Write an index to an ONNX file, with the labels and the image preprocessing as metadata.
 
@@ -206,7 +215,7 @@ def export_onnx(
     asked = index
     index = index.with_settings(index.settings.override(k="all"))
     int8 = None if backbone is None or backbone.precision != "int8" else backbone
-    if isinstance(int8, Joined):
+    if int8 is not None and not isinstance(int8, TorchBackbone):
         raise UsageError("precision int8: cannot be exported for several encoders; give float32")
     module = (answering(index, backbone) if int8 is None else Answer(index, raw=True)).eval()
     size = sum(tensor.nbytes for tensor in module.state_dict().values())
@@ -248,7 +257,7 @@ def export_onnx(
 
 
 def _agreement(
-    index: Index, backbone: Encoder, outputs: Sequence[str], file: Path
+    index: Index, backbone: Backbone | None, outputs: Sequence[str], file: Path
 ) -> dict[str, float] | None:
     """Run the graph on at most ``COMPARED`` photos of the index (or keys, without a ``backbone``) in OpenVINO.
 
@@ -259,8 +268,8 @@ def _agreement(
         ({FEATURES: key[None]}, key[None])
         for key in index.rows.some(COMPARED)[0].astype(np.float32)
     ]
-    backbone = without_unused(backbone, index.shares)
     if backbone is not None:
+        backbone = without_unused(backbone, index.shares)
         given = inputs_of(index, backbone)
         examples = []
         for view in _views(index, backbone, COMPARED):
@@ -286,7 +295,7 @@ def _agreement(
     return {"n": len(examples), "equal": equal, "difference": difference}
 
 
-def _views(index: Index, backbone: TorchBackbone | Joined, most: int) -> Iterator[Tensor]:
+def _views(index: Index, backbone: Backbone, most: int) -> Iterator[Tensor]:
     """Yield views of at most ``most`` evenly spaced photos of the index, and skip photos that cannot be read."""
     for path in dict.fromkeys(
         index.rows.described(spread(index.n, most), ["source"])["source"].to_pylist()
@@ -315,7 +324,7 @@ def _behind_tower(
     return graph
 
 
-def _metadata(index: Index, backbone: Encoder) -> dict[str, Any]:
+def _metadata(index: Index, backbone: Backbone | None) -> dict[str, Any]:
     facts = {
         "labels": index.class_names,
         "settings": asdict(index.settings),

@@ -19,8 +19,8 @@ import pyarrow as pa
 from PIL import Image
 
 from retrieval_tip.arrays import FloatArray
-from retrieval_tip.backbones.base import Backbone, spelled, without_unused
-from retrieval_tip.backbones.loading import load_backbone
+from retrieval_tip.backbones.base import Backbone, without_unused
+from retrieval_tip.backbones.loading import load_again, load_backbone
 from retrieval_tip.data.feature_table import check_backbone
 from retrieval_tip.data.reader import FeatureBlock
 from retrieval_tip.errors import BackboneError, RetrievalTipError, UsageError
@@ -64,7 +64,8 @@ class OpenVersion:
     @cached_property
     def asked(self) -> Backbone | None:
         """The backbone without the encoders that no answer depends on."""
-        return without_unused(self.backbone, self.index.shares)
+        backbone = self.backbone
+        return None if backbone is None else without_unused(backbone, self.index.shares)
 
     def cells(self, ask: Ask) -> int:
         """Return the count of numbers in one answer. If the request sets ``k``, add the number of keys to retrieve."""
@@ -142,7 +143,9 @@ class Backbones:
         if backbone is not None:
             return backbone
         try:
-            backbone = self.load(spelled(identity.model, identity.pretrained))
+            backbone = self._warm(
+                load_again(identity, device=self.device, precision=self.precision, lazy=False)
+            )
             check_backbone(identity, index.d, backbone, [])
         except (BackboneError, UsageError) as error:
             log.warning(
@@ -153,7 +156,9 @@ class Backbones:
 
     def load(self, model: str | None) -> Backbone:
         """Load a backbone, which is then open. Raises the errors of :func:`loading.load_backbone`."""
-        backbone = load_backbone(model, device=self.device, precision=self.precision)
+        return self._warm(load_backbone(model, device=self.device, precision=self.precision))
+
+    def _warm(self, backbone: Backbone) -> Backbone:
         backbone.encode_images(
             backbone.preprocess(Image.new("RGB", (8, 8)))[None]
         )  # warms up the backbone
