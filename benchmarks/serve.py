@@ -56,7 +56,7 @@ from made import Made, write_tables
 from retrieval_tip import EncodingCache, Index, Reader, build_index, load_backbone, open_source
 from retrieval_tip.backbones.base import unit
 from retrieval_tip.backbones.loading import load_again
-from retrieval_tip.data.reader import pixels_of
+from retrieval_tip.data.cached_encoder import pixels_of
 from retrieval_tip.index import changes
 
 WHATS, KINDS = ("features", "images"), ("ours", "plain")

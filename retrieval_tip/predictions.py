@@ -86,6 +86,15 @@ class Neighbour:
         return self.gives[0]
 
 
+def _shots_table(shots: Sequence[Neighbour], caption: str) -> str:
+    columns = ("contribution", "affinity", "label", "source", "key")
+    rows = [
+        (f"{shot.contribution:.1e}", f"{shot.affinity:.4f}", shot.label, shot.source, shot.key_id)
+        for shot in shots
+    ]
+    return table(columns, rows, caption, numbers=(0, 1, 4))
+
+
 class SimilarShot(NamedTuple):
     """A shot that is similar to a query. ``affinity`` is their similarity in the metric of the index."""
 
@@ -143,13 +152,14 @@ class Prediction:
     similar: list[dict[str, Any]] | None = None
 
     def __repr__(self) -> str:
-        chances = list(zip(self.labels, map(shown_probability, self.probabilities), strict=True))[
-            :SHOWN_LABELS
-        ]
+        chances = list(map(shown_probability, self.probabilities))
+        others = zip(self.labels[1:SHOWN_LABELS], chances[1:], strict=False)
         parts = [f"{self.label}, {shown_probability(self.probability)}"]
-        parts += [", ".join(f"{label} {chance}" for label, chance in chances[1:])]
-        parts += ["no match"] if self.no_match else []
-        parts += [f"strongest shot {self.neighbours[0].source}"] if self.neighbours else []
+        parts.append(", ".join(f"{label} {chance}" for label, chance in others))
+        if self.no_match:
+            parts.append("no match")
+        if self.neighbours:
+            parts.append(f"strongest shot {self.neighbours[0].source}")
         return one_line(f"Prediction({'; '.join(filter(None, parts))})")
 
     def _repr_html_(self) -> str:
@@ -158,23 +168,10 @@ class Prediction:
         if self.discriminant_logit is not None:
             caption += f" + class average {self.discriminant_logit:.4g}"
         shown = table(("class", "probability"), classes, caption, numbers=(1,))
-        against = [self.opposing] if self.opposing else []
-        for keys, what in (
-            (self.neighbours, f"shots for {self.label}"),
-            (against, "strongest shot against it"),
-        ):
-            near = (
-                (
-                    f"{key.contribution:.1e}",
-                    f"{key.affinity:.4f}",
-                    key.label,
-                    key.source,
-                    key.key_id,
-                )
-                for key in keys
-            )
-            columns = ("contribution", "affinity", "label", "source", "key")
-            shown += table(columns, near, what, numbers=(0, 1, 4)) if keys else ""
+        if self.neighbours:
+            shown += _shots_table(self.neighbours, f"shots for {self.label}")
+        if self.opposing:
+            shown += _shots_table([self.opposing], "strongest shot against it")
         return f"<div>{shown}</div>"
 
 
@@ -192,7 +189,7 @@ class Predictions:
     @classmethod
     def joined(cls, parts: Iterable[Predictions]) -> Predictions:
         """Concatenate the predictions for consecutive queries."""
-        tables = [predictions.to_arrow() for predictions in parts]
+        tables = [part.to_arrow() for part in parts]
         return cls(pa.concat_tables(tables) if tables else None)
 
     def named(self, inputs: pa.Array | pa.ChunkedArray) -> Predictions:
@@ -240,25 +237,23 @@ class Predictions:
     __hash__ = None  # type: ignore[assignment]  # a list is not hashable either
 
     def __repr__(self) -> str:
-        few = ", ".join(map(str, self._columns["label"][:SHOWN_LABELS].to_pylist()))
-        more = " ..." if len(self) > SHOWN_LABELS else ""
-        return one_line(
-            f"Predictions({counted(len(self), 'prediction')}{': ' if few else ''}{few}{more})"
-        )
+        shown = counted(len(self), "prediction")
+        if len(self):
+            labels = self._columns["label"][:SHOWN_LABELS].to_pylist()
+            shown += f": {', '.join(map(str, labels))}"
+        if len(self) > SHOWN_LABELS:
+            shown += " ..."
+        return one_line(f"Predictions({shown})")
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """Yield the columns of each prediction as a dictionary. The value of ``logits`` is a float32 array."""
-        plain = self._columns.select(
-            [column for column in self._columns.column_names if column != "logits"]
-        )
-        rows = (row for batch in plain.to_batches(ROWS) for row in batch.to_pylist())
-        if plain.num_columns == self._columns.num_columns:
-            return rows
-        chunks = (chunk for chunk in self._columns["logits"].chunks if len(chunk))
-        logits = (
-            row for chunk in chunks for row in chunk.flatten().to_numpy().reshape(len(chunk), -1)
-        )
-        return (row | {"logits": row_logits} for row, row_logits in zip(rows, logits, strict=True))
+        plain = [name for name in self._columns.column_names if name != "logits"]
+        for batch in self._columns.to_batches(ROWS):
+            rows: list[dict[str, Any]] = batch.select(plain).to_pylist()
+            if "logits" in batch.schema.names and rows:
+                logits = batch["logits"].flatten().to_numpy().reshape(len(rows), -1)
+                rows = [row | {"logits": values} for row, values in zip(rows, logits, strict=True)]
+            yield from rows
 
     def withheld(self, abstain: Abstain) -> pa.ChunkedArray:
         """Return whether each label is withheld because its probability is below ``abstain``.
@@ -292,7 +287,9 @@ class Predictions:
         return self.to_arrow().to_pandas()
 
     def _repr_html_(self) -> str:
-        limit = f"; the first {SHOWN_PREDICTIONS}" if len(self) > SHOWN_PREDICTIONS else ""
+        caption = counted(len(self), "prediction")
+        if len(self) > SHOWN_PREDICTIONS:
+            caption += f"; the first {SHOWN_PREDICTIONS}"
         columns = (
             "query",
             "label",
@@ -303,18 +300,18 @@ class Predictions:
             "strongest shot",
         )
         rows = []
-        for place, prediction in enumerate(self[:SHOWN_PREDICTIONS]):
-            key = prediction.neighbours[0] if prediction.neighbours else None
-            near = (f"{key.affinity:.4f}", f"{key.label} ({key.source})") if key else ("-", "-")
+        for place, answer in enumerate(self[:SHOWN_PREDICTIONS]):
+            strongest = ("-", "-")
+            if answer.neighbours:
+                shot = answer.neighbours[0]
+                strongest = (f"{shot.affinity:.4f}", f"{shot.label} ({shot.source})")
             figures = (
-                shown_probability(prediction.probability),
-                f"{prediction.text_logit:.4g}",
-                f"{prediction.cache_logit:.4g}",
+                shown_probability(answer.probability),
+                f"{answer.text_logit:.4g}",
+                f"{answer.cache_logit:.4g}",
             )
-            rows.append((place, prediction.label, *figures, *near))
-        return table(
-            columns, rows, counted(len(self), "prediction") + limit, numbers=(0, 2, 3, 4, 5)
-        )
+            rows.append((place, answer.label, *figures, *strongest))
+        return table(columns, rows, caption, numbers=(0, 2, 3, 4, 5))
 
 
 def lists(values: npt.NDArray[Any] | pa.Array, m: int) -> pa.ListArray:

@@ -99,9 +99,8 @@ class Metric:
 
     def to(self, device: str) -> Metric:
         """Return a copy of this metric on another device."""
-        whole, factor = (
-            None if one is None else one.to(device) for one in (self.whole, self.factor)
-        )
+        whole = None if self.whole is None else self.whole.to(device)
+        factor = None if self.factor is None else self.factor.to(device)
         return Metric(self.mean.to(device), whole, factor)
 
 
@@ -285,13 +284,11 @@ def cache_logits(
             "values: no sums; a tail needs the sum of the values of each class, [c, c]"
         )
     number, mean = rest
-    left = weight(mean, beta).where(
-        number > 0, 0
-    )  # weights of the tail, which is computed for all keys of a class
-    own = left.gather(
-        1, class_ids.clamp_max(n_classes - 1).expand_as(weights)
-    )  # and taken off the retrieved ones
-    return values.weighted((weights - own).where(filled, 0)) + left @ values.sums
+    # The tail is computed for all keys of a class, and its weights are taken off the retrieved ones.
+    tail_weights = weight(mean, beta).where(number > 0, 0)
+    classes = class_ids.clamp_max(n_classes - 1).expand_as(weights)
+    above = (weights - tail_weights.gather(1, classes)).where(filled, 0)
+    return values.weighted(above) + tail_weights @ values.sums
 
 
 def log_cache(cache: Tensor, offset: float | None) -> Tensor:

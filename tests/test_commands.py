@@ -31,7 +31,7 @@ DYNAMIC = {
     "cli/classify.py",
     "server/access.py",
     "store/versions.py",
-    "index/photos.py",
+    "index/added_photos.py",
 }
 """Files that put commands together from words, which tests of reports, of the page and of the help run, or that name
 the program with its version or its realm."""

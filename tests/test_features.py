@@ -26,9 +26,10 @@ from tables import odd_columns, unit_rows, write_parts
 from retrieval_tip import machine
 from retrieval_tip.backbones.base import Part, side_by_side, unit
 from retrieval_tip.data import images
+from retrieval_tip.data.cached_encoder import CENTRE
 from retrieval_tip.data.encoding_cache import EncodingCache
 from retrieval_tip.data.feature_table import FeatureTable, check_backbone
-from retrieval_tip.data.reader import CENTRE, Reader, encode_table, view_names
+from retrieval_tip.data.reader import Reader, encode_table, view_names
 from retrieval_tip.data.sources import of_features, of_images, open_items, open_source, read_item
 from retrieval_tip.data.tables import MOST_OPEN, ParquetFiles
 from retrieval_tip.errors import BackboneError, InputError, RetrievalTipError, UsageError

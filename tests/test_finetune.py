@@ -24,7 +24,7 @@ from retrieval_tip.data.reader import Reader, view_names
 from retrieval_tip.data.sources import open_source
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.fit import finetune
-from retrieval_tip.fit.finetune import CURVE, Trainer, _TrainingData, shots_of
+from retrieval_tip.fit.finetune import CURVE, Trainer, _Shots, shots_of
 from retrieval_tip.settings import Recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -300,7 +300,7 @@ def material(tmp_path_factory):
     folder = tmp_path_factory.mktemp("material")
     shots = shots_table(folder / "shots.parquet")
     val = queries_table(folder / "val.parquet")
-    return _TrainingData.of(index(), shots, Reader(), OWN, val)
+    return _Shots.of(index(), shots, Reader(), OWN, val)
 
 
 def test_the_kept_epoch_follows_the_rule(material, monkeypatch):
@@ -444,7 +444,7 @@ def test_training_draws_one_view_of_each_photo(lit_mini, photos, monkeypatch):
     chosen = source.take(
         [first[0], first[0], first[0] + 1, first[1], first[1] + 1, first[2], first[0] + 1]
     )
-    material = _TrainingData.of(cache, chosen, Reader(lit_mini), recipe, None)
+    material = _Shots.of(cache, chosen, Reader(lit_mini), recipe, None)
     seen = set()
     every = Reader(lit_mini).encode_views(chosen.take([0, 2, 3, 4, 5]), view_names(recipe.seed, 3))
     for epoch in range(40):

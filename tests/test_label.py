@@ -239,6 +239,13 @@ def test_a_step_is_one_version_done_once_and_undo_restores_labels_and_skipped_ph
         assert client.set({}, undo="1")["queue"][0] | {"guesses": []} == one | {"guesses": []}
 
 
+def test_a_session_is_busy_until_all_photos_are_read(pool, place, lit_mini, monkeypatch):
+    monkeypatch.setattr(module, "CHUNK", 4)
+    with Client(pool, place, lit_mini) as client:
+        state = client.until(lambda state: not state["busy"])
+    assert state["encoded"] == state["photos"] == len(pool)
+
+
 def test_the_only_label_is_removed_as_soon_as_there_is_another(pool, place, lit_mini):
     with Client(pool, place, lit_mini) as client:
         one, other, *_ = client.settled()["queue"]
@@ -638,7 +645,7 @@ def test_an_event_leads_to_a_new_state_and_keeps_the_old_one(tmp_path):
         assert [queued.photo for queued in state.shown()] == before
         assert (state.labels(), state.steps, state.queue.order) == ({}, {}, before)
     labelled, effects = state.apply(Change([(before[0], "ant")], [before[1]], "s"))
-    assert [photo for photo, _ in effects.journal] == before[:1]
+    assert [entry["path"] for entry in effects.journal] == [photos.path(before[0])]
     assert [queued.photo for queued in labelled.shown()] == [*before[2:], before[1]]
     undone, _ = labelled.apply(Change(undo="s"))
     assert [queued.photo for queued in undone.shown()] == before

@@ -114,7 +114,7 @@ def test_a_folder_contains_each_intact_part_of_a_run_once(tmp_path):
 
 
 def test_an_actor_encodes_a_piece_and_reports_unreadable_photos(tmp_path, shared):
-    work = Work(Reader(), partial(load_backbone, f"local-dir:{tiny(tmp_path / 'model')}"), None)
+    work = Work(Reader(), partial(load_backbone, f"local-dir:{tiny(tmp_path / 'model')}"))
     worker = Worker(work, f"{tmp_path}/out", "cpu", Path.cwd())
     paths = [str(path) for path, _ in caltech_photos(shared, "test", 2, 1)]
     (tmp_path / "bad.jpg").write_bytes(b"no image")

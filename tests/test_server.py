@@ -29,8 +29,7 @@ from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.sources import of_images, open_source
 from retrieval_tip.evaluation.audit import audit
 from retrieval_tip.evaluation.projection import projected
-from retrieval_tip.index import changes
-from retrieval_tip.index import photos as photos_module
+from retrieval_tip.index import added_photos, changes
 from retrieval_tip.index.changes import fit_index
 from retrieval_tip.labelling.groups import group, group_similarity
 from retrieval_tip.server import routes as routes_module
@@ -1330,7 +1329,7 @@ def test_a_command_names_the_common_folder_of_the_photos_unless_it_contains_the_
     paths = ["my photos/a/1.png", "my photos/b/2.png", "ix-shots/a/3.png", "gone/4.png"]
     for path in paths[:3]:
         Path(path).parent.mkdir(parents=True)
-    command = functools.partial(photos_module.command, "sort")
+    command = functools.partial(added_photos.command, "sort")
     assert command("ix", paths[:2]) == f"retrieval-tip sort {tmp_path}/ix '{tmp_path}/my photos'"
     every = f"{tmp_path}/ix-shots/a '{tmp_path}/my photos/a' '{tmp_path}/my photos/b'"
     assert (

@@ -38,7 +38,7 @@ from retrieval_tip import Index
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import open_source
 from retrieval_tip.errors import InputError, StoreError, UsageError
-from retrieval_tip.index import changes, photos
+from retrieval_tip.index import added_photos, changes
 from retrieval_tip.index import places as stores
 from retrieval_tip.index.build import build_index
 from retrieval_tip.plugins.lance import key_table, lance_store
@@ -543,7 +543,7 @@ def test_gc_deletes_photos_that_only_deleted_versions_use(pets, monkeypatch):
     changes.remove(pets.place, key_ids=[60])
     assert changes.gc(pets.place, 2).photos == 0  # the previous version still uses it
     monkeypatch.setattr("retrieval_tip.store.files.LOCK_WAIT", 0.0)
-    with photos.adding(folder.parent):  # as the server does before it saves a version
+    with added_photos.adding(folder.parent):  # as the server does before it saves a version
         assert changes.gc(pets.place, 1).photos == 0
     gone = 0 if pets.kind == "s3" else 1
     assert changes.gc(pets.place, 1) == changes.Collected([], gone, gone)

@@ -131,6 +131,11 @@ class Part:
         return list(dict.fromkeys([own.model, spelled(own.model, own.pretrained)]))
 
 
+def width_of(parts: Sequence[Part]) -> int:
+    """Return the number of values of a feature that has these parts."""
+    return sum(part.width for part in parts)
+
+
 def spelled(model: str | None, pretrained: str | None) -> str:
     """Return the name of an encoder as ``--model`` accepts it: ``model@pretrained``, or ``model`` alone."""
     return "@".join(filter(None, (model, pretrained)))
@@ -300,15 +305,9 @@ def unit_of(backbone: Backbone, raw: FloatArray, what: str = "feature") -> Float
     The part of an encoder that is not in use stays 0. Raises InputError if another part is zero or not finite.
     """
     encoders = encoders_of(backbone)
-    if len(encoders) == 1:
-        return unit(raw, what)
-    parts = np.split(raw, np.cumsum([one.dim for one, _ in encoders])[:-1], axis=1)
-    return side_by_side(
-        [
-            unit(part, what) if used else part
-            for part, (_, used) in zip(parts, encoders, strict=True)
-        ]
-    )
+    parts = np.split(raw, np.cumsum([encoder.dim for encoder, _ in encoders])[:-1], axis=1)
+    pairs = zip(parts, encoders, strict=True)
+    return side_by_side([unit(part, what) if used else part for part, (_, used) in pairs])
 
 
 def resolve_device(device: str = "auto") -> str:

@@ -7,7 +7,7 @@ import itertools
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -40,72 +40,84 @@ class _Plan:
     """The arguments for open_clip, and the ``wanted`` file or folder for error messages."""
 
     model: str
-    pretrained: str | None
-    checkpoint: str | None
-    arguments: Config
     wanted: str
+    pretrained: str | None = None
+    checkpoint: str | None = None
+    arguments: Config = field(default_factory=dict)
     repository: str | None = None
 
 
 def _plan(model: str, pretrained: str | None) -> _Plan:
-    import open_clip
-
     if model.startswith("local-dir:"):
-        folder = Path(model.removeprefix("local-dir:"))
-        try:
-            config: Config = dict(open_clip.get_model_config(model))
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            reason = getattr(error, "strerror", None) or error
-            remedy = "give a folder with this file and weights"
-            raise BackboneError(
-                f"{model}: open_clip_config.json cannot be read ({reason}); {remedy}"
-            ) from None
-        if not any(file.suffix in (".safetensors", ".bin", ".pth") for file in folder.iterdir()):
-            raise BackboneError(
-                f"{folder}: no weights in this folder; add *.safetensors, *.bin or *.pth"
-            )
-        arguments = {}
-        text: Config = config["text_cfg"] if isinstance(config.get("text_cfg"), dict) else {}
-        tower = text.get("hf_model_name")
-        if tower and not Path(tower).is_dir() and (folder / "config.json").is_file():
-            # the text tower is also in this folder, and not relative to the current folder
-            arguments["text_cfg"] = text | {
-                "hf_model_name": str(folder),
-                "hf_model_pretrained": False,
-            }
-        return _Plan(f"local-dir:{folder.resolve()}", None, None, arguments, str(folder))
+        return _plan_of_folder(model)
     if model.startswith("hf-hub:"):
-        return _Plan(model, None, None, {}, f"huggingface.co/{model[7:]}", model[7:])
+        repository = model.removeprefix("hf-hub:")
+        return _Plan(model, f"huggingface.co/{repository}", repository=repository)
     if not catalogue.has(model):
         raise catalogue.unknown(model)
-    tags = open_clip.list_pretrained_tags_by_model(model)
-    pretrained = pretrained or catalogue.recommended(model)
-    if pretrained is None:
+    weights = pretrained or catalogue.recommended(model)
+    if weights is None:
         raise UsageError(
             f"model {model!r}: there are no published weights; give --model {model}@FILE"
         )
-    tag, _, checkpoint = pretrained.rpartition("=")
-    facts = open_clip.get_pretrained_cfg(model, tag or pretrained)
-    if tag and facts:
+    return _plan_of_weights(model, weights)
+
+
+def _plan_of_folder(model: str) -> _Plan:
+    import open_clip
+
+    folder = Path(model.removeprefix("local-dir:"))
+    try:
+        config: Config = dict(open_clip.get_model_config(model))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        remedy = "give a folder with this file and weights"
+        raise BackboneError(
+            f"{model}: open_clip_config.json cannot be read ({reason}); {remedy}"
+        ) from None
+    if not any(file.suffix in (".safetensors", ".bin", ".pth") for file in folder.iterdir()):
+        raise BackboneError(
+            f"{folder}: no weights in this folder; add *.safetensors, *.bin or *.pth"
+        )
+    arguments = {}
+    text: Config = config["text_cfg"] if isinstance(config.get("text_cfg"), dict) else {}
+    tower = text.get("hf_model_name")
+    if tower and not Path(tower).is_dir() and (folder / "config.json").is_file():
+        # the text tower is also in this folder, and not relative to the current folder
+        arguments["text_cfg"] = text | {"hf_model_name": str(folder), "hf_model_pretrained": False}
+    return _Plan(f"local-dir:{folder.resolve()}", str(folder), arguments=arguments)
+
+
+def _plan_of_weights(model: str, weights: str) -> _Plan:
+    """Return the plan for an architecture whose weights are a tag, a checkpoint file, or ``TAG=FILE``."""
+    import open_clip
+
+    tag, _, checkpoint = weights.rpartition("=")
+    facts = open_clip.get_pretrained_cfg(model, tag or weights)
+    if facts and tag:
         if not Path(checkpoint).is_file():
             raise BackboneError(f"{checkpoint}: no such checkpoint for {model}/{tag}")
-        return _Plan(model, tag, checkpoint, _tag_arguments(facts), checkpoint)
+        return _Plan(model, checkpoint, tag, checkpoint, _tag_arguments(facts))
     if facts:
         repository, _, name = str(facts.get("hf_hub", "")).rpartition("/")
-        place = f"{name or 'open_clip_model.safetensors'} from huggingface.co/{repository}"
-        wanted = place if repository else facts["url"]
-        return _Plan(model, pretrained, None, _tag_arguments(facts), wanted, repository or None)
-    if Path(pretrained).is_file():
-        tagged = f"--model {model}@TAG={pretrained} (tags: {', '.join(tags) or 'none'})"
+        wanted = f"{name or 'open_clip_model.safetensors'} from huggingface.co/{repository}"
+        if not repository:
+            wanted = facts["url"]
+        arguments = _tag_arguments(facts)
+        return _Plan(model, wanted, weights, None, arguments, repository or None)
+    tags = ", ".join(open_clip.list_pretrained_tags_by_model(model))
+    if Path(weights).is_file():
         log.warning(
             "%s: no tag given, so using open_clip's default preprocessing and activation; "
-            "if these weights belong to a tag, give %s",
-            pretrained,
-            tagged,
+            "if these weights belong to a tag, give --model %s@TAG=%s (tags: %s)",
+            weights,
+            model,
+            weights,
+            tags or "none",
         )
-        return _Plan(model, str(Path(pretrained).resolve()), pretrained, {}, pretrained)
+        return _Plan(model, weights, str(Path(weights).resolve()), weights)
     raise UsageError(
-        f"model {model}@{pretrained}: neither a checkpoint file nor a tag of {model}; its tags: {', '.join(tags)}"
+        f"model {model}@{weights}: neither a checkpoint file nor a tag of {model}; its tags: {tags}"
     )
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from retrieval_tip.arrays import FloatArray
-from retrieval_tip.backbones.base import Backbone, encoders_of, text_side_by_side, unit
+from retrieval_tip.backbones.base import Backbone, unit
 from retrieval_tip.errors import InputError, UsageError
 
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
@@ -56,19 +56,6 @@ def text_weights(
     parts = (prompts[start : start + PROMPTS] for start in range(0, len(prompts), PROMPTS))
     features = np.concatenate([unit(backbone.encode_texts(part), "prompt") for part in parts])
     return mean_by_class(features.reshape(len(class_names), -1, backbone.dim), class_names)
-
-
-def each_text(
-    backbone: Backbone, c: int, weights_of: Callable[[Backbone], FloatArray]
-) -> FloatArray:
-    """Join the text weights of each encoder that has text (see :func:`base.text_side_by_side`)."""
-    weights = []
-    for encoder, _ in encoders_of(backbone):
-        if encoder.has_text or not backbone.has_text:
-            weights.append(weights_of(encoder))
-        else:
-            weights.append(np.zeros((c, encoder.dim), np.float32))
-    return text_side_by_side(weights)
 
 
 def mean_by_class(features: FloatArray, class_names: Sequence[str]) -> FloatArray:

@@ -202,8 +202,8 @@ def _on_ray(
     backbone = None
     if encoding.model or items.table is None:
         backbone = partial(load_backbone, encoding.model, precision=encoding.precision)
-    cache = None if encoding.no_cache else str(EncodingCache.default_folder())
-    work = Work(reader_of(encoding), backbone, cache)
+    cache = None if encoding.no_cache else EncodingCache(EncodingCache.default_folder())
+    work = Work(replace(reader_of(encoding), cache=cache), backbone)
     pieces = cut(items)
     progress = sys.stderr.isatty() and not quiet()
     rows, kept, skipped = write_parts(

@@ -601,7 +601,7 @@ def _say_changed(folder: Place, changed: Changed, what: str) -> None:
 
 
 def _say_relabelled(folder: Place, changed: Changed, to: str = "") -> None:
-    from retrieval_tip.index.photos import LISTED, command
+    from retrieval_tip.index.added_photos import LISTED, command
 
     _say_changed(folder, changed, f"relabelled {counted(len(changed.key_ids), 'shot')}{to}")
     index = changed.index

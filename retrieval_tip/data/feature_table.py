@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from pyarrow.parquet import FileMetaData
 
 from retrieval_tip.arrays import FloatArray, IntArray
 from retrieval_tip.backbones.base import (
@@ -19,6 +20,7 @@ from retrieval_tip.backbones.base import (
     identity_of,
     same_backbone,
     side_by_side,
+    width_of,
 )
 from retrieval_tip.data.source import Source, refuse_rows
 from retrieval_tip.data.tables import (
@@ -61,7 +63,7 @@ def check_backbone(
         if source.table is not None:
             found = source.table.parts(parts)
             same_backbone(identity_of(found), identity, source.name)
-            if (dim := sum(part.width for part in found)) != d:
+            if (dim := width_of(found)) != d:
                 raise InputError(
                     f"{source.name}: its features have {dim} values; the index has {d}"
                 )
@@ -104,37 +106,58 @@ class FeatureTable:
         """
         parts = self.parts(wanted)
         for file, begins, name in self.files:
-            sizes = [
-                file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)
-            ]
-            starts = np.cumsum([begins, *sizes])
-            groups = np.flatnonzero(
-                np.diff(np.searchsorted(rows, starts))
-            )  # those that contain some of the rows
-            if not groups.size:
+            groups, first = _row_groups(file.metadata, begins, rows)
+            if not groups:
                 continue
-            at = int(starts[groups[0]])
-            groups = np.arange(groups[0], groups[-1] + 1)
             with reading(name):
+                found = _columns(file.schema_arrow, name, wanted or parts)
                 columns = [
-                    part.column for part in _columns(file.schema_arrow, name, wanted or parts)
+                    replace(part, column=place.column)
+                    for part, place in zip(parts, found, strict=True)
                 ]
-                for batch in file.iter_batches(
-                    TABLE_ROWS, row_groups=groups.tolist(), columns=columns
-                ):
-                    low, high = np.searchsorted(rows, (at, at + len(batch)))
+                names = [part.column for part in columns]
+                for batch in file.iter_batches(TABLE_ROWS, row_groups=groups, columns=names):
+                    low, high = np.searchsorted(rows, (first, first + len(batch)))
                     if low < high:
-                        made = []
-                        for part, column in zip(parts, columns, strict=True):
-                            where = f"{name}: column {column!r}" if wanted else name
-                            matrix = _matrix(batch.column(column), at - begins, part.width, where)
-                            made.append(check_norms(matrix, at - begins, norms, where))
-                        joined = made[0] if len(made) == 1 else side_by_side(made)
-                        yield slice(low, high), joined[rows[low:high] - at]
-                    at += len(batch)
-                    if at > rows[-1]:
+                        start = first - begins
+                        features = _joined(batch, columns, start, norms, name, named=bool(wanted))
+                        yield slice(low, high), features[rows[low:high] - first]
+                    first += len(batch)
+                    if first > rows[-1]:
                         break
         self.files.close()  # mapped pages count as memory in use
+
+
+def _joined(
+    batch: pa.RecordBatch,
+    parts: Sequence[Part],
+    start: int,
+    norms: Norms,
+    name: str,
+    *,
+    named: bool,
+) -> FloatArray:
+    """Return the features of a batch, whose first row is ``start``. Errors name the columns if they were asked for."""
+    columns = []
+    for part in parts:
+        where = f"{name}: column {part.column!r}" if named else name
+        matrix = _matrix(batch.column(part.column), start, part.width, where)
+        columns.append(check_norms(matrix, start, norms, where))
+    return side_by_side(columns)
+
+
+def _row_groups(metadata: FileMetaData, begins: int, rows: IntArray) -> tuple[list[int], int]:
+    """Return the consecutive row groups of a file that hold some of the ``rows``, and their first row.
+
+    ``begins`` is the first row of the file.
+    """
+    sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+    starts = np.cumsum([begins, *sizes])
+    needed = np.flatnonzero(np.diff(np.searchsorted(rows, starts)))
+    if not needed.size:
+        return [], begins
+    first = int(needed[0])
+    return list(range(first, int(needed[-1]) + 1)), int(starts[first])
 
 
 def _columns(schema: pa.Schema, name: str, wanted: Sequence[Part]) -> list[Part]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
 from collections import Counter, defaultdict, deque
@@ -12,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -20,16 +18,21 @@ from tqdm import tqdm
 
 from retrieval_tip.arrays import BoolArray, FloatArray, IntArray
 from retrieval_tip.backbones.base import (
-    encoders_of,
     parts_of,
     same_backbone,
     unit_of,
-    view_size,
     without_unused,
 )
-from retrieval_tip.backbones.prompts import each_text, prompts_of, text_weights
 from retrieval_tip.backbones.torch_backbone import TorchBackbone
-from retrieval_tip.data import images, tables, writing
+from retrieval_tip.data import tables, writing
+from retrieval_tip.data.cached_encoder import (
+    CENTRE,
+    CachedEncoder,
+    Photo,
+    cached_text_weights,
+    chunks,
+    pixels_of,
+)
 from retrieval_tip.data.encoding_cache import EncodingCache
 from retrieval_tip.data.source import Source, spread
 from retrieval_tip.errors import InputError, Skipped, UsageError, check_count
@@ -44,17 +47,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_Loaded = tuple[str, Photo | str]  # a path, and its photo or why it cannot be read
 _Encoded = dict[
     str, tuple[FloatArray, str] | None
 ]  # features [v, d] and digest by path; None if unreadable
-_T = TypeVar("_T")
 
-CENTRE = "centre/reduced"  # large JPEGs are decoded at a reduced size
-TEXT = "text"
 CALIBRATED, FEWEST = 300, 32  # most and fewest photos that int8 is calibrated on
-REDUCED_SIDES = (
-    3  # a reduced JPEG's sides are at least this many times the view's; 2 gave cosines below 0.999
-)
 
 
 @dataclass(frozen=True)
@@ -81,9 +79,9 @@ class FeatureBlock:
         )
 
     @classmethod
-    def of(cls, features: FloatArray) -> FeatureBlock:
-        """Return features of unknown origin as a block. Their positions are the row numbers."""
-        return cls(np.arange(len(features)), features, [None] * len(features))
+    def of(cls, features: FloatArray, digests: list[str | None] | None = None) -> FeatureBlock:
+        """Return features, perhaps of unknown origin, as a block. Their positions are the row numbers."""
+        return cls(np.arange(len(features)), features, digests or [None] * len(features))
 
     def take(self, places: IntArray | slice) -> FeatureBlock:
         """Return some of the items."""
@@ -132,7 +130,7 @@ class Reader:
     ``done`` counts the encoded images (``images``), and the views that were not in the cache (``fresh``).
 
     For the centre view, large JPEGs are decoded at 1/2, 1/4 or 1/8 of their size. Each side is then at least
-    ``REDUCED_SIDES`` times as long as that of the view. This is several times faster; the features change little.
+    three times as long as that of the view. This is several times faster; the features change little.
     """
 
     backbone: Backbone | None = None
@@ -245,42 +243,13 @@ class Reader:
     def text_weights(self, class_names: Sequence[str], templates: Sequence[str]) -> FloatArray:
         """Return the text weights of the classes (see :func:`prompts.text_weights`), from the cache if possible."""
         assert self.backbone is not None
-        return each_text(
-            self.backbone,
-            len(class_names),
-            lambda one: self._text_weights(one, class_names, templates),
-        )
-
-    def _text_weights(
-        self, backbone: Backbone, class_names: Sequence[str], templates: Sequence[str]
-    ) -> FloatArray:
-        files = backbone.text_key
-        if self.cache is None or files is None:
-            return text_weights(backbone, class_names, templates)
-        words = "float32" if backbone.precision == "int8" else backbone.precision
-        scope = f"{backbone.identity.fingerprint}/{words}/{files}"
-        prompts = {name: json.dumps(prompts_of([name], templates)) for name in class_names}
-        keys = {
-            name: (hashlib.sha256(text.encode()).hexdigest(), TEXT)
-            for name, text in prompts.items()
-        }
-        weights = {
-            name: cached
-            for name, key in keys.items()
-            if (cached := self.cache.get(scope, *key)) is not None
-        }
-        if missing := [name for name in keys if name not in weights]:
-            fresh = dict(zip(missing, text_weights(backbone, missing, templates), strict=True))
-            self.cache.put(scope, {keys[name]: weight for name, weight in fresh.items()})
-            weights |= fresh
-        return np.stack([weights[name] for name in class_names])
+        return cached_text_weights(self.backbone, self.cache, class_names, templates)
 
     def for_queries(self, parts: tuple[Part, ...], shares: Sequence[float]) -> Reader:
         """Return a reader for queries to an index, which does not encode images with encoders that have no share."""
-        if not parts:
-            return self
-        backbone = None if self.backbone is None else without_unused(self.backbone, shares)
-        return replace(self, parts=parts, backbone=backbone)
+        if not parts or self.backbone is None:
+            return replace(self, parts=parts)
+        return replace(self, parts=parts, backbone=without_unused(self.backbone, shares))
 
     def needed_backbone(self, source: Source) -> Backbone:
         """Return the backbone. Raises UsageError if it is missing."""
@@ -348,23 +317,20 @@ class Reader:
     def _of_images(
         self, source: Source, names: Sequence[str], *, mean: bool
     ) -> Iterator[FeatureBlock]:
-        backbone = self.needed_backbone(source)
+        encoder = CachedEncoder(self.needed_backbone(source), self.cache, self.batch_size)
         paths = source.paths or ()
         last = {path: position for position, path in enumerate(paths)}
-        encodings = _Encoding.of(backbone)
-        size = self.batch_size or backbone.batch_size
-        at_once = min(len(last), 3 * size)
-        area = sum(int(np.prod(view_size(one.backbone.identity.preprocess))) for one in encodings)
-        pixels = area * (
-            len(names) * at_once + min(len(names) * len(last), size)
-        )  # loaded, and in a batch
+        at_once = min(len(last), 3 * encoder.size)
+        loaded = len(names) * at_once
+        batch = min(len(names) * len(last), encoder.size)
+        pixels = encoder.pixels * (loaded + batch)
         what = f"{counted(len(names), 'view')} of {counted(at_once, 'image')} at a time"
         check_memory(12 * pixels, what, "use fewer views or a smaller batch")
         encoded: _Encoded = {}
         start = 0
-        load = partial(self._load, source, encodings, names)
-        for chunk in self._ahead(load, _chunks(list(last), size)):
-            encoded |= self._encode_chunk(source, chunk, encodings, size, mean=mean)
+        load = partial(self._load, source, encoder, names)
+        for chunk in self._ahead(load, chunks(list(last), encoder.size)):
+            encoded |= self._encode_chunk(source, chunk, encoder, mean=mean)
             rows: list[tuple[int, FloatArray, str]] = []
             while start < len(paths) and paths[start] in encoded:
                 path = paths[start]
@@ -376,42 +342,22 @@ class Reader:
                 yield FeatureBlock(np.array(positions), np.stack(features), list(digests))
 
     def _load(
-        self, source: Source, encodings: Sequence[_Encoding], names: Sequence[str], path: str
+        self, source: Source, encoder: CachedEncoder, names: Sequence[str], path: str
     ) -> _Loaded:
         """Read an image once, and decode it for the views that are not in the cache."""
         try:
-            data = source.load(path)
-            digest = hashlib.sha256(data).hexdigest()
-            views: dict[tuple[_Encoding, str], Any] = {
-                (one, view): None if self.cache is None else self.cache.get(one.scope, digest, view)
-                for one in encodings
-                for view in names
-            }
-            missing = [key for key, feature in views.items() if feature is None]
-            if centred := [one for one, view in missing if view == CENTRE]:
-                least = REDUCED_SIDES * max(
-                    max(view_size(one.backbone.identity.preprocess)) for one in centred
-                )
-                picture = images.decode(data, least)
-                views |= {(one, CENTRE): one.backbone.preprocess(picture) for one in centred}
-            if augmented := [key for key in missing if key[1] != CENTRE]:
-                picture = images.decode(data)
-                views |= {
-                    (one, view): one.backbone.view(picture, f"{digest}/{view}")
-                    for one, view in augmented
-                }
+            return path, encoder.load(source.load(path), names)
         except InputError as error:
-            return _Loaded(path, problem=str(error))  # its traceback would keep the image in memory
-        return _Loaded(path, digest, views)
+            return path, str(error)  # the traceback of an error would keep the image in memory
 
     def _ahead(
-        self, load: Callable[[str], _Loaded], chunks: Sequence[Sequence[str]]
+        self, load: Callable[[str], _Loaded], batches: Sequence[Sequence[str]]
     ) -> Iterator[list[_Loaded]]:
         """Yield the loaded images of each chunk, while threads load the next two chunks."""
         with ThreadPoolExecutor(self.workers, thread_name_prefix="decode") as pool:
             waiting: deque[list[Future[_Loaded]]] = deque()
             try:
-                for chunk in (*chunks, (), ()):
+                for chunk in (*batches, (), ()):
                     waiting.append([pool.submit(load, path) for path in chunk])
                     if len(waiting) > 2:
                         yield [future.result() for future in waiting.popleft()]
@@ -422,95 +368,24 @@ class Reader:
         self,
         source: Source,
         chunk: Sequence[_Loaded],
-        encodings: Sequence[_Encoding],
-        size: int,
+        encoder: CachedEncoder,
         *,
         mean: bool,
     ) -> _Encoded:
-        import torch
-
-        backbone = self.needed_backbone(source)
-        made: dict[_Encoding, dict[tuple[str, str], FloatArray]] = {}
-        for one in encodings:
-            every = (
-                (item.digest, view, own)
-                for item in chunk
-                for (at, view), own in item.views.items()
-                if at is one
-            )
-            todo = {
-                (digest, view): own for digest, view, own in every if isinstance(own, torch.Tensor)
-            }
-            fresh = made[one] = {}
-            for batch in _chunks(list(todo), size):
-                pixels = torch.stack([todo[key] for key in batch])
-                fresh.update(zip(batch, one.backbone.encode_images(pixels), strict=True))
-            if self.cache is not None and fresh:
-                self.cache.put(one.scope, fresh)
-        self.done.update(images=len(chunk), fresh=max(len(fresh) for fresh in made.values()))
-        results: _Encoded = {}
-        for item in chunk:
-            results[item.path] = None
+        what = "feature" if mean else "feature of view"
+        fresh = encoder.encode([photo for _, photo in chunk if isinstance(photo, Photo)])
+        self.done.update(images=len(chunk), fresh=fresh)
+        encoded: _Encoded = {}
+        for path, photo in chunk:
+            encoded[path] = None
             try:
-                if item.problem is not None:
-                    raise InputError(item.problem)
-                raw = np.zeros((len(item.views) // len(encodings), backbone.dim), dtype=np.float32)
-                for number, ((one, view), own) in enumerate(item.views.items()):
-                    feature = made[one].get((item.digest, view), own)
-                    raw[number % len(raw), one.start : one.start + len(feature)] = feature
-                raw = raw.mean(axis=0, keepdims=True) if mean else raw
-                results[item.path] = (
-                    unit_of(backbone, raw, "feature" if mean else "feature of view"),
-                    item.digest,
-                )
+                if isinstance(photo, str):
+                    raise InputError(photo)
+                raw = photo.features.mean(axis=0, keepdims=True) if mean else photo.features
+                encoded[path] = unit_of(encoder.backbone, raw, what), photo.digest
             except InputError as error:
-                self._skip(source, item.path, str(error))
-        return results
-
-
-@dataclass(frozen=True, eq=False)
-class _Encoding:
-    """One of the encoders in use, where its part of a feature starts, and its scope in the encoding cache."""
-
-    start: int
-    backbone: Backbone
-    scope: str
-
-    @classmethod
-    def of(cls, backbone: Backbone) -> list[_Encoding]:
-        found = []
-        start = 0
-        for part, in_use in encoders_of(backbone):
-            scope = f"{part.identity.fingerprint}/{part.scope}"
-            found += [cls(start, part, scope)] if in_use else []
-            start += part.dim
-        return found
-
-
-@dataclass(frozen=True)
-class _Loaded:
-    """An image, and the cached feature or the pixels of each view, or its ``problem``."""
-
-    path: str
-    digest: str = ""
-    views: dict[tuple[_Encoding, str], FloatArray | torch.Tensor] = field(default_factory=dict)
-    problem: str | None = None
-
-
-def pixels_of(
-    data: bytes,
-    backbone: Backbone,
-    *,
-    most: int = images.MAX_PIXELS,
-    only: tuple[str, ...] | None = None,
-) -> torch.Tensor:
-    """Return the centre view of an image as a float32 tensor of shape ``[3, h, w]``. See :func:`images.decode`."""
-    least = REDUCED_SIDES * max(view_size(backbone.identity.preprocess))
-    return backbone.preprocess(images.decode(data, least, most=most, only=only))
-
-
-def _chunks(things: Sequence[_T], size: int) -> list[Sequence[_T]]:
-    return [things[start : start + size] for start in range(0, len(things), size)]
+                self._skip(source, path, str(error))
+        return encoded
 
 
 def encode_table(source: Source, out: str | os.PathLike[str], reader: Reader) -> int:

@@ -36,7 +36,6 @@ from pyarrow.fs import FSSpecHandler, PyFileSystem
 
 from retrieval_tip.backbones.base import Backbone
 from retrieval_tip.data import remote
-from retrieval_tip.data.encoding_cache import EncodingCache
 from retrieval_tip.data.reader import Reader, encoded
 from retrieval_tip.data.sources import Source
 from retrieval_tip.data.tables import COMPLETE, RUN, open_parquet, part_files
@@ -59,12 +58,11 @@ PATIENCE = 5.0
 class Work:
     """The work of an actor, which encodes each piece.
 
-    ``backbone`` is a function that loads the backbone onto a device, and ``cache`` is the folder of the encoding cache.
+    ``backbone`` is a function that loads the backbone of the ``reader`` onto a device.
     """
 
     reader: Reader
     backbone: Callable[..., Backbone] | None
-    cache: str | None
 
 
 def cut(source: Source) -> list[Source]:
@@ -203,9 +201,9 @@ def room(nodes: Iterable[Mapping[str, Any]], device: str) -> tuple[int, int, int
 
     ``nodes`` is the result of ``ray.nodes()``. One actor runs on each GPU.
     """
-    found = [node["Resources"] for node in nodes if node["Alive"]]
-    cpus = [int(node.get("CPU", 0)) for node in found]
-    gpus = 0 if device == "cpu" else sum(int(node.get("GPU", 0)) for node in found)
+    alive = [node["Resources"] for node in nodes if node["Alive"]]
+    cpus = [int(resources.get("CPU", 0)) for resources in alive]
+    gpus = 0 if device == "cpu" else sum(int(resources.get("GPU", 0)) for resources in alive)
     each = 1 if gpus else max(1, max(cpus) // ACTORS_A_NODE)
     actors = min(gpus, sum(cpus)) or sum(number // each for number in cpus)
     if not actors:
@@ -236,13 +234,9 @@ class Worker:
 
     @cached_property
     def _reader(self) -> Reader:
-        work = self._work
-        if work.backbone is None:
-            return replace(work.reader, empty=True)
-        cache = None if work.cache is None else EncodingCache(work.cache)
-        return replace(
-            work.reader, backbone=work.backbone(device=self._device), cache=cache, empty=True
-        )
+        load = self._work.backbone
+        backbone = None if load is None else load(device=self._device)
+        return replace(self._work.reader, backbone=backbone, empty=True)
 
 
 class PartsFolder:
@@ -293,6 +287,6 @@ class PartsFolder:
         """Return the inputs of each piece that could not be read."""
         names = sorted(self.files.find(FAILED))
         return {
-            Path(name).stem: [Skipped(*one) for one in json.loads(self.files.cat_file(name))]
+            Path(name).stem: [Skipped(*row) for row in json.loads(self.files.cat_file(name))]
             for name in names
         }

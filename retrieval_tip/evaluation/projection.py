@@ -76,8 +76,10 @@ def _principal(keys: FloatArray) -> FloatArray:
     with torch.random.fork_rng(devices=[]):  # a fixed seed makes the axes reproducible
         torch.manual_seed(0)
         _, _, axes = torch.svd_lowrank(centred, q=min(AXES, *centred.shape), niter=ITERATIONS)
-    axes = torch.nn.functional.pad(axes, (0, max(0, 2 - axes.shape[1])))[:, :2]
-    axes = axes * torch.where(axes.gather(0, axes.abs().argmax(dim=0, keepdim=True)) < 0, -1, 1)
+    missing = max(0, 2 - axes.shape[1])
+    axes = torch.nn.functional.pad(axes, (0, missing))[:, :2]
+    largest = axes.gather(0, axes.abs().argmax(dim=0, keepdim=True))
+    axes = axes * torch.where(largest < 0, -1, 1)
     return (centred @ axes).numpy()
 
 
@@ -104,9 +106,9 @@ def exemplars(index: Index) -> list[int]:
     ids = torch.from_numpy(described["class_id"].to_numpy().astype(np.int64))
     c = len(index.class_names)
     sums = torch.zeros(c, x.shape[1]).index_add_(0, ids, x)
-    order = np.lexsort(
-        ((x * sums[ids]).sum(1).numpy(), ids.numpy())
-    )  # sorted by class, with the nearest key last
-    best = order[np.flatnonzero(np.diff(ids.numpy()[order], append=c))]
+    affinity = (x * sums[ids]).sum(1).numpy()
+    order = np.lexsort((affinity, ids.numpy()))  # sorted by class, with the nearest key last
+    last = np.flatnonzero(np.diff(ids.numpy()[order], append=c))
+    best = order[last]
     key_ids: list[int] = described["key_id"].take(best).to_pylist()
     return key_ids

@@ -41,7 +41,7 @@ from retrieval_tip.backbones.tower import (
     stored_onnx,
     to_onnx,
 )
-from retrieval_tip.data.reader import pixels_of
+from retrieval_tip.data.cached_encoder import pixels_of
 from retrieval_tip.data.source import spread
 from retrieval_tip.data.sources import read_item
 from retrieval_tip.errors import InputError, UsageError

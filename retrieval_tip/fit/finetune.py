@@ -77,9 +77,9 @@ class Trainer:
             self.values = functional.one_hot(index.class_ids, len(index.class_names)).float()
         matrices = (("keys", self.keys), ("values", self.values))
         self._trained = {
-            name: matrix.requires_grad_()
-            for name, matrix in matrices
-            if matrix is not None and name in recipe.train
+            part: matrix.requires_grad_()
+            for part, matrix in matrices
+            if matrix is not None and part in recipe.train
         }
         self._block = BLOCK if index.device == "cpu" else GPU_BLOCK
         self._optimizer = torch.optim.AdamW(self._trained.values(), eps=EPSILON, fused=True)
@@ -107,11 +107,13 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self, features: Tensor, ids: Tensor) -> tuple[float, float]:
         """Return the mean cross-entropy and the accuracy on queries."""
-        loss, right = 0.0, 0
-        for f, y in zip(features.split(BATCH), ids.to(self.index.device).split(BATCH), strict=True):
-            logits = self._logits(f)
-            loss += float(functional.cross_entropy(logits, y, reduction="sum"))
-            right += int((logits.argmax(dim=1) == y).sum())
+        loss = 0.0
+        right = 0
+        ids = ids.to(self.index.device)
+        for queries, labels in zip(features.split(BATCH), ids.split(BATCH), strict=True):
+            logits = self._logits(queries)
+            loss += float(functional.cross_entropy(logits, labels, reduction="sum"))
+            right += int((logits.argmax(dim=1) == labels).sum())
         return loss / len(ids), right / len(ids)
 
     def _logits(self, features: Tensor) -> Tensor:
@@ -120,26 +122,18 @@ class Trainer:
         settings = self.index.settings
         c = len(self.index.class_names)
         cache = features.new_zeros(len(features), c)
-        ids = self.index.class_ids.split(self._block)
-        values = (
-            [None] * len(ids)
-            if self.values is None
-            else map(tip.Values, self.values.split(self._block))
-        )
-        for keys, block_ids, block_values in zip(
-            self.keys.split(self._block), ids, values, strict=True
-        ):
-            affinity = tip.affinity(keys, features).T  # one row per key is faster
-            cache = cache + tip.cache_logits(
-                affinity, block_ids, c, settings.beta, values=block_values
-            )
+        for block in slices(len(self.keys), self._block):
+            affinity = tip.affinity(self.keys[block], features).T  # one row per key is faster
+            values = None if self.values is None else tip.Values(self.values[block])
+            ids = self.index.class_ids[block]
+            cache = cache + tip.cache_logits(affinity, ids, c, settings.beta, values=values)
         text = tip.text_logits(features, self.index.retrieval.text, settings.logit_scale)
         return tip.Terms(text, cache).logits(settings)
 
     def trained(self) -> dict[str, Tensor]:
         """Return CPU copies of the trained matrices by name."""
         return {
-            name: matrix.detach().to("cpu", copy=True) for name, matrix in self._trained.items()
+            part: matrix.detach().to("cpu", copy=True) for part, matrix in self._trained.items()
         }
 
 
@@ -220,12 +214,12 @@ def finetune_into(
     log.warning(
         "the closed-form fit is usually more accurate than fine-tuning; held-out photos decide which is kept"
     )
-    training_data = _TrainingData.of(index, shots, reader, recipe, val)
-    queries = training_data.queries
-    tuned = _on_folds(index, training_data, recipe) if queries is None else None
+    encoded = _Shots.of(index, shots, reader, recipe, val)
+    queries = encoded.queries
+    tuned = _on_folds(index, encoded, recipe) if queries is None else None
     if tuned is None or not tuned.as_it_was:
         compared = None if tuned is None else tuned.compared
-        tuned = replace(_trained(index, training_data, recipe), compared=compared)
+        tuned = replace(_trained(index, encoded, recipe), compared=compared)
     if queries is not None and tuned.choice is not None:
         before = _right(index, queries.features, queries.ids) / len(queries.ids)
         compared = Comparison(before, tuned.choice.accuracy, len(queries.ids), queries.name)
@@ -281,23 +275,23 @@ def finetune(
         InputError: if the shots or the validation images do not fit the index.
     """
     recipe = recipe or Recipe()
-    tuned = _trained(index, _TrainingData.of(index, shots, reader, recipe, val), recipe, on_epoch)
+    tuned = _trained(index, _Shots.of(index, shots, reader, recipe, val), recipe, on_epoch)
     _warn(tuned)
     return tuned
 
 
 def _trained(
     index: Index,
-    training_data: _TrainingData,
+    shots: _Shots,
     recipe: Recipe,
     on_epoch: Callable[[Mapping[str, float]], None] = lambda _: None,
 ) -> Tuned:
     """Train Tip-Adapter over the keys of an index, and keep the weights of one epoch (see :func:`finetune`)."""
     plain = closed_form.unfitted(index)
-    queries = training_data.queries
+    queries = shots.queries
     began = time.monotonic()
     if plain.device == "cpu":
-        size = min(BATCH, len(training_data.ids))
+        size = min(BATCH, len(shots.ids))
         check_memory(
             4 * size * plain.n, f"steps of {size} queries x {plain.n} keys", "fine-tune fewer keys"
         )
@@ -306,22 +300,22 @@ def _trained(
     best = 0.0
     collapsed = None
     untrained = epoch, kept = 0, trainer.trained()
-    for loss, accuracy, *held in _epochs(trainer, training_data, recipe):
+    for loss, accuracy, *held in _epochs(trainer, shots, recipe):
         row = {"epoch": len(curve), "loss": loss, "accuracy": accuracy}
         row["val_loss"], row["val_accuracy"] = (math.nan, math.nan) if queries is None else held
-        curve.append(row | {"seconds": time.monotonic() - began})
-        on_epoch(dict(curve[-1]))
+        row["seconds"] = time.monotonic() - began
+        curve.append(row)
+        on_epoch(dict(row))
         if not math.isfinite(held[0]):
             collapsed = f"the loss is not finite in epoch {len(curve) - 1}"
             break
         best = max(best, held[1])
-        # Without validation images, every epoch is good enough, so the last one is kept.
         error = math.inf if queries is None else math.sqrt(best * (1 - best) / len(queries.ids))
         if held[1] >= best - error:
             epoch = len(curve) - 1
             kept = trainer.trained()
     first, *later = [(row["val_accuracy"], -row["val_loss"]) for row in curve]
-    if queries is not None and not any(other > first for other in later):
+    if queries is not None and not any(figures > first for figures in later):
         epoch, kept = untrained
     record: dict[str, Any] = {
         "parent": plain.place,
@@ -333,7 +327,7 @@ def _trained(
         "epoch": epoch,
         "collapsed": collapsed,
         "seconds": round(curve[-1]["seconds"], 3),
-        "shots": training_data.source,
+        "shots": shots.source,
         "val": None if queries is None else queries.name,
     }
     keys = kept["keys"].numpy() if "keys" in kept else np.asarray(plain.keys)
@@ -342,7 +336,6 @@ def _trained(
         plain,
         rows=ArrayRows(keys.astype(plain.dtype), plain.labels, kept.get("values", plain.values)),
         factory=plain.index_type,
-        # The temperature belongs to the logits before training.
         settings=replace(plain.settings, temperature=1.0),
         provenance=before | {"alpha": "finetune", "beta": "finetune", "finetune": record},
         curve=pa.Table.from_pylist(curve, schema=CURVE),
@@ -354,27 +347,24 @@ def _trained(
 
 
 def _epochs(
-    trainer: Trainer, training_data: _TrainingData, recipe: Recipe
+    trainer: Trainer, shots: _Shots, recipe: Recipe
 ) -> Iterator[tuple[float, float, float, float]]:
     """Train, and yield the loss and the accuracy before training, which are NaN, and of each epoch.
 
     Then come those after the epoch, on the validation images or on the last batch. They are NaN if a step fails.
     """
-    val = training_data.queries
-    steps = math.ceil(len(training_data.ids) / BATCH)
+    val = shots.queries
+    steps = math.ceil(len(shots.ids) / BATCH)
     held = None if val is None else (torch.from_numpy(val.features), torch.from_numpy(val.ids))
-    yield math.nan, math.nan, *trainer.evaluate(*held or next(training_data.batches(recipe, 0)))
+    yield math.nan, math.nan, *trainer.evaluate(*held or next(shots.batches(recipe, 0)))
     with tqdm(
-        total=recipe.epochs * steps,
-        unit="step",
-        disable=not training_data.progress or None,
-        leave=False,
+        total=recipe.epochs * steps, unit="step", disable=not shots.progress or None, leave=False
     ) as bar:
         for epoch in range(recipe.epochs):
             loss = 0.0
             right = 0
             seen = 0
-            for step, batch in enumerate(training_data.batches(recipe, epoch), epoch * steps):
+            for step, batch in enumerate(shots.batches(recipe, epoch), epoch * steps):
                 mean, hits = trainer.step(*batch, cosine(step, recipe.epochs * steps, recipe.lr))
                 loss = loss + mean * len(batch[1])
                 right = right + hits
@@ -401,7 +391,7 @@ def _warn(tuned: Tuned) -> None:
         )
 
 
-def _on_folds(index: Index, training_data: _TrainingData, recipe: Recipe) -> Tuned | None:
+def _on_folds(index: Index, shots: _Shots, recipe: Recipe) -> Tuned | None:
     """Compare an index before and after training on held-out shots, and return the last trained index.
 
     A quarter of each class is held out at a time, until :data:`HELD_OUT` shots have been evaluated. The result is
@@ -415,10 +405,10 @@ def _on_folds(index: Index, training_data: _TrainingData, recipe: Recipe) -> Tun
     tuned = None
     for held in folds.held:
         rest = index.take(held.rows.numpy())
-        others = training_data.without(set(np.delete(sources, held.rows.numpy())))
-        if not len(others.ids):
+        seen = shots.without(set(np.delete(sources, held.rows.numpy())))
+        if not len(seen.ids):
             continue
-        tuned = _trained(rest, others, recipe)
+        tuned = _trained(rest, seen, recipe)
         if index.fitted is not None and index.curve is None:
             rest, _ = closed_form.fit(rest, forms=like(index.fitted))
         for i, model in enumerate((rest, tuned.index)):
@@ -455,18 +445,18 @@ def shots_of(index: Index, source: Source | None = None) -> Source:
                 f"{missing}: no such file, though it is a shot of the index; give --source with the shots"
             )
         source = open_source(origin)
-    shot_paths = set(paths)
-    positions = [position for position, name in enumerate(source.sources) if name in shot_paths]
+    names = set(paths)
+    positions = [position for position, name in enumerate(source.sources) if name in names]
     if not positions:
         raise InputError(
             f"{source.name}: none of its {len(source)} items is a shot of the index; shots have names like "
-            f"{min(shot_paths)!r}, its items like {source.sources[0]!r}"
+            f"{min(names)!r}, its items like {source.sources[0]!r}"
         )
     return source.take(positions)
 
 
 @dataclass(frozen=True)
-class _TrainingData:
+class _Shots:
     """The ``views`` of each shot, ``[v, d]``, their ``names`` and class ``ids``, and the validation images.
 
     ``source`` is the name of the shots.
@@ -487,40 +477,35 @@ class _TrainingData:
         reader: Reader,
         recipe: Recipe,
         val: Source | Queries | None,
-    ) -> _TrainingData:
+    ) -> _Shots:
         reader = replace(reader, views=1)
         ids = index.ids_of(shots)
         views = reader.encode_views(shots, view_names(recipe.seed, VIEWS))
-        firsts = list(views)
-        shot_views = list(views.values())
+        first_rows = list(views)
         queries = search_hp.on_validation(index, val, reader) if isinstance(val, Source) else val
-        checked = [(shots.name, shot_views[0])] + (
-            [] if queries is None else [(queries.name, queries.features)]
-        )
-        for name, features in checked:
+        checked = {shots.name: views[first_rows[0]]}
+        if queries is not None:
+            checked[queries.name] = queries.features
+        for name, features in checked.items():
             if features.shape[1] != index.d:
                 raise InputError(
                     f"{name}: features have {features.shape[1]} values; the index needs {index.d}"
                 )
-        return cls(
-            shots.name,
-            shots.take(firsts).sources,
-            ids[firsts],
-            shot_views,
-            queries,
-            reader.progress,
-        )
+        names = shots.take(first_rows).sources
+        matrices = list(views.values())
+        return cls(shots.name, names, ids[first_rows], matrices, queries, reader.progress)
 
-    def without(self, names: set[str]) -> _TrainingData:
-        """Return the data without the shots whose source is in ``names``."""
-        left = [shot for shot, name in enumerate(self.names) if name not in names]
-        kept_names, views = [self.names[shot] for shot in left], [self.views[shot] for shot in left]
-        return replace(self, names=kept_names, ids=self.ids[left], views=views)
+    def without(self, sources: set[str]) -> _Shots:
+        """Return the shots without those whose source is in ``sources``."""
+        left = [shot for shot, name in enumerate(self.names) if name not in sources]
+        names = [self.names[shot] for shot in left]
+        views = [self.views[shot] for shot in left]
+        return replace(self, names=names, ids=self.ids[left], views=views)
 
     def batches(self, recipe: Recipe, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield batches of features and their class ids, with one view of each shot per epoch."""
         random = np.random.default_rng((recipe.seed, epoch))
-        view = random.integers(0, [len(shot_views) for shot_views in self.views])
+        view = random.integers(0, [len(features) for features in self.views])
         order = random.permutation(len(self.ids))
         for batch in slices(len(order), BATCH):
             features = np.stack([self.views[shot][view[shot]] for shot in order[batch]])

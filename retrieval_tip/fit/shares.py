@@ -51,7 +51,6 @@ def shares_of(splits: Sequence[Folds], form: Form) -> Shares:
         losses = np.array(
             [folds.n * folds.shared(cell).judge(form).loss for cell in cells.tolist()]
         )
-        # The mean over the splits so far, so that clearly worse shares are not fitted to the next split.
         evidence = (done * evidence - losses) / (done + 1)
         clear = evidence > evidence.max() - CLEAR
         cells, evidence = cells[clear], evidence[clear]
@@ -81,29 +80,24 @@ def shares_without_folds(folds: Folds) -> Shares:
         for part in keys.split([part.width for part in folds.parts], dim=1)
     ]
     means = [_class_means(part, ids) for part in parts]
-    used = [
-        encoder for encoder in range(len(parts)) if encoder == 0 or agree(means[0], means[encoder])
-    ]
+    used = [0]
+    used += [part for part in range(1, len(parts)) if agree(means[0], means[part])]
     shares = np.zeros(len(parts))
     if len(used) == 1:
         shares[used] = 1
         return tuple(shares.tolist())
-    between = torch.stack([(parts[encoder] @ parts[encoder].T)[others] for encoder in used]).numpy()
+    between = torch.stack([(parts[part] @ parts[part].T)[others] for part in used]).numpy()
     contrast = 1 / np.maximum(1 - between.mean(1), 1e-6)
     covariance = np.cov(between * contrast[:, None])
     spreads = np.sqrt(np.maximum(np.diag(covariance), 1e-12))
+    correlated = covariance > REDUNDANT * spreads[:, None] * spreads
+    np.fill_diagonal(correlated, True)
     counts = np.zeros(len(used))
-    for encoder in range(len(used)):
-        group = np.flatnonzero(
-            (covariance[encoder] > REDUNDANT * spreads[encoder] * spreads)
-            | (np.arange(len(used)) == encoder)
-        )
-        # Weights of least variance are proportional to the inverse covariance times ones; twins make it singular.
-        least = np.linalg.solve(
-            covariance[np.ix_(group, group)] + 1e-12 * np.eye(len(group)), np.ones(len(group))
-        )
-        least = least.clip(min=0)
-        counts[encoder] = least[group == encoder][0] ** 2 / (least**2).sum()
+    for part, row in enumerate(correlated):
+        group = np.flatnonzero(row)
+        regularised = covariance[np.ix_(group, group)] + 1e-12 * np.eye(len(group))
+        least = np.linalg.solve(regularised, np.ones(len(group))).clip(min=0)
+        counts[part] = least[group == part][0] ** 2 / (least**2).sum()
     contrasted = counts * contrast
     rounded = (STEP * contrasted / contrasted.sum()).round()
     shares[used] = rounded / rounded.sum()
@@ -120,21 +114,22 @@ def agree(first: DoubleArray, second: DoubleArray) -> bool:
     c = len(first)
     if c < LEAST_CLASSES:
         return False
-    first_affinity, second_affinity = (_between(means) for means in (first, second))
+    affinities = _between(first)
+    others = _between(second)
+    agreement = (affinities * others).sum()
     draw = np.random.default_rng(0)
-    orders = [draw.permutation(c) for _ in range(PERMUTED)]
-    chance = np.array(
-        [(first_affinity * second_affinity[np.ix_(order, order)]).sum() for order in orders]
-    )
-    return bool(((first_affinity * second_affinity).sum() > chance).sum() >= CONVINCED)
+    less = 0
+    for _ in range(PERMUTED):
+        order = draw.permutation(c)
+        less += agreement > (affinities * others[np.ix_(order, order)]).sum()
+    return bool(less >= CONVINCED)
 
 
 def _class_means(features: Tensor, ids: Tensor) -> DoubleArray:
     """Return the mean feature of each of at most :data:`ASKED` classes, scaled to norm 1, in the order of the rows."""
     classes = list(dict.fromkeys(ids.tolist()))[:ASKED]
-    return torch.nn.functional.normalize(
-        torch.stack([features[ids == class_id].mean(0) for class_id in classes])
-    ).numpy()
+    means = torch.stack([features[ids == class_id].mean(0) for class_id in classes])
+    return torch.nn.functional.normalize(means).numpy()
 
 
 def _between(means: DoubleArray) -> DoubleArray:

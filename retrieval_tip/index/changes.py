@@ -28,6 +28,7 @@ from retrieval_tip.errors import InputError, StoreError, UsageError, check_count
 from retrieval_tip.fit import closed_form
 from retrieval_tip.fit.closed_form import FitRequest
 from retrieval_tip.index import places
+from retrieval_tip.index.added_photos import remove_unused
 from retrieval_tip.index.build import prior_of
 from retrieval_tip.index.items import (
     ItemColumns,
@@ -37,7 +38,6 @@ from retrieval_tip.index.items import (
     read_text_table,
     warn_of_spelling,
 )
-from retrieval_tip.index.photos import remove_unused
 from retrieval_tip.index.places import TRIES, Changed, Place
 from retrieval_tip.model import Index
 from retrieval_tip.settings import ClassPrior, Dtype, MetricName, ValuesName, check_choice
@@ -178,8 +178,13 @@ def _fitted_again(before: Index, after: Index) -> tuple[Index, dict[str, Any]]:
     return after, {"fit": choice}
 
 
-def _manifest_of(store: places.Store, base: Index | None) -> Manifest:
-    return store.manifest() if base is None or base.manifest is None else base.manifest
+def _manifest_of(
+    store: places.Store, base: Index | None, backbone: Backbone | None = None
+) -> Manifest:
+    """Return the manifest of the current version. Raises BackboneError if it does not fit the ``backbone``."""
+    manifest = store.manifest() if base is None or base.manifest is None else base.manifest
+    check_backbone(manifest.identity, manifest.d, backbone, [])
+    return manifest
 
 
 @dataclass(frozen=True)
@@ -223,49 +228,43 @@ def label(
     """
     store = places.at(folder)
     wanted = {photo.digest: photo for photo in photos}
-    manifest = _manifest_of(store, base)
-    check_backbone(manifest.identity, manifest.d, reader.backbone, [])
+    manifest = _manifest_of(store, base, reader.backbone)
     names = list(dict.fromkeys(photo.label for photo in wanted.values() if photo.label is not None))
     weights = _weights_of(names, manifest, reader, None)
 
     def revise(index: Index) -> Changed:
         rows = index.having("digest", wanted).to_pylist()
-        there = {row["digest"] for row in rows}
-        fresh = [
-            photo
-            for photo in wanted.values()
-            if photo.label is not None and photo.digest not in there
-        ]
+        present = {row["digest"] for row in rows}
+        labelled = [photo for photo in wanted.values() if photo.label is not None]
+        fresh = [photo for photo in labelled if photo.digest not in present]
         now = {row["key_id"]: row["label"] for row in rows}
         new = {row["key_id"]: wanted[row["digest"]].label for row in rows}
         edits = Edits(
             classes=_new_classes(names, index.class_names, weights, index.has_text),
             add=_keys_of(fresh, reader) if fresh else None,
-            move={
-                key_id: name
-                for key_id, name in new.items()
-                if name is not None and name != now[key_id]
-            },
+            move={key_id: name for key_id, name in new.items() if name not in (None, now[key_id])},
             remove=[key_id for key_id, name in new.items() if name is None],
             drop=set(unwanted).difference(names),
         )
         if not fresh and len(edits.remove) == index.n:
             raise InputError("it is the only label; label another photo first")
-        changed = _edited(index, edits, now)
-        before = {} if last is None or last.version != index.version else last.labels
-        if not (
-            changed.what and before and index.manifest is not None and made_now(index.manifest)
-        ):
-            return changed
-        again = {
-            key_id: (before.get(key_id, pair)[0], pair[1])
-            for key_id, pair in changed.labels.items()
-        }
-        labels = {**before, **again}
-        what = in_words(labels.values(), index.backbone) or "no change"
-        return replace(changed, what=what, labels=labels, replaces=True)
+        return _continued(_edited(index, edits, now), index, last)
 
     return store.change(revise, base=base, tries=TRIES)
+
+
+def _continued(changed: Changed, index: Index, last: Changed | None) -> Changed:
+    """Join a change of an index with the ``last`` one, if that made the current version in this minute."""
+    if last is None or last.version != index.version or index.manifest is None:
+        return changed
+    if not changed.what or not last.labels or not made_now(index.manifest):
+        return changed
+    labels = dict(last.labels)
+    for key_id, (old, new) in changed.labels.items():
+        first, _ = labels.get(key_id, (old, new))
+        labels[key_id] = (first, new)
+    what = in_words(labels.values(), index.backbone) or "no change"
+    return replace(changed, what=what, labels=labels, replaces=True)
 
 
 def _keys_of(photos: Sequence[PhotoLabel], reader: Reader) -> NewKeys:
@@ -439,8 +438,7 @@ def rename(
     """
     text: dict[str, FloatArray] = {}
     if backbone is not None:
-        manifest = _manifest_of(places.at(folder), base)
-        check_backbone(manifest.identity, manifest.d, backbone, [])
+        manifest = _manifest_of(places.at(folder), base, backbone)
         if not manifest.templates:
             raise UsageError(
                 f"{folder}: its text weights did not come from templates; rename without a backbone"
@@ -488,15 +486,9 @@ def configure(
     Raises UsageError if nothing is given, if a setting is invalid, or if templates are given but no backbone. Raises
     BackboneError if the backbone differs from the backbone of the index.
     """
-    given: dict[str, Any] = {
-        "alpha": alpha,
-        "beta": beta,
-        "k": k,
-        "tail": tail,
-        "temperature": temperature,
-    }
-    given = {name: value for name, value in given.items() if value is not None}
-    if not (given or templates or groups):
+    asked = {"alpha": alpha, "beta": beta, "k": k, "tail": tail, "temperature": temperature}
+    settings: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
+    if not (settings or templates or groups):
         raise UsageError(
             "nothing to set: give alpha, beta, k, tail, temperature, templates or groups"
         )
@@ -506,31 +498,29 @@ def configure(
     if prompts:
         if backbone is None:
             raise UsageError("templates: text weights from templates need a backbone; give --model")
-        manifest = _manifest_of(store, base)
-        check_backbone(manifest.identity, manifest.d, backbone, [])
-        names = manifest.class_names
+        names = _manifest_of(store, base, backbone).class_names
         weights = dict(zip(names, Reader(backbone).text_weights(names, prompts), strict=True))
 
     def revise(index: Index) -> Changed:
         choice = None
+        what = [_shown(name, value) for name, value in settings.items()]
         if index.fitted is not None and beta is not None and beta != index.settings.beta:
             index, choice = closed_form.refit(index, beta)
-        if given:
-            index = index.with_settings(
-                index.settings.override(**given), chosen=not given.keys() <= {"k", "tail"}
-            )
+        if settings:
+            chosen = not settings.keys() <= {"k", "tail"}
+            index = index.with_settings(index.settings.override(**settings), chosen=chosen)
+        marks = dict.fromkeys(settings, "given")
         if prompts:
             if weights.keys() != set(index.class_names):
                 raise StoreError(f"{folder}: its classes have changed in the meantime; try again")
             index = index.edited(Edits(text=weights, templates=prompts))
-        what = [_shown(name, value) for name, value in given.items()]
-        what += [counted(len(prompts), "template")] if prompts else []
-        own = index.groups
+            what.append(counted(len(prompts), "template"))
+            marks["text"] = "templates"
+        levels = index.groups
         if groups is not None:
-            own = read_groups(groups, index.class_names)
-            what.append(f"groups by {', '.join(own.levels[1:])}")
-        marks = dict.fromkeys(given, "given") | ({"text": "templates"} if prompts else {})
-        index = index.altered(provenance=index.provenance | marks, groups=own)
+            levels = read_groups(groups, index.class_names)
+            what.append(f"groups by {', '.join(levels.levels[1:])}")
+        index = index.altered(provenance=index.provenance | marks, groups=levels)
         return Changed(index, f"set {', '.join(what)}", fit=choice)
 
     return store.change(revise, base=base)
@@ -759,8 +749,4 @@ def _moved(
 
 
 def _shown(name: str, value: object) -> str:
-    return (
-        f"{name} {value:g}"
-        if isinstance(value, float)
-        else f"{name} {'all' if value is None else value}"
-    )
+    return f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"

@@ -15,8 +15,16 @@ import numpy as np
 import pyarrow as pa
 
 from retrieval_tip.arrays import FloatArray, IntArray, KeyArray
-from retrieval_tip.backbones.base import Backbone, Identity, Part, same_backbone, text_side_by_side
+from retrieval_tip.backbones.base import (
+    Backbone,
+    Identity,
+    Part,
+    same_backbone,
+    text_side_by_side,
+    width_of,
+)
 from retrieval_tip.backbones.prompts import mean_by_class
+from retrieval_tip.data.feature_table import FeatureTable
 from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.source import few_shot
 from retrieval_tip.data.sources import Source, check_exists, open_source, spelled_alike
@@ -30,6 +38,7 @@ from retrieval_tip.retrieval import inputs
 from retrieval_tip.retrieval.defaults import Statistics, default_settings
 from retrieval_tip.retrieval.duplicates import Duplicates, describe_duplicates, duplicates
 from retrieval_tip.retrieval.keys import KEY_BLOCK, auto_for
+from retrieval_tip.retrieval.logits import slices
 from retrieval_tip.retrieval.rows import ArrayRows, Rows
 from retrieval_tip.retrieval.vector_index import BY_CLASS, FLAT_FACTORY
 from retrieval_tip.settings import (
@@ -96,10 +105,8 @@ def planned(options: BuildOptions) -> BuildOptions:
     fit = plan["fit"]
     if fit is not None:
         check_choice("fit", fit, FitName)
-    wanted = any(
-        letter is not None for letter in (plan["metric"], plan["values"], plan["class_prior"])
-    )
-    wanted = wanted or bool(plan["prior"])
+    ways = [plan["metric"], plan["values"], plan["class_prior"]]
+    wanted = ways != [None, None, None] or bool(plan["prior"])
     plain = plan["alpha"] is not None or plan["beta"] is not None
     if plain and (fit == "auto" or wanted):
         raise UsageError("fit: sets alpha and beta itself; remove alpha and beta, or give fit none")
@@ -154,12 +161,17 @@ class BuildInputs:
     device: str
     groups: Levels | None = None
 
+    @property
+    def is_random(self) -> bool:
+        """Whether the index depends on the seed."""
+        return self.plan["shots"] is not None or self.reader.views > 1
+
     def settings(self, statistics: Statistics | None, k: int | None) -> Settings:
         """Return the settings before a fit. ``k`` is used as k if no k was given."""
         plan = self.plan
-        own = settings_of(self.plan, self.reader.backbone)
+        settings = settings_of(plan, self.reader.backbone)
         alpha, beta = default_settings(statistics, plan["alpha"], plan["beta"])
-        return own.override(alpha=alpha, beta=beta, k=k if plan["k"] is None else None)
+        return settings.override(alpha=alpha, beta=beta, k=k if plan["k"] is None else None)
 
     def blocks(self) -> Iterator[FeatureBlock]:
         """Yield the items in blocks of features.
@@ -197,13 +209,12 @@ class BuildInputs:
 
     def described(self, statistics: Statistics | None) -> dict[str, object]:
         """Return the provenance. Call this only after all items have been read."""
-        views = self.reader.views
         plan = self.plan
         return {
             "source": self.source.name,
             "shots": plan["shots"],
-            "seed": self.reader.seed if plan["shots"] is not None or views > 1 else None,
-            "views": views,
+            "seed": self.reader.seed if self.is_random else None,
+            "views": self.reader.views,
             "precision": {"keys": precision_of(self.source, self.reader)},
             "text": self.words.origin,
             "alpha": "default" if plan["alpha"] is None else "given",
@@ -221,9 +232,8 @@ class BuildInputs:
         """
         names, weights, templates, _ = self.words
         reader = self.reader
-        shots = self.plan["shots"]
-        drawn = shots is not None or reader.views > 1
-        built = Built(self.source.name, shots, reader.seed if drawn else 1, reader.views)
+        seed = reader.seed if self.is_random else 1
+        built = Built(self.source.name, self.plan["shots"], seed, reader.views)
         index = Index(
             rows,
             list(names),
@@ -233,7 +243,7 @@ class BuildInputs:
             backbone=self.backbone,
             provenance=self.described(statistics),
             built=built,
-            parts=self.reader.parts,
+            parts=reader.parts,
             groups=self.groups,
         )
         if bare := index.bare:
@@ -294,38 +304,36 @@ def read_text_table(
         raise InputError(
             f"{source.name}: no column 'feature'; give a feature table labelled by class"
         )
-    rows: dict[str, list[int]] = {}
+    prompts: dict[str, list[int]] = {}
     for row, label in enumerate(source.labels):
-        rows.setdefault(label, []).append(row)
+        prompts.setdefault(label, []).append(row)
 
-    def means(*columns: Part) -> FloatArray:
-        features = (
-            Reader(norms="check" if norms == "check" else "unit", parts=columns)
-            .encode(source)
-            .features
+    def weights(*columns: Part) -> FloatArray:
+        reader = Reader(norms="check" if norms == "check" else "unit", parts=columns)
+        features = reader.encode(source).features
+        means = [mean_by_class(features[None, rows], [name]) for name, rows in prompts.items()]
+        return np.concatenate(means)
+
+    if len(parts) < 2 or width_of(table.parts()) == width_of(parts):
+        same_backbone(table.identity(), backbone, str(path))
+        return tuple(prompts), weights()
+    with_text = [part for part in parts if _has_column(table, part)]
+    if not with_text:
+        raise InputError(
+            f"{source.name}: has no column of text features of an encoder of this index"
         )
-        return np.stack(
-            [mean_by_class(features[None, own], [name])[0] for name, own in rows.items()]
-        )
+    joined = []
+    for part in parts:
+        empty = np.zeros((len(prompts), part.width), np.float32)
+        joined.append(weights(part) if part in with_text else empty)
+    return tuple(prompts), text_side_by_side(joined)
 
-    def text_of(part: Part) -> FloatArray:
-        try:
-            has_text = table.parts([part])[0].width == part.width
-        except InputError:
-            has_text = False
-        return means(part) if has_text else np.zeros((len(rows), part.width), np.float32)
 
-    if len(parts) > 1 and sum(part.width for part in table.parts()) != sum(
-        part.width for part in parts
-    ):
-        own = [text_of(part) for part in parts]
-        if not any(part.any() for part in own):
-            raise InputError(
-                f"{source.name}: has no column of text features of an encoder of this index"
-            )
-        return tuple(rows), text_side_by_side(own)
-    same_backbone(table.identity(), backbone, str(path))
-    return tuple(rows), means()
+def _has_column(table: FeatureTable, part: Part) -> bool:
+    try:
+        return table.parts([part])[0].width == part.width
+    except InputError:
+        return False
 
 
 def warn_of(duplicates: Duplicates) -> None:
@@ -339,10 +347,10 @@ def warn_of_spelling(
     """Warn about ``new`` classes whose name is almost the name of an earlier class, and return these pairs."""
     pairs = spelled_alike(class_names)
     alike = {name: pairs[name] for name in new if name in pairs}
-    for name, known in itertools.islice(alike.items(), SHOWN):
-        rename = command_line("index", "rename", place, name, known)
+    for name, earlier in itertools.islice(alike.items(), SHOWN):
+        rename = command_line("index", "rename", place, name, earlier)
         log.warning(
-            "%r is a new class, spelled almost like %r; to merge them: %s", name, known, rename
+            "%r is a new class, spelled almost like %r; to merge them: %s", name, earlier, rename
         )
     if len(alike) > SHOWN:
         log.warning("%d more new classes are spelled almost like others", len(alike) - SHOWN)
@@ -357,22 +365,18 @@ def warn(lines: Iterable[str]) -> None:
 
 def create(folder: Versions, made: BuildInputs) -> Index:
     """Build the next version of a folder. The keys are sorted by class."""
-    asked = made.plan["index"] or "Flat"
-    order = np.argsort(
-        made.ids, kind="stable"
-    )  # group the keys by class, so that row r of the index is item order[r]
+    # group the keys by class, so that row r of the index is item order[r]
+    order = np.argsort(made.ids, kind="stable")
     with folder.write() as writer:
         keys, kept, digests = _write_keys(writer, made, order)
         order = order[kept]
         c = len(made.words.class_names)
-        factory, k = (
-            (asked, None)
-            if asked != "auto"
-            else auto_for(keys.shape, made.plan["dtype"], c, made.device)
-        )
-        early = (
-            factory if made.fit is None else FLAT_FACTORY
-        )  # a fit indexes the transformed keys instead
+        factory = made.plan["index"] or "Flat"
+        k = None
+        if factory == "auto":
+            factory, k = auto_for(keys.shape, made.plan["dtype"], c, made.device)
+        # a fit indexes the transformed keys instead
+        early = factory if made.fit is None else FLAT_FACTORY
         rows = ArrayRows(keys, made.labels(order, digests)).indexed(c, early)
         index = made.index(rows, rows.statistics(), k)
         warn_of(duplicates(keys, rows.labels))
@@ -401,8 +405,8 @@ def _write_keys(
     kept = np.flatnonzero(present)
     if len(kept) < len(order):  # close the gaps that unreadable images left
         whole = writer.stage_array("keys", (len(kept), shape[1]), made.plan["dtype"])
-        for start in range(0, len(kept), KEY_BLOCK):
-            whole[start : start + KEY_BLOCK] = array[kept[start : start + KEY_BLOCK]]
+        for block_of_rows in slices(len(kept), KEY_BLOCK):
+            whole[block_of_rows] = array[kept[block_of_rows]]
         Path(str(array.filename)).unlink(missing_ok=True)  # a full disk may have removed it
         array = whole
     return writer.seal_array("keys", array), kept, digests[kept].tolist()

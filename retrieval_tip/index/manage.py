@@ -9,7 +9,7 @@ from pathlib import Path
 from retrieval_tip.errors import InputError, StoreError
 from retrieval_tip.files import real, remove_leftovers, sync, temporary
 from retrieval_tip.index import changes, places
-from retrieval_tip.index.photos import holds_photos, remove_unused
+from retrieval_tip.index.added_photos import holds_photos, remove_unused
 from retrieval_tip.store.files import locked
 from retrieval_tip.wording import show
 

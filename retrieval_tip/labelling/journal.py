@@ -24,7 +24,7 @@ from retrieval_tip.files import (
     replacing,
     sync,
 )
-from retrieval_tip.index.photos import DROPPED
+from retrieval_tip.index.added_photos import DROPPED
 from retrieval_tip.index.places import Store
 from retrieval_tip.wording import show
 

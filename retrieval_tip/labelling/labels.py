@@ -58,10 +58,14 @@ class LabelledPhoto:
 
 @dataclass(frozen=True)
 class Label:
-    """The label of a photo, and how the photo was chosen. A label of ``None`` removes the label of the photo."""
+    """The label of a photo, and how the photo was chosen. A label of ``None`` removes the label of the photo.
+
+    ``refusal`` is the reason why the index refused the label, if it did.
+    """
 
     label: str | None
     picked: Picked
+    refusal: str | None = None
 
 
 def picked_of(text: str | None) -> Picked:
@@ -100,7 +104,7 @@ class SessionPhotos:
         self.features: dict[int, FloatArray] = {}
         self.digests: dict[int, str] = {}
         self.same: dict[str, list[int]] = {}
-        self.unread = {show(absolute(paths[number])): number for number in self.own(paths)}
+        self.unread = {show(absolute(path)): photo for photo, path in paths.items()}
         self.unreadable: dict[int, str] = {}
 
     def __len__(self) -> int:
@@ -141,16 +145,11 @@ class SessionPhotos:
         return np.stack([self.features[photo] for photo in photos])
 
     def remembered(self, photos: Sequence[int]) -> Reader:
-        """Return a reader of the encoded ones of some photos, which reads no file. Raises InputError without any."""
-        known = {place: photo for place, photo in enumerate(photos) if photo in self.features}
-        if not known:
-            raise InputError("photos: have not been read yet; try again later")
-        digests = [self.digests.get(photo) for photo in known.values()]
-        return Remembered(
-            known=(FeatureBlock(np.array([*known]), self.rows([*known.values()]), digests),)
-        )
+        """Return a reader of encoded photos, which reads no file."""
+        digests = [self.digests.get(photo) for photo in photos]
+        return Remembered(known=(FeatureBlock.of(self.rows(photos), digests),))
 
-    def hashed(self, photos: Sequence[int]) -> dict[int, str]:
+    def hashed(self, photos: Iterable[int]) -> dict[int, str]:
         """Return the digests of the photos whose files can be read. The object does not change."""
         digests = {}
         for photo in photos:
@@ -159,20 +158,29 @@ class SessionPhotos:
         return digests
 
     def read(self, photos: Sequence[int], strict: bool) -> Read:
-        """Encode photos, and leave out unreadable ones. The object does not change."""
+        """Encode photos, and leave out those that are unreadable or have changed since they were labelled earlier.
+
+        The object does not change.
+        """
         reader = replace(self.reader, empty=True, strict=strict)
-        return {
-            photos[position]: (str(digest), feature)
-            for block in reader.blocks(self.chosen(photos))
-            for position, digest, feature in zip(
-                block.positions, block.digests, block.features, strict=True
-            )
-        }
+        found = {}
+        for block in reader.blocks(self.chosen(photos)):
+            rows = zip(block.positions, block.digests, block.features, strict=True)
+            for position, digest, feature in rows:
+                photo = photos[position]
+                if photo < EARLIER or digest == self.digests.get(photo):
+                    found[photo] = str(digest), feature
+        return found
 
     def note(self, photos: Sequence[int], read: Read) -> None:
-        """Note what was read of some photos. A photo of an earlier session must still have the same bytes."""
-        known = {n: one for n, one in read.items() if n < EARLIER or one[0] == self.digests.get(n)}
-        for photo, (_, feature) in known.items():
+        """Note what was read of some photos. The others are unreadable."""
+        reasons = {skipped.source: skipped.reason for skipped in self.reader.skipped}
+        for photo in photos:
+            if photo not in read:
+                reason = reasons.get(self.name(photo), "has changed since it was labelled")
+                self.unreadable[photo] = reason
+                continue
+            digest, feature = read[photo]
             if not self.features:  # the features, and those of the other photos as one array
                 check_memory(
                     16 * len(self.paths) * len(feature),
@@ -181,22 +189,24 @@ class SessionPhotos:
                 )
             self.features[photo] = feature
             self.unreadable.pop(photo, None)
-        self.recognise({photo: digest for photo, (digest, _) in known.items()})
-        reasons = {one.source: one.reason for one in self.reader.skipped}
-        for photo in [photo for photo in photos if photo not in known]:
-            self.unreadable[photo] = reasons.get(
-                self.name(photo), "has changed since it was labelled"
-            )
+            self.recognise(photo, digest)
 
-    def recognise(self, digests: Mapping[int, str]) -> None:
-        """Note the digests of photos."""
-        for photo, digest in digests.items():
-            if (before := self.digests.get(photo)) != digest:
-                if before is not None:  # the file has changed
-                    self.same[before].remove(photo)
-                self.digests[photo] = digest
-                self.same.setdefault(digest, []).append(photo)
-                self.unread.pop(show(self.path(photo)), None)
+    def add(self, photo: int, path: str, digest: str | None) -> None:
+        """Add a photo. Its digest is ``None`` if it could not be read."""
+        self.paths[photo] = path
+        if digest is not None:
+            self.recognise(photo, digest)
+
+    def recognise(self, photo: int, digest: str) -> None:
+        """Note the digest of a photo."""
+        before = self.digests.get(photo)
+        if before == digest:
+            return
+        if before is not None:  # the file has changed
+            self.same[before].remove(photo)
+        self.digests[photo] = digest
+        self.same.setdefault(digest, []).append(photo)
+        self.unread.pop(show(self.path(photo)), None)
 
 
 def known_photos(
@@ -239,7 +249,7 @@ def build_from_labels(
     source = of_images([photo.source for photo in photos], "photos", names, list(own))
     picked = pa.array([photo.picked for photo in photos], pa.string())
     features = np.stack([photo.feature for photo in photos if photo.feature is not None])
-    block = replace(FeatureBlock.of(features), digests=[photo.digest for photo in photos])
+    block = FeatureBlock.of(features, [photo.digest for photo in photos])
     source = replace(source, items=source.items.append_column(PICKED, picked))
     return build_index(source, place, Remembered(**vars(reader), known=(block,)))
 

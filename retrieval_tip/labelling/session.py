@@ -11,6 +11,7 @@ from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from retrieval_tip.labelling.journal import Entry
 from retrieval_tip.labelling.labels import (
     NONE,
     Label,
@@ -24,8 +25,8 @@ from retrieval_tip.model import Index
 STEPS = 100
 """Maximum number of steps that can be undone."""
 
-Facts = Mapping[int, tuple[list[dict[str, Any]] | None, list[int]]]
-"""The guesses for each photo that is shown, if there is an index, and the photos that resemble it."""
+Facts = Mapping[int, tuple[list[dict[str, Any]], list[int]]]
+"""The guesses for each photo that is shown, and the photos that resemble it."""
 
 
 @dataclass(frozen=True)
@@ -59,35 +60,21 @@ class Dropped:
 
 @dataclass(frozen=True)
 class Suggested:
-    """Event: photos were suggested, each with a reason."""
+    """Event: photos were suggested, each with a reason, and the ``facts`` about the photos to show were computed."""
 
     picks: Iterable[tuple[int, str]]
-
-
-@dataclass(frozen=True)
-class Guessed:
-    """Event: the facts about the photos that are shown were computed."""
-
     facts: Facts
 
 
 @dataclass(frozen=True)
-class Saved:
-    """Event: the index contains labels."""
+class Written:
+    """Event: the index contains labels or, if there is a ``refusal``, has refused them."""
 
     labels: Mapping[int, Label]
+    refusal: str | None = None
 
 
-@dataclass(frozen=True)
-class Refused:
-    """Event: the index refused a label."""
-
-    photo: int
-    label: Label
-    reason: str
-
-
-Event = Change | Noticed | Dropped | Suggested | Guessed | Saved | Refused
+Event = Change | Noticed | Dropped | Suggested | Written
 
 
 @dataclass(frozen=True)
@@ -95,12 +82,11 @@ class Effects:
     """What must be done because of an event.
 
     ``journal`` are labels to write to the journal before the next state counts. ``saved`` are labels that the journal
-    no longer needs. If ``wake`` is true, there may be something to save or to choose.
+    no longer needs.
     """
 
-    journal: Sequence[tuple[int, Label]] = ()
-    saved: Mapping[int, Label] = field(default_factory=dict)
-    wake: bool = False
+    journal: Sequence[Entry] = ()
+    saved: Sequence[Entry] = ()
 
 
 @dataclass(frozen=True)
@@ -111,7 +97,7 @@ class Step:
     """
 
     before: Mapping[int, Label]
-    after: Mapping[int, str | None]
+    after: Mapping[int, Label]
     queued: Sequence[Queued]
     right: bool | None
 
@@ -121,11 +107,11 @@ class Session:
     """The state of a session.
 
     Attributes:
-        photos: the facts about the files, which the session only reads.
+        photos: the facts about the files, which the session only reads. They are no part of the value, because copying
+            the facts about 100,000 photos whenever some are read would stop the event loop.
         queue: the unlabelled photos in order.
         classes: names of classes without labels.
         unsaved: the labels that the index does not contain yet, by photo.
-        refused: the reasons why the index refused some of them, by photo.
         steps: the steps that can be undone, by name, oldest first.
         index: the index as it was last seen.
         known: the labelled photos of the index that belong to this session.
@@ -136,7 +122,6 @@ class Session:
     queue: Queue
     classes: Sequence[str] = ()
     unsaved: Mapping[int, Label] = field(default_factory=dict)
-    refused: Mapping[int, str] = field(default_factory=dict)
     steps: Mapping[str, Step] = field(default_factory=dict)
     index: Index | None = None
     known: Mapping[int, LabelledPhoto] = field(default_factory=dict)
@@ -153,27 +138,27 @@ class Session:
                 if index is not None:
                     known = known_photos(index, self.photos.unread, self.photos.same)
                 # labels that the index refused before are tried again
-                session = replace(session, index=index, known=known, refused={})
-                return session, Effects(wake=True)
+                unsaved = {
+                    photo: replace(label, refusal=None) for photo, label in self.unsaved.items()
+                }
+                session = replace(session, index=index, known=known, unsaved=unsaved)
             case Dropped(photo):
                 session.queue.add(photo)
-            case Suggested(picks):
-                chosen = sum(
-                    label.picked in ("random", "suggested") for label in self.labels().values()
-                )
+            case Suggested(picks, facts):
+                labels = self.labels().values()
+                chosen = sum(label.picked in ("random", "suggested") for label in labels)
                 session.queue.suggest(picks, self.taken(), chosen)
-            case Guessed(facts):
                 session = replace(session, facts=facts)
-            case Refused(photo, label, reason):
-                if self.unsaved.get(photo) is label:
-                    session = replace(session, refused={**self.refused, photo: reason})
-            case Saved(labels):
-                saved = {
-                    photo: label
-                    for photo, label in labels.items()
-                    if self.unsaved.get(photo) is label  # else it has changed since
-                }
-                return session._without(saved), Effects(saved=saved)
+            case Written(labels, refusal):
+                # a label that has changed since is still to be saved
+                same = dict(labels.items() & self.unsaved.items())
+                if refusal is None:
+                    rest = {
+                        photo: label for photo, label in self.unsaved.items() if photo not in same
+                    }
+                    return replace(session, unsaved=rest), Effects(saved=self.entries(same))
+                refused = {photo: replace(label, refusal=refusal) for photo, label in same.items()}
+                session = replace(session, unsaved={**self.unsaved, **refused})
         return session, Effects()
 
     def labels(self) -> dict[int, Label]:
@@ -200,7 +185,19 @@ class Session:
 
     def waiting(self) -> dict[int, Label]:
         """Return the unsaved labels that the index has not refused."""
-        return {photo: label for photo, label in self.unsaved.items() if photo not in self.refused}
+        return {photo: label for photo, label in self.unsaved.items() if label.refusal is None}
+
+    def entries(self, labels: Mapping[int, Label]) -> list[Entry]:
+        """Return labels as lines of the journal."""
+        return [
+            {
+                "path": self.photos.path(photo),
+                "digest": self.photos.digests.get(photo),
+                "label": label.label,
+                "picked": label.picked,
+            }
+            for photo, label in labels.items()
+        ]
 
     def class_counts(self) -> dict[str, int]:
         """Return the classes to choose from, with their numbers of photos. Unsaved changes are included."""
@@ -218,73 +215,62 @@ class Session:
 
     def _changed(self, change: Change) -> tuple[Session, Effects]:
         session = self
-        journal = list[tuple[int, Label]]()
+        labels: Mapping[int, Label] = {}
         if change.step is None or change.step not in self.steps:
             session, labels = self._labelled(change)
-            journal += labels.items()
         steps = dict(session.steps)
         undone = None if change.undo is None else steps.pop(change.undo, None)
         if undone is not None:
-            journal += undone.before.items()
+            labels = {**labels, **undone.before}
             session = replace(session._with(undone.before), steps=steps)
             for queued in reversed(undone.queued):
                 session.queue.put_first(queued)
-        return session, Effects(journal)
+        return session, Effects(journal=self.entries(labels))
 
     def _labelled(self, change: Change) -> tuple[Session, Mapping[int, Label]]:
         """Return the session after a change, and the labels that differ from those before."""
         labels = self.labels()
         shown = {queued.photo: queued for queued in self.shown()}
         asked = {} if change.reviewed else shown
-        unlabelled = Queued(-1, "reviewed" if change.reviewed else "similar")
+        unasked = Queued(-1, "reviewed" if change.reviewed else "similar")
         last_copies = {
             self.photos.copies(photo)[0]: (photo, label) for photo, label in change.labels
         }
         wanted = dict(last_copies.values())
-        before = {
-            photo: labels.get(photo, Label(None, asked.get(photo, unlabelled).picked))
-            for photo in wanted
-        }
-        changed = {photo: label for photo, label in wanted.items() if label != before[photo].label}
-        new = {photo: Label(label, before[photo].picked) for photo, label in changed.items()}
-        session = self._with(new)
+        before = dict[int, Label]()
+        new = dict[int, Label]()
+        gone = list[int]()
         for photo in change.skip:
             self.queue.skip(photo)
-        for photo, label in changed.items():
-            if label is None:
-                self.queue.put_first(Queued(photo, before[photo].picked))
+        for photo, label in wanted.items():
+            old = labels.get(photo, Label(None, asked.get(photo, unasked).picked))
+            if old.label is None and not change.reviewed:
+                gone.append(photo)
+            if old.label != label:
+                before[photo] = replace(old, refusal=None)
+                new[photo] = Label(label, old.picked)
+                if label is None:
+                    self.queue.put_first(Queued(photo, old.picked))
+        session = self._with(new)
         if change.step is None:
             return session, new
-        gone = list(change.skip)
-        if not change.reviewed:
-            gone[:0] = [photo for photo, label in before.items() if label.label is None]
-        queued = [shown.get(photo, Queued(photo, "similar")) for photo in gone]
+        queued = [shown.get(photo, Queued(photo, "similar")) for photo in (*gone, *change.skip)]
         first = next((photo for photo in wanted if photo in asked), None)
         right = None if first is None else self._guess_right(first, wanted[first])
-        replaced = {photo: before[photo] for photo in changed}
-        steps = {**self.steps, change.step: Step(replaced, changed, queued, right)}
+        steps = {**self.steps, change.step: Step(before, new, queued, right)}
         if len(steps) > STEPS:
             del steps[next(iter(steps))]
         return replace(session, steps=steps), new
 
     def _guess_right(self, photo: int, label: str | None) -> bool | None:
-        guesses, _ = self.facts.get(photo, (None, []))
-        if guesses is None:
-            return None
-        return bool(guesses) and guesses[0]["label"] == label
+        guesses, _ = self.facts.get(photo, ([], []))
+        return guesses[0]["label"] == label if guesses else None
 
     def _with(self, labels: Mapping[int, Label]) -> Session:
         """Return the session with unsaved labels, which replace those of all copies of their photos."""
         unsaved = dict(self.unsaved)
-        refused = dict(self.refused)
         for photo, label in labels.items():
             for twin in self.photos.copies(photo):
                 unsaved.pop(twin, None)
-                refused.pop(twin, None)
             unsaved[photo] = label
-        return replace(self, unsaved=unsaved, refused=refused)
-
-    def _without(self, labels: Mapping[int, Label]) -> Session:
-        unsaved = {photo: label for photo, label in self.unsaved.items() if photo not in labels}
-        refused = {photo: reason for photo, reason in self.refused.items() if photo not in labels}
-        return replace(self, unsaved=unsaved, refused=refused)
+        return replace(self, unsaved=unsaved)

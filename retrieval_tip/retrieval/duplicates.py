@@ -120,30 +120,34 @@ def duplicates(
         return keep
 
     compared = "digests"
-    more = (asked[:0], asked[:0], 0)
+    near_a = near_b = asked[:0]
+    further = 0
     if len(asked) * n <= budget:
         compared = "all"
-        more = _closest(_near(keys, asked, new, remain), most)
+        near_a, near_b, further = _closest(_near(keys, asked, new, remain), most)
     elif fresh is None:
         features = _codes_of_equal(keys)
-        x, y, every = _pairs_of_equal(features, class_ids, new, most + len(a))
-        kept = remain(x, y)  # this drops identical images
+        near_a, near_b, further = _pairs_of_equal(features, class_ids, new, most + len(a))
+        kept = remain(near_a, near_b)  # this drops identical images
+        near_a = near_a[kept]
+        near_b = near_b[kept]
         both = np.where((features < 0) | (images < 0), -1, features * (n + 1) + images)
-        more = x[kept], y[kept], every - _pairs_of_equal(both, class_ids, new, 0)[2]
-    kinds = np.repeat([0, 2], [len(a), len(more[0])])[:most]
-    a, b = np.concatenate([a, more[0]])[:most], np.concatenate([b, more[1]])[:most]
-    return Duplicates(_describe(keys, labels, a, b, kinds), total + more[2], compared)
+        further -= _pairs_of_equal(both, class_ids, new, 0)[2]
+    kinds = np.repeat([0, 2], [len(a), len(near_a)])[:most]
+    a = np.concatenate([a, near_a])[:most]
+    b = np.concatenate([b, near_b])[:most]
+    return Duplicates(_describe(keys, labels, a, b, kinds), total + further, compared)
 
 
 def describe_duplicates(duplicates: Duplicates) -> list[str]:
     """Format a warning that lists the first pairs and counts the others."""
-    lines = [
-        one_line(
-            f"{pair.source} ({pair.label}) and {pair.other_source} ({pair.other_label}): {pair.kind}"
-        )
-        + (f" (affinity {pair.affinity:.4f})" if pair.kind == KINDS[2] else "")
-        for pair in duplicates.pairs[:SHOWN]
-    ]
+    lines = []
+    for pair in duplicates.pairs[:SHOWN]:
+        shown = f"{pair.source} ({pair.label}) and {pair.other_source} ({pair.other_label})"
+        line = one_line(f"{shown}: {pair.kind}")
+        if pair.kind == KINDS[2]:
+            line += f" (affinity {pair.affinity:.4f})"
+        lines.append(line)
     left = duplicates.total - len(lines)
     return [*lines, f"and {left} more"] if left > 0 else lines
 
@@ -179,17 +183,15 @@ def _codes_of_equal(keys: KeyArray) -> IntArray:
     integers = (
         np.ascontiguousarray(keys[block]).view(f"u{width}") for block in slices(n, KEY_BLOCK)
     )
-    # Equal keys have equal sums, so only keys whose sum repeats need a digest.
-    sums = np.concatenate([chunk.sum(axis=1, dtype=np.uint64) for chunk in integers])
+    sums = np.concatenate([block.sum(axis=1, dtype=np.uint64) for block in integers])
     _, codes, times = np.unique(sums, return_inverse=True, return_counts=True)
-    rows = np.flatnonzero(times[codes] > 1)
+    rows = np.flatnonzero(times[codes] > 1)  # equal sums are rare, so few keys are hashed
     exact = np.full(n, -1)
     numbers = dict[bytes, int]()
     for block in slices(len(rows), KEY_BLOCK):
         for row, key in zip(rows[block].tolist(), keys[rows[block]], strict=True):
-            exact[row] = numbers.setdefault(
-                blake2b(key.tobytes(), digest_size=16).digest(), len(numbers)
-            )
+            digest = blake2b(key.tobytes(), digest_size=16).digest()
+            exact[row] = numbers.setdefault(digest, len(numbers))
     return exact
 
 
@@ -203,13 +205,14 @@ def _near(keys: KeyArray, asked: IntArray, new: BoolArray, remain: Remain) -> It
     fresh = _unit(keys, asked).T
     n = int(keys.shape[0])
     number = np.where(new, np.cumsum(new) - 1, len(asked))  # the place of each row in ``asked``
-    for rows in slices(n, max(1, min(MOST_ROWS, BLOCK // max(1, len(asked))))):
-        block = torch.from_numpy(np.require(keys[rows], np.float32, ["W"]))
-        cosine = (block @ fresh).div_(block.norm(dim=1, keepdim=True).clamp_min_(TINY))
-        row, places = (cosine >= NEAR).nonzero(as_tuple=True)
-        near = cosine[row, places].numpy()
+    size = max(1, min(MOST_ROWS, BLOCK // max(1, len(asked))))
+    for block in slices(n, size):
+        others = torch.from_numpy(np.require(keys[block], np.float32, ["W"]))
+        cosine = (others @ fresh).div_(others.norm(dim=1, keepdim=True).clamp_min_(TINY))
+        rows, places = (cosine >= NEAR).nonzero(as_tuple=True)
+        near = cosine[rows, places].numpy()
         x = places.numpy()
-        y = row.numpy() + rows.start
+        y = rows.numpy() + block.start
         kept = (x < number[y]) & remain(asked[x], y)  # so that two asked rows are one pair
         yield asked[x[kept]], y[kept], near[kept]
 
@@ -237,23 +240,19 @@ def _describe(
     keys: KeyArray, labels: pa.Table, a: IntArray, b: IntArray, kinds: IntArray
 ) -> list[Duplicate]:
     cosine = torch.einsum("nd,nd->n", _unit(keys, a).double(), _unit(keys, b).double()).numpy()
-    kinds = np.where(
-        (kinds == 2) & (np.asarray(keys[a]) == np.asarray(keys[b])).all(axis=1), 1, kinds
-    )
+    equal = (np.asarray(keys[a]) == np.asarray(keys[b])).all(axis=1)
+    kinds = np.where((kinds == 2) & equal, 1, kinds)
     key_ids = labels["key_id"].to_numpy()
     swap = key_ids[a] > key_ids[b]
-    a, b = np.where(swap, b, a), np.where(swap, a, b)
-    order = np.lexsort((key_ids[b], key_ids[a], -cosine, kinds))
+    first = np.where(swap, b, a)
+    second = np.where(swap, a, b)
+    order = np.lexsort((key_ids[second], key_ids[first], -cosine, kinds))
     described = labels.select(["key_id", "source", "label"])
-    first, second = (described.take(pa.array(rows[order])).to_pylist() for rows in (a, b))
+    others = described.rename_columns([f"other_{name}" for name in described.column_names])
+    rows = described.take(pa.array(first[order])).to_pylist()
+    other_rows = others.take(pa.array(second[order])).to_pylist()
+    figures = zip(cosine[order].tolist(), kinds[order].tolist(), strict=True)
     return [
-        Duplicate(
-            **x,
-            **{f"other_{name}": value for name, value in y.items()},
-            affinity=value,
-            kind=KINDS[kind],
-        )
-        for x, y, value, kind in zip(
-            first, second, cosine[order].tolist(), kinds[order].tolist(), strict=True
-        )
+        Duplicate(**row, **other, affinity=affinity, kind=KINDS[kind])
+        for row, other, (affinity, kind) in zip(rows, other_rows, figures, strict=True)
     ]

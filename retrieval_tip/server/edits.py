@@ -17,8 +17,8 @@ from retrieval_tip.data.groups import not_in_index
 from retrieval_tip.data.remote import absolute
 from retrieval_tip.data.sources import spelled_alike
 from retrieval_tip.errors import InputError
+from retrieval_tip.index import added_photos, manage
 from retrieval_tip.index import changes as index_changes
-from retrieval_tip.index import manage, photos
 from retrieval_tip.index.places import Changed, Place
 from retrieval_tip.labelling.labels import NONE
 from retrieval_tip.labelling.placing import Action
@@ -137,9 +137,9 @@ async def rollback(
 async def _told(service: Service, one: Served, changed: Changed) -> schemas.ChangedIndex:
     """Describe a change of shots, and name the command that sorts them into folders."""
     index = changed.index
-    sources = index.labels["source"].to_pylist() if index.n <= photos.LISTED else []
+    sources = index.labels["source"].to_pylist() if index.n <= added_photos.LISTED else []
     paths = [os.path.join(service.root, source) for source in sources]  # noqa: PTH118 - much faster
-    sort = await service.find(photos.command, "sort", one.folder, paths, "--into", "fixed")
+    sort = await service.find(added_photos.command, "sort", one.folder, paths, "--into", "fixed")
     return _answer(one, key_ids=changed.key_ids, sort=sort)
 
 
@@ -319,8 +319,12 @@ async def label_sort(
     elif version is None:
         raise Problem(404, "there are no labels yet; label some photos first")
     else:
-        some = known.own(labelling.labels()) if change.labelled else every
-        reader = known.remembered(some) if change.dry_run else reader
+        some = known.own(labelling.session.labels()) if change.labelled else every
+        if change.dry_run:
+            some = [photo for photo in some if photo in known.encoded]
+            if not some:
+                raise InputError("photos: have not been read yet; try again later")
+            reader = known.remembered(some)
         action: Action = "copy" if change.action == "xmp" else change.action
         most = change.at_most_wrong
         smooth = not change.labelled and version.index.n <= service.limits.estimated

@@ -256,7 +256,7 @@ async def accuracy(service: TheService, version: Now) -> schemas.Accuracy:
     if version.index.n > service.limits.estimated:
         return schemas.Accuracy(version=version.manifest.version)
     found = await service.once(version, "accuracy", lambda: estimate(version.index.in_memory()))
-    return schemas.Accuracy(version=version.manifest.version, **vars(found))
+    return schemas.Accuracy(version=version.manifest.version, words=found.text, **vars(found))
 
 
 @reads.get("/indexes/{name}/history", response_model=list[schemas.PastVersion])
@@ -355,7 +355,7 @@ async def label_answers(service: TheService, labelling: TheLabelling) -> Respons
     Without labels, there are no answers. ``groups`` lists the numbers of similar photos without a match.
     """
     version = labelling.version()
-    labels = labelling.labels()
+    labels = labelling.session.labels()
     photos = labelling.photos
     shown = photos.own(photos.encoded | labels.keys())
     rows = [photo for photo in shown if photo not in labels]

@@ -11,7 +11,7 @@ from fastapi import UploadFile
 from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, WithJsonSchema
 
 from retrieval_tip.errors import InputError, Skipped
-from retrieval_tip.index import photos
+from retrieval_tip.index import added_photos
 from retrieval_tip.labelling.placing import Action
 from retrieval_tip.predictions import SCHEMA
 from retrieval_tip.server.guard import FLOATS, FORM, JSON
@@ -34,7 +34,7 @@ def index_name(value: str) -> str:
             "1 to 64 letters, digits, spaces, dots, hyphens or underscores, starting with a letter"
         )
         raise InputError(f"{name[:64]!r} is not valid; use {expected}")
-    if photos.is_reserved(name):  # deleting this index would delete the photos of another
+    if added_photos.is_reserved(name):  # deleting this index would delete the photos of another
         raise InputError(f"{name!r} ends like a folder of photos; choose another name")
     return name
 

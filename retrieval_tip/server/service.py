@@ -24,7 +24,8 @@ import torch
 from retrieval_tip.arrays import FloatArray
 from retrieval_tip.backbones.base import Backbone, unit_of
 from retrieval_tip.data import images
-from retrieval_tip.data.reader import FeatureBlock, pixels_of
+from retrieval_tip.data.cached_encoder import pixels_of
+from retrieval_tip.data.reader import FeatureBlock
 from retrieval_tip.data.remote import scheme_of
 from retrieval_tip.data.sources import read_item
 from retrieval_tip.errors import InputError, Skipped

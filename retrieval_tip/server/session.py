@@ -11,7 +11,10 @@ import hashlib
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
 from itertools import count
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +26,7 @@ from retrieval_tip.errors import InputError, RetrievalTipError, StoreError
 from retrieval_tip.index import changes, places
 from retrieval_tip.index.changes import PhotoLabel
 from retrieval_tip.labelling.dropped import dropped_in, keep
-from retrieval_tip.labelling.journal import Entry, Journal
+from retrieval_tip.labelling.journal import Journal
 from retrieval_tip.labelling.labels import (
     ASK,
     EARLIER,
@@ -42,12 +45,10 @@ from retrieval_tip.labelling.session import (
     Dropped,
     Event,
     Facts,
-    Guessed,
     Noticed,
-    Refused,
-    Saved,
     Session,
     Suggested,
+    Written,
 )
 from retrieval_tip.model import Index
 from retrieval_tip.server import schemas
@@ -97,39 +98,34 @@ class Labelling:
         """
         self.place = place
         self._store = places.at(place)
-        self.name, self._journal = self._store.name, Journal(self._store)
-        self.dropped, kept = self._journal.dropped, dropped_in(self._journal.dropped)
+        self.name = self._store.name
+        self._journal = Journal(self._store)
+        self.dropped = self._journal.dropped
+        kept = dropped_in(self.dropped)
         self._free = count(max(kept, default=MOST_PHOTOS - 1) + 1)
         own = {number: path for number, path in kept.items() if path}
         seen = set(own.values())
         own |= enumerate(path for path in paths if absolute(path) not in seen)
-        unsaved = dict(enumerate(self._journal.entries.values(), EARLIER))
-        self.photos = SessionPhotos(
-            own | {photo: str(one["path"]) for photo, one in unsaved.items()}, reader
-        )
-        self.photos.recognise(
-            {photo: digest for photo, one in unsaved.items() if (digest := one["digest"])}
-        )
+        self.photos = SessionPhotos(own, reader)
+        unsaved = {}
+        for photo, entry in enumerate(self._journal.entries.values(), EARLIER):
+            self.photos.add(photo, str(entry["path"]), entry["digest"])
+            unsaved[photo] = Label(entry["label"], picked_of(entry["picked"]))
         queue = Queue([*own])
-        labels = {
-            photo: Label(one["label"], picked_of(one["picked"])) for photo, one in unsaved.items()
-        }
-        self.session = Session(self.photos, queue, list(classes), labels)
+        self.session = Session(self.photos, queue, list(classes), unsaved)
         self._unread = asyncio.Queue[Sequence[int]]()
         for start in range(0, len(own), CHUNK):
             self._unread.put_nowait(queue.order[start : start + CHUNK])
         self._in_turn = asyncio.Lock()
-        self._seen: OpenVersion | None = None
         self._made: set[str] = set()  # classes that this session has created
         self._last: places.Changed | None = None
-        self._chosen: tuple[OpenVersion | None, int] = (None, 0)
-        self._measured: tuple[OpenVersion | None, int] = self._chosen
-        self._progress: Row | None = None
+        self._chosen: tuple[Index | None, int] = (None, 0)  # and the number of encoded photos
+        self._deciding = asyncio.Lock()
+        self._progress: Progress | None = None
         self._problem: str | None = None
         self._trouble: str | None = None
         self._closing = False
-        self._wake = asyncio.Event()
-        self._due = asyncio.Event()
+        self._changed = asyncio.Event()  # the next change of the state
 
     @asynccontextmanager
     async def running(self, service: Service) -> AsyncIterator[None]:
@@ -148,16 +144,15 @@ class Labelling:
             for task in others:
                 task.cancel()
             await asyncio.gather(*others, return_exceptions=True)
-            self._journal.close(
-                _entry(self.photos, photo, label) for photo, label in self.session.unsaved.items()
-            )
+            self._journal.close(self.session.entries(self.session.unsaved))
 
     def check_saved(self) -> None:
         """Raise StoreError if the session has ended and some labels could not be saved."""
         unsaved = self.session.unsaved
         if unsaved:
-            reasons = (*self.session.refused.values(), self._trouble, self._problem)
-            some = next(filter(None, reasons), "the session has ended")
+            refusals = [label.refusal for label in unsaved.values()]
+            reasons = [*refusals, self._trouble, self._problem, "the session has ended"]
+            some = next(filter(None, reasons))
             raise StoreError(
                 f"{show(self._journal.path)}: has {counted(len(unsaved), 'label')} that could not be saved "
                 f"({some}); to save them, label these photos again with the same command"
@@ -173,59 +168,60 @@ class Labelling:
         """Return the state of the session and the next photos (see :func:`routes.label_status`)."""
         version = self.version()
         session = self.session
-        taken = session.taken()
-        own = self.photos.own
-        shown = list[Row]()
-        readable = len(self.photos) - len(own(self.photos.unreadable))
-        labelled = len(own(session.labels()))
-        found = (self._progress or {}).get("estimate")
-        for one in session.queue.show(taken):
-            guessed, others = session.facts.get(one.photo, (None, []))
-            similar = [photo for photo in others if photo not in taken]
-            more = {
-                "name": self.photos.name(one.photo),
-                "guesses": guessed or [],
-                "similar": similar,
-            }
-            shown.append(vars(one) | more)
-        unmeasured = version is not None and self._measured != self._chosen
-        busy = self._choice_due() or unmeasured or session.waiting()
+        photos = self.photos
+        labels = session.labels()
+        taken = labels.keys() | photos.unreadable.keys()
+        readable = len(photos) - len(photos.own(photos.unreadable))
+        encoded = len(photos.own(photos.encoded))
+        labelled = len(photos.own(labels))
+        queue = list[Row]()
+        for queued in session.queue.show(taken):
+            guessed, alike = session.facts.get(queued.photo, ([], []))
+            similar = [photo for photo in alike if photo not in taken]
+            name = photos.name(queued.photo)
+            queue.append(vars(queued) | {"name": name, "guesses": guessed, "similar": similar})
         refused: list[Row] = [
             {
                 "photo": photo,
-                "name": self.photos.name(photo),
-                "label": session.unsaved[photo].label,
-                "reason": reason,
+                "name": photos.name(photo),
+                "label": label.label,
+                "reason": label.refusal,
             }
-            for photo, reason in session.refused.items()
+            for photo, label in session.unsaved.items()
+            if label.refusal is not None
         ]
         steps: list[Row] = [
             {
                 "step": name,
-                "photos": [*one.after] or [x.photo for x in one.queued],
-                "labels": [*one.after.values()],
+                "photos": [*step.after] or [queued.photo for queued in step.queued],
+                "labels": [label.label for label in step.after.values()],
             }
-            for name, one in session.steps.items()
+            for name, step in session.steps.items()
         ]
-        right = [one.right for one in session.steps.values() if one.right is not None][-LAST:]
+        guessed_right = [step.right for step in session.steps.values() if step.right is not None]
+        progress = self._progress
+        others = "" if progress is None else progress.estimate.of_others(readable - labelled)
+        problem = self._problem or self._trouble
+        if not readable:
+            problem = problem or "none of the photos can be read"
+        decides = self._choice_due() or self._deciding.locked()
+        works = encoded < readable or decides or session.waiting()
         return {
             "index": self.name,
             "version": None if version is None else version.manifest.version,
             "photos": readable,
-            "encoded": len(own(self.photos.encoded)),
+            "encoded": encoded,
             "labelled": labelled,
             "unsaved": len(session.unsaved),
             "classes": session.class_counts(),
-            "queue": shown,
+            "queue": queue,
             "steps": steps,
-            "guessed": right,
+            "guessed": guessed_right[-LAST:],
             "refused": refused,
-            "progress": self._progress,
-            "others": found.of_others(readable - labelled) if isinstance(found, Estimate) else "",
-            "busy": bool(busy) and self._problem is None,
-            "problem": self._problem
-            or self._trouble
-            or (None if readable else "none of the photos can be read"),
+            "progress": progress,
+            "others": others,
+            "busy": bool(works) and self._problem is None,
+            "problem": problem,
         }
 
     async def label(self, change: schemas.SetLabels) -> None:
@@ -234,17 +230,17 @@ class Labelling:
         Raises Problem 404 if there is no such photo, and StoreError if the labels cannot be written to the journal. In
         both cases, nothing changes.
         """
-        photos = [one.photo for one in change.labels]
-        for photo in (*photos, *change.skip):
+        labels = [(one.photo, one.label) for one in change.labels]
+        for photo in (*dict(labels), *change.skip):
             self.path(photo)
-        async with (
-            self._in_turn
-        ):  # copies of a photo have the same label, so their digests must be known
-            unknown = [photo for photo in photos if photo not in self.photos.digests]
+        async with self._in_turn:
+            # copies of a photo have the same label, so their digests must be known
+            unknown = dict(labels).keys() - self.photos.digests.keys()
             if unknown:
-                self.photos.recognise(await asyncio.to_thread(self.photos.hashed, unknown))
+                digests = await asyncio.to_thread(self.photos.hashed, unknown)
+                for photo, digest in digests.items():
+                    self.photos.recognise(photo, digest)
                 self._look()
-            labels = [(one.photo, one.label) for one in change.labels]
             self._apply(Change(labels, change.skip, change.step, change.undo, change.reviewed))
 
     async def add(self, photos: Iterable[tuple[str, bytes]]) -> list[int]:
@@ -256,8 +252,8 @@ class Labelling:
         async with self._in_turn:
             for name, data in photos:
                 digest = hashlib.sha256(data).hexdigest()
-                same = self.photos.own(self.photos.same.get(digest, ()))
-                number = next((one for one in same if is_there(self.path(one))), None)
+                copies = self.photos.own(self.photos.same.get(digest, ()))
+                number = next((copy for copy in copies if is_there(self.path(copy))), None)
                 if number is None:
                     number = next(self._free)
                     try:
@@ -267,71 +263,56 @@ class Labelling:
                         raise StoreError(
                             f"{show(self.dropped)}: cannot be written: {error.strerror}; the photo is not kept"
                         ) from None
-                    self.photos.paths[number] = path
-                    self.photos.recognise({number: digest})
+                    self.photos.add(number, path, digest)
                     self._apply(Dropped(number))
                     self._unread.put_nowait([number])
                 numbers.append(number)
         self._look()
         return numbers
 
-    def labels(self) -> dict[int, Label]:
-        """Return the labels of photos. Unsaved changes are included."""
-        return self.session.labels()
-
     def _apply(self, event: Event) -> None:
         """Change the state. If the journal cannot be written, raise StoreError and keep the state."""
         session, effects = self.session.apply(event)
         if effects.journal:
-            self._journal.add(_entry(self.photos, *labelled) for labelled in effects.journal)
+            self._journal.add(effects.journal)
         self.session = session
         if effects.saved:
-            self._journal.saved(
-                [_entry(self.photos, *labelled) for labelled in effects.saved.items()],
-                all_saved=not session.unsaved,
-            )
-        if effects.journal or effects.wake:
-            self._due.set()
-        if effects.wake:
-            self._wake.set()
+            self._journal.saved(effects.saved, all_saved=not session.unsaved)
+        self._changed.set()  # there may be something to save or to choose
+        self._changed = asyncio.Event()
 
     def version(self) -> OpenVersion | None:
         """Return the open version of the index, if it exists, and note which photos it contains."""
         served = self.service.served.get(self.name)
         version = None if served is None else served.now
-        if version is not self._seen:
-            self._seen = version
-            self._look()
+        index = None if version is None else version.index
+        if index is not self.session.index:
+            self._apply(Noticed(index))
         return version
 
     def _look(self) -> None:
         """Note which photos the index contains, and try again to save labels that it refused before."""
-        self._apply(Noticed(None if self._seen is None else self._seen.index))
+        self._apply(Noticed(self.session.index))
 
     async def _save(self) -> None:
         """Save labels in batches. If the index cannot be written, try again until the session ends."""
         while self.session.waiting() or not self._closing:
             if not self.session.waiting():
-                await self._changed()
+                await self._changed.wait()
+                continue
             with suppress(TimeoutError):
                 async with asyncio.timeout(WAIT):
                     while len(self.session.waiting()) < BATCH and not self._closing:
-                        await self._changed()
+                        await self._changed.wait()
             closing = self._closing
             try:
                 await self._write(self.session.waiting())
                 self._trouble = None
             except Exception as error:  # the labels stay in the journal
-                self._trouble = str(error)
-                if not isinstance(error, RetrievalTipError):
-                    log.exception("labels could not be saved")
+                self._trouble = _reason(error, "labels could not be saved")
                 if closing:  # there may be room again since an attempt that began earlier
                     return
                 await asyncio.sleep(0 if self._closing else RETRY)
-
-    async def _changed(self) -> None:
-        await self._due.wait()
-        self._due.clear()
 
     async def _write(self, labels: Mapping[int, Label]) -> None:
         """Save labels as one new version. If the index refuses a label, save the others and keep this one."""
@@ -342,22 +323,23 @@ class Labelling:
         except RetrievalTipError as error:
             photos = list(labels)
             if len(photos) > 1:
-                for half in (photos[: len(photos) // 2], photos[len(photos) // 2 :]):
+                middle = len(photos) // 2
+                for half in (photos[:middle], photos[middle:]):
                     await self._write({photo: labels[photo] for photo in half})
             else:
-                self._apply(Refused(photos[0], labels[photos[0]], str(error)))
+                self._apply(Written(labels, str(error)))
 
     async def _commit(self, labels: Mapping[int, Label]) -> None:
         """Save labels as one new version. Raises InputError if a photo can neither be read nor is in the index."""
         await self._read(labels, strict=False)
         service = self.service
-        place = self.place
-        reader = self.photos.reader
         assert service.maker is not None
-        backbones = service.maker.backbones
+        served = partial(Served, self.place, service.maker.backbones)
         if self.version() is None and self._store.exists():  # another process has just built it
-            await service.open(lambda: Served(place, backbones))
+            await service.open(served)
         version = self.version()
+        reader = self.photos.reader
+        classes = self.session.classes
         items = [
             item
             for photo, label in labels.items()
@@ -365,23 +347,19 @@ class Labelling:
         ]
         first = [item for item in items if item.label is not None]
         if items and version is not None:
-            unwanted = self._made - {
-                *self.session.classes,
-                *(label.label for label in self.session.unsaved.values()),
-            }
-            one = service.served[self.name]
+            wanted = {label.label for label in self.session.unsaved.values()}
+            unwanted = self._made - {*classes, *wanted}
             self._last = await service.changed(
-                one, changes.label, items, reader, unwanted, self._last
+                service.served[self.name], changes.label, items, reader, unwanted, self._last
             )
             self._made.update(self._last.classes)
         elif first:
-            own = self.session.classes
-            one = await service.open(
-                lambda: Served(place, backbones, build_from_labels(place, first, reader, own))
+            opened = await service.open(
+                lambda: served(build_from_labels(self.place, first, reader, classes))
             )
-            self._made.update(one.now.index.class_names)
+            self._made.update(opened.now.index.class_names)
         self.version()
-        self._apply(Saved(labels))
+        self._apply(Written(labels))
 
     def _item(self, photo: int, label: Label) -> PhotoLabel | None:
         """Return what the index needs to know. The result is ``None`` if it lacks a photo whose label is removed."""
@@ -400,9 +378,7 @@ class Labelling:
         try:
             await step()
         except Exception as error:
-            self._problem = str(error)
-            if not isinstance(error, RetrievalTipError):
-                log.exception("the background work of labelling has stopped")
+            self._problem = _reason(error, "the background work of labelling has stopped")
 
     async def _encode(self) -> None:
         while True:
@@ -418,60 +394,71 @@ class Labelling:
     async def _think(self) -> None:
         """Choose the next photos, and estimate the accuracy, whenever there is a new version or enough new photos."""
         while True:
-            self._wake.clear()
-            version = self.version()
+            self.version()
             if self._choice_due():
-                await self._choose(version)
-            elif version is not None and self._measured != self._chosen:
-                await self._measure(version)
+                async with self._deciding:
+                    await self._choose()
+                    if not self._choice_due():  # else there is something new to choose first
+                        await self._measure()
             else:
                 with suppress(TimeoutError):
                     async with asyncio.timeout(POLL):
-                        await self._wake.wait()
+                        await self._changed.wait()
 
     def _choice_due(self) -> bool:
         """Return whether there is a new version, twice as many photos as at the last choice, or all photos."""
-        (version, before) = self._chosen
+        index, before = self._chosen
         encoded = len(self.photos.encoded)
         all_read = encoded == len(self.photos.paths) - len(self.photos.unreadable)
         grown = encoded >= 2 * before or (encoded > before and all_read)
-        return bool(encoded) and (version is not self._seen or grown)
+        return bool(encoded) and (index is not self.session.index or grown)
 
-    async def _choose(self, version: OpenVersion | None) -> None:
-        index = None if version is None else version.index
+    async def _choose(self) -> None:
+        index = self.session.index
         encoded = len(self.photos.encoded)
-        rows = sorted(self.photos.encoded - self.session.taken())
-        if rows:
-            picks = await self.service.run(self._thinking, _suggested, self.photos, rows, index)
-            self._apply(Suggested(picks))
-            shown = [
-                queued.photo
-                for queued in self.session.shown()
-                if queued.photo in self.photos.encoded
-            ]
-            facts = await self.service.run(
-                self._thinking, _facts_of, self.photos, shown, rows, index
-            )
-            self._apply(Guessed(facts))
-        self._chosen = version, encoded
+        unlabelled = self.photos.encoded - self.session.taken()
+        if unlabelled:
+            run = partial(self.service.run, self._thinking)
+            rows = sorted(unlabelled)
+            features = await run(self.photos.rows, rows)
+            picks = await run(_suggested, rows, features, index)
+            ahead, _ = self.session.apply(Suggested(picks, {}))
+            shown = [queued.photo for queued in ahead.shown() if queued.photo in unlabelled]
+            facts = await run(_facts_of, shown, rows, features, index)
+            self._apply(Suggested(picks, facts))
+        self._chosen = index, encoded
 
-    async def _measure(self, version: OpenVersion) -> None:
+    async def _measure(self) -> None:
+        index = self.session.index
         picked = {
-            one.key_id: one.picked
-            for one in self.session.known.values()
-            if one.picked not in (None, "similar")
+            known.key_id: known.picked
+            for known in self.session.known.values()
+            if known.picked not in (None, "similar")
         }
         drawn = sum(how == "random" for how in picked.values())
-        measured = self._chosen
         rest = sorted(self.photos.encoded - self.session.taken())
         progress = None
-        if drawn >= DRAWN and rest and version.index.n <= self.service.limits.estimated:
+        if (
+            index is not None
+            and drawn >= DRAWN
+            and rest
+            and index.n <= self.service.limits.estimated
+        ):
             features = self.photos.rows(rest)
             progress = await self.service.run(
-                self._thinking, _measured_on, features, version.index, list(picked)
+                self._thinking, _measured_on, features, index, list(picked)
             )
         self._progress = progress
-        self._measured = measured
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a person may do next, as :func:`routes.label_status` describes it."""
+
+    estimate: Estimate
+    more: int
+    gain: float | None
+    review: bool
 
 
 def paths_of(sources: Sequence[Source]) -> list[str]:
@@ -497,41 +484,40 @@ def paths_of(sources: Sequence[Source]) -> list[str]:
     return paths
 
 
-def _entry(photos: SessionPhotos, photo: int, label: Label) -> Entry:
-    return {"path": photos.path(photo), "digest": photos.digests.get(photo), **vars(label)}
+def _reason(error: Exception, what: str) -> str:
+    """Return the text of an error for the page. An error that nobody foresaw is logged."""
+    if not isinstance(error, RetrievalTipError):
+        log.exception(what)
+    return str(error)
 
 
 def _suggested(
-    photos: SessionPhotos, rows: Sequence[int], index: Index | None
+    rows: Sequence[int], features: FloatArray, index: Index | None
 ) -> list[tuple[int, str]]:
-    pool = Pool([str(row) for row in rows], photos.rows(rows), [None] * len(rows))
+    pool = Pool([str(row) for row in rows], features, [])
     table = suggest_features(pool, QUEUED, index).table
     return [(int(row["input"]), row["why"]) for row in table.select(["input", "why"]).to_pylist()]
 
 
 def _facts_of(
-    photos: SessionPhotos, shown: Sequence[int], rows: Sequence[int], index: Index | None
+    shown: Sequence[int], rows: Sequence[int], features: FloatArray, index: Index | None
 ) -> Facts:
     """Return the guesses for each photo that is shown, and the photos among ``rows`` that resemble it."""
-    places = {photo: place for place, photo in enumerate(rows)}
-    shown = [photo for photo in shown if photo in places]
-    features = photos.rows(rows)
-    own = [places[photo] for photo in shown]
-    near = alike(features, own)
-    found = (
-        []
-        if index is None
-        else guesses(index.classify(features[own], "keep", **vars(ASK)), none=False)
-    )
-    probable = [one["guesses"] for one in found] or [None] * len(shown)
-    similar = ([rows[place] for place in one] for one in near)
-    return dict(zip(shown, zip(probable, similar, strict=True), strict=True))
+    places = np.searchsorted(rows, shown).tolist()
+    guessed = list[dict[str, Any]]()
+    if index is not None:
+        answers = index.classify(features[places], "keep", **vars(ASK))
+        guessed = guesses(answers, none=False)
+    facts: dict[int, tuple[list[dict[str, Any]], list[int]]] = {}
+    for place, (photo, near) in enumerate(zip(shown, alike(features, places), strict=True)):
+        best = guessed[place]["guesses"] if guessed else []
+        facts[photo] = best, [rows[row] for row in near]
+    return facts
 
 
-def _measured_on(rest: FloatArray, index: Index, key_ids: Sequence[int]) -> Row:
+def _measured_on(rest: FloatArray, index: Index, key_ids: Sequence[int]) -> Progress:
     index = index.in_memory()
     more = min(MORE, len(rest))
     found = estimate_rest(index, key_ids, rest)
     gain = gain_of(index, rest, found, more)
-    review = found.first_wrong < REVIEWED
-    return {"estimate": found, "more": more, "gain": gain, "review": review}
+    return Progress(found, more, gain, found.first_wrong < REVIEWED)

@@ -16,7 +16,7 @@ from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.sources import Source, of_features, of_images
 from retrieval_tip.errors import InputError, StoreError
 from retrieval_tip.files import replacing
-from retrieval_tip.index import changes, photos, places
+from retrieval_tip.index import added_photos, changes, places
 from retrieval_tip.index.build import build_index
 from retrieval_tip.index.places import Changed, Place
 from retrieval_tip.labelling.labels import Remembered
@@ -46,7 +46,7 @@ def add(
         )
         return changes.add(place, source, Reader(backbone, norms="keep"), base=base)
     store = places.at(place)
-    folder = uploads or photos.folder_of(store)
+    folder = uploads or added_photos.folder_of(store)
     if folder is None:
         raise InputError(
             f"index {store.name!r} is in a bucket; to add images, start the server with --uploads FOLDER"
@@ -63,7 +63,7 @@ def add(
 
 def build(folder: Path, backbone: Backbone, sent: Upload, uploads: Path | None) -> Index:
     """Save encoded images with their labels, and build an index from them."""
-    shots = uploads or folder.with_name(folder.name + photos.SUFFIX)
+    shots = uploads or folder.with_name(folder.name + added_photos.SUFFIX)
     with _saved(folder.name, shots, sent, backbone) as (source, reader, _):
         return build_index(source, folder, reader)
 
@@ -79,17 +79,17 @@ def _saved(
     labels = tuple(dict.fromkeys(sent.labels))
     features = sent.features
     fresh = list[Path]()
-    folders = [photos.class_folder(folder, label) for label in labels] + (
+    folders = [added_photos.class_folder(folder, label) for label in labels] + (
         [] if folder.exists() else [folder]
     )
     assert features is not None
     kept: dict[tuple[str, Path], int] = {}
     try:
-        with photos.adding(folder):
+        with added_photos.adding(folder):
             for place, label in sorted(
                 enumerate(sent.labels), key=lambda pair: labels.index(pair[1])
             ):
-                path = photos.file_of(folder, label, sent.images[place])
+                path = added_photos.file_of(folder, label, sent.images[place])
                 kept[label, path] = place  # keeps one entry even if the image was sent twice
                 path.parent.mkdir(parents=True, exist_ok=True)
                 if not path.exists():
@@ -100,7 +100,7 @@ def _saved(
             digests: list[str | None] = [
                 hashlib.sha256(sent.images[row]).hexdigest() for row in rows
             ]
-            block = replace(FeatureBlock.of(features[rows]), digests=digests)
+            block = FeatureBlock.of(features[rows], digests)
             source = of_images(
                 [str(path) for _, path in kept], name, [label for label, _ in kept], labels
             )

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from typing import Any
 
-from retrieval_tip.backbones.base import Identity, Part, equal_shares, identity_of
+from retrieval_tip.backbones.base import Identity, Part, equal_shares, identity_of, width_of
 from retrieval_tip.errors import BackboneError, StoreError
 from retrieval_tip.levels import Levels
 from retrieval_tip.records import Built, Fitted
@@ -280,7 +280,7 @@ class Manifest:
             "parts": all(
                 _whole(part.width, 1) and isinstance(part.column, str) for part in self.parts
             )
-            and (not self.parts or sum(part.width for part in self.parts) == self.d),
+            and (not self.parts or width_of(self.parts) == self.d),
             "shares": self.fitted is None or len(self.fitted.shares) in (0, len(self.parts)),
             "next_key_id": _whole(self.next_key_id, 1),
             "built": isinstance(self.built, Built),
