@@ -215,7 +215,7 @@ def test_an_encoder_of_another_package_works_wherever_a_model_is_named(
     with TestClient(app_of(index)) as client:
         response = client.post("/v1/classify", files={"images": Path(photos[0]).read_bytes()})
         assert response.json()["results"][0]["label"] == answer["label"], response.text
-    assert ok("doctor").stdout.count("tip-plugin 0.1") == 1
+    assert command_line("doctor").stdout.count("tip-plugin 0.1") == 1
 
 
 @pytest.mark.parametrize("first", [True, False])
@@ -247,7 +247,7 @@ def test_the_cache_keeps_its_features_and_those_of_other_weights_apart(
 
 
 def test_an_actor_of_ray_opens_it_by_name(model, photos, tmp_path):
-    work = Work(Reader(), partial(load_backbone, model), None)
+    work = Work(Reader(), partial(load_backbone, model))
     worker = Worker(pickle.loads(pickle.dumps(work)), f"{tmp_path}/out", "cpu", Path.cwd())
     piece = pickle.dumps(of_images(photos))
     rows = worker(pa.table({"part": ["000000"], "piece": [piece]}))
@@ -357,10 +357,10 @@ def test_a_backbone_without_the_optional_members_works_and_shares_no_encodings(
 
 
 USELESS = {
-    "dim = 7": "shape [2, 6]; expected [2, 7]",
+    "dim = 7": "shape (2, 6); expected (2, 7)",
     "encode_images = lambda self, pixels: [[1.0] * 6] * 2": "'list' object",
-    "encode_images = lambda self, pixels: np.ones((1, 6), np.float32)": "shape [1, 6]",
-    "encode_images = lambda self, pixels: np.ones((2, 6, 1), np.float32)": "shape [2, 6, 1]",
+    "encode_images = lambda self, pixels: np.ones((1, 6), np.float32)": "shape (1, 6)",
+    "encode_images = lambda self, pixels: np.ones((2, 6, 1), np.float32)": "shape (2, 6, 1)",
     "encode_images = lambda self, pixels: np.full((2, 6), np.nan)": "zero or not finite",
     "encode_images = lambda self, pixels: np.zeros((2, 6), np.float32)": "zero or not finite",
     "encode_images = lambda self, pixels: 1 / 0": "division by zero",

@@ -40,8 +40,8 @@ class Joined(Backbone):
         self.used = tuple(used or [True] * len(parts))
         self.identity = Identity.joined([part.identity for part in parts])
         if len({part.identity.fingerprint for part in parts}) < len(parts):
-            makers = dict.fromkeys(part.identity.package for part in parts if part.identity.package)
-            remedy = f"; or {' and '.join(makers)} gives two models one digest" if makers else ""
+            packages = [part.identity.package for part in parts if part.identity.package]
+            remedy = f"; or {packages[0]} gives two models one digest" if packages else ""
             raise UsageError(f"model {self.identity.model}: names an encoder twice{remedy}")
         self.dim = sum(part.dim for part in parts)
         self.has_text = any(part.has_text for part in parts)

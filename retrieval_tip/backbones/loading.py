@@ -232,18 +232,14 @@ def _of_package(name: str, weights: str | None, device: str, precision: Precisio
 
 
 def _try_out(backbone: Backbone) -> None:
-    """Encode two images. Raises ValueError or InputError if the features cannot be used."""
+    """Encode an image twice. Raises ValueError or InputError if the features cannot be used."""
     import torch
     from PIL import Image
 
-    pictures = [Image.new("RGB", (64, 64), colour) for colour in ("white", "navy")]
-    views = torch.stack([backbone.preprocess(picture) for picture in pictures])
-    features = unit(backbone.encode_images(views))
-    expected = (len(views), backbone.dim)
-    if features.shape != expected:
-        raise ValueError(
-            f"two features have shape {list(features.shape)}; expected {list(expected)}"
-        )
+    view = backbone.preprocess(Image.new("RGB", (64, 64), "navy"))
+    features = unit(backbone.encode_images(torch.stack([view, view])))
+    if features.shape != (2, backbone.dim):
+        raise ValueError(f"two features have shape {features.shape}; expected (2, {backbone.dim})")
 
 
 def _from_anywhere(model: str, weights: str | None) -> tuple[str, str | None]:

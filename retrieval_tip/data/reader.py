@@ -247,10 +247,9 @@ class Reader:
 
     def for_queries(self, parts: tuple[Part, ...], shares: Sequence[float]) -> Reader:
         """Return a reader for queries to an index, which does not encode images with encoders that have no share."""
-        if not parts:
-            return self
-        backbone = None if self.backbone is None else without_unused(self.backbone, shares)
-        return replace(self, parts=parts, backbone=backbone)
+        if not parts or self.backbone is None:
+            return replace(self, parts=parts)
+        return replace(self, parts=parts, backbone=without_unused(self.backbone, shares))
 
     def needed_backbone(self, source: Source) -> Backbone:
         """Return the backbone. Raises UsageError if it is missing."""
