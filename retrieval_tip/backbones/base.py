@@ -82,7 +82,7 @@ class Identity:
 
     def to_dict(self) -> dict[str, object]:
         """Return the identity as it is stored in manifests and feature tables."""
-        whole = asdict(self, dict_factory=_without_package) | {
+        whole = asdict(self, dict_factory=without_package) | {
             "preprocess": dict(self.preprocess),
             "fingerprint": self.fingerprint,
         }
@@ -110,7 +110,7 @@ class Identity:
         return cls(**own, parts=tuple(map(cls.from_dict, data.get("parts") or ())))
 
 
-def _without_package(items: list[tuple[str, Any]]) -> dict[str, Any]:
+def without_package(items: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return the items of a record, without the name of a package if it is not known."""
     return {name: value for name, value in items if name != "package" or value}
 

@@ -14,7 +14,14 @@ from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from typing import Any
 
-from retrieval_tip.backbones.base import Identity, Part, equal_shares, identity_of, width_of
+from retrieval_tip.backbones.base import (
+    Identity,
+    Part,
+    equal_shares,
+    identity_of,
+    width_of,
+    without_package,
+)
 from retrieval_tip.errors import BackboneError, StoreError
 from retrieval_tip.levels import Levels
 from retrieval_tip.records import Built, Fitted
@@ -176,7 +183,7 @@ class Manifest:
     def to_bytes(self) -> bytes:
         """Convert the manifest to JSON. The last entry is the SHA-256 of the other entries."""
         body: dict[str, object] = {"format": FORMAT, "format_version": FORMAT_VERSION} | asdict(
-            self
+            self, dict_factory=without_package
         )
         del body["settings"]
         body |= asdict(self.settings)
