@@ -7,12 +7,13 @@ rights. docs/plugins.md describes how to write one.
 
 from __future__ import annotations
 
-import importlib
+import pkgutil
 from collections.abc import Iterator, Mapping
 from dataclasses import field
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from retrieval_tip import __version__
 from retrieval_tip.errors import UsageError
 from retrieval_tip.wording import first_line
 
@@ -40,7 +41,7 @@ OPEN = ("writers", "encoders", "sources")
 
 
 class Stranger(NamedTuple):
-    """A plugin of another package: its kind, its name, and the name and version of the package."""
+    """A plugin, usually of another package: its kind, its name, and the name and version of the package."""
 
     kind: str
     name: str
@@ -57,8 +58,7 @@ def find(kind: str, name: str) -> Any:
     Raises UsageError if its package cannot be imported, or if two packages have the name.
     """
     if (place := TABLE[kind].get(name)) is not None:
-        module, _, attribute = place.partition(":")
-        return getattr(importlib.import_module(module), attribute)
+        return pkgutil.resolve_name(place)
     if kind not in OPEN:
         return None
     points = [point for point in _entry_points(kind) if point.name == name]
@@ -100,7 +100,9 @@ def strangers() -> list[Stranger]:
 
 
 def stranger(kind: str, name: str) -> Stranger:
-    """Return the plugin that :func:`find` has found in another package."""
+    """Return the plugin that :func:`find` has found."""
+    if name in TABLE[kind]:
+        return Stranger(kind, name, "retrieval-tip", __version__)
     return next(own for own in strangers() if (own.kind, own.name) == (kind, name))
 
 
