@@ -321,6 +321,47 @@ def test_a_command_sets_the_openmp_wait_policy_unless_it_is_set():
         ).split() == [expected]
 
 
+ON_MACOS = """
+import os, sys, sysconfig, threading, urllib.request
+import duckdb, numpy, pyarrow.parquet
+sysconfig.get_config_vars()  # as the above, needs the real name of the platform
+sys.platform = "darwin"
+seen = {}
+
+class Finder:
+    def find_spec(name, *_):
+        if name in ("torch", "faiss"):
+            seen[name] = os.environ.get("KMP_DUPLICATE_LIB_OK")
+
+sys.meta_path.insert(0, Finder)
+from retrieval_tip import Index
+
+index = Index.load(sys.argv[1])
+
+def ask():
+    index.classify(index.keys[:2], k=2)
+    import faiss
+    print(*seen, *seen.values(), faiss.omp_get_max_threads())
+
+for _ in range(2):  # a number of threads only applies to the thread that sets it
+    thread = threading.Thread(target=ask)
+    thread.start()
+    thread.join()
+"""
+
+
+def test_on_macos_two_openmp_runtimes_are_allowed_and_faiss_has_one_thread(index):
+    changes.rebuild(index, index="SQ8")
+    plain = {
+        name: value for name, value in os.environ.items() if name != "KMP_DUPLICATE_LIB_OK"
+    } | {"OMP_NUM_THREADS": "3"}
+    for own, expected in (({}, "TRUE"), ({"KMP_DUPLICATE_LIB_OK": "0"}, "0")):
+        printed = subprocess.check_output(
+            [sys.executable, "-c", ON_MACOS, index], text=True, env=plain | own
+        )
+        assert printed.splitlines() == [f"torch faiss {expected} {expected} 1"] * 2
+
+
 def test_an_interrupt_during_imports_prints_one_line(tmp_path):
     (tmp_path / "click.py").write_text(
         "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n"
