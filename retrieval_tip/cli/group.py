@@ -8,6 +8,7 @@ can follow any command. Errors are printed on one line, and similar names are su
 
 from __future__ import annotations
 
+import errno
 import inspect
 import logging
 import os
@@ -323,7 +324,8 @@ def in_one_line(ctx: click.Context | None = None) -> Iterator[None]:
         raise
     except OSError as error:
         lost = _discard_stdout()
-        if isinstance(error, BrokenPipeError):  # the reader closed the pipe
+        # The reader closed the pipe; on Windows, the error of standard output is another.
+        if isinstance(error, BrokenPipeError) or (lost and error.errno == errno.EINVAL):
             raise click.exceptions.Exit(0) from None
         name = error.filename or ("standard output" if lost else "")
         raise click.ClickException(

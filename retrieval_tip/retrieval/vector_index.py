@@ -194,8 +194,9 @@ class VectorIndex:
             try:
                 index = faiss().read_index(str(path), faiss().IO_FLAG_MMAP_IFC)
             except RuntimeError:
-                index = faiss().read_index(str(path))
-        except RuntimeError as error:
+                with path.open("rb") as file:  # FAISS cannot open every name on Windows
+                    index = faiss().read_index(faiss().PyCallbackIOReader(file.read))
+        except (RuntimeError, OSError) as error:
             raise StoreError(
                 f"{path}: FAISS cannot read it ({_reason(error)}); rebuild the index"
             ) from None
