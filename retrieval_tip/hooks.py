@@ -1,4 +1,4 @@
-"""Find formats, encoders, sources and stores by name.
+"""Find formats, encoders, sources, exports and stores by name.
 
 Our own are in :data:`TABLE`, so that nothing is imported before it is named. Other names are entry points of installed
 packages (``retrieval_tip.writers``, ``retrieval_tip.encoders``, ``retrieval_tip.sources``), which run with the user's
@@ -31,11 +31,16 @@ TABLE: Mapping[str, Mapping[str, str]] = {
     },
     "encoders": {},  # ours are opened on first use by backbones/loading.py, which needs more than one function
     "sources": {},
+    "exports": {"addaxai": "retrieval_tip.plugins.addaxai:AddaxAI"},
     "stores": dict.fromkeys(
         ("lance", "s3", "gs"), "retrieval_tip.plugins.lance.lance_store:LanceStore"
     ),
 }
 """The module and the object behind each of our own names, by kind."""
+HELP: Mapping[str, str] = {
+    "addaxai": "Folder of a model of AddaxAI to write. With --help, its options are explained.",
+}
+"""The help of exports, which are not imported to show it."""
 OPEN = ("writers", "encoders", "sources")
 """The kinds of which other packages may add some."""
 
