@@ -122,7 +122,8 @@ def test_the_items_of_an_image_folder_are_its_files(tmp_path):
     for name in ("cat/0.png", "dog/1.png"):
         (tmp_path / "photos" / name).parent.mkdir(parents=True)
         (tmp_path / "photos" / name).write_bytes(png("red"))
-    source = open_source(f"hf-dataset:{tmp_path / 'photos'}")
+    (tmp_path / "link").symlink_to(tmp_path / "photos")
+    source = open_source(f"hf-dataset:{tmp_path / 'link'}")
     assert source.paths == tuple(
         str(tmp_path / "photos" / name) for name in ("cat/0.png", "dog/1.png")
     )

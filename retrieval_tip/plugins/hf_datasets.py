@@ -48,7 +48,7 @@ class HFDatasets:
         if os.path.isdir(rest):
             place, asked = rest, ""
         if os.path.isdir(place):
-            place = os.path.abspath(place)
+            place = os.path.realpath(place)  # as in rows that name files
         data, name = _load(place, asked or split)
         shown = show(f"hf-dataset:{name}")
         data.data.validate(full=True)
