@@ -54,7 +54,7 @@ class HFDatasets:
         data.data.validate(full=True)
         labels = _labels(data, shown, labelled=labelled)
         _write_note(data, name)
-        images, files = _images(name).columns
+        images, files = _images(name)
         paths = []
         for row, file in enumerate(pc.if_else(images.is_null(), files, None).to_pylist()):
             is_item = file is None or not _is_inside(file, place)
@@ -86,7 +86,7 @@ def _load(place: str, split: str | None) -> tuple[Dataset, str]:
     if Path(place, "state.json").is_file() or Path(place, "dataset_dict.json").is_file():
         load = datasets.load_from_disk
     try:
-        loaded = load(*place.split(":", 1), keep_in_memory=False)
+        loaded = load(*place.split(":"), keep_in_memory=False)
     except FileNotFoundError as error:  # its text says more, for example how to get access
         raise ValueError(error) from None
     if not isinstance(loaded, dict):
@@ -152,11 +152,11 @@ def _write_note(data: Dataset, name: str) -> None:
 
 
 @lru_cache
-def _images(name: str) -> pa.Table:
+def _images(name: str) -> list[pa.ChunkedArray]:
     """Return the bytes and the paths in the image column of a dataset that the user has opened before."""
     try:
         column, *files = json.loads(_note(name).read_bytes())
         tables = [pa.ipc.open_stream(map_regular(file)).read_all() for file in files]
     except OSError:
         raise InputError("its dataset is not on this machine; classify the dataset first") from None
-    return pa.concat_tables(tables).select([column]).flatten()
+    return pa.concat_tables(tables).select([column]).flatten().columns  # type: ignore[no-any-return]
