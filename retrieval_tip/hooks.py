@@ -30,7 +30,7 @@ TABLE: Mapping[str, Mapping[str, str]] = {
         "xmp": "retrieval_tip.plugins.xmp:XMP",
     },
     "encoders": {},  # ours are opened on first use by backbones/loading.py, which needs more than one function
-    "sources": {},
+    "sources": {"hf-dataset": "retrieval_tip.plugins.hf_datasets:HFDatasets"},
     "exports": {"addaxai": "retrieval_tip.plugins.addaxai:AddaxAI"},
     "stores": dict.fromkeys(
         ("lance", "s3", "gs"), "retrieval_tip.plugins.lance.lance_store:LanceStore"

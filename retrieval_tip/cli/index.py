@@ -51,7 +51,8 @@ def build(
 
     SOURCE can be a folder of class folders; a .csv, .tsv or .parquet table with the columns path and label; a
     feature table (.parquet with the columns id, label and feature); a split .json, whose train part is used; a
-    .json in COCO's format or from Label Studio. Folders and tables can also be on s3://, gs:// or az://.
+    .json in COCO's format or from Label Studio; a Hugging Face dataset (hf-dataset:ORG/NAME). Folders and tables can
+    also be on s3://, gs:// or az://.
 
     Examples:
         index build photos --out indexes/things

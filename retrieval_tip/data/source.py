@@ -65,10 +65,10 @@ def read_item(path: str | os.PathLike[str]) -> bytes:
     if (scheme := remote.scheme_of(path)) is not None:
         with remote.reaching():
             data = opener(scheme).read(os.fspath(path))
-        _check_size(len(data))
+        check_size(len(data))
     elif remote.is_remote(path):
         with remote.reaching():
-            _check_size(remote.system_of(path).size(path))
+            check_size(remote.system_of(path).size(path))
             data = bytes(remote.system_of(path).cat_file(path))
     else:
         data = _read_file(path)
@@ -81,7 +81,7 @@ def _read_file(path: str | os.PathLike[str]) -> bytes:
     try:
         with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size  # 0 for files in /proc, which may be endless
-            _check_size(size)
+            check_size(size)
             return file.read(size)
     except NotAFileError as error:
         raise InputError(
@@ -93,7 +93,8 @@ def _read_file(path: str | os.PathLike[str]) -> bytes:
         raise InputError(getattr(error, "strerror", None) or str(error)) from None
 
 
-def _check_size(size: int) -> None:
+def check_size(size: int) -> None:
+    """Raise InputError if an image has more than :data:`MAX_BYTES`."""
     if size > MAX_BYTES:
         raise InputError(f"file too large: {size:,} bytes; the limit is {MAX_BYTES:,}")
 

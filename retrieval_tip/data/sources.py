@@ -48,6 +48,7 @@ PARTS = {
     "test": ("test", "testing"),
 }
 """Folder names for each part of a dataset."""
+PART_OF = {name: part for part, names in PARTS.items() for name in names}
 
 TABLES = ("metadata.csv", "metadata.parquet")  # label tables in Hugging Face image folders
 
@@ -237,35 +238,31 @@ def _table_in(folder: Path) -> Path | None:
 
 
 def _part_of(folder: Path, part: str | None) -> Path:
-    """Return the folder of a part, which defaults to ``train``, or ``folder`` itself if it has no parts.
+    """Return the folder of a part (see :func:`choose_part`), or ``folder`` itself if it has no parts.
 
     A folder has parts if each folder in it is named like a part, and one of them contains folders or a label table.
-    Raises InputError if the part is missing.
     """
-    called = {name: part for part, names in PARTS.items() for name in names}
-    there = {
-        called.get(entry.name.lower()): Path(entry.path) for entry in images.subfolders(folder)
-    }
-    if (
-        not there
-        or None in there
-        or not any(images.subfolders(path) or _table_in(path) for path in there.values())
+    there = {entry.name: Path(entry.path) for entry in images.subfolders(folder)}
+    if not all(name.lower() in PART_OF for name in there) or not any(
+        images.subfolders(path) or _table_in(path) for path in there.values()
     ):
         return folder
-    wanted = called.get((part or "train").lower(), part or "train")
-    names = [path.name for path in there.values()]
-    if wanted not in there:
-        raise InputError(
-            f"{show(folder)}: there is no part {wanted!r}; choose one with --split: {', '.join(names)}"
-        )
-    used = there[wanted]
-    if others := [name for name in names if name != used.name]:
-        log.warning(
-            "%s: using its part %s, ignoring %s",
-            show(folder),
-            show(used.name),
-            ", ".join(map(show, others)),
-        )
+    return there[choose_part(show(folder), list(there), part or "train")]
+
+
+def choose_part(where: str, names: Sequence[str], part: str | None) -> str:
+    """Return the name of a part, which defaults to the only one, or else to ``train``. Warn about the other parts.
+
+    Raises InputError if the part is missing.
+    """
+    there = {PART_OF.get(name.lower(), name): name for name in names}
+    wanted = part or ("train" if len(names) > 1 else names[0])
+    used = there.get(PART_OF.get(wanted.lower(), wanted))
+    if used is None:
+        listed = ", ".join(map(show, names))
+        raise InputError(f"{where}: there is no part {wanted!r}; choose one with --split: {listed}")
+    if others := [show(name) for name in names if name != used]:
+        log.warning("%s: using its part %s, ignoring %s", where, show(used), ", ".join(others))
     return used
 
 
