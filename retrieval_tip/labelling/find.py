@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +12,7 @@ from torch.nn.functional import normalize
 from retrieval_tip.backbones.prompts import DEFAULT_TEMPLATES
 from retrieval_tip.data import images
 from retrieval_tip.data.reader import Reader
-from retrieval_tip.data.sources import Source, of_images
+from retrieval_tip.data.sources import Source, is_there, kind_of, of_images
 from retrieval_tip.errors import InputError, UsageError, check_count
 from retrieval_tip.labelling.pool import MOST_PHOTOS, Pool
 from retrieval_tip.labelling.suggest import points_of
@@ -31,10 +29,10 @@ PAIRED = pa.schema(
 
 
 def example_of(query: str) -> Source | None:
-    """Return the source of a query that is an image file, or ``None`` if the query is a text."""
-    if os.path.isfile(query):  # noqa: PTH113 - a long text is not an error
+    """Return the source of a query that is an image or an item, or ``None`` if the query is a text."""
+    if is_there(query) and kind_of(query) != "scheme":
         return of_images([query])
-    if Path(query).suffix.lower() in images.extensions():
+    if images.suffix_of(query) in images.extensions():
         raise InputError(f"{show(query)}: no such file; give an image file or a text")
     return None
 
