@@ -21,6 +21,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from retrieval_tip import hooks
 from retrieval_tip.errors import InputError, UsageError
+from retrieval_tip.files import suffix_of
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """Pillow names of the accepted formats. JPEG includes MPO.
@@ -80,11 +81,6 @@ def extension(data: bytes) -> str:
     with opened(data) as image:
         kind = image.format or ""
         return {"JPEG": ".jpg", "MPO": ".jpg", "TIFF": ".tif"}.get(kind, f".{kind.lower()}")
-
-
-def suffix_of(path: str | os.PathLike[str]) -> str:
-    """Return the suffix of a path in lower case, such as ``.jpg``."""
-    return os.path.splitext(path)[1].lower()  # noqa: PTH122 - faster than a Path for each photo
 
 
 def is_photo(path: str | os.PathLike[str]) -> bool:

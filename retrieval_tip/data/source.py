@@ -19,9 +19,9 @@ import pyarrow.compute as pc
 
 from retrieval_tip import hooks
 from retrieval_tip.arrays import IntArray
-from retrieval_tip.data import images, remote
+from retrieval_tip.data import remote
 from retrieval_tip.errors import InputError, Skipped, UsageError, check_count
-from retrieval_tip.files import FOLDER, NotAFileError, open_regular
+from retrieval_tip.files import FOLDER, NotAFileError, open_regular, suffix_of
 from retrieval_tip.machine import check_memory
 from retrieval_tip.wording import SHOWN, counted, few, show
 
@@ -78,11 +78,13 @@ def split_item(path: str | os.PathLike[str]) -> tuple[str, str] | None:
 
     An existing file is never an item, whatever its name is.
     """
+    from retrieval_tip.data import images  # imports Pillow
+
     where = os.fspath(path)
     file, mark, name = where.rpartition("#")
     if not mark or os.path.lexists(where):
         file, name = where, ""
-    suffix = images.suffix_of(file)
+    suffix = suffix_of(file)
     is_image = suffix in images.extensions()
     if is_image or not os.path.isfile(file) or not hooks.opens(suffix):  # noqa: PTH113 - any text
         return None
@@ -110,7 +112,7 @@ def _opened(file: str) -> tuple[list[str], str]:
     items: list[str] = []
     try:
         with remote.reaching():
-            names = opener("openers", images.suffix_of(file)).items(file)
+            names = opener("openers", suffix_of(file)).items(file)
             items.extend(f"{file}#{name}" for name in names)
     except (InputError, UsageError) as error:
         return items, str(error)
@@ -126,11 +128,10 @@ def read_item(path: str | os.PathLike[str], *, whole: bool = False) -> bytes:
     file, name = split_item(path) or ("", "")
     if name:
         with remote.reaching():
-            data = bytes(opener("openers", images.suffix_of(file)).read(file, name))
+            data = bytes(opener("openers", suffix_of(file)).read(file, name))
     elif file and not whole:
         items, reason = _opened(file)
-        number = counted(len(items), "photo")
-        raise InputError(reason or f"contains {number}; name one, such as {show(items[0])}")
+        raise InputError(reason or f"contains several photos; name one, such as {show(items[0])}")
     elif (scheme := remote.scheme_of(path)) is not None:
         with remote.reaching():
             data = opener("sources", scheme).read(os.fspath(path))

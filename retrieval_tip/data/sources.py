@@ -36,6 +36,7 @@ from retrieval_tip.data.tables import (
     texts,
 )
 from retrieval_tip.errors import InputError
+from retrieval_tip.files import suffix_of
 from retrieval_tip.machine import install
 from retrieval_tip.wording import counted, few, show
 
@@ -68,7 +69,7 @@ def kind_of(path: str | os.PathLike[str]) -> Kind:
     where = os.fspath(path)
     if remote.scheme_of(where) is not None:
         return "image" if "#" in where else "scheme"
-    if remote.is_remote(where) and images.suffix_of(where) in images.extensions():
+    if remote.is_remote(where) and suffix_of(where) in images.extensions():
         return "image"
     if tables.is_table(where):
         return "table"
@@ -207,11 +208,11 @@ def check_images(sources: Iterable[Source]) -> None:
 
 def refusal(where: str) -> InputError:
     """Return the error for a path or an address that cannot be opened."""
-    suffix = images.suffix_of(where)
+    suffix = suffix_of(where)
     if is_web(where):
         why = "a web address; download it first"
     elif not os.path.exists(where):
-        why = "no such file or folder"
+        why = "no such file or folder" + remote.no_scheme(where)
     elif not os.path.isfile(where):
         why = "not a file"  # a pipe would block
     elif suffix in images.extensions():
@@ -321,13 +322,13 @@ def _how_to_read(others: Counter[str]) -> str:
 
 
 def _none_found(folder: Path, stray: list[str], others: Counter[str]) -> InputError:
-    direct = sum(images.suffix_of(name) in images.extensions() for name in stray)
+    direct = sum(suffix_of(name) in images.extensions() for name in stray)
     if direct:
         return InputError(
             f"{show(folder)}: there are no class folders, but {counted(direct, 'image')} directly in it; give the "
             f"folder that contains one folder of images per class (perhaps {show(folder.absolute().parent)})"
         )
-    others = others + Counter(images.suffix_of(name) for name in stray)
+    others = others + Counter(suffix_of(name) for name in stray)
     here = f" (found {kinds(others)})" if others else ""
     return InputError(f"{show(folder)}: no images; expected one folder of images per class{here}")
 
@@ -352,9 +353,7 @@ def _open_bucket(where: str, *, labelled: bool) -> Source:
     scheme, _, name = where.partition("://")
     base = f"{scheme}://{name.strip('/')}/"
     known = images.extensions()
-    paths = [
-        url for url in remote.find(where) if images.suffix_of(url) in known and url.startswith(base)
-    ]
+    paths = [url for url in remote.find(where) if suffix_of(url) in known and url.startswith(base)]
     if not paths:
         raise InputError(f"{show(where)}: no images or Parquet file found")
     labels = [
