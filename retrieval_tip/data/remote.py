@@ -37,11 +37,10 @@ def scheme_of(path: str | os.PathLike[str]) -> str | None:
 
 
 def no_scheme(path: str) -> str:
-    """Return which schemes are installed, as the end of a message, if a path looks as if it had another one."""
+    """Return which sources are installed, as the end of a message, if a path looks like ``SCHEME:REST``."""
     if _PREFIX.match(path) is None:
         return ""
-    schemes = [f"{scheme}:" for scheme in hooks.names("sources")]
-    return f", and no source of this name; installed: {', '.join(schemes) or 'none'}"
+    return f", and no such source; installed: {', '.join(hooks.names('sources')) or 'none'}"
 
 
 def is_address(path: str | os.PathLike[str]) -> TypeGuard[str]:
