@@ -1,4 +1,4 @@
-"""Find formats, encoders, sources and stores by name, and openers of files by suffix.
+"""Find formats, encoders, sources, exports and stores by name, and openers of files by suffix.
 
 Our own are in :data:`TABLE`, so that nothing is imported before it is named. Other names are entry points of installed
 packages (``retrieval_tip.writers``, ``encoders``, ``sources`` and ``openers``), which run with the user's rights.
@@ -7,7 +7,7 @@ docs/plugins.md describes how to write one.
 
 from __future__ import annotations
 
-import importlib
+import pkgutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import field
@@ -15,6 +15,7 @@ from functools import cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from retrieval_tip import __version__
 from retrieval_tip.errors import UsageError
 from retrieval_tip.wording import first_line
 
@@ -33,11 +34,16 @@ TABLE: Mapping[str, Mapping[str, str]] = {
     "encoders": {},  # ours are opened on first use by backbones/loading.py, which needs more than one function
     "sources": {},
     "openers": {},
+    "exports": {"addaxai": "retrieval_tip.plugins.addaxai:AddaxAI"},
     "stores": dict.fromkeys(
         ("lance", "s3", "gs"), "retrieval_tip.plugins.lance.lance_store:LanceStore"
     ),
 }
 """The module and the object behind each of our own names, by kind."""
+HELP: Mapping[str, str] = {
+    "addaxai": "Folder of a model of AddaxAI to write. With --help, its options are explained.",
+}
+"""The help of exports, which are not imported to show it."""
 OPEN = ("writers", "encoders", "sources", "openers")
 """The kinds of which other packages may add some."""
 EXTRAS: Mapping[str, tuple[str, Sequence[str]]] = {
@@ -49,7 +55,7 @@ OURS = frozenset({"", ".csv", ".tsv", ".parquet", ".json"})
 
 
 class Stranger(NamedTuple):
-    """A plugin of another package: its kind, its name, and the name and version of the package."""
+    """A plugin, usually of another package: its kind, its name, and the name and version of the package."""
 
     kind: str
     name: str
@@ -66,8 +72,7 @@ def find(kind: str, name: str) -> Any:
     Raises UsageError if its package cannot be imported, or if two packages have the name.
     """
     if (place := TABLE[kind].get(name)) is not None:
-        module, _, attribute = place.partition(":")
-        return getattr(importlib.import_module(module), attribute)
+        return pkgutil.resolve_name(place)
     points = [point for point in _entry_points(kind) if point.name == name]
     if not points:
         return None
@@ -110,7 +115,9 @@ def strangers() -> list[Stranger]:
 
 
 def stranger(kind: str, name: str) -> Stranger:
-    """Return the plugin that :func:`find` has found in another package."""
+    """Return the plugin that :func:`find` has found."""
+    if name in TABLE[kind]:
+        return Stranger(kind, name, "retrieval-tip", __version__)
     return next(own for own in strangers() if (own.kind, own.name) == (kind, name))
 
 

@@ -195,14 +195,17 @@ def _described(name: str, *, sized: bool = True) -> Named:
     words = not name.startswith("timm:")
     file = name.partition("@")[2]
     tags = [file] if file else _tags(name) if words else [name.partition(".")[2]]
-    licence = (
-        dict(_RECOMMENDED.values()).get(name)
-        if words
-        else getattr(_timm_config(name), "license", None)
-    )
     size = _bytes(architecture(name)) if sized else None
     here = Path(file).is_file() if file else has_weights(repository_of(name, None))
-    return Named(name, tags, size, licence, words, here)
+    return Named(name, tags, size, licence_of(name), words, here)
+
+
+def licence_of(model: str) -> str | None:
+    """Return the licence of the weights of a model, if it is known."""
+    if model.startswith("timm:"):
+        licence: str | None = getattr(_timm_config(model), "license", None)
+        return licence
+    return dict(_RECOMMENDED.values()).get(model)
 
 
 def _bytes(name: str) -> int | None:

@@ -238,7 +238,7 @@ def write(
             os.fsync(file.fileno())
         with suppress(OSError):
             copy_attributes(new)
-        new.replace(target)
+        files.replace(new, target)
 
 
 def is_link_to(path: Path, item: str) -> bool:

@@ -121,7 +121,10 @@ class Service:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Follow the index folders inside the context. On exit, finish the queued work and stop the threads."""
+        """Follow the index folders inside the context, and release idle encoders.
+
+        On exit, finish the queued work and stop the threads.
+        """
         follower = asyncio.create_task(self._follow())
         yield
         follower.cancel()
@@ -139,6 +142,12 @@ class Service:
                         await self.run(self._following, one.follow)
                     except Exception:
                         log.exception("%s: cannot look for new versions", one.name)
+            await self.run(self._following, self._release)
+
+    def _release(self) -> None:
+        for one in list(self.served.values()):
+            if one.now.backbone is not None:
+                one.now.backbone.release(self.limits.idle)
 
     @staticmethod
     async def run(pool: Executor, call: Callable[..., T], *arguments: Any) -> T:
