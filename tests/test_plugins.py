@@ -287,6 +287,11 @@ def test_an_index_names_the_package_that_is_missing(plugin, model, folder, tmp_p
     failed(command_line("classify", index, folder, "--model", model), 2, "stages:test_resnet")
 
 
+def test_an_unknown_encoder_is_answered_with_those_of_other_packages(plugin, folder, tmp_path):
+    build = ("index build", folder, "--out", tmp_path / "index", "--model")
+    failed(command_line(*build, "stagez:resnet18"), 2, "hf:ORG/REPO, stages:...; search with")
+
+
 @pytest.mark.parametrize(
     "package", ["-r evil", "--index-url=x", "a b", "a;b", "", 3, ["a"], "a" * 101]
 )

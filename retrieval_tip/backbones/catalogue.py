@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from retrieval_tip import hooks
 from retrieval_tip.errors import BackboneError, UsageError
 from retrieval_tip.machine import install
 from retrieval_tip.wording import amount, first_line
@@ -117,7 +118,10 @@ def unknown(model: str) -> UsageError:
         near = f"; timm has this model: give timm:{model}"
     elif not near and re.fullmatch(r"[\w.-]+/[\w.-]+", model):
         near = f"; for a CLIP or SigLIP model in transformers, give hf:{model}"
-    expected = "; expected an open_clip architecture, timm:NAME, local-dir:PATH, hf-hub:ORG/REPO or hf:ORG/REPO"
+    ours = "an open_clip architecture, timm:NAME, local-dir:PATH, hf-hub:ORG/REPO or hf:ORG/REPO"
+    expected = ", ".join(
+        [f"; expected {ours}", *(f"{name}:..." for name in hooks.names("encoders"))]
+    )
     return UsageError(
         f"model {model!r}: unknown{near or expected}; search with retrieval-tip models WORD"
     )
