@@ -331,11 +331,6 @@ class Versions:
         numbered = {int(match[1]): name for name in sizes if (match := _MANIFEST.fullmatch(name))}
         return dict(sorted(numbered.items()))
 
-    def has_text(self, manifest: Manifest) -> bool:
-        """Return whether a version has any text weight that is not zero."""
-        shape = len(manifest.class_names), manifest.d
-        return bool(read_array(self.folder, manifest.files["text"], shape).any())
-
     def read_labels(self, manifest: Manifest, columns: Sequence[str] | None = None) -> pa.Table:
         """Return the label store of a version, or some of its columns."""
         labels = read_labels(self.folder, manifest)

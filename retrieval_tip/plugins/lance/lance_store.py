@@ -216,9 +216,6 @@ class LanceStore(Store):
         if name in manifest.digests:
             self._checked(name, manifest.digests[name])
 
-    def has_text(self, manifest: Manifest) -> bool:
-        return bool(_matrix(self.classes(manifest)["text"]).any())
-
     def read_labels(self, manifest: Manifest, columns: Sequence[str] | None = None) -> pa.Table:
         table = self.table(manifest)
         return table.read(table.label_columns if columns is None else columns)
