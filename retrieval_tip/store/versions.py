@@ -68,8 +68,6 @@ from retrieval_tip.store.query import TIMEOUT, ask
 from retrieval_tip.wording import first_line
 
 T = TypeVar("T")
-OLD = "manifest.json"
-"""Name of the manifest in folders of earlier programs, which is ignored beside ``manifests``."""
 KEPT_VERSIONS = 32
 """Number of versions, including the current one, that a commit keeps."""
 VERSIONS_TRIED = 16
@@ -384,8 +382,6 @@ class Versions:
                     if self.local is not None and not self.local.exists()
                     else "not an index"
                 )
-                if self.local is not None and (self.local / OLD).exists():
-                    what = "in an earlier format, which is no longer read"
                 raise StoreError(
                     f"{self}: {what}; make one with retrieval-tip index build SOURCE --out INDEX"
                 )

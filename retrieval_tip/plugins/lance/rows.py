@@ -26,11 +26,9 @@ from retrieval_tip.plugins.lance.key_table import (
     POINT,
     RESTORE,
     ROW,
-    TABLE,
     UNINDEXED,
     VALUES,
     VECTOR,
-    VERSION,
     KeyTable,
     grouped,
     literal,
@@ -281,7 +279,7 @@ class TableRows(Rows):
                     point_sums.count(points, ids)
                 yield from rows_of(part, own, points).cast(schema).to_batches()
 
-        table = KeyTable.create(address, TABLE, grouped(rows()), schema)
+        table = KeyTable.create(address, grouped(rows()), schema)
         made = cls(table=table, known=known or sums, point_sums=point_sums, writer=writer)
         return made.indexed(index)
 
@@ -502,9 +500,7 @@ class TableRows(Rows):
         assert writer is not None
         if writer.parent is not None:  # damaged rows must not get valid sums and digests
             writer.store.check(writer.parent)
-        before = replace(
-            self, table=KeyTable.at(table.address, table.name, table.version)
-        )  # pinned meanwhile
+        before = replace(self, table=KeyTable.at(table.address, table.version))  # pinned meanwhile
         return self.create(
             table.address,
             writer,
@@ -603,11 +599,11 @@ def check_columns(columns: Iterable[pa.Field]) -> None:
     """Raise InputError if the name of an extra column is reserved or is not allowed."""
     for column in columns:
         if (
-            column.name in (VERSION, VECTOR, "")
+            column.name in (VECTOR, "")
             or column.name.startswith("_")
             or set(".`") & set(column.name)
         ):
             raise InputError(
-                f"column {column.name!r}: a LanceDB store reserves {VERSION}, {VECTOR} and names that begin with _, "
+                f"column {column.name!r}: a LanceDB store reserves {VECTOR} and names that begin with _, "
                 "and does not allow dots or backticks; rename or remove it"
             )
