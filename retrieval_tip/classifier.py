@@ -163,9 +163,6 @@ class OpenIndex:
             f"Classifier({self.index.n} photos, {len(self.classes)} classes, {backbone}, {place})"
         )
 
-    def _repr_html_(self) -> str:
-        return self.index._repr_html_()
-
     def __copy__(self) -> Self:
         other = object.__new__(type(self))
         other.__dict__ |= self.__dict__
