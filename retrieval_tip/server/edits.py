@@ -155,9 +155,6 @@ def _answer(one: Served, **more: Any) -> schemas.ChangedIndex:
 async def create(
     request: Request,
     service: TheService,
-    like: Annotated[
-        str | None, Query(description="Index whose encoder and parent folder are used.")
-    ] = None,
 ) -> schemas.ChangedIndex:
     """Create an index from labelled images, fit it and serve it.
 
@@ -165,9 +162,9 @@ async def create(
     """
     new, sent = await read_form(request, service.limits, schemas.NewIndex)
     (name,), maker = new.name, service.maker
-    if maker is None or like is not None:
+    if maker is None:
         model = service.index(
-            like or next((name for name, one in service.served.items() if one.now.backbone), None)
+            next((name for name, one in service.served.items() if one.now.backbone), None)
         )
         backbone = backbone_of(model.now)
         into = model.beside
