@@ -15,13 +15,13 @@ from retrieval_tip.arrays import FloatArray, IntArray
 from retrieval_tip.backbones.base import side_by_side, unit
 from retrieval_tip.backbones.loading import Model, given_backbone
 from retrieval_tip.data.encoding_cache import EncodingCache
-from retrieval_tip.data.pictures import Picture, open_images
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.fit import closed_form
 from retrieval_tip.fit.closed_form import FitRequest
 from retrieval_tip.machine import install
 from retrieval_tip.model import Index
+from retrieval_tip.pictures import Picture, open_images
 from retrieval_tip.retrieval.inputs import Features
 from retrieval_tip.settings import ClassPrior, MetricName, Settings, ValuesName
 from retrieval_tip.store.edits import Edits, NewKeys
