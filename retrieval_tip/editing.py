@@ -113,6 +113,10 @@ def _add(made: Index, new: NewKeys) -> None:
     _check_lengths(made, rows.vectors)
     _hold(made, made.rows.added(replace(rows, values=_values_of(made, rows))))
     made.next_key_id += len(matrix)
+    if new.precision is not None:
+        before = made.provenance.get("precision") or {}
+        precisions = sorted({*(before.get("keys") or "").split(", "), new.precision} - {""})
+        made.provenance = made.provenance | {"precision": before | {"keys": ", ".join(precisions)}}
 
 
 def _check_lengths(made: Index, keys: npt.NDArray[Any]) -> None:

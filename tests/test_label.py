@@ -330,6 +330,7 @@ def test_near_copies_name_each_other_and_photos_that_are_gone_can_be_relabelled(
         state = client.settled()
         assert (state["version"], state["labelled"], state["refused"]) == (1, 4, [])
         assert labels_of(place) == {str(path): "x" for path in images.values()}
+        assert opened(place).provenance["precision"] == {"keys": "float32"}
         client.set({numbers["0"]: "y"})
         client.set({numbers["1"]: None, numbers["2"]: None})
         client.settled()

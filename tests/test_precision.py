@@ -250,6 +250,7 @@ def test_the_command_stores_an_encoder_that_other_commands_load(run, name, place
     query = photos / "red" / "0.png"
     build = ("index", "build", photos, "--model", name, "--out", index)
     ok(*build, "--precision", "int8")
+    assert json_of("index info", index)["precision"] == {"keys": "int8"}
     answers = {
         asked: json.loads(
             run("classify", index, query, "--precision", asked, "--format", "json").stdout
@@ -260,6 +261,7 @@ def test_the_command_stores_an_encoder_that_other_commands_load(run, name, place
     (tmp_path / "more" / "red").mkdir(parents=True)
     Image.new("RGB", (40, 40), "red").save(tmp_path / "more" / "red" / "new.png")
     ok("index add", index, tmp_path / "more", "--precision", "float32")
+    assert json_of("index info", index)["precision"]["keys"] == "float32, int8"
     assert Backbones("cpu", "int8", None).of(at(index).load(), "things").precision == "int8"
     assert Classifier.load(index, precision="int8").predict(query).label == "red"
 

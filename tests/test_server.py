@@ -730,6 +730,7 @@ def test_a_photo_that_becomes_a_shot_is_decoded_once(
         index = Index.load(folder)
         rows = index.having("digest", asked).to_pylist()
         assert len(rows) == len(asked)
+        assert index.provenance["precision"] == {"keys": "float32"}
         for row in rows:
             assert hashlib.sha256(Path(row["source"]).read_bytes()).hexdigest() == row["digest"]
         [row] = index.having("digest", digests[:1]).to_pylist()

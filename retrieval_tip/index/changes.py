@@ -34,6 +34,7 @@ from retrieval_tip.index.items import (
     ItemColumns,
     draw_shots,
     ids_in,
+    precision_of,
     read_text_table,
     warn_of_spelling,
 )
@@ -119,6 +120,7 @@ def add(
             block.features[rows],
             labels[rows].tolist(),
             views=views,
+            precision=precision_of(source, reader),
             **vars(columns.take(rows)),
         )
         classes = _new_classes(source.class_names, index, weights)
@@ -275,6 +277,7 @@ def _keys_of(photos: Sequence[PhotoLabel], reader: Reader) -> NewKeys:
         views=reader.views,
         digests=[photo.digest for photo in photos],
         extra=pa.table({PICKED: pa.array([photo.picked for photo in photos], pa.string())}),
+        precision=None if reader.backbone is None else reader.backbone.precision,
     )
 
 

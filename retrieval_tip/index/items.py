@@ -215,6 +215,7 @@ class BuildInputs:
             "shots": plan["shots"],
             "seed": self.reader.seed if self.is_random else None,
             "views": self.reader.views,
+            "precision": {"keys": precision_of(self.source, self.reader)},
             "text": self.words.origin,
             "alpha": "default" if plan["alpha"] is None else "given",
             "beta": "default" if plan["beta"] is None else "given",
@@ -278,6 +279,11 @@ def identity_of(source: Source, reader: Reader) -> Identity | None:
     if reader.backbone is not None:
         return reader.backbone.identity
     return source.table.identity(reader.parts) if source.table is not None else None
+
+
+def precision_of(source: Source, reader: Reader) -> str | None:
+    """Return the precision in which the photos of a source were encoded, or ``None`` for a feature table."""
+    return None if source.paths is None or reader.backbone is None else reader.backbone.precision
 
 
 def read_text_table(

@@ -25,6 +25,7 @@ class NewKeys:
         digests: the SHA-256 of each image, or ``None``.
         views: the number of views of each key, or of all keys.
         extra: further columns of the label store.
+        precision: the precision in which photos were encoded.
     """
 
     features: Any
@@ -33,6 +34,7 @@ class NewKeys:
     digests: Sequence[str | None] | None = None
     views: int | npt.NDArray[np.integer] = 1
     extra: pa.Table | None = None
+    precision: str | None = None
 
 
 @dataclass(frozen=True, eq=False)

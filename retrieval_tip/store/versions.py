@@ -524,6 +524,7 @@ class Versions:
             "folder": str(self),
             **manifest.described(),
             "keys_per_class": per_class,
+            "precision": manifest.provenance.get("precision"),
             **more,
             "files": {kind: file.name for kind, file in manifest.files.items()},
             "earlier_versions": [old.version for old in earlier],
