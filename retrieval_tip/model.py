@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from retrieval_tip import tip
 from retrieval_tip.answers import AnswerBlock
-from retrieval_tip.arrays import FloatArray, IntArray, KeyArray
+from retrieval_tip.arrays import FloatArray, IntArray, KeyArray, slices
 from retrieval_tip.backbones.base import (
     Identity,
     Part,
@@ -40,7 +40,7 @@ from retrieval_tip.retrieval import inputs
 from retrieval_tip.retrieval.conformal import Scores, Sets
 from retrieval_tip.retrieval.inputs import Features, KeysInPlace, Labels
 from retrieval_tip.retrieval.keys import KEY_BLOCK, Keys, auto_for, transformed
-from retrieval_tip.retrieval.logits import LOGITS, AnswerTerms, Retrieval, slices
+from retrieval_tip.retrieval.logits import LOGITS, AnswerTerms, Retrieval
 from retrieval_tip.retrieval.ridge import MOST_SOLVED, Ridge
 from retrieval_tip.retrieval.rows import ArrayRows, Rows
 from retrieval_tip.retrieval.vector_index import FLAT_FACTORY, VectorIndex

@@ -12,7 +12,7 @@ import onnxruntime
 import pytest
 import torch
 import warm
-from conftest import failed, ok
+from conftest import failed, json_of, ok
 from numpy.testing import assert_array_equal
 from PIL import Image
 from safetensors.torch import load_file, save_file
