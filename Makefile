@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 DEMO_READY := $(VENV)/.demo-ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup browser demo lint test soak check bench gpu attack docs site image wheel
+.PHONY: help setup browser demo lint test soak check bench gpu attack docs site image wheel windows
 
 help: ## list these targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -96,6 +96,9 @@ image: ## build the image of the server (needs Docker)
 
 wheel: setup ## build wheel and sdist, and try them in a fresh environment
 	PYTHON=$(BIN)/python .ci/wheel
+
+windows: setup ## under Wine, run the commands of the docs, kills and tests on Windows; 45 minutes
+	PYTHON=$(BIN)/python .ci/windows
 
 attack: setup ## test thousands of random hostile inputs: readers, index folders, commands, server; 10 minutes
 	RETRIEVAL_TIP_ATTACK=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 tests/test_hostile.py tests/test_openapi.py

@@ -125,7 +125,7 @@ else:
 
 
 NO_LINKS = getattr(os, "O_NOFOLLOW", 0)
-"""Flag that refuses to open a link. On Windows, ``lockable`` refuses it."""
+"""Flag that refuses to open a link. On Windows, a link cannot be locked."""
 
 
 def command_line(arguments: list[str]) -> str:

@@ -60,6 +60,9 @@ sys.modules["openvino_telemetry"] = (
 )
 
 ROOT = Path(__file__).resolve().parent.parent
+WINDOWS = os.environ.get("RETRIEVAL_TIP_WINDOWS")
+"""``make windows``: the Python for Windows that runs the commands of the docs, from Linux."""
+pytest_plugins = ["windows"] if os.name == "nt" else []
 AS_ROOT = hasattr(os, "geteuid") and os.geteuid() == 0
 PROGRAMS = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # ``PATH`` including this environment
 
@@ -323,6 +326,15 @@ def warm_path(tmp_path_factory):
     """A ``PATH`` whose ``retrieval-tip`` forks from a process that has imported everything."""
     if not sys.platform.startswith("linux"):
         yield PROGRAMS  # forking is unsafe or impossible elsewhere
+        return
+    if WINDOWS:
+        program = tmp_path_factory.mktemp("windows") / "retrieval-tip"
+        package = f"Z:{ROOT}".replace("/", "\\")
+        program.write_text(
+            f"#!/bin/sh\nPYTHONPATH='{package}' exec '{WINDOWS}' -m retrieval_tip \"$@\"\n"
+        )
+        program.chmod(0o755)
+        yield f"{program.parent}{os.pathsep}{PROGRAMS}"
         return
     with warm.server(tmp_path_factory.mktemp("warm")) as folder:
         yield f"{folder}{os.pathsep}{PROGRAMS}"

@@ -7,7 +7,6 @@ import shutil
 import signal
 import socket
 import time
-import urllib.request
 from collections import Counter
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from conftest import LIT_MINI, failed
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from serving import InProcess, caltech_photos, labelling_app, server
+from serving import InProcess, asked, caltech_photos, labelling_app, server
 
 from retrieval_tip.data.encoding_cache import EncodingCache
 from retrieval_tip.data.reader import Reader
@@ -553,17 +552,6 @@ def test_a_killed_session_keeps_its_labels_and_a_stopped_one_names_the_file_of_t
         asked(url, {"labels": [{"photo": refused[0]["photo"], "label": None}]})
     assert len(labels_of(index)) == 6
     assert not journal.exists()
-
-
-def asked(url, body=None):
-    """Return the session's state from the printed address, or send labels and return the new state."""
-    address, _, token = url.partition("/#token=")
-    headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
-    data = None if body is None else json.dumps(body).encode()
-    with urllib.request.urlopen(
-        urllib.request.Request(f"{address}/v1/label", data, headers)
-    ) as answer:
-        return json.load(answer)
 
 
 def test_an_event_leads_to_a_new_state_and_keeps_the_old_one(tmp_path):

@@ -12,7 +12,7 @@ import subprocess
 
 import demo
 import pytest
-from conftest import ROOT, demo_folder, needs_real
+from conftest import ROOT, WINDOWS, demo_folder, needs_real
 
 WRITES = bool(os.environ.get("RETRIEVAL_TIP_WRITE_DOCS"))
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -90,12 +90,33 @@ def typed_and_printed(typed, place, path, with_messages=False):
         command, cwd=place, env=os.environ | {"PATH": path}, text=True, check=False, **streams
     )
     assert done.returncode == 0, f"{typed}\n{done.stdout if with_messages else done.stderr}"
+    printed = done.stdout.replace("\\", "/") if WINDOWS else done.stdout
     return re.sub(
-        r"^Encoded .*\n", "", done.stdout, flags=re.MULTILINE
+        r"^Encoded .*\n", "", printed, flags=re.MULTILINE
     )  # only printed on slow machines
 
 
-@pytest.mark.timeout(300)
+def executed(body, page):
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(body, str(page), "exec"), {"__name__": "page"})
+    return printed.getvalue()
+
+
+def on_windows(body):
+    package = f"Z:{ROOT}".replace("/", "\\")
+    command = [WINDOWS, "-c", body]
+    done = subprocess.run(
+        command,
+        env=os.environ | {"PYTHONPATH": package},
+        text=True,
+        check=True,
+        stdout=subprocess.PIPE,
+    )
+    return done.stdout
+
+
+@pytest.mark.timeout(900 if WINDOWS else 300)
 @pytest.mark.parametrize(
     "page",
     [
@@ -111,13 +132,9 @@ def test_examples_print_the_documented_output(page, demo_clone, things, warm_pat
         if language == "python":
             if 'load("indexes/things")' in body:
                 lay_out_index(place, things)
-            printed = io.StringIO()
-            with contextlib.redirect_stdout(printed):
-                exec(compile(body, str(page), "exec"), {"__name__": "page"})
             said = re.findall(r"^# -> (.*)$", body, re.MULTILINE)
-            assert same(" ".join(said), printed.getvalue()), (
-                f"{body}\n--- printed\n{printed.getvalue()}"
-            )
+            printed = on_windows(body) if WINDOWS else executed(body, page)
+            assert same(" ".join(said), printed), f"{body}\n--- printed\n{printed}"
             continue
         written = ""
         for typed, said in session(body):
