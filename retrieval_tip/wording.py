@@ -102,11 +102,12 @@ def command_line(*arguments: object) -> str:
 
 
 def show(path: str | os.PathLike[str]) -> str:
-    """Return a path as valid UTF-8 text. Bytes that are not valid UTF-8 are escaped."""
+    """Return a path as valid UTF-8 text, with forward slashes. Bytes that are not valid UTF-8 are escaped."""
+    text = os.fspath(path).replace(os.sep, "/")
     try:
-        return os.fsencode(path).decode("utf-8", "backslashreplace")
+        return os.fsencode(text).decode("utf-8", "backslashreplace")
     except UnicodeEncodeError:  # the path contains half of a surrogate pair, which JSON allows
-        return str(path).encode("utf-8", "backslashreplace").decode()
+        return text.encode("utf-8", "backslashreplace").decode()
 
 
 def amount(size: int) -> str:

@@ -38,7 +38,7 @@ from retrieval_tip.labelling.placing import (
     safe_name,
     write_manifest,
 )
-from retrieval_tip.labelling.sort import class_folder, sort_photos, undo_sort
+from retrieval_tip.labelling.sort import class_folders, sort_photos, undo_sort
 
 CLASSES = ["../up", "no match", "c"]
 FOLDERS = ["%2E.%2Fup", "%6Eo match", "c"]
@@ -75,6 +75,10 @@ def make_index():
     )
     cache.settings = replace(cache.settings, least_cache=0.3)
     return cache
+
+
+def folder_of(label):
+    return class_folders([], [label])[label]
 
 
 def sort(index, inbox, out, **options):
@@ -439,13 +443,15 @@ def test_moving_to_a_full_disk_loses_nothing(index, inbox, small_disk):
 @given(st.text(min_size=1, max_size=300), st.text(min_size=1, max_size=300))
 def test_folder_names_are_safe_and_distinct(one, other):
     for name in (one, other):
-        safe = class_folder(name)
+        safe = folder_of(name)
         assert 0 < len(safe.encode("utf-8", "surrogatepass")) <= 203
         assert not set(safe) & set('/\\:*?"<>|\0\n')
         assert safe[0] not in ". "
         assert safe[-1] not in ". "
         assert safe.casefold() not in ("no match", "not sure", MANIFEST)
-    assert (class_folder(one) == class_folder(other)) == (one == other)
+    assert (folder_of(one) == folder_of(other)) == (one == other)
+    both = class_folders([], [one, other])
+    assert len({name.casefold() for name in both.values()}) == len({one, other})
 
 
 @pytest.mark.parametrize(

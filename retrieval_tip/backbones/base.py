@@ -7,8 +7,8 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
 Preprocess = Mapping[str, Any]  # JSON preprocessing settings, named as in open_clip or timm
+_ABSOLUTE = re.compile(r"([A-Za-z]:)?[/\\]")
+"""The beginning of an absolute path on any system."""
 PACKAGE = "[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
 """A name of a distribution. A message tells the user to install it, so it must not be an option of pip."""
 
@@ -75,6 +77,27 @@ class Identity:
                 "preprocess": dict(self.preprocess),
             }
         return digest_of(what, sort_keys=True)[:16]
+
+    @property
+    def missing(self) -> str | None:
+        """The file or folder of the encoder, if it is not on this machine."""
+        names = (self.model.removeprefix("local-dir:").removeprefix("hf:"), self.pretrained or "")
+        files = filter(_ABSOLUTE.match, names)
+        return next((file for file in files if not Path(file).exists()), None)
+
+    def located(self, folders: Sequence[Path]) -> Identity:
+        """Return the identity with a file in one of the ``folders`` in place of one that is not on this machine.
+
+        It has the same name and, if possible, the same folders above it.
+        """
+        if (lost := self.missing) is None:
+            return self
+        names = PureWindowsPath(lost).parts[1:]  # a path of any system
+        ends = [Path(*names[start:]) for start in range(len(names))]
+        files = [folder / end for end in ends for folder in folders]
+        here = next((file.as_posix() for file in files if file.exists()), lost)
+        weights = self.pretrained and self.pretrained.replace(lost, here)
+        return replace(self, model=self.model.replace(lost, here), pretrained=weights)
 
     def __str__(self) -> str:
         name = f"{self.model}/{self.pretrained}" if self.pretrained else self.model

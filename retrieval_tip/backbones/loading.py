@@ -26,9 +26,10 @@ from retrieval_tip.backbones.joined import Joined
 from retrieval_tip.backbones.known import Known
 from retrieval_tip.backbones.torch_backbone import TorchBackbone
 from retrieval_tip.errors import BackboneError, UsageError
+from retrieval_tip.files import cache_folder
 from retrieval_tip.machine import pip
 from retrieval_tip.settings import Precision
-from retrieval_tip.wording import first_line
+from retrieval_tip.wording import first_line, show
 
 OURS = ("timm", "hf", "hf-hub", "local-dir")
 """The schemes of our own encoders, which other packages cannot replace."""
@@ -150,11 +151,16 @@ def load_again(
 ) -> Backbone:
     """Load the backbone with the names of an ``identity``, as by :func:`load_backbone`.
 
-    If its weights were replaced, its identity differs. Raises UsageError if it comes from a package that is missing.
+    If its weights were replaced, its identity differs. Raises UsageError if its file or its package is missing.
     """
     parts = []
     for own in identity.parts or (identity,):
         names = (own.model, own.pretrained)
+        if lost := own.missing:
+            raise UsageError(
+                f"{lost}: this file of the encoder is not on this machine; copy it next to the index, or into "
+                f"{show(cache_folder() or 'the cache')}, or name the encoder with --model"
+            )
         parts.append(_load(*names, device, precision, lazy=lazy, package=own.package))
     return _together(parts)
 
@@ -246,8 +252,8 @@ def _from_anywhere(model: str, weights: str | None) -> tuple[str, str | None]:
     """Make paths in the names absolute, so that a pickle with these names can be loaded in any folder."""
     scheme, _, folder = model.partition(":")
     if scheme in ("local-dir", "hf") and Path(folder).is_dir():
-        model = f"{scheme}:{Path(folder).resolve()}"
+        model = f"{scheme}:{Path(folder).resolve().as_posix()}"
     tag, sign, file = (weights or "").rpartition("=")
     if "." in file and Path(file).is_file():  # tags have no dots
-        weights = f"{tag}{sign}{Path(file).absolute()}"
+        weights = f"{tag}{sign}{Path(file).absolute().as_posix()}"
     return model, weights

@@ -85,7 +85,7 @@ def _plan_of_folder(model: str) -> _Plan:
     if tower and not Path(tower).is_dir() and (folder / "config.json").is_file():
         # the text tower is also in this folder, and not relative to the current folder
         arguments["text_cfg"] = text | {"hf_model_name": str(folder), "hf_model_pretrained": False}
-    return _Plan(f"local-dir:{folder.resolve()}", str(folder), arguments=arguments)
+    return _Plan(f"local-dir:{folder.resolve().as_posix()}", str(folder), arguments=arguments)
 
 
 def _plan_of_weights(model: str, weights: str) -> _Plan:
@@ -115,7 +115,7 @@ def _plan_of_weights(model: str, weights: str) -> _Plan:
             weights,
             tags or "none",
         )
-        return _Plan(model, weights, str(Path(weights).resolve()), weights)
+        return _Plan(model, weights, Path(weights).resolve().as_posix(), weights)
     raise UsageError(
         f"model {model}@{weights}: neither a checkpoint file nor a tag of {model}; its tags: {tags}"
     )

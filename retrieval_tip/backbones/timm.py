@@ -37,7 +37,7 @@ def open_model(name: str, pretrained: str | None, device: torch.device) -> Opene
     settings = resolve_model_data_config(tower)
     plain = {key: value for key, value in settings.items() if key != "input_size"}
     plain["size"] = settings["input_size"][1:]  # as open_clip names it
-    weights = None if file is None else str(file.resolve())
+    weights = None if file is None else file.resolve().as_posix()
     identity = Identity(
         f"timm:{name}", weights, "", f"sha256:{digest_of({'timm': architecture})}", plain
     )

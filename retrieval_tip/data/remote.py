@@ -49,8 +49,10 @@ def is_address(path: str | os.PathLike[str]) -> TypeGuard[str]:
 
 
 def absolute(path: str) -> str:
-    """Return the absolute path of a file. Links are kept, and addresses do not change."""
-    return path if is_address(path) else os.path.abspath(path)  # noqa: PTH100 - resolve() follows links
+    """Return the absolute path of a file, with forward slashes. Links are kept, and addresses do not change."""
+    if is_address(path):
+        return path
+    return os.path.abspath(path).replace(os.sep, "/")  # noqa: PTH100 - resolve() follows links
 
 
 @functools.cache

@@ -6,19 +6,16 @@ the SHA-256.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from urllib.parse import quote
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from retrieval_tip.data import images
 from retrieval_tip.data.remote import absolute
 from retrieval_tip.errors import StoreError
 from retrieval_tip.files import locked_folder, make_folders, real, remove_leftovers, sha256_of
@@ -78,19 +75,6 @@ def is_reserved(name: str) -> bool:
 def holds_photos(folder: Path) -> bool:
     """Return whether a folder holds photos that were added to an index, even if it is an index itself."""
     return is_reserved(folder.name) and bool(_photos(folder))
-
-
-def class_folder(folder: Path, label: str) -> Path:
-    """Return the folder with the photos of a class."""
-    name = quote(label, safe=" ()+,-=@")[:120]
-    return folder / (name if not name.startswith(".") else f"%2E{name[1:]}")
-
-
-def file_of(folder: Path, label: str, data: bytes) -> Path:
-    """Return the path at which to store a photo. Raises InputError if the data is not an image."""
-    return class_folder(folder, label) / (
-        hashlib.sha256(data).hexdigest()[:HEX] + images.extension(data)
-    )
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from dataclasses import astuple, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
+from urllib.parse import unquote
 
 from retrieval_tip import files
 from retrieval_tip.data.source import read_item
@@ -40,12 +41,14 @@ SCRATCH = "photo"
 
 _UNSAFE = re.compile(r'[\x00-\x1f\x7f/\\:*?"<>|]|%(?=[0-9A-Fa-f]{2})|^[. ]|[. ]$')
 _RESERVED = re.compile(
-    r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE | re.DOTALL
+    r"(con|prn|aux|nul|conin\$|conout\$|com[\d¹²³]|lpt[\d¹²³]) *(\..*)?", re.IGNORECASE | re.DOTALL
 )  # on Windows
-_OUTPUT = re.compile(r"(?!\.\.?/)[^/\0]+/(?!\.\.?$)[^/\0]+")
+_LETTER = r"[^/\0]" if os.sep == "/" else r"[^/\0\\:]"
+_OUTPUT = re.compile(rf"(?!\.\.?/){_LETTER}+/(?!\.\.?$){_LETTER}+")
 _MOVED = re.compile(
-    r"/?(/(?!\.\.?(/|\Z))[^/\0]+)+"
+    rf"([A-Za-z]:|/)?(/(?!\.\.?(/|\Z)){_LETTER}+)+"
 )  # an absolute path without empty parts, . or ..
+_LETTERS = re.compile("%[0-9A-F]{2}|.", re.DOTALL)
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _ACTIONS = {*get_args(Action), "kept"}
 
@@ -98,6 +101,21 @@ def escaped_first(name: str) -> str:
     return f"%{ord(name[0]):02X}{name[1:]}"
 
 
+def distinct(name: str, others: Iterable[str]) -> str:
+    """Escape as many letters of a safe name as distinguish it from ``others`` where case is ignored.
+
+    Names that stand for the same text are not distinguished. An escaped letter keeps its case on every system.
+    """
+    taken = {other.casefold() for other in others if unquote(other) != unquote(name)}
+    letters = _LETTERS.findall(name)
+    for place, letter in enumerate(letters):
+        if "".join(letters).casefold() not in taken:
+            break
+        if len(letter) == 1:
+            letters[place] = "".join(f"%{byte:02X}" for byte in os.fsencode(letter))
+    return "".join(letters)
+
+
 def numbered(name: str, number: int) -> str:
     """Add a number to a file name, for example ``cat-2.jpg``, unless it is 1."""
     return name if number == 1 else f"{Path(name).stem}-{number}{Path(name).suffix}"
@@ -113,7 +131,7 @@ def read_manifest(folder: Path) -> list[Placed]:
         valid = (
             _OUTPUT.fullmatch(row.output)
             and _DIGEST.fullmatch(row.digest)
-            and (row.action != "move" or _MOVED.fullmatch(row.input))
+            and (row.action != "move" or _is_original(row.input))
             for row in placed
         )
         if head != COLUMNS or not all(valid) or not {row.action for row in placed} <= _ACTIONS:
@@ -127,6 +145,10 @@ def read_manifest(folder: Path) -> list[Placed]:
             f"{show(path)}: was not written by sort, or is damaged; choose another folder"
         ) from None
     return placed
+
+
+def _is_original(item: str) -> bool:
+    return Path(item).is_absolute() and _MOVED.fullmatch(item) is not None
 
 
 def check_folders(folder: Path, rows: Iterable[Placed]) -> None:
@@ -243,7 +265,10 @@ def write(
 
 def is_link_to(path: Path, item: str) -> bool:
     """Return whether a path is a link to this photo."""
-    return path.is_symlink() and os.readlink(path) == item  # noqa: PTH115 - keeps the exact text
+    if not path.is_symlink():
+        return False
+    target = os.readlink(path).replace(os.sep, "/")  # noqa: PTH115 - keeps the exact text
+    return target.removeprefix("//?/") == item  # Windows adds this prefix
 
 
 def _delete_original(item: str, copy: Path, digest: str) -> bool:

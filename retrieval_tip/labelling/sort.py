@@ -9,7 +9,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import InitVar, dataclass, field, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -134,7 +134,7 @@ def sort_photos(
     result = Sorted(_VERBS[action], threshold, said, skipped=reader.skipped)
     with locked(root, dry_run=dry_run):
         before = placing.read_manifest(root)
-        plan = _Outputs(root, action, least, {row.input: row for row in before})
+        plan = _Outputs(root, action, least, before, class_folders(before, index.class_names))
         answered = _by_file(_classified(index, blocks, reader.skipped), reader.skipped)
         rows = [plan.row(item, digest, **answer) for item, digest, answer in answered]
         placing.check_folders(root, [*before, *rows])
@@ -234,19 +234,29 @@ def _skip(skipped: list[Skipped], path: str | Path, reason: str) -> None:
 
 @dataclass
 class _Outputs:
-    """Chooses the output of each photo. ``known`` holds the last row of each input."""
+    """Chooses the output of each photo. ``known`` holds the last row of each input.
+
+    Names that differ only in case are the same name, as on Windows. ``names`` has their spelling in each folder, and
+    ``digests`` what will be there.
+    """
 
     folder: Path
     action: Action
     least: float
-    known: dict[str, Placed]
+    before: InitVar[Iterable[Placed]]
+    folders: dict[str, str]
+    known: dict[str, Placed] = field(init=False)
+    names: dict[str, dict[str, str]] = field(default_factory=dict)
     digests: dict[str, str | None] = field(default_factory=dict)
+
+    def __post_init__(self, before: Iterable[Placed]) -> None:
+        self.known = {row.input: row for row in before}
 
     def row(
         self, item: str, digest: str, label: str, probability: float, no_match: bool | None
     ) -> Placed:
         """Return the row of a photo, which may be a row of the manifest."""
-        part = NOT_SURE if probability < self.least else class_folder(label)
+        part = NOT_SURE if probability < self.least else self.folders[label]
         part = NO_MATCH if no_match else part
         old = self.known.get(item)
         if old is not None and old.digest == digest and old.output.startswith(f"{part}/"):
@@ -268,7 +278,7 @@ class _Outputs:
         ):  # it was sorted by an earlier call
             name = path.name
         for number in count(1):
-            output = f"{part}/{placing.numbered(name, number)}"
+            output = self._spelled(part, placing.numbered(name, number))
             there = self._digest(output)
             if there in (None, digest):
                 break
@@ -277,18 +287,39 @@ class _Outputs:
         self.known[item], self.digests[output] = row, digest
         return row
 
+    def _spelled(self, part: str, name: str) -> str:
+        """Return the output of this name, as it is spelled in the folder. An equal spelling comes first."""
+        if part not in self.names:
+            place = self.folder / part
+            there = place.iterdir() if place.is_dir() else ()
+            self.names[part] = {other.name.casefold(): other.name for other in there}
+        if not os.path.lexists(self.folder / part / name):
+            name = self.names[part].setdefault(name.casefold(), name)
+        return f"{part}/{name}"
+
     def _digest(self, output: str) -> str | None:
         if output not in self.digests:
             self.digests[output] = digest_at(self.folder / output)
         return self.digests[output]
 
 
-def class_folder(label: str) -> str:
-    """Return the name of the folder of a class, which differs from the folders of photos without an answer."""
-    name = safe_name(label)
-    return (
-        placing.escaped_first(name) if name.casefold() in (NO_MATCH, NOT_SURE, MANIFEST) else name
-    )
+def class_folders(before: Iterable[Placed], labels: Iterable[str]) -> dict[str, str]:
+    """Return the name of the folder of each class, which it keeps if it has photos in the manifest.
+
+    The names differ from each other, and from the folders of photos without an answer, even where case is ignored.
+    """
+    folders = dict[str, str]()
+    for row in before:
+        part = row.output.partition("/")[0]
+        if part not in (NO_MATCH, NOT_SURE):
+            folders[row.label] = part
+    for label in labels:
+        if label not in folders:
+            name = safe_name(label)
+            if name.casefold() in (NO_MATCH, NOT_SURE, MANIFEST):
+                name = placing.escaped_first(name)
+            folders[label] = placing.distinct(name, folders.values())
+    return folders
 
 
 def _placed(

@@ -28,7 +28,6 @@ from retrieval_tip.labelling.sort import (
     NOT_SURE,
     Sorted,
     check_files,
-    class_folder,
     sort_photos,
     undo_sort,
 )
@@ -359,10 +358,10 @@ async def label_sort(
 
 def _keywords(planned: Sorted) -> Iterator[Row]:
     """Yield the answers that a dry run of :func:`sort_photos` has planned. Photos that are set aside get no label."""
-    without = (NO_MATCH, NOT_SURE, class_folder(NONE))
+    without = (NO_MATCH, NOT_SURE)
     for row in planned.rows:
         is_aside = row.output.partition("/")[0] in without
-        label = None if is_aside else row.label
+        label = None if is_aside or row.label == NONE else row.label
         yield {
             "input": row.input,
             "label": label,

@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, Wit
 
 from retrieval_tip.errors import InputError, Skipped
 from retrieval_tip.index import added_photos
-from retrieval_tip.labelling.placing import Action
+from retrieval_tip.labelling.placing import Action, safe_name
 from retrieval_tip.predictions import SCHEMA
 from retrieval_tip.server.guard import FLOATS, FORM, JSON
 from retrieval_tip.server.problems import MEDIA
@@ -29,9 +29,10 @@ NAME = re.compile(r"[^\W\d_][\w .-]{0,62}(?<![ .])")
 def index_name(value: str) -> str:
     """Return a name for an index and its folder. Raises InputError if the name is not valid."""
     name = value.strip()
-    if not NAME.fullmatch(name):
+    if not NAME.fullmatch(name) or safe_name(name) != name:
         expected = (
-            "1 to 64 letters, digits, spaces, dots, hyphens or underscores, starting with a letter"
+            "1 to 64 letters, digits, spaces, dots, hyphens or underscores, starting with a letter, and no name that "
+            "Windows reserves"
         )
         raise InputError(f"{name[:64]!r} is not valid; use {expected}")
     if added_photos.is_reserved(name):  # deleting this index would delete the photos of another

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from retrieval_tip.backbones.base import Backbone
+from retrieval_tip.data import images
 from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.sources import Source, of_features, of_images
 from retrieval_tip.errors import InputError, StoreError
@@ -20,6 +21,7 @@ from retrieval_tip.index import added_photos, changes, places
 from retrieval_tip.index.build import build_index
 from retrieval_tip.index.places import Changed, Place
 from retrieval_tip.labelling.labels import Remembered
+from retrieval_tip.labelling.placing import distinct, safe_name
 from retrieval_tip.model import Index
 from retrieval_tip.server.annotations import COLUMN
 from retrieval_tip.server.uploads import Upload
@@ -79,17 +81,20 @@ def _saved(
     labels = tuple(dict.fromkeys(sent.labels))
     features = sent.features
     fresh = list[Path]()
-    folders = [added_photos.class_folder(folder, label) for label in labels] + (
-        [] if folder.exists() else [folder]
-    )
+    above = [] if folder.exists() else [folder]
+    folders = dict[str, Path]()
     assert features is not None
     kept: dict[tuple[str, Path], int] = {}
     try:
         with added_photos.adding(folder):
+            there = [place.name for place in folder.iterdir()]
+            for label in labels:
+                there.append(distinct(safe_name(label), there))
+                folders[label] = folder / there[-1]
             for place, label in sorted(
                 enumerate(sent.labels), key=lambda pair: labels.index(pair[1])
             ):
-                path = added_photos.file_of(folder, label, sent.images[place])
+                path = folders[label] / _file_name(sent.images[place])
                 kept[label, path] = place  # keeps one entry even if the image was sent twice
                 path.parent.mkdir(parents=True, exist_ok=True)
                 if not path.exists():
@@ -107,7 +112,7 @@ def _saved(
             yield source, Remembered(backbone, known=(block,)), fresh
     except BaseException as error:
         _remove(fresh)
-        for own in folders:
+        for own in (*folders.values(), *above):
             with suppress(OSError):
                 own.rmdir()
         if isinstance(error, OSError):
@@ -115,6 +120,11 @@ def _saved(
                 f"{error.filename or folder}: cannot write: {error.strerror or error}"
             ) from error
         raise
+
+
+def _file_name(data: bytes) -> str:
+    """Return the name under which to store a photo. Raises InputError if the data is not an image."""
+    return hashlib.sha256(data).hexdigest()[: added_photos.HEX] + images.extension(data)
 
 
 def _remove(paths: Sequence[Path]) -> None:

@@ -15,9 +15,10 @@ import torch
 from retrieval_tip import tip
 from retrieval_tip.arrays import KeyArray
 from retrieval_tip.errors import StoreError
+from retrieval_tip.files import real
 from retrieval_tip.settings import Verify
 from retrieval_tip.store.files import read_array
-from retrieval_tip.store.labels import read_curve, read_labels
+from retrieval_tip.store.labels import portable, read_curve, read_labels
 from retrieval_tip.store.manifest import SUFFIXES, Manifest
 from retrieval_tip.store.sums import Sums
 from retrieval_tip.store.versions import Check, Origin, Versions, Writer
@@ -95,6 +96,8 @@ def write(contents: Contents, writer: Writer, stored: Stored | None) -> None:
 
 
 def _seal(writer: Writer, kind: str, held: Any) -> None:
+    if kind == "labels":
+        held = portable(held, real(writer.store.folder))
     if isinstance(held, pa.Table):
         writer.put_table(kind, held)
     elif kind == "index":

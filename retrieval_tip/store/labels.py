@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import datetime
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath, PureWindowsPath
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,7 @@ import pyarrow.parquet as pq
 
 from retrieval_tip.arrays import IntArray
 from retrieval_tip.errors import InputError, StoreError
+from retrieval_tip.files import real
 from retrieval_tip.store.manifest import DataFile, Manifest
 from retrieval_tip.wording import counted, few, first_line
 
@@ -54,6 +56,9 @@ PICKED, RANDOM = "picked", "random"
 
 LabelChanges = Mapping[int, tuple[str | None, str | None]]
 """The labels of changed keys before and after a change, by key id. A key that is not there has the label ``None``."""
+
+BESIDE = "./../"
+"""Start of a stored source that is relative to the folder of the index, as in ``./../photos/crab/1.jpg``."""
 
 
 def noun_of(backbone: object) -> str:
@@ -223,8 +228,42 @@ def digest_codes(labels: pa.Table, among: IntArray | None = None) -> IntArray:
     return _codes(pc.if_else(pc.equal(column, ""), pa.scalar(None, pa.string()), column))
 
 
+def portable(labels: pa.Table, folder: PurePath) -> pa.Table:
+    """Return the labels as the index in ``folder`` stores them, so that the index can travel with its photos.
+
+    The absolute path of a photo becomes relative to the folder, unless they only share the root of a file system.
+    """
+    flags = "(?i)" if isinstance(folder, PureWindowsPath) else ""
+    sources = _with_start(labels["source"], re.escape(BESIDE), "../")
+    for start, inside in _above(folder):
+        if inside != "/":
+            sources = _with_start(sources, flags + re.escape(inside), start)
+    return with_column(labels, "source", sources)
+
+
+def located(labels: pa.Table, folder: PurePath) -> pa.Table:
+    """Return stored labels with the paths that photos have if the index is in ``folder``."""
+    sources = labels["source"]
+    if pc.any(pc.starts_with(sources, BESIDE)).as_py():
+        for start, inside in reversed(_above(folder)):
+            sources = _with_start(sources, re.escape(start), inside.replace("\\", r"\\"))
+    return with_column(labels, "source", sources)
+
+
+def _with_start(sources: pa.ChunkedArray, pattern: str, new: str) -> pa.ChunkedArray:
+    return pc.replace_substring_regex(sources, f"^{pattern}", new)
+
+
+def _above(folder: PurePath) -> list[tuple[str, str]]:
+    """Return how paths in each folder above begin, relative to ``folder`` and absolute, nearest folder first."""
+    return [
+        (BESIDE + level * "../", parent.as_posix().rstrip("/") + "/")
+        for level, parent in enumerate(folder.parents)
+    ]
+
+
 def read_labels(folder: Path, manifest: Manifest) -> pa.Table:
-    """Read the label store. Raises StoreError if it does not match the manifest."""
+    """Read the label store, with the paths of this machine. Raises StoreError if it does not match the manifest."""
     file = manifest.files["labels"]
     path = folder / file.name
     table = _read_table(path)
@@ -243,7 +282,7 @@ def read_labels(folder: Path, manifest: Manifest) -> pa.Table:
         raise StoreError(
             f"{folder}: the next_key_id of its manifest is in use; restore it, or build the index again"
         )
-    return table
+    return located(table, real(folder))
 
 
 def read_curve(folder: Path, file: DataFile) -> pa.Table:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from retrieval_tip.backbones.base import (
@@ -142,6 +143,15 @@ class Manifest:
         if identity is None and self.backbone:
             return Identity.from_dict(self.backbone)
         return identity
+
+    def located(self, folders: Sequence[Path]) -> Manifest:
+        """Return the manifest with encoders that are in one of the ``folders`` (see :meth:`Identity.located`)."""
+        parts = [
+            replace(part, identity=part.identity.located(folders)) if part.identity else part
+            for part in self.parts
+        ]
+        backbone = self.backbone and Identity.from_dict(self.backbone).located(folders).to_dict()
+        return replace(self, parts=parts, backbone=backbone)
 
     @property
     def data_files(self) -> list[DataFile]:

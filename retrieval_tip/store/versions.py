@@ -42,7 +42,15 @@ import pyarrow.parquet as pq
 from retrieval_tip import __version__
 from retrieval_tip.arrays import IntArray, KeyArray
 from retrieval_tip.errors import InputError, StoreError, UsageError, warn_once
-from retrieval_tip.files import TEMPORARY, delete, real, remove_leftovers, replace, sha256_of
+from retrieval_tip.files import (
+    TEMPORARY,
+    cache_folder,
+    delete,
+    real,
+    remove_leftovers,
+    replace,
+    sha256_of,
+)
 from retrieval_tip.platforms import open_shared
 from retrieval_tip.settings import Verify, check_choice
 from retrieval_tip.store.files import (
@@ -402,7 +410,10 @@ class Versions:
             )
         if name != manifest_name(manifest.version):
             raise StoreError(f"{self}/{name}: is the manifest of another version; restore it")
-        return manifest
+        folders = [] if self.local is None else [*real(self.local).parents]
+        if (cache := cache_folder()) is not None:
+            folders.append(cache)
+        return manifest.located(folders)
 
     def _steady(self, read: Callable[[], T]) -> T:
         """Call ``read`` again if a version is deleted in the meantime."""
