@@ -26,7 +26,7 @@ $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v[:2] <= (3, 14) else f"{sys.executable}: Python {v.major}.{v.minor} is not supported; use 3.11 to 3.14, for example make PYTHON=python3.12 ...")'
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON): cannot create virtual environments; on Debian, run apt-get install python3-venv" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python .ci/install.py --upgrade 'pip>=24,<26.2'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=24,<26.2'
 
 browser: ## install Debian's Chromium and faketime for tests of the page and of clocks (needs root)
 	@command -v chromium >/dev/null && command -v faketime >/dev/null || { apt-get update -qq -o Acquire::Retries=3 && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq -o Acquire::Retries=3 --no-install-recommends chromium faketime; }
@@ -44,6 +44,8 @@ lint: setup ## check formatting, lint, types, import directions, docstring refer
 	$(BIN)/python docs/crossrefs.py
 	$(BIN)/python docs/prose.py
 	$(BIN)/python docs/size.py --check
+	$(BIN)/zizmor --offline --quiet .github
+	$(BIN)/actionlint
 
 size: setup ## compare the size with the budgets, and list large classes and functions and duplicate names (another clone: CLONE=FOLDER)
 	$(BIN)/python docs/size.py $(CLONE)
