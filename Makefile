@@ -5,9 +5,11 @@ BIN := $(VENV)/bin
 BENCH := OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks
 READY := $(VENV)/.ready
 DEMO_READY := $(VENV)/.demo-ready
+INSTALL ?= --editable '.[dev]'
+IMAGE ?= retrieval-tip
 
 .DEFAULT_GOAL := help
-.PHONY: help setup browser demo lint test soak check bench gpu attack docs site image wheel
+.PHONY: help setup browser demo lint size test installed soak check bench gpu attack docs site pages image wheel release
 
 help: ## list these targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -15,7 +17,7 @@ help: ## list these targets
 setup: $(READY) ## create .venv and install everything for development
 
 $(READY): pyproject.toml | $(VENV)/bin/python
-	@$(BIN)/python .ci/install.py --editable '.[dev]'
+	@$(BIN)/python .ci/install.py $(INSTALL)
 	@touch $@
 
 $(DEMO_READY): pyproject.toml | $(VENV)/bin/python
@@ -53,6 +55,12 @@ size: setup ## compare the size with the budgets, and list large classes and fun
 test: setup ## run the tests (some of them: ONLY='tests/test_tip.py -k tail')
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ONLY)
 
+installed: ## test the wheel in dist/ instead of this tree, in an environment of its own (some tests: ONLY=...)
+	rm -rf build/installed && mkdir -p build/installed
+	git -c safe.directory='*' archive HEAD -- . ':!retrieval_tip' | tar -x -C build/installed
+	$(PYTHON) -m zipfile -e $(wildcard dist/*.whl) build/installed
+	$(MAKE) -C build/installed test INSTALL='$(abspath $(wildcard dist/*.whl))[dev]'
+
 soak: setup ## run every test at full size: all kills, Ray, the browser
 	RETRIEVAL_TIP_SOAK=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=25
 
@@ -88,11 +96,22 @@ docs: setup ## regenerate docs/cli.md from the commands' help
 site: setup ## build the documentation site in build/site
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/site
 
-image: ## build the image of the server (needs Docker)
-	docker build -t retrieval-tip .
+pages: site ## build the site with a demo that classifies photos in the browser (needs npm)
+	cp -r docs/browser build/site/ && mkdir -p build/site/browser/ort
+	$(BIN)/python benchmarks/demo.py --source debian --only-fetch
+	rm -rf build/pages && OUT=build/pages PATH="$(abspath $(BIN)):$$PATH" sh indexes/stamps.sh
+	$(BIN)/retrieval-tip index export build/pages --onnx build/site/browser/things.onnx
+	cd build && npm pack --silent onnxruntime-web@1.31.1 && tar -xf onnxruntime-web-1.31.1.tgz
+	cp build/package/dist/ort.wasm.min.mjs build/package/dist/ort-wasm-simd-threaded.mjs build/package/dist/ort-wasm-simd-threaded.wasm build/site/browser/ort
+
+image: ## build the image of the server (needs Docker; another name: IMAGE=NAME)
+	docker build -t $(IMAGE) .
 
 wheel: setup ## build wheel and sdist, and try them in a fresh environment
 	PYTHON=$(BIN)/python .ci/wheel
+
+release: setup ## build wheel and sdist for PyPI, run the README with each, and say what is left to do
+	PYTHON=$(BIN)/python .ci/release
 
 attack: setup ## test thousands of random hostile inputs: readers, index folders, commands, server; 10 minutes
 	RETRIEVAL_TIP_ATTACK=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 tests/test_hostile.py tests/test_openapi.py
