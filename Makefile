@@ -77,6 +77,7 @@ bench: setup ## smoke-test every benchmark; the docs say how to measure
 ifneq ($(wildcard ../shared/models),) # needs the photos and features of public datasets
 	$(BENCH)/distributed.py --images $(abspath ../shared/data/caltech101/101_ObjectCategories/panda)
 	$(BENCH)/startup.py --runs 1 --images 2 --keys 500 --dim 16
+	$(BENCH)/memory.py --model local-dir:../shared/models/lit-mini --number 2
 	$(BENCH)/encoding.py --number 5 --large 2 --size 1600 1400 --rounds 1
 	$(BENCH)/gpu.py --device cpu --rounds 1 --size 320 32 16 --queries 20 --training 20 8 32 --epochs 1 --photos 4
 	$(BENCH)/accuracy.py --dataset food --shots 2 --seeds 1 --finetune

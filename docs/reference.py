@@ -16,8 +16,7 @@ import click
 
 from retrieval_tip import hooks
 from retrieval_tip.cli import main
-from retrieval_tip.cli.classify import UNDO
-from retrieval_tip.cli.group import Option, grouped
+from retrieval_tip.cli.group import Option, PluginCommand
 
 PAGE = Path(__file__).parent / "cli.md"
 WIDTH, COLUMN = 100, 24
@@ -106,20 +105,21 @@ def entry(command: click.Command, ctx: click.Context, own: list[Record], common:
     return f"## {ctx.command_path.partition(' ')[2]}\n\n{block(formatter)}"
 
 
-def formats(command: click.Command, ctx: click.Context) -> Iterator[str]:
-    """Yield an entry for each of our formats that has options."""
-    for name in hooks.TABLE["writers"]:
-        kind = hooks.find("writers", name)
-        own = [*grouped(kind).params, *([UNDO] if hasattr(kind, "undo") else [])]
+def plugins(command: PluginCommand, ctx: click.Context) -> Iterator[str]:
+    """Yield an entry for each of our plugins of a command that has options."""
+    for name in hooks.TABLE[command.kind]:
+        plugin = hooks.find(command.kind, name)
+        own = command.params_of(plugin)
         if own:
             formatter = click.HelpFormatter(width=WIDTH)
-            formatter.write(f"{ctx.command_path} --format {name}\n")
+            formatter.write(f"{ctx.command_path} {command.spelled(name)}\n")
             formatter.indent()
-            formatter.write_text(inspect.cleandoc(kind.__doc__).partition("\n\nOptions:")[0])
+            formatter.write_text(inspect.cleandoc(plugin.__doc__).partition("\n\nOptions:")[0])
             formatter.dedent()
             with formatter.section("Options"):
                 formatter.write_dl([option.get_help_record(ctx) for option in own], COLUMN)
-            yield f"### classify --format {name}\n\n{block(formatter)}"
+            path = ctx.command_path.partition(" ")[2]
+            yield f"### {path} {command.spelled(name)}\n\n{block(formatter)}"
 
 
 def reference() -> str:
@@ -137,8 +137,8 @@ def reference() -> str:
             listed([record for record in records if uses[record] < len(found)], common)
         )
         parts.append(entry(command, ctx, own, names))
-        if command.name == "classify":
-            parts += formats(command, ctx)
+        if isinstance(command, PluginCommand):
+            parts += plugins(command, ctx)
     formatter = click.HelpFormatter(width=WIDTH)
     for heading in dict.fromkeys(record[0] for record in common):
         with formatter.section(heading):

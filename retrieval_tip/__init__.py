@@ -5,9 +5,17 @@
 >>> clf.predict("photo.jpg").label
 """
 
+import os
+import sys
+
 import lazy_loader
 
 __version__ = "0.1.0"
+
+if (
+    sys.platform == "darwin"
+):  # FAISS and torch each bring an OpenMP runtime, and the second one aborts the process
+    os.environ.setdefault("KMP_DUPLICATE_LIB_OK", "TRUE")
 
 # The public names are listed in __init__.pyi. Importing torch takes seconds, and ``--help`` does not need it.
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -229,9 +229,9 @@ class OpenIndex:
         Raises UsageError if photos have no label.
         """
         if label is not None:
-            several = isinstance(what, str | os.PathLike) and Path(what).is_dir()
-            paths = images.find(Path(what)) if several else what
-            source = open_images(paths, label)
+            if _is_source(what):
+                what = [path for source in _photos(what) for path in source.paths or ()]
+            source = open_images(what, label)
         elif isinstance(what, Source) or _is_source(what):
             source = _opened(what, "train")
         else:

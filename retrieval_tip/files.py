@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-import fcntl
+import filecmp
 import hashlib
 import json
 import mmap
@@ -22,6 +22,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Any
 
+from retrieval_tip import platforms
 from retrieval_tip.errors import InputError
 from retrieval_tip.wording import one_line, show
 
@@ -56,6 +57,11 @@ class NotAFileError(InputError):
         self.kind = kind
 
 
+def suffix_of(path: str | os.PathLike[str]) -> str:
+    """Return the suffix of a path in lower case, such as ``.jpg``."""
+    return os.path.splitext(path)[1].lower()  # noqa: PTH122 - faster than a Path for each photo
+
+
 def open_regular(path: str | os.PathLike[str]) -> BufferedReader:
     """Open a regular file for reading without ever blocking. Links are followed.
 
@@ -63,7 +69,7 @@ def open_regular(path: str | os.PathLike[str]) -> BufferedReader:
     Raises NotAFileError if the path is not a regular file.
     """
     _check(Path(path).stat(), path)
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    descriptor = platforms.open_shared(path, os.O_RDONLY)
     try:
         _check(os.fstat(descriptor), path)  # the file may have been replaced in the meantime
         return os.fdopen(descriptor, "rb")
@@ -131,7 +137,7 @@ def _check(status: os.stat_result, path: str | os.PathLike[str]) -> None:
 @cache
 def _kernel_devices() -> frozenset[int]:
     return frozenset(
-        folder.stat().st_dev for folder in (Path("/proc"), Path("/sys")) if folder.is_mount()
+        Path(name).stat().st_dev for name in platforms.KERNEL_FOLDERS if os.path.ismount(name)
     )
 
 
@@ -177,9 +183,30 @@ def replacing(path: Path) -> Iterator[Path]:
             raise InputError(f"{show(path)}: cannot be written: not a file")
         with temporary(place) as new:
             yield new
-            new.replace(place)
+            replace(new, place)
     except OSError as error:
         raise InputError(f"{show(path)}: cannot be written: {error.strerror or error}") from None
+
+
+def replace(new: Path, place: Path) -> None:
+    """Rename a file, and replace the file at ``place``.
+
+    Windows denies replacing a file that is mapped into memory. That is no error if both have the same bytes.
+    """
+    try:
+        new.replace(place)
+    except PermissionError:
+        if not place.is_file() or not filecmp.cmp(new, place, shallow=False):
+            raise
+
+
+def delete(path: Path) -> None:
+    """Delete a file if it exists. On Windows, a file that is in use is kept."""
+    try:
+        path.unlink(missing_ok=True)
+    except PermissionError as error:
+        if not hasattr(error, "winerror"):
+            raise
 
 
 @contextmanager
@@ -282,12 +309,13 @@ def lock(
     OSError if the path cannot be opened or locked.
     """
     until = time.monotonic() + wait
+    path = platforms.lockable(path)
     while True:
-        held = os.open(path, flags | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+        held = platforms.open_shared(path, flags | platforms.NO_LINKS, mode)
         acquired = False
         try:
             with suppress(BlockingIOError, FileNotFoundError):
-                fcntl.flock(held, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+                platforms.lock(held, alone=alone)
                 # Otherwise, its last owner has just removed it.
                 acquired = os.path.samestat(os.fstat(held), Path(path).stat())
         finally:

@@ -1,18 +1,21 @@
-"""Find formats, encoders, sources and stores by name.
+"""Find formats, encoders, sources, exports and stores by name, and openers of files by suffix.
 
 Our own are in :data:`TABLE`, so that nothing is imported before it is named. Other names are entry points of installed
-packages (``retrieval_tip.writers``, ``retrieval_tip.encoders``, ``retrieval_tip.sources``), which run with the user's
-rights. docs/plugins.md describes how to write one.
+packages (``retrieval_tip.writers``, ``encoders``, ``sources`` and ``openers``), which run with the user's rights.
+docs/plugins.md describes how to write one.
 """
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Iterator, Mapping
+import pkgutil
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import field
 from functools import cache
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from retrieval_tip import __version__
 from retrieval_tip.errors import UsageError
 from retrieval_tip.wording import first_line
 
@@ -29,18 +32,30 @@ TABLE: Mapping[str, Mapping[str, str]] = {
         "xmp": "retrieval_tip.plugins.xmp:XMP",
     },
     "encoders": {},  # ours are opened on first use by backbones/loading.py, which needs more than one function
-    "sources": {},
+    "sources": {"hf-dataset": "retrieval_tip.plugins.hf_datasets:HFDatasets"},
+    "openers": {},
+    "exports": {"addaxai": "retrieval_tip.plugins.addaxai:AddaxAI"},
     "stores": dict.fromkeys(
         ("lance", "s3", "gs"), "retrieval_tip.plugins.lance.lance_store:LanceStore"
     ),
 }
 """The module and the object behind each of our own names, by kind."""
-OPEN = ("writers", "encoders", "sources")
+HELP: Mapping[str, str] = {
+    "addaxai": "Folder of a model of AddaxAI to write. With --help, its options are explained.",
+}
+"""The help of exports, which are not imported to show it."""
+OPEN = ("writers", "encoders", "sources", "openers")
 """The kinds of which other packages may add some."""
+EXTRAS: Mapping[str, tuple[str, Sequence[str]]] = {
+    "heic": ("pillow_heif", (".heic", ".heif", ".hif")),
+}
+"""The module that an extra installs, and the suffixes of the files that it reads."""
+OURS = frozenset({"", ".csv", ".tsv", ".parquet", ".json"})
+"""The suffixes of folders and tables, which have no openers."""
 
 
 class Stranger(NamedTuple):
-    """A plugin of another package: its kind, its name, and the name and version of the package."""
+    """A plugin, usually of another package: its kind, its name, and the name and version of the package."""
 
     kind: str
     name: str
@@ -57,10 +72,7 @@ def find(kind: str, name: str) -> Any:
     Raises UsageError if its package cannot be imported, or if two packages have the name.
     """
     if (place := TABLE[kind].get(name)) is not None:
-        module, _, attribute = place.partition(":")
-        return getattr(importlib.import_module(module), attribute)
-    if kind not in OPEN:
-        return None
+        return pkgutil.resolve_name(place)
     points = [point for point in _entry_points(kind) if point.name == name]
     if not points:
         return None
@@ -81,17 +93,20 @@ def find(kind: str, name: str) -> Any:
 
 def exists(kind: str, name: str) -> bool:
     """Return whether a name is known. Nothing is imported, and packages are searched once at most."""
-    return name in TABLE[kind] or name in _all_names(kind)
+    return name in TABLE[kind] or name in names(kind)
 
 
-@cache
-def _all_names(kind: str) -> frozenset[str]:
-    return frozenset(names(kind))
+def opens(suffix: str) -> bool:
+    """Return whether files with a suffix have an opener, and the extra is installed if it needs one."""
+    if suffix in OURS or not exists("openers", suffix):
+        return False
+    modules = (module for module, suffixes in EXTRAS.values() if suffix in suffixes)
+    return all(find_spec(module) is not None for module in modules)
 
 
 def names(kind: str) -> list[str]:
     """Return all names of a kind, ours first."""
-    return [*TABLE[kind], *(stranger.name for stranger in strangers() if stranger.kind == kind)]
+    return [*TABLE[kind], *(point.name for point in _entry_points(kind))]
 
 
 def strangers() -> list[Stranger]:
@@ -100,14 +115,26 @@ def strangers() -> list[Stranger]:
 
 
 def stranger(kind: str, name: str) -> Stranger:
-    """Return the plugin that :func:`find` has found in another package."""
+    """Return the plugin that :func:`find` has found."""
+    if name in TABLE[kind]:
+        return Stranger(kind, name, "retrieval-tip", __version__)
     return next(own for own in strangers() if (own.kind, own.name) == (kind, name))
 
 
-def _entry_points(kind: str) -> Iterator[EntryPoint]:
+def _entry_points(kind: str) -> Sequence[EntryPoint]:
+    return _installed(tuple(sys.path)).get(kind, ())
+
+
+@cache
+def _installed(_: tuple[str, ...]) -> Mapping[str, Sequence[EntryPoint]]:
+    """Return the entry points of the packages on ``sys.path``, by kind."""
     from importlib.metadata import entry_points  # slow
 
-    yield from sorted(entry_points(group=f"retrieval_tip.{kind}"), key=lambda point: point.name)
+    every = entry_points()
+    return {
+        kind: sorted(every.select(group=f"retrieval_tip.{kind}"), key=lambda point: point.name)
+        for kind in OPEN
+    }
 
 
 def _stranger(kind: str, point: EntryPoint) -> Stranger:

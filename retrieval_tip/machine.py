@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
-import resource
-import shlex
 import shutil
 import sys
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
+from retrieval_tip import platforms
 from retrieval_tip.errors import UsageError
 from retrieval_tip.wording import amount
 
@@ -33,7 +31,7 @@ def version_of(name: str) -> str | None:
 
 def pip(arguments: str) -> str:
     """Return the shell command that runs pip with ``arguments`` in the environment of this process."""
-    python = shlex.quote(sys.executable)
+    python = platforms.quote(sys.executable)
     if find_spec("pip") is None:  # in environments from uv
         return f"uv pip {arguments} --python {python}"
     path = shutil.which("pip")
@@ -55,9 +53,10 @@ def install(extra: str) -> str:
             if re.search(f"extra == ['\"]{extra}['\"]", requirement)
         ]
     except PackageNotFoundError:  # a clone on the path
-        return pip("install " + shlex.quote(f"{Path(__file__).parent.parent}[{extra}]"))
+        return pip("install " + platforms.quote(f"{Path(__file__).parent.parent}[{extra}]"))
     return pip(
-        "install " + shlex.join(requirement.partition(";")[0].strip() for requirement in needed)
+        "install "
+        + platforms.command_line([requirement.partition(";")[0].strip() for requirement in needed])
     )
 
 
@@ -72,11 +71,7 @@ def check_memory(needed: int, what: str, remedy: str) -> None:
 
 def memory() -> int | None:
     """Return the memory that is available to this process, in bytes, or ``None`` if it is unknown."""
-    sizes = [
-        limit for limit in resource.getrlimit(resource.RLIMIT_AS) if limit != resource.RLIM_INFINITY
-    ]
-    with suppress(OSError, ValueError):
-        sizes.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    sizes = platforms.memory_limits()
     for name in _LIMITS:  # limits of the container
         with suppress(OSError, ValueError):
             sizes.append(int(Path(name).read_text("ascii")))

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
-import shlex
 from collections.abc import Callable, Sequence
 from typing import Any
+
+from retrieval_tip import platforms
 
 MAX_LINE = 1980
 """Maximum length of a message in characters. The middle of a longer message is cut."""
@@ -91,7 +92,7 @@ def percent(share: float) -> str:
 
 def command_line(*arguments: object) -> str:
     """Return a command of this program as a user can type it into a shell."""
-    return shlex.join(["retrieval-tip", *map(str, arguments)])
+    return platforms.command_line(["retrieval-tip", *map(str, arguments)])
 
 
 def show(path: str | os.PathLike[str]) -> str:

@@ -53,10 +53,10 @@ def test_a_file_that_is_replaced_by_a_pipe_is_refused(tmp_path, monkeypatch):
     opened = []
     real = os.open
 
-    def swap(name, flags):
+    def swap(name, flags, mode):
         path.unlink()
         os.mkfifo(path)
-        opened.append(real(name, flags))
+        opened.append(real(name, flags, mode))
         return opened[0]
 
     with monkeypatch.context() as patch:

@@ -1,9 +1,11 @@
 """Other packages: they work wherever our own parts do, fail in one line, and are named when they are gone."""
 
+import configparser
 import json
 import os
 import pickle
 import sys
+import tomllib
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from serving import app_of, caltech_photos, random_index
 from tables import tiny, unit_rows, write_table
 from timm.data import create_transform, resolve_model_data_config
 
-from retrieval_tip import Classifier, Index, Reader, load_backbone
+from retrieval_tip import Classifier, Index, Reader, hooks, load_backbone
 from retrieval_tip.backbones.base import Backbone, Identity, completed, encoders_of
 from retrieval_tip.backbones.joined import Joined
 from retrieval_tip.data.encoding_cache import EncodingCache
@@ -50,6 +52,12 @@ def test_the_package_in_the_docs_is_the_one_that_is_tested():
     page = (ROOT / "docs/plugins.md").read_text()
     assert f"```python\n{(PACKAGE / 'tip_plugin.py').read_text()}```" in page
     assert len(page.splitlines()) <= 120
+    built = (PACKAGE / "pyproject.toml").read_text()
+    assert page.split("```toml\n")[1].split("```")[0] in built
+    by_pip = tomllib.loads(built)["project"]["entry-points"]
+    by_hand = configparser.ConfigParser()
+    by_hand.read(PACKAGE / "tip_plugin-0.1.dist-info" / "entry_points.txt")
+    assert by_pip == {group: dict(by_hand[group]) for group in by_hand.sections()}
 
 
 # Formats
@@ -279,6 +287,11 @@ def test_an_index_names_the_package_that_is_missing(plugin, model, folder, tmp_p
     failed(command_line("classify", index, folder, "--model", model), 2, "stages:test_resnet")
 
 
+def test_an_unknown_encoder_is_answered_with_those_of_other_packages(plugin, folder, tmp_path):
+    build = ("index build", folder, "--out", tmp_path / "index", "--model")
+    failed(command_line(*build, "stagez:resnet18"), 2, "hf:ORG/REPO, stages:...; search with")
+
+
 @pytest.mark.parametrize(
     "package", ["-r evil", "--index-url=x", "a b", "a;b", "", 3, ["a"], "a" * 101]
 )
@@ -408,6 +421,16 @@ def test_optional_members_have_defaults_for_plain_objects_and_subclasses():
         assert (whole.scope, whole.text_key, whole.only([0.0])) == ("float32", None, whole)
         assert whole.encoders() == [(whole, True)]
     assert completed(Joined([Fake()])).encoders()[0][0].identity == IDENTITY
+
+
+def test_a_row_in_the_table_is_all_that_our_own_encoder_needs(plugin, weights, monkeypatch):
+    monkeypatch.setitem(hooks.TABLE["encoders"], "ours", "tip_plugin:stages")
+    identity = load_backbone(f"ours:test_resnet@{weights[0]}", device="cpu").identity
+    assert (identity.model, identity.package) == ("ours:test_resnet", "retrieval-tip")
+    with pytest.raises(BackboneError, match=r"ours \(of retrieval-tip .*cannot be used"):
+        load_backbone("ours:no_such_model", device="cpu")
+    monkeypatch.setitem(hooks.TABLE["sources"], "module", "tip_plugin")
+    assert hooks.find("sources", "module").Lines
 
 
 def test_our_own_names_cannot_be_replaced(tmp_path, monkeypatch):

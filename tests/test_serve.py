@@ -430,6 +430,26 @@ def test_a_local_server_creates_and_prints_a_token(random_things, warm_path):
         assert not httpx.get(f"{address}/v1/indexes", headers=right).json()["changes"]
 
 
+def test_an_idle_encoder_leaves_memory_and_then_answers_the_same(things, photo):
+    app = app_of(things, limits=Limits(poll=0.02))
+    service = app.state.service
+    backbone = service.served["things"].now.backbone
+    sent = [("images", ("photo", photo[0].read_bytes()))] * 2
+    answers = []
+    with running(app) as place:
+        url = "http://{}:{}/v1/classify?logits=true".format(*place)
+        for _ in range(2):
+            answers.append(httpx.post(url, files=sent, timeout=60).json()["results"])
+            assert backbone._tower is not None
+            service.limits = Limits(poll=0.02, idle=0)
+            limit = time.monotonic() + 60
+            while backbone._opened is not None or backbone._tower is not None:
+                assert time.monotonic() < limit
+                time.sleep(0.01)
+            service.limits = Limits(poll=0.02)
+    assert answers[1] == answers[0]
+
+
 def test_an_old_version_is_freed_when_the_next_one_answers_and_every_index_when_the_server_stops(
     random_things, tmp_path
 ):

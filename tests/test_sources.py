@@ -1,20 +1,25 @@
 """Each kind of source yields its items in order, or an error names the faulty row and file."""
 
+import io
 import json
 import os
 import subprocess
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import buckets
+import httpx
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import failed, needs_real, ok
+from conftest import command_line, failed, json_rows, needs_real, ok
+from fastapi.testclient import TestClient
 from numpy.testing import assert_allclose, assert_array_equal
-from serving import caltech_photos
+from PIL import Image
+from serving import app_of, caltech_photos, random_index, server
 from tables import picture, tiny, touch
 
 from retrieval_tip.data import remote
@@ -771,13 +776,54 @@ def test_a_source_of_another_package_works_everywhere_by_its_scheme(stash, tmp_p
     size = subprocess.check_output([sys.executable, "-c", read, item], env=installed, text=True)
     assert int(size) == (photos / "cat/0.png").stat().st_size
     plain = {**installed, "PYTHONPATH": os.environ.get("PYTHONPATH", "")}
-    assert "no such file" in said(
-        "index",
-        "build",
-        f"stash:{photos}",
-        *model,
-        "--out",
-        tmp_path / "b",
-        environment=plain,
-        status=1,
+    command = ("index", "build", f"stash:{photos}", *model, "--out", tmp_path / "b")
+    assert "no such file" in said(*command, environment=plain, status=1)
+
+
+def test_an_unknown_scheme_is_answered_with_those_that_are_installed(stash, tmp_path, monkeypatch):
+    index = random_index(tmp_path / "index", 6, 16, 2)
+    commands = (("index build", "stach:x", "--out", tmp_path / "b"), ("classify", index, "stach:x"))
+    for installed in (False, True):
+        if installed:
+            monkeypatch.syspath_prepend(tmp_path / "site")
+        for command in commands:
+            done = command_line(*command)
+            failed(done, 1, "stach:x: no such file or folder, and no such source; installed: ")
+            assert ("stash" in done.stderr) == installed
+
+
+def test_a_source_by_its_scheme_is_labelled_served_added_audited_and_searched(
+    stash, tmp_path, monkeypatch
+):
+    photos, installed = stash
+    monkeypatch.setenv("PYTHONPATH", installed["PYTHONPATH"])
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    model = ["--model", f"local-dir:{tiny(tmp_path / 'model')}"]
+    index, new = tmp_path / "index", tmp_path / "new"
+    ok("index build", f"stash:{photos}", *model, "--out", index)
+    picture((90, 40)).save(photos / "cat/2.png")
+    ok("index add", index, f"stash:{photos}")
+    shots = Index.load(index).labels["source"].to_pylist()
+    assert f"stash:{photos / 'cat/2.png'}#0" in shots
+    ok("index audit", index)
+    similar = json_rows(
+        ok("find", f"stash:{photos}", shots[0], "--index", index, "--format", "json")
     )
+    assert {row["input"] for row in similar} == {*shots[1:]}
+    failed(command_line("sort", index, f"stash:{photos}", "--into", tmp_path / "s", "--move"), 2)
+    with TestClient(app_of(index)) as client:
+        shown = client.get("/v1/indexes/index/keys/0/image")
+    assert Image.open(io.BytesIO(shown.content)).size == (40, 40)
+    given = (f"stash:{photos}", "--out", new, *model)
+    with server(*given, command="label") as (url, _):
+        address, _, token = url.partition("/#token=")
+        ask = partial(httpx.request, headers={"Authorization": f"Bearer {token}"})
+        while (state := ask("GET", f"{address}/v1/label").json())["busy"]:
+            pass
+        photo = state["queue"][0]
+        assert photo["name"] in shots
+        shown = ask("GET", f"{address}/v1/label/photos/{photo['photo']}/image")
+        assert Image.open(io.BytesIO(shown.content)).height == 40
+        labels = {"labels": [{"photo": photo["photo"], "label": "x"}]}
+        ask("POST", f"{address}/v1/label", json=labels)
+    assert Index.load(new).labels["source"].to_pylist() == [photo["name"]]

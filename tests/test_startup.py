@@ -55,19 +55,17 @@ print(json.dumps(sorted(sys.modules)), file=sys.stderr)
 """
 
 
-def imported(*calls, **environment):
-    """Run commands in a fresh process, and return the heavy packages that it imported and its output."""
+def imported(*calls, watched=HEAVY):
+    """Run commands in a fresh process, and return the watched modules that it imported and its output."""
     script = [
         sys.executable,
         "-c",
         ASK,
         json.dumps([[str(argument) for argument in call] for call in calls]),
     ]
-    done = subprocess.run(
-        script, capture_output=True, text=True, env=os.environ | environment, check=False
-    )
+    done = subprocess.run(script, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    return set(json.loads(done.stderr.splitlines()[-1])) & set(HEAVY), done.stdout
+    return set(json.loads(done.stderr.splitlines()[-1])) & set(watched), done.stdout
 
 
 @pytest.fixture
@@ -106,10 +104,12 @@ def photo_index(photos, tmp_path):
     return tmp_path / "of-photos"
 
 
-def test_help_of_each_command_imports_nothing_heavy():
+def test_help_of_each_command_imports_nothing_heavy_and_searches_no_packages():
     groups = {command[:depth] for command in COMMANDS for depth in range(len(command))}
     found, shown = imported(
-        *[[*command, "--help"] for command in (*sorted(groups), *COMMANDS)], ["--version"]
+        *[[*command, "--help"] for command in (*sorted(groups), *COMMANDS)],
+        ["--version"],
+        watched=(*HEAVY, "importlib.metadata"),
     )
     assert found == set()
     assert shown.count("Usage:") == len(groups) + len(COMMANDS)
@@ -319,6 +319,47 @@ def test_a_command_sets_the_openmp_wait_policy_unless_it_is_set():
         assert subprocess.check_output(
             [sys.executable, "-c", script], text=True, env=plain | own
         ).split() == [expected]
+
+
+ON_MACOS = """
+import os, sys, sysconfig, threading, urllib.request
+import duckdb, numpy, pyarrow.parquet
+sysconfig.get_config_vars()  # as the above, needs the real name of the platform
+sys.platform = "darwin"
+seen = {}
+
+class Finder:
+    def find_spec(name, *_):
+        if name in ("torch", "faiss"):
+            seen[name] = os.environ.get("KMP_DUPLICATE_LIB_OK")
+
+sys.meta_path.insert(0, Finder)
+from retrieval_tip import Index
+
+index = Index.load(sys.argv[1])
+
+def ask():
+    index.classify(index.keys[:2], k=2)
+    import faiss
+    print(*seen, *seen.values(), faiss.omp_get_max_threads())
+
+for _ in range(2):  # a number of threads only applies to the thread that sets it
+    thread = threading.Thread(target=ask)
+    thread.start()
+    thread.join()
+"""
+
+
+def test_on_macos_two_openmp_runtimes_are_allowed_and_faiss_has_one_thread(index):
+    changes.rebuild(index, index="SQ8")
+    plain = {
+        name: value for name, value in os.environ.items() if name != "KMP_DUPLICATE_LIB_OK"
+    } | {"OMP_NUM_THREADS": "3"}
+    for own, expected in (({}, "TRUE"), ({"KMP_DUPLICATE_LIB_OK": "0"}, "0")):
+        printed = subprocess.check_output(
+            [sys.executable, "-c", ON_MACOS, index], text=True, env=plain | own
+        )
+        assert printed.splitlines() == [f"torch faiss {expected} {expected} 1"] * 2
 
 
 def test_an_interrupt_during_imports_prints_one_line(tmp_path):

@@ -163,7 +163,8 @@ def view_size(preprocess: Preprocess) -> tuple[int, int]:
 class Backbone(Protocol):
     """An image encoder that may also have a text encoder.
 
-    ``scope``, ``text_key``, ``encoders`` and ``only`` have defaults, which an object that lacks them also gets.
+    ``scope``, ``text_key``, ``encoders``, ``only`` and ``release`` have defaults, which an object that lacks them also
+    gets.
 
     Attributes:
         identity: the identity of the backbone.
@@ -210,6 +211,9 @@ class Backbone(Protocol):
     def only(self, shares: Sequence[float]) -> Backbone:
         """Return a backbone that does not encode images with the encoders whose share is 0."""
         return self
+
+    def release(self, idle: float) -> None:
+        """Free the weights if they were not used for ``idle`` seconds. The next use loads them again."""
 
 
 class _Completed(Backbone):

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from retrieval_tip import hooks
 from retrieval_tip.errors import BackboneError, UsageError
 from retrieval_tip.machine import install
 from retrieval_tip.wording import amount, first_line
@@ -117,7 +118,10 @@ def unknown(model: str) -> UsageError:
         near = f"; timm has this model: give timm:{model}"
     elif not near and re.fullmatch(r"[\w.-]+/[\w.-]+", model):
         near = f"; for a CLIP or SigLIP model in transformers, give hf:{model}"
-    expected = "; expected an open_clip architecture, timm:NAME, local-dir:PATH, hf-hub:ORG/REPO or hf:ORG/REPO"
+    ours = "an open_clip architecture, timm:NAME, local-dir:PATH, hf-hub:ORG/REPO or hf:ORG/REPO"
+    expected = ", ".join(
+        [f"; expected {ours}", *(f"{name}:..." for name in hooks.names("encoders"))]
+    )
     return UsageError(
         f"model {model!r}: unknown{near or expected}; search with retrieval-tip models WORD"
     )
@@ -191,14 +195,17 @@ def _described(name: str, *, sized: bool = True) -> Named:
     words = not name.startswith("timm:")
     file = name.partition("@")[2]
     tags = [file] if file else _tags(name) if words else [name.partition(".")[2]]
-    licence = (
-        dict(_RECOMMENDED.values()).get(name)
-        if words
-        else getattr(_timm_config(name), "license", None)
-    )
     size = _bytes(architecture(name)) if sized else None
     here = Path(file).is_file() if file else has_weights(repository_of(name, None))
-    return Named(name, tags, size, licence, words, here)
+    return Named(name, tags, size, licence_of(name), words, here)
+
+
+def licence_of(model: str) -> str | None:
+    """Return the licence of the weights of a model, if it is known."""
+    if model.startswith("timm:"):
+        licence: str | None = getattr(_timm_config(model), "license", None)
+        return licence
+    return dict(_RECOMMENDED.values()).get(model)
 
 
 def _bytes(name: str) -> int | None:

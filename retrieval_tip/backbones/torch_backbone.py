@@ -6,6 +6,7 @@ import hashlib
 import json
 import random
 import threading
+import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -85,6 +86,7 @@ class TorchBackbone(Backbone):
         self.precision: str = precision
         self._compiles = device == "cpu" and precision != "float16"
         self._tower: tower.Tower | None = None
+        self._used_at = time.monotonic()
         self._opened = None if known is not None else self._open_here()
         self.known = known = known or self._described()
         self.identity = known.identity
@@ -128,6 +130,7 @@ class TorchBackbone(Backbone):
 
     def _open_model(self) -> Opened:
         with _OPENING:  # several decoding threads may need the model at the same time
+            self._used_at = time.monotonic()
             if self._opened is None:
                 opened = self._open_here()
                 same_backbone(self.identity, opened.identity, "index")
@@ -155,6 +158,14 @@ class TorchBackbone(Backbone):
         ):
             last = TorchBackbone._last = cls(open_model, device, precision, known)
         return last
+
+    def release(self, idle: float) -> None:
+        given = isinstance(self._open, Opened)  # cannot be loaded again
+        if given or self._device.type != "cpu" or time.monotonic() - self._used_at < idle:
+            return
+        with _OPENING:
+            self._opened = self._tower = None
+            self.__dict__.pop("_tokenizer", None)
 
     @property
     def _model(self) -> Model:
@@ -241,6 +252,7 @@ class TorchBackbone(Backbone):
 
     def _compiled(self, number: int) -> tower.Tower | None:
         """Return the OpenVINO image tower, or ``None`` if torch should encode ``number`` images."""
+        self._used_at = time.monotonic()
         if self._compiles and self._tower is None:
             self._tower = tower.kept(self.identity, self.precision)
             if self._tower is None and self.precision == "int8":

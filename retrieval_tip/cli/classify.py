@@ -14,7 +14,7 @@ import click
 
 from retrieval_tip import hooks
 from retrieval_tip.cli import kinds, options
-from retrieval_tip.cli.group import Command, Option, grouped, in_one_line
+from retrieval_tip.cli.group import Option, PluginCommand, grouped
 from retrieval_tip.cli.kinds import Place
 from retrieval_tip.cli.messages import finish, note, say
 from retrieval_tip.cli.opening import index_with, inputs_of, reader_for
@@ -259,63 +259,35 @@ class Format(click.Choice[str]):
         return installed.convert(value, param, ctx)
 
 
-class Classify(Command):
+class Classify(PluginCommand):
     """The command, with the options of the format that its arguments name."""
 
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parse the arguments, and make a writer of the options of its format."""
-        with in_one_line(ctx):
-            name = _format_in(args)
-            kind = None if name in (None, *options.FORMATS) else hooks.find("writers", name)
-            ctx.meta[__name__] = self._options_of(name, kind)
-            try:
-                rest = super().parse_args(ctx, args)
-            except click.NoSuchOption as error:
-                _explain(error.option_name)
-                raise
-            values = {param.name: ctx.params.pop(param.name) for param in ctx.meta[__name__]}
-            undo = values.pop("undo", False)
-            ctx.params |= {"writer": kind and kind(**values), "undo": undo}
-        return rest
+    kind = "writers"
 
-    def _options_of(self, name: str | None, kind: Any) -> Sequence[click.Parameter]:
-        """Return the options of a format. Raises UsageError if the command has one of them already."""
-        if kind is None:
-            return ()
-        own = [*grouped(kind, heading=f"Format {name}").params]
-        if hasattr(kind, "undo"):
-            own.append(UNDO)
-        taken = {option_name for param in self.params for option_name in param.opts}
-        for param in own:
-            if taken & {*param.opts}:
-                raise UsageError(
-                    f"--format {name}: its option {param.opts[0]} has another meaning here; report it to its author"
-                )
-        return own
+    def plugin_in(self, args: Sequence[str]) -> str | None:
+        """Return the format that arguments name, unless it is one of rows."""
+        for place, arg in enumerate(args):
+            option_name, is_joined, value = arg.partition("=")
+            if arg == "--":
+                break
+            if option_name == "--format":
+                name = value if is_joined else next(iter(args[place + 1 :]), None)
+                return None if name in options.FORMATS else name
+        return None
 
-    def further(self, ctx: click.Context) -> Sequence[click.Parameter]:
-        """Return the options of the format."""
-        own: Sequence[click.Parameter] = ctx.meta.get(__name__, ())
-        return own
+    def spelled(self, name: str) -> str:
+        """Return how arguments name a format."""
+        return f"--format {name}"
 
+    def params_of(self, plugin: Any, heading: str = "Options") -> list[click.Parameter]:
+        """Return the options of a format."""
+        params = super().params_of(plugin, heading)
+        return [*params, UNDO] if hasattr(plugin, "undo") else params
 
-def _format_in(args: Sequence[str]) -> str | None:
-    for place, arg in enumerate(args):
-        option_name, is_joined, value = arg.partition("=")
-        if arg == "--":
-            break
-        if option_name == "--format":
-            return value if is_joined else next(iter(args[place + 1 :]), None)
-    return None
-
-
-def _explain(option_name: str) -> None:
-    """Raise UsageError if an option belongs to one of our formats."""
-    for name in hooks.TABLE["writers"]:
-        kind = hooks.find("writers", name)
-        names = {param.opts[0] for param in grouped(kind).params}
-        if option_name in names | ({"--undo"} if hasattr(kind, "undo") else set()):
-            raise UsageError(f"{option_name}: only applies to --format {name}; leave it out")
+    def use(self, ctx: click.Context, plugin: Any, options: dict[str, Any]) -> None:
+        """Set the writer, and whether to undo what it has written."""
+        ctx.params["undo"] = options.pop("undo", False)
+        ctx.params["writer"] = plugin and plugin(**options)
 
 
 UNDO = Option(

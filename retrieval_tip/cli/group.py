@@ -8,6 +8,7 @@ can follow any command. Errors are printed on one line, and similar names are su
 
 from __future__ import annotations
 
+import errno
 import inspect
 import logging
 import os
@@ -23,6 +24,7 @@ from typing import Any, NamedTuple
 
 import click
 
+from retrieval_tip import hooks
 from retrieval_tip.errors import RetrievalTipError, UsageError
 from retrieval_tip.wording import message
 
@@ -240,6 +242,71 @@ class Command(click.Command):
             return super().invoke(ctx)
 
 
+class PluginCommand(Command):
+    """A command with the options of the plugin that its arguments name. ``kind`` is the kind of its plugins."""
+
+    kind: str
+
+    def plugin_in(self, args: Sequence[str]) -> str | None:
+        """Return the name of the plugin in arguments."""
+        raise NotImplementedError
+
+    def spelled(self, name: str) -> str:
+        """Return the arguments that name a plugin."""
+        raise NotImplementedError
+
+    def params_of(self, plugin: Any, heading: str = "Options") -> list[click.Parameter]:
+        """Return the options of a plugin."""
+        return [*grouped(plugin, heading=heading).params]
+
+    def use(self, ctx: click.Context, plugin: Any, options: dict[str, Any]) -> None:
+        """Set the parameters of the function that depend on the plugin, which is ``None`` if there is none."""
+        raise NotImplementedError
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the arguments, with the options of the plugin."""
+        with in_one_line(ctx):
+            plugin = None
+            params = []
+            if (name := self.plugin_in(args)) is not None:
+                plugin = hooks.find(self.kind, name)
+            if plugin is not None:
+                params = self.params_of(plugin, f"{self.kind[:-1].capitalize()} {name}")
+                self._check(params, self.spelled(str(name)))
+            ctx.meta[__name__] = params
+            try:
+                rest = super().parse_args(ctx, args)
+            except click.NoSuchOption as error:
+                self._explain(error.option_name)
+                raise
+            options = {str(param.name): ctx.params.pop(str(param.name)) for param in params}
+            self.use(ctx, plugin, options)
+        return rest
+
+    def _check(self, params: Sequence[click.Parameter], spelled: str) -> None:
+        """Raise UsageError if the command has an option of a plugin already."""
+        taken = {name for param in self.params for name in param.opts}
+        for param in params:
+            if taken & {*param.opts}:
+                raise UsageError(
+                    f"{spelled}: its option {param.opts[0]} has another meaning here; report it to its author"
+                )
+
+    def _explain(self, option_name: str) -> None:
+        """Raise UsageError if an option belongs to one of our plugins."""
+        for name in hooks.TABLE[self.kind]:
+            params = self.params_of(hooks.find(self.kind, name))
+            if option_name in {param.opts[0] for param in params}:
+                raise UsageError(
+                    f"{option_name}: only applies to {self.spelled(name)}; leave it out"
+                )
+
+    def further(self, ctx: click.Context) -> Sequence[click.Parameter]:
+        """Return the options of the plugin."""
+        params: Sequence[click.Parameter] = ctx.meta.get(__name__, ())
+        return params
+
+
 class Group(click.Group):
     """A group that lists commands under headings, and suggests commands for names used by other programs.
 
@@ -323,7 +390,8 @@ def in_one_line(ctx: click.Context | None = None) -> Iterator[None]:
         raise
     except OSError as error:
         lost = _discard_stdout()
-        if isinstance(error, BrokenPipeError):  # the reader closed the pipe
+        # The reader closed the pipe; on Windows, the error of standard output is another.
+        if isinstance(error, BrokenPipeError) or (lost and error.errno == errno.EINVAL):
             raise click.exceptions.Exit(0) from None
         name = error.filename or ("standard output" if lost else "")
         raise click.ClickException(

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from retrieval_tip import hooks
 from retrieval_tip.cli import kinds, options
-from retrieval_tip.cli.group import Group, grouped
+from retrieval_tip.cli.group import Group, Option, PluginCommand, grouped
 from retrieval_tip.cli.kinds import Place
 from retrieval_tip.cli.messages import about, finish, note, print_result, quiet, say, say_fit, warn
 from retrieval_tip.cli.opening import backbone_for, reader_for, source_of, store_of
@@ -49,7 +51,8 @@ def build(
 
     SOURCE can be a folder of class folders; a .csv, .tsv or .parquet table with the columns path and label; a
     feature table (.parquet with the columns id, label and feature); a split .json, whose train part is used; a
-    .json in COCO's format or from Label Studio. Folders and tables can also be on s3://, gs:// or az://.
+    .json in COCO's format or from Label Studio; a Hugging Face dataset (hf-dataset:ORG/NAME). Folders and tables can
+    also be on s3://, gs:// or az://.
 
     Examples:
         index build photos --out indexes/things
@@ -464,7 +467,35 @@ def clone_command(
     _say_changed(out, changes.clone(folder, out, version), f"copied from {folder}")
 
 
-@index.command()
+class Export(PluginCommand):
+    """The command, with an option for each program and the options of the one that its arguments name."""
+
+    kind = "exports"
+
+    def __init__(self, **more: Any) -> None:
+        super().__init__(**more)
+        for name in hooks.TABLE["exports"]:
+            kind = click.Path(path_type=Path)
+            text = hooks.HELP[name]
+            self.params.append(Option([self.spelled(name)], type=kind, metavar="FOLDER", help=text))
+
+    def plugin_in(self, args: Sequence[str]) -> str | None:
+        """Return the program whose option is in arguments."""
+        given = {arg.partition("=")[0] for arg in args}
+        return next((name for name in hooks.TABLE["exports"] if self.spelled(name) in given), None)
+
+    def spelled(self, name: str) -> str:
+        """Return the option of a program."""
+        return f"--{name}"
+
+    def use(self, ctx: click.Context, plugin: Any, options: dict[str, Any]) -> None:
+        """Set the program and its folder."""
+        folders = [ctx.params.pop(name) for name in hooks.TABLE["exports"]]
+        ctx.params["program"] = plugin and plugin(**options)
+        ctx.params["program_folder"] = next(filter(None, folders), None)
+
+
+@index.command(cls=Export)
 def export_command(
     folder: Place = options.INDEX_ARGUMENT,
     out: Path | None = option(kinds.FILE, "--out", "-o"),
@@ -472,8 +503,11 @@ def export_command(
     onnx: Path | None = option(kinds.FILE),
     features: bool = flag(),
     precision: Precision = option(click.Choice(["float32", "int8"]), default="float32"),
+    *,
+    program: Any,
+    program_folder: Path | None,
 ) -> None:
-    """Export the keys as a feature table, or the index as ONNX.
+    """Export the keys as a feature table, or the index as ONNX or for another program.
 
     The ONNX graph contains the whole index and runs in any ONNX runtime.
 
@@ -491,8 +525,8 @@ def export_command(
     """
     from retrieval_tip.export.feature_tables import export_table, export_text
 
-    if not (out or text or onnx):
-        raise UsageError("index export: give --out, --text or --onnx FILE")
+    if not (out or text or onnx or program_folder):
+        raise UsageError("index export: give --out, --text or --onnx FILE, or --addaxai FOLDER")
     if onnx is None and out and out.suffix.lower() == ".onnx":
         out, onnx = None, out
     loaded = store_of(folder).load(device="cpu").in_memory()
@@ -500,6 +534,10 @@ def export_command(
         about(out, f"{export_table(loaded, out)} rows")
     if text is not None:
         about(text, f"{export_text(loaded, text)} rows")
+    if program_folder is not None:
+        if precision != "float32":
+            raise UsageError(f"--precision {precision}: only applies to --onnx; leave it out")
+        about(program_folder, program.write(loaded, program_folder))
     if onnx is not None:
         from retrieval_tip.backbones.loading import load_again
         from retrieval_tip.export.onnx_graph import export_onnx

@@ -65,8 +65,8 @@ def find_command(
     """Find unlabelled photos by a text or by an example.
 
     PHOTOS are images, folders, globs, tables of paths or feature tables. Use - to read paths from standard input. The
-    last argument is QUERY. If it is an image file, similar photos are found. Otherwise, it is a text, and the encoder
-    must have text.
+    last argument is QUERY. If it is an image file or an item (FILE#NAME), similar photos are found. Otherwise, it is
+    a text, and the encoder must have text.
 
     Options:
         number: Number of photos or pairs to show.

@@ -90,7 +90,7 @@ class SourceOptions(EncodingOptions):
     """Part to read from a source, the folder for relative paths, and the options for encoding images.
 
     Options:
-        split: Part of a folder or a split .json to use: train, val or test.
+        split: Part of a folder, a dataset or a split .json to use: train, val or test.
         root: Folder or bucket for the relative paths in a table or .json.
     """
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from retrieval_tip.data import remote
 from retrieval_tip.data.images import Box
 from retrieval_tip.data.sources import Source, of_images
 from retrieval_tip.errors import InputError, Skipped, UsageError
@@ -130,9 +130,7 @@ def _matched(
 
 def _ends(path: str) -> Iterator[str]:
     """Yield the ends of a path, longest first, without a leading slash."""
-    parts = (
-        (path if "://" in path else os.path.abspath(path)).replace("\\", "/").strip("/").split("/")
-    )
+    parts = remote.absolute(path).replace("\\", "/").strip("/").split("/")
     return ("/".join(parts[start:]) for start in range(len(parts)))
 
 

@@ -19,7 +19,9 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from retrieval_tip import hooks
 from retrieval_tip.errors import InputError, UsageError
+from retrieval_tip.files import suffix_of
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """Pillow names of the accepted formats. JPEG includes MPO.
@@ -81,18 +83,27 @@ def extension(data: bytes) -> str:
         return {"JPEG": ".jpg", "MPO": ".jpg", "TIFF": ".tif"}.get(kind, f".{kind.lower()}")
 
 
+def is_photo(path: str | os.PathLike[str]) -> bool:
+    """Return whether a file is an image or a file of photos, by its suffix."""
+    suffix = suffix_of(path)
+    return suffix in extensions() or hooks.opens(suffix)
+
+
 def find(folder: Path, others: Counter[str] | None = None) -> Iterator[Path]:
-    """Yield the visible image files below a folder, depth first and by name. Count other files in ``others``."""
+    """Yield the visible images and files of photos below a folder, depth first and by name.
+
+    Other files are counted in ``others``.
+    """
     waiting = entries(folder)[::-1]
     while waiting:
         entry = waiting.pop()
         if is_folder(entry):
             if not entry.is_symlink():  # a link may point to a parent folder
                 waiting += entries(entry.path)[::-1]
-        elif (suffix := Path(entry.name).suffix.lower()) in extensions():
+        elif is_photo(entry.name):
             yield Path(entry.path)
         elif others is not None:
-            others[suffix] += 1
+            others[suffix_of(entry.name)] += 1
 
 
 def entries(folder: str | os.PathLike[str]) -> list[os.DirEntry[str]]:

@@ -36,6 +36,13 @@ def scheme_of(path: str | os.PathLike[str]) -> str | None:
     return prefix[1] if prefix and hooks.exists("sources", prefix[1]) else None
 
 
+def no_scheme(path: str) -> str:
+    """Return which sources are installed, as the end of a message, if a path looks like ``SCHEME:REST``."""
+    if _PREFIX.match(path) is None:
+        return ""
+    return f", and no such source; installed: {', '.join(hooks.names('sources')) or 'none'}"
+
+
 def is_address(path: str | os.PathLike[str]) -> TypeGuard[str]:
     """Return whether a path is the URL of an object store, or has a scheme, and so is no path on this machine."""
     return is_remote(path) or scheme_of(path) is not None

@@ -20,8 +20,8 @@ import pyarrow.compute as pc
 from retrieval_tip import hooks
 from retrieval_tip.arrays import IntArray
 from retrieval_tip.data import remote
-from retrieval_tip.errors import InputError, Skipped, check_count
-from retrieval_tip.files import FOLDER, NotAFileError, open_regular
+from retrieval_tip.errors import InputError, Skipped, UsageError, check_count
+from retrieval_tip.files import FOLDER, NotAFileError, open_regular, suffix_of
 from retrieval_tip.machine import check_memory
 from retrieval_tip.wording import SHOWN, counted, few, show
 
@@ -33,6 +33,25 @@ log = logging.getLogger(__name__)
 MAX_TEXT = 4096  # longest label or id, in characters; a longer one suggests a misread table
 MAX_BYTES = 256 << 20  # largest image file, in bytes
 ITEM_BYTES = 256  # estimated bytes per drawn item, for its position, path, label and digest
+
+
+class FileOpener(Protocol):
+    """Opens files of photos, such as videos, by their suffix.
+
+    Other packages add one as an entry point in ``retrieval_tip.openers`` whose name is a suffix in lower case, such as
+    ``.npz``. Photo NAME of a file is the item ``FILE#NAME`` of a source. An index stores this name, and a later process
+    reads the photo by it. An error of any type is the reason why a file or a photo is skipped. An opener runs with the
+    user's rights, in several threads at a time.
+    """
+
+    def items(self, file: str) -> Iterable[str]:
+        """Return the names of the photos of a file. If it is damaged, raise an error after those that are readable.
+
+        Names have no ``#`` and no slash. Their number and the memory are bounded, also for hostile files.
+        """
+
+    def read(self, file: str, name: str) -> bytes:
+        """Return the encoded image of a photo."""
 
 
 class Opener(Protocol):
@@ -50,28 +69,79 @@ class Opener(Protocol):
         """Return the encoded image of an item. Raises InputError if it cannot be read."""
 
 
-@cache
-def opener(scheme: str) -> Opener:
-    """Return the opener of a scheme for which :func:`remote.scheme_of` has found one."""
-    found: Opener = hooks.find("sources", scheme)
-    return found
+opener = cache(hooks.find)
+"""Return the opener of a kind (``sources`` or ``openers``) and a name that :mod:`hooks` knows, which is found once."""
 
 
-def read_item(path: str | os.PathLike[str]) -> bytes:
+def split_item(path: str | os.PathLike[str]) -> tuple[str, str] | None:
+    """Return FILE and NAME of the item ``FILE#NAME``, FILE and ``""`` for a file of photos, or ``None``.
+
+    An existing file is never an item, whatever its name is.
+    """
+    from retrieval_tip.data import images  # imports Pillow
+
+    where = os.fspath(path)
+    file, mark, name = where.rpartition("#")
+    if not mark or os.path.lexists(where):
+        file, name = where, ""
+    suffix = suffix_of(file)
+    is_image = suffix in images.extensions()
+    if is_image or not os.path.isfile(file) or not hooks.opens(suffix):  # noqa: PTH113 - any text
+        return None
+    return file, name
+
+
+def file_of(path: str) -> str:
+    """Return FILE for the item ``FILE#NAME``, and any other path unchanged."""
+    return (split_item(path) or (path, ""))[0]
+
+
+def items_in(path: str) -> list[str]:
+    """Return the items of a file of photos, or the path itself if it is another file.
+
+    If a file is damaged, the file itself is its last item, and reading it raises the error.
+    """
+    if split_item(path) != (path, ""):
+        return [path]
+    items, reason = _opened(path)
+    return [*items, path] if reason else items
+
+
+def _opened(file: str) -> tuple[list[str], str]:
+    """Return the items of a file of photos, and the reason why it has no more of them."""
+    items: list[str] = []
+    try:
+        with remote.reaching():
+            names = opener("openers", suffix_of(file)).items(file)
+            items.extend(f"{file}#{name}" for name in names)
+    except (InputError, UsageError) as error:
+        return items, str(error)
+    return items, "" if items else "contains no photos"
+
+
+def read_item(path: str | os.PathLike[str], *, whole: bool = False) -> bytes:
     """Return the bytes of an image file, an object, or an item of an opener.
 
-    Raises InputError without its path if it is empty or too large.
+    A file of photos is read only if it is wanted as a ``whole``. Raises InputError without its path if it is empty or
+    too large.
     """
-    if (scheme := remote.scheme_of(path)) is not None:
+    file, name = split_item(path) or ("", "")
+    if name:
         with remote.reaching():
-            data = opener(scheme).read(os.fspath(path))
-        _check_size(len(data))
+            data = bytes(opener("openers", suffix_of(file)).read(file, name))
+    elif file and not whole:
+        items, reason = _opened(file)
+        raise InputError(reason or f"contains several photos; name one, such as {show(items[0])}")
+    elif (scheme := remote.scheme_of(path)) is not None:
+        with remote.reaching():
+            data = opener("sources", scheme).read(os.fspath(path))
     elif remote.is_remote(path):
         with remote.reaching():
-            _check_size(remote.system_of(path).size(path))
+            check_size(remote.system_of(path).size(path))
             data = bytes(remote.system_of(path).cat_file(path))
     else:
         data = _read_file(path)
+    check_size(len(data))
     if not data:
         raise InputError("empty file")
     return data
@@ -81,7 +151,7 @@ def _read_file(path: str | os.PathLike[str]) -> bytes:
     try:
         with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size  # 0 for files in /proc, which may be endless
-            _check_size(size)
+            check_size(size)
             return file.read(size)
     except NotAFileError as error:
         raise InputError(
@@ -93,7 +163,8 @@ def _read_file(path: str | os.PathLike[str]) -> bytes:
         raise InputError(getattr(error, "strerror", None) or str(error)) from None
 
 
-def _check_size(size: int) -> None:
+def check_size(size: int) -> None:
+    """Raise InputError if an image has more than :data:`MAX_BYTES`."""
     if size > MAX_BYTES:
         raise InputError(f"file too large: {size:,} bytes; the limit is {MAX_BYTES:,}")
 

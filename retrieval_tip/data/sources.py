@@ -10,19 +10,20 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from retrieval_tip import hooks
 from retrieval_tip.arrays import FloatArray
 from retrieval_tip.backbones.base import Part
 from retrieval_tip.data import exchange, images, remote, tables, writing
 from retrieval_tip.data.feature_table import FeatureTable
 from retrieval_tip.data.source import Source as Source
+from retrieval_tip.data.source import file_of, items_in, opener, split_item
 from retrieval_tip.data.source import of_images as of_images
-from retrieval_tip.data.source import opener
 from retrieval_tip.data.source import read_item as read_item
 from retrieval_tip.data.source import spelled_alike as spelled_alike
 from retrieval_tip.data.tables import (
@@ -35,25 +36,23 @@ from retrieval_tip.data.tables import (
     texts,
 )
 from retrieval_tip.errors import InputError
+from retrieval_tip.files import suffix_of
 from retrieval_tip.machine import install
 from retrieval_tip.wording import counted, few, show
 
 log = logging.getLogger(__name__)
 
-Kind = Literal["image", "table", "bucket", "folder", "split file", "pattern", "scheme"]
-"""Kinds of paths. ``image`` is any other path, even a missing one."""
+Kind = Literal["image", "photos", "table", "bucket", "folder", "split file", "pattern", "scheme"]
+"""Kinds of paths. ``photos`` is a file of photos, and ``image`` any other path, even a missing one."""
 PARTS = {
     "train": ("train", "training"),
     "val": ("val", "valid", "validation", "dev"),
     "test": ("test", "testing"),
 }
 """Folder names for each part of a dataset."""
+PART_OF = {name: part for part, names in PARTS.items() for name in names}
 
 TABLES = ("metadata.csv", "metadata.parquet")  # label tables in Hugging Face image folders
-
-HEIC = frozenset(
-    {".heic", ".heif", ".hif"}
-)  # suffixes of phone photos that require the extra ``heic``
 
 
 def is_web(where: str) -> bool:
@@ -63,7 +62,7 @@ def is_web(where: str) -> bool:
 
 def is_there(path: str) -> bool:
     """Return whether an image exists. Those without a path on this machine are assumed to exist."""
-    return remote.is_address(path) or os.path.isfile(path)
+    return remote.is_address(path) or os.path.isfile(file_of(path))
 
 
 def kind_of(path: str | os.PathLike[str]) -> Kind:
@@ -71,7 +70,7 @@ def kind_of(path: str | os.PathLike[str]) -> Kind:
     where = os.fspath(path)
     if remote.scheme_of(where) is not None:
         return "image" if "#" in where else "scheme"
-    if remote.is_remote(where) and Path(where).suffix.lower() in images.extensions():
+    if remote.is_remote(where) and suffix_of(where) in images.extensions():
         return "image"
     if tables.is_table(where):
         return "table"
@@ -83,7 +82,9 @@ def kind_of(path: str | os.PathLike[str]) -> Kind:
         return "split file"
     if is_web(where):
         raise refusal(where)
-    return "pattern" if glob.has_magic(where) and not os.path.exists(where) else "image"
+    if glob.has_magic(where) and not os.path.exists(file_of(where)):
+        return "pattern"
+    return "photos" if split_item(where) == (where, "") else "image"
 
 
 def open_source(
@@ -109,6 +110,7 @@ def open_source(
     - A feature table, which is a ``.parquet`` file with the columns ``id``, ``label`` and ``feature``, or a folder of
       parts written by ``encode --ray``.
     - A folder of class folders or a Parquet table on an object store (``s3://``, ``gs://``, ``az://``).
+    - A file of photos, if ``labelled`` is false and its suffix has an opener (see :class:`source.FileOpener`).
     - ``SCHEME:REST``, if the scheme is installed (see :class:`source.Opener`).
     - Any folder of images, if ``labelled`` is false.
 
@@ -125,11 +127,14 @@ def open_source(
         case "scheme":
             scheme, _, rest = where.partition(":")
             with remote.reaching(show(where)):
-                return opener(scheme).open(rest, split=split, labelled=labelled)
+                opened = opener("sources", scheme).open(rest, split=split, labelled=labelled)
+                return cast("Source", opened)
         case "bucket":
             return _open_bucket(where, labelled=labelled)
         case "folder":
             return _open_folder(Path(where), split, labelled=labelled)
+        case "photos" if not labelled:
+            return of_images(items_in(where), show(where))
         case "split file":
             return exchange.read(Path(where), split or "train", root, labelled=labelled)
     raise refusal(where)
@@ -184,7 +189,7 @@ def open_inputs(arguments: Iterable[str], stdin: Iterable[str] = ()) -> Iterator
                 raise InputError(f"{show(argument)}: no file matches")
             waiting += files[::-1]
         else:
-            paths.append(argument)
+            paths += items_in(argument)
     if paths:
         yield of_images(paths)
 
@@ -204,11 +209,11 @@ def check_images(sources: Iterable[Source]) -> None:
 
 def refusal(where: str) -> InputError:
     """Return the error for a path or an address that cannot be opened."""
-    suffix = Path(where).suffix.lower()
+    suffix = suffix_of(where)
     if is_web(where):
         why = "a web address; download it first"
     elif not os.path.exists(where):
-        why = "no such file or folder"
+        why = "no such file or folder" + remote.no_scheme(where)
     elif not os.path.isfile(where):
         why = "not a file"  # a pipe would block
     elif suffix in images.extensions():
@@ -237,35 +242,31 @@ def _table_in(folder: Path) -> Path | None:
 
 
 def _part_of(folder: Path, part: str | None) -> Path:
-    """Return the folder of a part, which defaults to ``train``, or ``folder`` itself if it has no parts.
+    """Return the folder of a part (see :func:`choose_part`), or ``folder`` itself if it has no parts.
 
     A folder has parts if each folder in it is named like a part, and one of them contains folders or a label table.
-    Raises InputError if the part is missing.
     """
-    called = {name: part for part, names in PARTS.items() for name in names}
-    there = {
-        called.get(entry.name.lower()): Path(entry.path) for entry in images.subfolders(folder)
-    }
-    if (
-        not there
-        or None in there
-        or not any(images.subfolders(path) or _table_in(path) for path in there.values())
+    there = {entry.name: Path(entry.path) for entry in images.subfolders(folder)}
+    if not all(name.lower() in PART_OF for name in there) or not any(
+        images.subfolders(path) or _table_in(path) for path in there.values()
     ):
         return folder
-    wanted = called.get((part or "train").lower(), part or "train")
-    names = [path.name for path in there.values()]
-    if wanted not in there:
-        raise InputError(
-            f"{show(folder)}: there is no part {wanted!r}; choose one with --split: {', '.join(names)}"
-        )
-    used = there[wanted]
-    if others := [name for name in names if name != used.name]:
-        log.warning(
-            "%s: using its part %s, ignoring %s",
-            show(folder),
-            show(used.name),
-            ", ".join(map(show, others)),
-        )
+    return there[choose_part(show(folder), list(there), part or "train")]
+
+
+def choose_part(where: str, names: Sequence[str], part: str | None) -> str:
+    """Return the name of a part, which defaults to the only one, or else to ``train``. Warn about the other parts.
+
+    Raises InputError if the part is missing.
+    """
+    there = {PART_OF.get(name.lower(), name): name for name in names}
+    wanted = part or ("train" if len(names) > 1 else names[0])
+    used = there.get(PART_OF.get(wanted.lower(), wanted))
+    if used is None:
+        listed = ", ".join(map(show, names))
+        raise InputError(f"{where}: there is no part {wanted!r}; choose one with --split: {listed}")
+    if others := [show(name) for name in names if name != used]:
+        log.warning("%s: using its part %s, ignoring %s", where, show(used), ", ".join(others))
     return used
 
 
@@ -278,7 +279,7 @@ def _read_folder(folder: Path) -> Source:
             raise InputError(
                 f"{show(folder)}: two class folders are called {name}; rename the one that is not UTF-8"
             )
-        photos[name] = [str(path) for path in images.find(Path(entry.path), others)]
+        photos[name] = _photos_in(Path(entry.path), others)
     empty = [name for name, paths in photos.items() if not paths]
     stray = [entry.name for entry in images.entries(folder) if os.path.isfile(entry.path)]
     if len(empty) == len(photos):
@@ -305,25 +306,42 @@ def kinds(others: Counter[str]) -> str:
     text = few(
         [f"{number:,} {suffix or 'without a suffix'}" for suffix, number in others.most_common()]
     )
-    return text + (f"; to read HEIC, run {install('heic')}" if HEIC & others.keys() else "")
+    return text + _how_to_read(others)
+
+
+def _how_to_read(others: Counter[str]) -> str:
+    """Return which extras read some of these files, as the end of a message."""
+    text = ""
+    for extra, (_, suffixes) in hooks.EXTRAS.items():
+        if seen := ", ".join(suffix for suffix in suffixes if suffix in others):
+            text += f"; to read {seen}, run {install(extra)}"
+    return text
 
 
 def _none_found(folder: Path, stray: list[str], others: Counter[str]) -> InputError:
-    direct = sum(Path(name).suffix.lower() in images.extensions() for name in stray)
+    direct = sum(suffix_of(name) in images.extensions() for name in stray)
     if direct:
         return InputError(
             f"{show(folder)}: there are no class folders, but {counted(direct, 'image')} directly in it; give the "
             f"folder that contains one folder of images per class (perhaps {show(folder.absolute().parent)})"
         )
-    others = others + Counter(Path(name).suffix.lower() for name in stray)
+    others = others + Counter(suffix_of(name) for name in stray)
     here = f" (found {kinds(others)})" if others else ""
     return InputError(f"{show(folder)}: no images; expected one folder of images per class{here}")
 
 
+def _photos_in(folder: Path, others: Counter[str]) -> list[str]:
+    return [item for file in images.find(folder, others) for item in items_in(str(file))]
+
+
 def _images_in(folder: Path) -> list[str]:
-    paths = [str(image) for image in images.find(folder)]
+    others: Counter[str] = Counter()
+    paths = _photos_in(folder, others)
+    unread = _how_to_read(others)
     if not paths:
-        raise InputError(f"{show(folder)}: no images in this folder")
+        raise InputError(f"{show(folder)}: no images in this folder{unread}")
+    if unread:
+        log.warning("%s: ignored files that are not images%s", show(folder), unread)
     return paths
 
 
@@ -332,11 +350,7 @@ def _open_bucket(where: str, *, labelled: bool) -> Source:
     scheme, _, name = where.partition("://")
     base = f"{scheme}://{name.strip('/')}/"
     known = images.extensions()
-    paths = [
-        url
-        for url in remote.find(where)
-        if Path(url).suffix.lower() in known and url.startswith(base)
-    ]
+    paths = [url for url in remote.find(where) if suffix_of(url) in known and url.startswith(base)]
     if not paths:
         raise InputError(f"{show(where)}: no images or Parquet file found")
     labels = [

@@ -333,12 +333,12 @@ def _metadata(index: Index, backbone: Backbone | None) -> dict[str, Any]:
         "version": index.version,
     }
     if backbone is not None:
-        steps = {name: _steps(own) for name, own in inputs_of(index, backbone).items()}
+        steps = {name: steps_of(own) for name, own in inputs_of(index, backbone).items()}
         facts |= {"preprocess": steps.get(PIXELS, steps), "backbone": str(backbone.identity)}
     return facts
 
 
-def _steps(preprocess: Preprocess) -> dict[str, Any]:
+def steps_of(preprocess: Preprocess) -> dict[str, Any]:
     """Return how to turn a photo into an input of the graph, which subtracts the mean itself."""
     kept = {name: value for name, value in preprocess.items() if name not in ("mean", "std")}
     return kept | {"size": list(view_size(preprocess)), "shorter_side": shorter_side(preprocess)}

@@ -407,6 +407,7 @@ def _write_keys(
         whole = writer.stage_array("keys", (len(kept), shape[1]), made.plan["dtype"])
         for block_of_rows in slices(len(kept), KEY_BLOCK):
             whole[block_of_rows] = array[kept[block_of_rows]]
-        Path(str(array.filename)).unlink(missing_ok=True)  # a full disk may have removed it
-        array = whole
+        gaps = Path(str(array.filename))
+        array = whole  # Windows does not delete a file that is mapped
+        gaps.unlink(missing_ok=True)  # a full disk may have removed it
     return writer.seal_array("keys", array), kept, digests[kept].tolist()

@@ -32,7 +32,7 @@ def keep(folder: Path, number: int, name: str, data: bytes) -> str:
     """Write a photo, and return its path. It is complete and on the disk as soon as it has its name."""
     name = safe_name(name)
     place = folder / str(number)
-    if Path(name).suffix.lower() not in images.extensions():
+    if files.suffix_of(name) not in images.extensions():
         name += images.extension(data)
     files.make_folders(place)
     write(data, place / name)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -14,8 +12,9 @@ from torch.nn.functional import normalize
 from retrieval_tip.backbones.prompts import DEFAULT_TEMPLATES
 from retrieval_tip.data import images
 from retrieval_tip.data.reader import Reader
-from retrieval_tip.data.sources import Source, of_images
+from retrieval_tip.data.sources import Source, is_there, kind_of, of_images
 from retrieval_tip.errors import InputError, UsageError, check_count
+from retrieval_tip.files import suffix_of
 from retrieval_tip.labelling.pool import MOST_PHOTOS, Pool
 from retrieval_tip.labelling.suggest import points_of
 from retrieval_tip.model import Index
@@ -31,10 +30,10 @@ PAIRED = pa.schema(
 
 
 def example_of(query: str) -> Source | None:
-    """Return the source of a query that is an image file, or ``None`` if the query is a text."""
-    if os.path.isfile(query):  # noqa: PTH113 - a long text is not an error
+    """Return the source of a query that is an image or an item, or ``None`` if the query is a text."""
+    if is_there(query) and kind_of(query) != "scheme":
         return of_images([query])
-    if Path(query).suffix.lower() in images.extensions():
+    if suffix_of(query) in images.extensions():
         raise InputError(f"{show(query)}: no such file; give an image file or a text")
     return None
 
@@ -44,9 +43,10 @@ def find_photos(
 ) -> tuple[pa.Table, int]:
     """Return the ``n`` photos that are most similar to a query, and the number of photos that were searched.
 
-    If the query is an image file, the similarity is the inner product in the metric of the index, or the cosine without
-    an index, and copies of the image are left out. Otherwise, the query is a text. It is inserted into the prompt
-    templates of the index, if there is one, and the similarity is the cosine. The table has the columns of ``FOUND``.
+    If the query is an image or an item, the similarity is the inner product in the metric of the index, or the cosine
+    without an index, and copies of the image are left out. Otherwise, the query is a text. It is inserted into the
+    prompt templates of the index, if there is one, and the similarity is the cosine. The table has the columns of
+    ``FOUND``.
     The memory needed does not depend on the number of photos.
     """
     check_count("n", n)

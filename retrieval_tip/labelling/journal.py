@@ -117,7 +117,7 @@ class Journal:
         ):  # otherwise, the journal keeps labels that the index already contains
             if lines:
                 with replacing(self.path) as new:
-                    new.write_text(lines, "ascii")
+                    new.write_bytes(lines.encode())
             else:
                 self.path.unlink(missing_ok=True)
         os.close(self._file)

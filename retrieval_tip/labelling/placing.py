@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from retrieval_tip import files
-from retrieval_tip.data.sources import read_item
+from retrieval_tip.data.source import read_item
 from retrieval_tip.errors import InputError
 from retrieval_tip.wording import show
 
@@ -160,7 +160,7 @@ def digest_at(path: Path) -> str | None:
 def digest_of(item: str) -> str | None:
     """Return the digest of an image, or ``None`` if it cannot be read."""
     with suppress(InputError):
-        return hashlib.sha256(read_item(item)).hexdigest()
+        return hashlib.sha256(read_item(item, whole=True)).hexdigest()
     return None
 
 
@@ -210,7 +210,7 @@ def _fill(item: str, target: Path, digest: str, *, move: bool) -> bool:
             except OSError as error:
                 if error.errno != errno.EXDEV:
                     raise
-        data = read_item(item)
+        data = read_item(item, whole=True)
         if hashlib.sha256(data).hexdigest() != digest:
             raise InputError("has changed since it was classified; run the command again")
         write(data, target, partial(shutil.copystat, item), digest)
@@ -238,7 +238,7 @@ def write(
             os.fsync(file.fileno())
         with suppress(OSError):
             copy_attributes(new)
-        new.replace(target)
+        files.replace(new, target)
 
 
 def is_link_to(path: Path, item: str) -> bool:

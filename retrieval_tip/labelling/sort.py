@@ -18,10 +18,10 @@ import pyarrow as pa
 
 from retrieval_tip.data import images, remote
 from retrieval_tip.data.reader import FeatureBlock, Reader
-from retrieval_tip.data.sources import Source, read_item
+from retrieval_tip.data.source import Source, file_of, read_item
 from retrieval_tip.errors import InputError, Skipped, UsageError
 from retrieval_tip.evaluation.held_out import Threshold, held_out_probabilities, threshold_of
-from retrieval_tip.files import locked_folder, make_folders, real, remove_leftovers
+from retrieval_tip.files import locked_folder, make_folders, real, remove_leftovers, sha256_of
 from retrieval_tip.labelling import placing
 from retrieval_tip.labelling.placing import (
     EMPTY,
@@ -43,6 +43,8 @@ log = logging.getLogger(__name__)
 NO_MATCH, NOT_SURE = "no match", "not sure"
 """The folders of photos that match no class, and of photos whose answer has a low probability."""
 
+_Answered = tuple[str, str, dict[str, Any]]
+"""The path and the digest of a photo, and its label, probability and ``no_match``."""
 _VERBS: dict[Action, str] = {"copy": "copied", "link": "linked", "move": "moved"}
 
 
@@ -93,7 +95,8 @@ def sort_photos(
     Photos without a match go to ``no match``, and photos whose probability is below ``min_probability``, by default
     0.5, to ``not sure``. With ``at_most_wrong``, it is the lowest probability above which at most this share of
     held-out photos of the index is wrong (see :func:`held_out.threshold_of`). With ``smooth``, each answer is mixed
-    with those of similar photos (see :mod:`labelling.smoothing`). Photos that the index contains keep their label. No
+    with those of similar photos (see :mod:`labelling.smoothing`). Photos that the index contains keep their label. A
+    file of several photos is placed once, by the photo that matches a class with the highest probability. No
     file is overwritten: if a name is taken, a number is added. If the folder already contains a photo with the same
     name and the same bytes, it is not written again. An interrupted call can be repeated.
 
@@ -132,10 +135,8 @@ def sort_photos(
     with locked(root, dry_run=dry_run):
         before = placing.read_manifest(root)
         plan = _Outputs(root, action, least, {row.input: row for row in before})
-        rows = [
-            plan.row(item, digest, **answer)
-            for item, digest, answer in _classified(index, blocks, reader.skipped)
-        ]
+        answered = _by_file(_classified(index, blocks, reader.skipped), reader.skipped)
+        rows = [plan.row(item, digest, **answer) for item, digest, answer in answered]
         placing.check_folders(root, [*before, *rows])
         if not dry_run:
             placing.remove_scratch([root])
@@ -185,8 +186,7 @@ def locked(folder: Path, *, dry_run: bool = False) -> Iterator[None]:
 
 def _classified(
     index: Index, blocks: Iterable[tuple[Source, FeatureBlock]], skipped: list[Skipped]
-) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Yield the path and the digest of each photo, and its label, probability and ``no_match``."""
+) -> Iterator[_Answered]:
     for source, block in blocks:
         paths = source.paths
         for answers in index.answers([block], Ask(neighbours=0, logits=False)):
@@ -207,6 +207,24 @@ def _classified(
                     _skip(skipped, name, str(error))
                 else:
                     yield item, digest, answer
+
+
+def _by_file(answered: Iterable[_Answered], skipped: list[Skipped]) -> Iterator[_Answered]:
+    """Replace the photos of a file by the file, with the answer that is most certain."""
+    best: dict[str | int, _Answered] = {}
+    for number, (item, digest, answer) in enumerate(answered):
+        file = file_of(item)
+        key = number if file == item else file
+        if key not in best or _certainty(answer) > _certainty(best[key][2]):
+            best[key] = file, digest, answer
+    for key, (file, digest, answer) in best.items():
+        with skipping(file, "cannot be read", skipped):
+            whole = sha256_of(Path(file)) if key == file else digest
+            yield file, whole, answer
+
+
+def _certainty(answer: dict[str, Any]) -> tuple[bool, float]:
+    return not answer["no_match"], answer["probability"]
 
 
 def _skip(skipped: list[Skipped], path: str | Path, reason: str) -> None:
@@ -361,7 +379,7 @@ def _undone(row: Placed, target: Path) -> bool:
             raise InputError(
                 f"is now the only copy, because {show(original)} is gone or has changed"
             )
-        elif original.suffix.lower() not in images.extensions():
+        elif not images.is_photo(original):
             raise InputError(f"is not called like an image; move it to {show(original)} yourself")
         else:
             placing.place(str(target), original, "move", row.digest)

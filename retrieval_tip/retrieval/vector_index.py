@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -83,9 +84,19 @@ def auto_k(n: int, c: int) -> int:
     return round(n * min(AUTO_CLASSES / c, 0.5))
 
 
-@cache
 def faiss() -> Any:  # FAISS has no types
-    """Import FAISS when it is first needed. Raises StoreError if the import fails."""
+    """Import FAISS when it is first needed. Raises StoreError if the import fails.
+
+    On macOS, FAISS uses one thread, because its OpenMP runtime can crash next to the one of torch.
+    """
+    module = _imported()
+    if sys.platform == "darwin":
+        module.omp_set_num_threads(1)  # only applies to the calling thread
+    return module
+
+
+@cache
+def _imported() -> Any:
     try:
         module = importlib.import_module("faiss")
     except ImportError as error:
@@ -116,7 +127,7 @@ class VectorIndex:
         path: Path | None = None,
         trained: int | None = None,
     ) -> None:
-        self._cpu = index
+        self._index = index
         self.n = int(index.ntotal)
         self.d = int(index.d)
         self.trained = self.n if trained is None else trained
@@ -183,8 +194,9 @@ class VectorIndex:
             try:
                 index = faiss().read_index(str(path), faiss().IO_FLAG_MMAP_IFC)
             except RuntimeError:
-                index = faiss().read_index(str(path))
-        except RuntimeError as error:
+                with path.open("rb") as file:  # FAISS cannot open every name on Windows
+                    index = faiss().read_index(faiss().PyCallbackIOReader(file.read))
+        except (RuntimeError, OSError) as error:
             raise StoreError(
                 f"{path}: FAISS cannot read it ({_reason(error)}); rebuild the index"
             ) from None
@@ -205,6 +217,11 @@ class VectorIndex:
         """Return the contents of the file that :meth:`save` would write."""
         array: npt.NDArray[np.uint8] = faiss().serialize_index(self._cpu)
         return array
+
+    @property
+    def _cpu(self) -> FaissIndex:
+        faiss()  # for its number of threads
+        return self._index
 
     @property
     def device(self) -> str:

@@ -53,7 +53,7 @@ class Limits:
 
     A map contains at most ``mapped`` key values, and accuracy is estimated only for at most ``estimated`` keys. A
     request for a slow result is answered with status 202 after ``patience`` seconds. Indexes are checked for new
-    versions every ``poll`` seconds.
+    versions every ``poll`` seconds. An encoder on a CPU leaves memory if it was not used for ``idle`` seconds.
     """
 
     bytes: int = 32 << 20
@@ -72,6 +72,7 @@ class Limits:
     estimated: int = 1 << 12
     patience: float = 10.0
     poll: float = 1.0
+    idle: float = 600.0
 
 
 def give_time(seconds: float | None = None) -> None:

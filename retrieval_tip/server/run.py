@@ -6,7 +6,6 @@ import asyncio
 import hashlib
 import logging
 import os
-import resource
 import secrets
 import signal
 import socket
@@ -19,6 +18,7 @@ from fastapi import FastAPI
 from h11 import LocalProtocolError
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from retrieval_tip import platforms
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.files import cache_folder, make_folders, open_regular, real
 from retrieval_tip.server.guard import Limits
@@ -79,8 +79,7 @@ class LastServer:
         self.port = 0
         self.token = ""
         with suppress(OSError, InputError, ValueError), open_regular(self.file) as file:
-            status = os.fstat(file.fileno())
-            if status.st_uid == os.geteuid() and not status.st_mode & 0o077:
+            if platforms.is_private(self.file, os.fstat(file.fileno())):
                 port, self.token = file.read().decode().split()
                 self.port = int(port)
 
@@ -167,11 +166,7 @@ def serve(app: FastAPI, listening: socket.socket, proxies: Sequence[str] = ()) -
     logging.getLogger("asyncio").addFilter(
         lambda record: LocalProtocolError not in (record.exc_info or ())
     )
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(
-        resource.RLIMIT_NOFILE,
-        (FILES if soft == resource.RLIM_INFINITY else min(soft, FILES), hard),
-    )
+    platforms.limit_files(FILES)
     before = {
         number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)
     }

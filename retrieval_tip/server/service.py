@@ -27,7 +27,7 @@ from retrieval_tip.data import images
 from retrieval_tip.data.cached_encoder import pixels_of
 from retrieval_tip.data.reader import FeatureBlock
 from retrieval_tip.data.remote import scheme_of
-from retrieval_tip.data.sources import read_item
+from retrieval_tip.data.source import file_of, read_item
 from retrieval_tip.errors import InputError, Skipped
 from retrieval_tip.index.places import Changed
 from retrieval_tip.server import metrics, schemas, shots
@@ -121,7 +121,10 @@ class Service:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Follow the index folders inside the context. On exit, finish the queued work and stop the threads."""
+        """Follow the index folders inside the context, and release idle encoders.
+
+        On exit, finish the queued work and stop the threads.
+        """
         follower = asyncio.create_task(self._follow())
         yield
         follower.cancel()
@@ -139,6 +142,12 @@ class Service:
                         await self.run(self._following, one.follow)
                     except Exception:
                         log.exception("%s: cannot look for new versions", one.name)
+            await self.run(self._following, self._release)
+
+    def _release(self) -> None:
+        for one in list(self.served.values()):
+            if one.now.backbone is not None:
+                one.now.backbone.release(self.limits.idle)
 
     @staticmethod
     async def run(pool: Executor, call: Callable[..., T], *arguments: Any) -> T:
@@ -327,10 +336,9 @@ class Service:
         if scheme_of(source) is not None:
             return source, 0, 0
         path = self.root / source
+        file = Path(file_of(str(path)))
         try:
-            if path.suffix.lower() in images.extensions() and stat.S_ISREG(
-                (found := path.stat()).st_mode
-            ):
+            if images.is_photo(file) and stat.S_ISREG((found := file.stat()).st_mode):
                 return path, found.st_mtime_ns, found.st_size
         except (OSError, ValueError):  # the source is not a valid file name
             pass

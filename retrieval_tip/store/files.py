@@ -19,9 +19,11 @@ from retrieval_tip.arrays import KeyArray
 from retrieval_tip.errors import StoreError
 from retrieval_tip.files import (
     NotAFileError,
+    delete,
     lock,
     make_folders,
     open_regular,
+    replace,
     sha256_of,
     sync,
     temporary,
@@ -124,7 +126,7 @@ class LocalFiles:
                     file.write(chunk)
                 file.flush()
                 os.fsync(file.fileno())
-            new.replace(path)
+            replace(new, path)
 
     def create(self, name: str, data: bytes) -> bool:
         if os.path.lexists(self.folder / name):
@@ -150,7 +152,7 @@ class LocalFiles:
 
     def delete(self, names: Iterable[str]) -> None:
         for name in names:
-            (self.folder / name).unlink(missing_ok=True)
+            delete(self.folder / name)
 
     def flush(self, *folders: str) -> None:
         for folder in folders:

@@ -30,7 +30,6 @@ import uuid
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from importlib.metadata import version as version_of
 from io import BytesIO
 from pathlib import Path
 from typing import Any, TypeVar
@@ -40,9 +39,11 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from retrieval_tip import __version__
 from retrieval_tip.arrays import IntArray, KeyArray
 from retrieval_tip.errors import InputError, StoreError, UsageError, warn_once
-from retrieval_tip.files import TEMPORARY, real, remove_leftovers, sha256_of
+from retrieval_tip.files import TEMPORARY, delete, real, remove_leftovers, replace, sha256_of
+from retrieval_tip.platforms import open_shared
 from retrieval_tip.settings import Verify, check_choice
 from retrieval_tip.store.files import (
     FILE_NAME,
@@ -143,7 +144,7 @@ class Writer:
             time.sleep(0.001)
         with suppress(OSError, StoreError):
             for path in self._staged:
-                path.unlink(missing_ok=True)
+                delete(path)
             self.store.remove_unnamed({file.name for file in self.files.values()})
 
     def put(self, kind: str, rows: int, *chunks: bytes | memoryview) -> None:
@@ -210,7 +211,7 @@ class Writer:
         with staged.open("rb+") as file:
             os.fsync(file.fileno())
         data_file = self.files[kind] = entry(kind, rows, staged.stat().st_size, sha256_of(staged))
-        staged.replace(self.store.folder / data_file.name)
+        replace(staged, self.store.folder / data_file.name)
 
     def seal_array(self, kind: str, array: np.memmap[Any, Any]) -> KeyArray:
         """Seal a staged array, and map its file again."""
@@ -771,7 +772,7 @@ class Check:
 def created() -> dict[str, Any]:
     """Return the entries of a new manifest that contain the time and the program version."""
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    return {"created_at": now, "created_by": f"retrieval-tip {version_of('retrieval-tip')}"}
+    return {"created_at": now, "created_by": f"retrieval-tip {__version__}"}
 
 
 def made_now(manifest: Manifest) -> bool:
@@ -804,8 +805,14 @@ def paths_in(folder: Path) -> list[Path]:
 
 
 def _reserved(path: Path, shape: tuple[int, int], dtype: npt.DTypeLike) -> np.memmap[Any, Any]:
-    array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
-    with path.open("rb+") as file:
+    path.touch()
+    with open(
+        path, "rb+", opener=open_shared
+    ) as file:  # so that it can be renamed while it is mapped
+        descr = np.lib.format.dtype_to_descr(np.dtype(dtype))
+        header = {"descr": descr, "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        array = np.memmap(file, dtype, "r+", file.tell(), shape)
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(file.fileno(), array.offset, array.nbytes)
         else:  # on macOS, space is only reserved by writing

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+from retrieval_tip.data.source import file_of
 from retrieval_tip.errors import InputError, Skipped
 from retrieval_tip.files import cache_folder, read_regular, real
 from retrieval_tip.labelling import placing
@@ -70,7 +71,7 @@ def write_labels(labels: Iterable[tuple[str, str | None]], groups: Levels | None
     """
     photos: dict[str, list[str]] = {}
     for path, label in labels:
-        own = photos.setdefault(path, [])
+        own = photos.setdefault(file_of(path), [])
         if label and label not in own:
             own.append(label)
     return write_sidecars(
@@ -86,7 +87,7 @@ def undo_sidecars(photos: Iterable[str]) -> Outcome:
 
     Sidecars that have changed since are ``skipped``.
     """
-    places = dict.fromkeys(map(_place, photos))
+    places = dict.fromkeys(_place(file_of(photo)) for photo in photos)
     restored = 0
     skipped = list[Skipped]()
     with _records(places) as records:
