@@ -33,9 +33,13 @@ $(VENV)/bin/python:
 browser: ## install Debian's Chromium and faketime for tests of the page and of clocks (needs root)
 	@command -v chromium >/dev/null && command -v faketime >/dev/null || { apt-get update -qq -o Acquire::Retries=3 && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq -o Acquire::Retries=3 --no-install-recommends chromium faketime; }
 
+.PHONY: about
+about:
+	@echo "A demo of retrieval-tip. Before it starts, a minute or two go into installing it in $(VENV)."
+
 # An environment from `make setup` will do.
-demo: $(if $(wildcard $(READY)),$(READY),$(DEMO_READY)) ## build an index of photos, classify, evaluate (your own: PHOTOS=FOLDER MODEL=NAME@TAG)
-	$(BIN)/python benchmarks/demo.py $(if $(MODEL),--model '$(MODEL)') $(if $(PHOTOS),--photos '$(PHOTOS)')
+demo: $(if $(wildcard $(READY) $(DEMO_READY)),,about) $(if $(wildcard $(READY)),$(READY),$(DEMO_READY)) ## build an index of photos, classify, evaluate (your own: PHOTOS=FOLDER MODEL=NAME@TAG)
+	@$(BIN)/python benchmarks/demo.py $(if $(MODEL),--model '$(MODEL)') $(if $(PHOTOS),--photos '$(PHOTOS)')
 
 lint: setup ## check formatting, lint, types, import directions, docstring references and budgets
 	$(BIN)/ruff format --check .

@@ -4,7 +4,8 @@ Each encoder builds an index of synthetic 12-megapixel photos. Then ``classify``
 them, and ``serve`` answers two requests with eight photos each. Each of them runs in its own process on the CPU, and
 the build runs twice, because the first one also converts the encoder for OpenVINO, and the second one is measured.
 Figures are the highest resident memory that Linux has recorded (VmHWM), which includes mapped files of the libraries.
-``before`` and ``after`` are the resident memory of a served index, before and after its encoder is released.
+``before`` and ``after`` are the resident memory of a served index, before and after its encoder is released, and
+``reload s`` is the number of seconds until it has encoded the next photos.
 
 If the weights of an encoder are not on this machine, random weights replace them, which take the same memory. The first
 column of the table then says so.
@@ -18,7 +19,7 @@ import re
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import get_context
@@ -28,7 +29,7 @@ import click
 import httpx
 import numpy as np
 import psutil
-from common import GIB, PROGRAM, SEED, launch, machine, show
+from common import GIB, PROGRAM, SEED, clocked, launch, machine, show
 from demo import LITE0
 from PIL import Image
 
@@ -126,27 +127,24 @@ def serve(index: Path, photos: list[Path]) -> float:
         return peak(process)
 
 
-def idle(index: Path, photos: list[Path]) -> tuple[float, float]:
-    """Return the resident memory of this process with a served index, before and after its encoder is released."""
+def idle(index: Path, photo: Path) -> dict[str, float]:
+    """Return the resident memory of this process before and after the encoder of a served index is released.
+
+    ``reload s`` is the time in seconds until the encoder has encoded the next photos.
+    """
     import torch
 
     from retrieval_tip.server.served import Backbones, open_all
 
-    now = next(iter(open_all([index], Backbones("cpu", "auto", None)).values())).now
-    backbone = now.backbone
+    backbone = next(iter(open_all([index], Backbones("cpu", "auto", None)).values())).now.backbone
     assert backbone is not None
-    backbone.encode_images(torch.stack([backbone.preprocess(Image.open(photos[0]))] * SENT))
-    used = psutil.Process().memory_info().rss / GIB
+    pixels = torch.stack([backbone.preprocess(Image.open(photo))] * SENT)
+    backbone.encode_images(pixels)
+    before = psutil.Process().memory_info().rss / GIB
     backbone.release(0)
-    return used, psutil.Process().memory_info().rss / GIB
-
-
-def alone(
-    call: Callable[[Path, list[Path]], tuple[float, float]], *given: object
-) -> tuple[float, float]:
-    """Return the result of a call that has its own process."""
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        return pool.submit(call, *given).result()  # type: ignore[arg-type]
+    after = psutil.Process().memory_info().rss / GIB
+    seconds = clocked(lambda: backbone.encode_images(pixels))
+    return {"before": before, "after": after, "reload s": seconds}
 
 
 @click.command(help=__doc__)
@@ -187,8 +185,8 @@ def main(models: tuple[str, ...], number: int) -> None:
             row["classify"] = launch(*classify).peak
             row["label"] = label(folder / f"labels {i}", used, folder / "new")
             row["serve"] = serve(index, new)
-            row["before"], row["after"] = alone(idle, index, new)
-            rows.append(row)
+            with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+                rows.append(row | pool.submit(idle, index, new[0]).result())
     click.echo(machine("openvino", "open_clip_torch"))
     show(f"resident memory in GiB, {number} photos of 12 megapixels", rows)
 

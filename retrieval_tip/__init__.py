@@ -12,9 +12,8 @@ import lazy_loader
 
 __version__ = "0.1.0"
 
-if (
-    sys.platform == "darwin"
-):  # FAISS and torch each bring an OpenMP runtime, and the second one aborts the process
+# FAISS and torch each bring an OpenMP runtime, and on macOS the second one would abort the process.
+if sys.platform == "darwin":
     os.environ.setdefault("KMP_DUPLICATE_LIB_OK", "TRUE")
 
 # The public names are listed in __init__.pyi. Importing torch takes seconds, and ``--help`` does not need it.

@@ -6,7 +6,6 @@ from .backbones.loading import load_backbone as load_backbone
 from .classifier import Classifier as Classifier
 from .classifier import Explanation as Explanation
 from .data.encoding_cache import EncodingCache as EncodingCache
-from .data.pictures import open_images as open_images
 from .data.reader import Reader as Reader
 from .data.sources import Source as Source
 from .data.sources import open_inputs as open_inputs
@@ -30,6 +29,7 @@ from .labelling.sort import sort_photos as sort_photos
 from .labelling.sort import undo_sort as undo_sort
 from .model import Index as Index
 from .model import verify as verify
+from .pictures import open_images as open_images
 from .predictions import Neighbour as Neighbour
 from .predictions import Prediction as Prediction
 from .predictions import Predictions as Predictions

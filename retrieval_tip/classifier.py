@@ -25,7 +25,6 @@ from retrieval_tip.backbones.loading import Model, given_backbone, load_again
 from retrieval_tip.data import images
 from retrieval_tip.data.encoding_cache import EncodingCache
 from retrieval_tip.data.feature_table import check_backbone
-from retrieval_tip.data.pictures import Picture, features_of, is_one, open_images
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import (
     Source,
@@ -54,6 +53,7 @@ from retrieval_tip.labelling.placing import Action
 from retrieval_tip.labelling.pool import Pool, Suggestions, suggest_features, suggest_photos
 from retrieval_tip.labelling.sort import Sorted, sort_photos
 from retrieval_tip.model import Index
+from retrieval_tip.pictures import Picture, features_of, is_one, open_images
 from retrieval_tip.predictions import Prediction, Predictions, SimilarShot
 from retrieval_tip.retrieval.inputs import Features
 from retrieval_tip.settings import (
@@ -162,9 +162,6 @@ class OpenIndex:
         return (
             f"Classifier({self.index.n} photos, {len(self.classes)} classes, {backbone}, {place})"
         )
-
-    def _repr_html_(self) -> str:
-        return self.index._repr_html_()
 
     def __copy__(self) -> Self:
         other = object.__new__(type(self))

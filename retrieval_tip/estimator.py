@@ -15,13 +15,13 @@ from retrieval_tip.arrays import FloatArray, IntArray
 from retrieval_tip.backbones.base import side_by_side, unit
 from retrieval_tip.backbones.loading import Model, given_backbone
 from retrieval_tip.data.encoding_cache import EncodingCache
-from retrieval_tip.data.pictures import Picture, open_images
 from retrieval_tip.data.reader import Reader
-from retrieval_tip.errors import InputError, UsageError, check_count
+from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.fit import closed_form
 from retrieval_tip.fit.closed_form import FitRequest
 from retrieval_tip.machine import install
 from retrieval_tip.model import Index
+from retrieval_tip.pictures import Picture, open_images
 from retrieval_tip.retrieval.inputs import Features
 from retrieval_tip.settings import ClassPrior, MetricName, Settings, ValuesName
 from retrieval_tip.store.edits import Edits, NewKeys
@@ -161,29 +161,6 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
         winners = (scores > 0).astype(int) if scores.ndim == 1 else scores.argmax(axis=1)
         labels: Array = self.classes_[winners]
         return labels
-
-    def kneighbors(self, X: npt.ArrayLike, n_neighbors: int = 5) -> tuple[FloatArray, IntArray]:
-        """Find the nearest keys of each query.
-
-        Returns two arrays of shape ``[q, m]``, where ``m`` is ``n_neighbors`` or the number of keys, whichever is
-        smaller. The first array holds the affinities, largest first, which are inner products and not distances. The
-        second array holds the row numbers of the keys in the fitted ``X``, counted across calls of :meth:`partial_fit`.
-        An approximate index may leave slots empty. Empty slots have affinity -inf and row -1.
-
-        Raises UsageError if ``n_neighbors`` is below 1.
-        """
-        features = self._queries(X)
-        check_count("n_neighbors", n_neighbors)
-        queries = torch.from_numpy(features).to(self.index_.device)
-        nearest, rows = self.index_.nearest(queries, int(n_neighbors))
-        affinity = np.where(rows < 0, -np.inf, nearest.cpu().numpy()).astype(np.float32)
-        order = np.argsort(
-            -affinity, axis=1, kind="stable"
-        )  # a compressed index sorts by approximate affinities
-        key_ids = np.where(rows < 0, -1, self.index_.labels["key_id"].to_numpy()[rows])
-        return np.take_along_axis(affinity, order, axis=1), np.take_along_axis(
-            key_ids, order, axis=1
-        )
 
     def _first(self, X: npt.ArrayLike, y: npt.ArrayLike, labels: npt.ArrayLike | None) -> Self:
         """Fit the first rows. ``labels`` defaults to the labels in ``y``."""

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from retrieval_tip import tip
 from retrieval_tip.answers import AnswerBlock
-from retrieval_tip.arrays import FloatArray, IntArray, KeyArray
+from retrieval_tip.arrays import FloatArray, IntArray, KeyArray, slices
 from retrieval_tip.backbones.base import (
     Identity,
     Part,
@@ -33,7 +33,6 @@ from retrieval_tip.data.sources import Source, open_items
 from retrieval_tip.data.tables import is_frame
 from retrieval_tip.editing import apply
 from retrieval_tip.errors import InputError, StoreError, UsageError, check_count, warn_once
-from retrieval_tip.html import markup, table
 from retrieval_tip.levels import Levels
 from retrieval_tip.predictions import Predictions, SimilarShot
 from retrieval_tip.records import Built, Fitted
@@ -41,7 +40,7 @@ from retrieval_tip.retrieval import inputs
 from retrieval_tip.retrieval.conformal import Scores, Sets
 from retrieval_tip.retrieval.inputs import Features, KeysInPlace, Labels
 from retrieval_tip.retrieval.keys import KEY_BLOCK, Keys, auto_for, transformed
-from retrieval_tip.retrieval.logits import LOGITS, AnswerTerms, Retrieval, slices
+from retrieval_tip.retrieval.logits import LOGITS, AnswerTerms, Retrieval
 from retrieval_tip.retrieval.ridge import MOST_SOLVED, Ridge
 from retrieval_tip.retrieval.rows import ArrayRows, Rows
 from retrieval_tip.retrieval.vector_index import FLAT_FACTORY, VectorIndex
@@ -52,7 +51,6 @@ from retrieval_tip.store.files import read_array
 from retrieval_tip.store.labels import label_table, rows_with
 from retrieval_tip.store.manifest import SUFFIXES, Manifest, Table
 from retrieval_tip.store.versions import Check, Origin, Versions, Writer, created
-from retrieval_tip.wording import few
 
 SUMS_FROM = 8
 """The sums are only saved if they are at most an eighth of the size of the keys. Otherwise, a fit recomputes them."""
@@ -737,33 +735,6 @@ class Index:
             f"index={self.index_type!r}, alpha={self.settings.alpha:g}, beta={self.settings.beta:g}, "
             f"k={self.settings.k or 'all'}, device={self.device!r})"
         )
-
-    def _repr_html_(self) -> str:
-        counts = zip(self.class_names, self.counts, strict=True)
-        classes = few([f"{name} {number}" for name, number in counts])
-        settings = self.settings
-        settings_text = (
-            f"alpha {settings.alpha:.4g}, beta {settings.beta:.4g}, k {settings.k or 'all'}, "
-        )
-        settings_text += (
-            f"{'with' if settings.tail else 'without'} tail, temperature {settings.temperature:.4g}"
-        )
-        text = "none: only the cache is used"
-        if self.has_text:
-            text = f"logit scale {settings.logit_scale:.4g}"
-        place = "not from a folder"
-        if self.place:
-            place = f"{self.place}, version {self.version}"
-        rows: list[tuple[str, object]] = [
-            ("keys", f"{self.n:,} of {self.d:,} values, {self.dtype}"),
-            ("classes and their keys", f"{len(self.class_names):,}: {classes}"),
-            ("settings", settings_text),
-            ("text", text),
-            ("index", f"{self.index_type} on {self.device}"),
-            ("backbone", self.backbone or "unnamed"),
-            ("folder", place),
-        ]
-        return table((), rows, markup(f"<b>{type(self).__name__}</b>"))
 
     @classmethod
     def load(

@@ -12,7 +12,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from retrieval_tip.arrays import FloatArray
-from retrieval_tip.html import table
 from retrieval_tip.wording import counted, one_line
 
 _NEIGHBOUR = {
@@ -48,8 +47,6 @@ SCHEMA = pa.schema(list(PREDICTIONS.items()))
 ROWS = 1024
 """Number of rows that are converted to objects at a time."""
 
-SHOWN_PREDICTIONS = 50
-"""Number of predictions shown in a notebook."""
 SHOWN_LABELS = 8
 
 Abstain = float | Literal["auto"] | None
@@ -84,15 +81,6 @@ class Neighbour:
     def contribution(self) -> float:
         """The contribution to the winning class. It is negative if the shot counts against the answer."""
         return self.gives[0]
-
-
-def _shots_table(shots: Sequence[Neighbour], caption: str) -> str:
-    columns = ("contribution", "affinity", "label", "source", "key")
-    rows = [
-        (f"{shot.contribution:.1e}", f"{shot.affinity:.4f}", shot.label, shot.source, shot.key_id)
-        for shot in shots
-    ]
-    return table(columns, rows, caption, numbers=(0, 1, 4))
 
 
 class SimilarShot(NamedTuple):
@@ -161,18 +149,6 @@ class Prediction:
         if self.neighbours:
             parts.append(f"strongest shot {self.neighbours[0].source}")
         return one_line(f"Prediction({'; '.join(filter(None, parts))})")
-
-    def _repr_html_(self) -> str:
-        classes = zip(self.labels, map(shown_probability, self.probabilities), strict=True)
-        caption = f"text {self.text_logit:.4g} + cache {self.cache_logit:.4g}"
-        if self.discriminant_logit is not None:
-            caption += f" + class average {self.discriminant_logit:.4g}"
-        shown = table(("class", "probability"), classes, caption, numbers=(1,))
-        if self.neighbours:
-            shown += _shots_table(self.neighbours, f"shots for {self.label}")
-        if self.opposing:
-            shown += _shots_table([self.opposing], "strongest shot against it")
-        return f"<div>{shown}</div>"
 
 
 class Predictions:
@@ -285,33 +261,6 @@ class Predictions:
     def to_pandas(self) -> Any:
         """Return the predictions as a pandas DataFrame. Raises ImportError if pandas is not installed."""
         return self.to_arrow().to_pandas()
-
-    def _repr_html_(self) -> str:
-        caption = counted(len(self), "prediction")
-        if len(self) > SHOWN_PREDICTIONS:
-            caption += f"; the first {SHOWN_PREDICTIONS}"
-        columns = (
-            "query",
-            "label",
-            "probability",
-            "text logit",
-            "cache logit",
-            "affinity",
-            "strongest shot",
-        )
-        rows = []
-        for place, answer in enumerate(self[:SHOWN_PREDICTIONS]):
-            strongest = ("-", "-")
-            if answer.neighbours:
-                shot = answer.neighbours[0]
-                strongest = (f"{shot.affinity:.4f}", f"{shot.label} ({shot.source})")
-            figures = (
-                shown_probability(answer.probability),
-                f"{answer.text_logit:.4g}",
-                f"{answer.cache_logit:.4g}",
-            )
-            rows.append((place, answer.label, *figures, *strongest))
-        return table(columns, rows, caption, numbers=(0, 2, 3, 4, 5))
 
 
 def lists(values: npt.NDArray[Any] | pa.Array, m: int) -> pa.ListArray:

@@ -80,6 +80,12 @@ def counted(number: int, what: str, does: str = "", do: str = "") -> str:
     return f"{number:,} {what}{ending} {do}".rstrip()
 
 
+def span(interval: tuple[float, float]) -> str:
+    """Format an interval of shares, for example ``87 to 95 %``."""
+    low, high = interval
+    return f"{100 * low:.0f} to {100 * high:.0f} %"
+
+
 def percent(share: float) -> str:
     """Format a share, for example ``92.5 %``. A share is never rounded to 0 or 100 %."""
     shown = f"{100 * share:.1f} %"

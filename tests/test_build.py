@@ -171,10 +171,6 @@ def test_suspicious_sources_get_a_warning(tmp_path, caplog):
     build_index(open_source(views), tmp_path / "4", Reader())
     assert "6 rows have 3 ids (a, b); rows with the same id count as one photo" in caplog.text
     assert caplog.text.count("only one photo of cat") == 1
-    words = write_table(tmp_path / "words.parquet", rows[:2], ["cat", "dog"])
-    shots = write_table(tmp_path / "shots.parquet", rows, ["cat", "dog"] * 3)
-    build_index(open_source(words), tmp_path / "3", Reader(), text=shots, fit="none")
-    assert "--text has 6 rows" in caplog.text
 
 
 def test_labels_take_the_spelling_of_the_text_table(tmp_path):

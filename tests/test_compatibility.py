@@ -10,10 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from sealing import refused, sealed, snapshot
-from tables import unit_rows, write_table
+from sealing import refused, sealed
 
-from retrieval_tip.errors import InputError
 from retrieval_tip.index import changes
 from retrieval_tip.index.changes import fit_index
 from retrieval_tip.index.places import at
@@ -55,29 +53,6 @@ def test_an_index_of_the_present_format_gives_its_old_answers(tmp_path):
     check_answers(at(place).verify(), "fitted")
     changes.rollback(place, 3)
     check_answers(at(place).verify(), "fitted")
-
-
-def test_the_manifest_of_an_earlier_program_is_named_if_it_is_alone_and_else_ignored(tmp_path, run):
-    """A backup or a synchronised folder can bring it back."""
-    place = Path(copied("fitted", tmp_path))
-    shutil.copy(place / "manifests/000001.json", place / "manifest.json")
-    every = snapshot(place)
-    newest = at(str(place)).manifest()
-    refused(lambda: changes.remove(place, key_ids=[9999]), "9999", error=InputError)
-    assert snapshot(place) == every
-    changes.configure(place, temperature=4.0)
-    assert at(str(place)).history()["version"].to_pylist() == [1, 2, 3, 4]
-    assert at(str(place)).manifest(3) == newest
-    at(str(place)).verify()
-    shutil.rmtree(place / "manifests")
-    shutil.rmtree(place / "newest")
-    before = snapshot(place)
-    refused(
-        lambda: changes.remove(place, key_ids=[1]), "in an earlier format, which is no longer read"
-    )
-    table = write_table(tmp_path / "t.parquet", unit_rows(4, 8), ["a", "b"] * 2)
-    assert "is not an index and not empty" in run("index build", table, "--out", place).stderr
-    assert snapshot(place) == before
 
 
 def test_a_table_with_a_vector_index_compares_all_keys_until_it_is_rebuilt(tmp_path):

@@ -69,6 +69,15 @@ def test_your_own_photos_are_all_used_with_the_same_split_each_time(tmp_path):
         )
 
 
+def test_a_class_with_too_few_photos_is_left_out_of_the_demo(tmp_path):
+    make_photos(tmp_path / "many", 1, demo.FEWEST)
+    make_photos(tmp_path / "few", 1, demo.FEWEST - 1)
+    demo.split(tmp_path, {name: [*(tmp_path / name).rglob("*.png")] for name in ("many", "few")})
+    for folder in demo.LAID_OUT:
+        photos = open_source(tmp_path / folder)
+        assert (photos.class_names, len(photos)) == (("many",), demo.FEWEST // 2)
+
+
 def test_the_demo_never_replaces_foreign_photos(tmp_path):
     make_photos(tmp_path / "work/photos")
     (tmp_path / "work/photos.csv").write_text("mine")
@@ -78,6 +87,9 @@ def test_the_demo_never_replaces_foreign_photos(tmp_path):
         demo.lay_out(tmp_path / "work", "auto", make_photos(tmp_path / "own"), "some-model")
     assert len(list((tmp_path / "work/photos").glob("*/*"))) == 24
     assert (tmp_path / "work/photos.csv").read_text() == "mine"
+
+
+RESULT = r"of 6 new photos, (\d) right, (\d) wrong, (\d) set aside"
 
 
 def test_the_demo_and_its_next_commands_run_on_your_own_photos(tmp_path, monkeypatch):
@@ -98,9 +110,15 @@ def test_the_demo_and_its_next_commands_run_on_your_own_photos(tmp_path, monkeyp
     taught.touch()
     done = CliRunner().invoke(demo.main, options)
     assert done.exit_code == 0, done.output
+    assert done.stdout.startswith(demo.ABOUT)
     assert "18 shots, 3 classes" in done.stdout
     assert "version 2, added 6 shots" in done.stdout
-    assert done.stdout.count("affinity") >= 4
+    right, wrong, aside = map(int, re.search(RESULT, done.stdout).groups())
+    assert right + wrong + aside == 6
+    [accuracy] = re.findall(r"^accuracy +([\d.]+) % of 6 photos", done.stdout, re.MULTILINE)
+    assert right <= round(6 * float(accuracy) / 100) <= right + aside
+    explained = re.findall(r"This photo is labelled (.*), and the shots", done.stdout)
+    assert len(explained) == done.stdout.count("affinity") == min(1, wrong)
     assert taught.exists()
     shown = [
         line.strip()

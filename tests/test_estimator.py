@@ -205,9 +205,10 @@ def test_partial_fits_equal_one_fit_on_all_rows(how):
         1e-5 * np.abs(expected).max()
     )  # the sums behind a fitted metric were added in another order
     assert_allclose(parts.decision_function(QUERIES), expected, rtol=0, atol=bound)
-    (affinity, rows), (expected, same) = (made.kneighbors(QUERIES, 9) for made in (parts, whole))
-    assert_allclose(affinity, expected, rtol=0, atol=1e-5)
-    assert_array_equal(rows, same)
+    near, same = (made.index_.similar(QUERIES, 9) for made in (parts, whole))
+    assert [[one.key_id for one in own] for own in near] == [
+        [one.key_id for one in own] for own in same
+    ]
     assert parts.fit(X[:30], Y[:30]).index_.n == 30
 
 
@@ -230,31 +231,6 @@ def test_partial_fit_needs_to_know_the_classes():
     with pytest.raises(ValueError, match="expecting 16 features"):
         made.partial_fit(X[:, 1:], Y)
     assert_array_equal(made.decision_function(QUERIES), whole)
-
-
-@pytest.mark.parametrize("index", ["Flat", "HNSW8", "SQ8"])
-def test_kneighbors_are_sorted_rows_of_the_training_data(index):
-    made = classifier(index=index).fit(X, Y)
-    affinity, rows = made.kneighbors(QUERIES, n_neighbors=10)
-    assert (affinity.shape, affinity.dtype, rows.shape, rows.dtype) == (
-        (40, 10),
-        np.float32,
-        (40, 10),
-        np.int64,
-    )
-    assert (np.diff(affinity, axis=1) <= 0).all()
-    assert_allclose(affinity, np.einsum("qd,qkd->qk", QUERIES, X[rows]), atol=1e-5)
-    if index == "Flat":
-        assert_array_equal(rows, np.argsort(-(QUERIES @ X.T), axis=1)[:, :10])
-    assert rows[0].tolist() == [one.key_id for one in made.index_.similar(QUERIES[:1], 10)[0]]
-    assert made.kneighbors(X)[0].shape == (len(X), 5)
-    if index != "SQ8":
-        assert made.kneighbors(X, 1)[1].ravel().tolist() == list(range(len(X)))
-    everything = made.kneighbors(QUERIES, 10_000)[1]
-    assert everything.shape == (40, len(X))
-    for wrong in (0, -1, 1.5, None):
-        with pytest.raises(UsageError, match="n_neighbors"):
-            made.kneighbors(QUERIES, wrong)
 
 
 @pytest.mark.parametrize(
@@ -311,13 +287,3 @@ def test_without_scikit_learn_one_line_says_what_to_install(warm_path):
     )  # a library may add a note
     assert line.startswith("ImportError: TipAdapterClassifier needs scikit-learn 1.6 or newer")
     assert re.search("pip install 'scikit-learn>=[0-9.]+'$", line)
-
-
-def test_kneighbors_marks_rows_that_an_approximate_index_does_not_find():
-    made = classifier(index="IVF15,Flat").fit(X, Y)
-    affinity, rows = made.kneighbors(QUERIES, len(X))
-    missing = rows < 0
-    assert missing.any()
-    assert (rows[missing] == -1).all()
-    assert np.isneginf(affinity[missing]).all()
-    assert (affinity[:, :-1] >= affinity[:, 1:]).all()

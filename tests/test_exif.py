@@ -20,8 +20,8 @@ from serving import caltech_photos
 from retrieval_tip.data import images
 from retrieval_tip.data.boxes import cut_boxes
 from retrieval_tip.data.exif import UNKNOWN, ExifRecorder, Taken, taken
-from retrieval_tip.data.pictures import open_images
 from retrieval_tip.labelling.bursts import bursts
+from retrieval_tip.pictures import open_images
 
 START = datetime(2026, 3, 1, 23, 59, 55)
 LATITUDE = st.floats(-89.9, 89.9)

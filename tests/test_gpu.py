@@ -207,7 +207,7 @@ def test_search_hp_holds_few_affinities_on_a_gpu():
     queries = Queries(rows[some].numpy(), ids[some], "made")
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    search_hp.search(cache, queries, betas=[1.0])
+    search_hp.search(cache, queries)
     assert torch.cuda.max_memory_allocated() - before < 8 * 4 * visible.VALUES + (1 << 28)
 
 

@@ -29,12 +29,13 @@ from retrieval_tip.cli import main
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import open_source
 from retrieval_tip.errors import RetrievalTipError
-from retrieval_tip.index import changes, manage
+from retrieval_tip.index import changes
 from retrieval_tip.index import places as stores
 from retrieval_tip.index.build import build_index
 from retrieval_tip.index.changes import fit_index
 from retrieval_tip.plugins.lance import lance_store
 from retrieval_tip.plugins.lance.bucket import BucketFiles, storage_options
+from retrieval_tip.server import manage
 from retrieval_tip.store import files as store_files
 from retrieval_tip.store import versions as store_versions
 from retrieval_tip.store.files import LocalFiles

@@ -112,7 +112,6 @@ def test_every_door_answers_by_level(run, index, queries):
     found = opened.classify(features, at_least=0.8)
     assert [(one.label, one.level) for one in found] == [answer[:2] for answer in answers]
     assert repr(found)
-    assert found._repr_html_()
     with TestClient(app_of(index)) as client:
         body = {"features": features.tolist()}
         results = client.post("/v1/classify?at_least=0.8", json=body).json()["results"]

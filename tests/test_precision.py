@@ -23,11 +23,11 @@ from retrieval_tip.backbones.base import unit
 from retrieval_tip.backbones.loading import load_again, load_backbone
 from retrieval_tip.classifier import Classifier
 from retrieval_tip.data.encoding_cache import EncodingCache
-from retrieval_tip.data.pictures import open_images
 from retrieval_tip.data.reader import FEWEST, Reader
 from retrieval_tip.data.sources import open_items, read_item
 from retrieval_tip.errors import BackboneError, InputError, UsageError
 from retrieval_tip.index.places import at
+from retrieval_tip.pictures import open_images
 from retrieval_tip.server.served import Backbones
 
 CALIBRATE = (

@@ -19,7 +19,7 @@ def prepare() -> None:
     if not Path("photos").exists():
         WORK.mkdir(parents=True, exist_ok=True)
         if not (WORK / "photos").exists():
-            demo.lay_out(WORK, "debian", None, demo.Backbone())
+            demo.lay_out(WORK, "debian", None, None)
         os.chdir(WORK)
 
 

@@ -214,6 +214,7 @@ class Backbone(Protocol):
 
     def release(self, idle: float) -> None:
         """Free the weights if they were not used for ``idle`` seconds. The next use loads them again."""
+        return
 
 
 class _Completed(Backbone):

@@ -61,10 +61,6 @@ class Joined(Backbone):
         """Return the same backbone, which does not use the parts whose share is 0."""
         return Joined(self.parts, [share > 0 for share in shares])
 
-    def release(self, idle: float) -> None:
-        for part in self.parts:
-            part.release(idle)
-
     def preprocess(self, image: Image.Image) -> torch.Tensor:
         import torch
 

@@ -74,6 +74,7 @@ class TorchBackbone(Backbone):
 
     # the last backbone that was unpickled, since joblib unpickles one per task
     _last: ClassVar[TorchBackbone | None] = None
+    _used_at = 0.0
 
     def __init__(
         self, open_model: Open, device: str, precision: Precision, known: Known | None = None
@@ -86,7 +87,6 @@ class TorchBackbone(Backbone):
         self.precision: str = precision
         self._compiles = device == "cpu" and precision != "float16"
         self._tower: tower.Tower | None = None
-        self._used_at = time.monotonic()
         self._opened = None if known is not None else self._open_here()
         self.known = known = known or self._described()
         self.identity = known.identity
@@ -160,8 +160,9 @@ class TorchBackbone(Backbone):
         return last
 
     def release(self, idle: float) -> None:
-        given = isinstance(self._open, Opened)  # cannot be loaded again
-        if given or self._device.type != "cpu" or time.monotonic() - self._used_at < idle:
+        if isinstance(self._open, Opened):  # cannot be loaded again
+            return
+        if self._device.type != "cpu" or time.monotonic() - self._used_at < idle:
             return
         with _OPENING:
             self._opened = self._tower = None

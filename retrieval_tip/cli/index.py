@@ -507,7 +507,7 @@ def export_command(
     program: Any,
     program_folder: Path | None,
 ) -> None:
-    """Export the keys as a feature table, or the index as ONNX or for another program.
+    """Export keys as a table, or an index for other programs.
 
     The ONNX graph contains the whole index and runs in any ONNX runtime.
 

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from retrieval_tip import tip
+from retrieval_tip.arrays import slices
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.sources import Source
 from retrieval_tip.evaluation.held_out import judged
 from retrieval_tip.fit.blend import HeldTerms
 from retrieval_tip.model import Index
-from retrieval_tip.retrieval.logits import slices
 from retrieval_tip.settings import Ask
 
 log = logging.getLogger(__name__)

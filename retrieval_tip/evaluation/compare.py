@@ -18,7 +18,7 @@ from retrieval_tip.errors import InputError, Skipped
 from retrieval_tip.evaluation.evaluate import Evaluation, answers_of, judge
 from retrieval_tip.evaluation.held_out import known_shots
 from retrieval_tip.model import Index
-from retrieval_tip.wording import counted, few, percent
+from retrieval_tip.wording import counted, few, percent, span
 
 SIGNIFICANT = 0.05
 """Probability below which a difference is called significant."""
@@ -115,7 +115,9 @@ class Compared:
         only_a, only_b = self.alone
         right_a = f"{a} is right on {100 * of_a.top1:.1f} % of {photos}"
         right_b = f"{b} on {100 * of_b.top1:.1f} %"
-        accuracy = f"{right_a} (95 % interval {_ends(of_a)}), {right_b} ({_ends(of_b)})"
+        accuracy = (
+            f"{right_a} (95 % interval {span(of_a.interval)}), {right_b} ({span(of_b.interval)})"
+        )
         if len(self.differences):
             differ += f": only {a} is right on {only_a:,}, only {b} on {only_b:,}"
         verdict = "The difference is not significant"
@@ -125,11 +127,6 @@ class Compared:
         p = "p < 0.001" if self.p_value < 0.001 else f"p = {self.p_value:.2g}"
         sentences = [f"{accuracy}. {differ}. {verdict} ({p}, McNemar's test)."]
         return " ".join([*sentences, *_notes(a, of_a), *_notes(b, of_b)])
-
-
-def _ends(evaluation: Evaluation) -> str:
-    low, high = evaluation.interval
-    return f"{100 * low:.0f} to {100 * high:.0f} %"
 
 
 def _notes(name: str, evaluation: Evaluation) -> Iterator[str]:

@@ -102,13 +102,12 @@ def exemplars(index: Index) -> list[int]:
     """
     keys, described = index.rows.some(EXEMPLARS)
     points = transformed(index.metric, keys, index.device)
-    x = torch.from_numpy(np.asarray(keys if points is None else points).astype(np.float32))
-    ids = torch.from_numpy(described["class_id"].to_numpy().astype(np.int64))
-    c = len(index.class_names)
-    sums = torch.zeros(c, x.shape[1]).index_add_(0, ids, x)
+    x = torch.from_numpy((keys if points is None else points).astype(np.float32))
+    ids = described["class_id"].to_numpy()
+    sums = torch.zeros(len(index.class_names), x.shape[1])
+    sums.index_add_(0, torch.tensor(ids), x)
     affinity = (x * sums[ids]).sum(1).numpy()
-    order = np.lexsort((affinity, ids.numpy()))  # sorted by class, with the nearest key last
-    last = np.flatnonzero(np.diff(ids.numpy()[order], append=c))
-    best = order[last]
-    key_ids: list[int] = described["key_id"].take(best).to_pylist()
+    order = np.lexsort((affinity, ids))  # sorted by class, with the nearest key last
+    last = np.flatnonzero(np.diff(ids[order], append=-1))
+    key_ids: list[int] = described["key_id"].take(order[last]).to_pylist()
     return key_ids

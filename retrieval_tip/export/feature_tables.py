@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from retrieval_tip.arrays import slices
 from retrieval_tip.backbones.base import Part
 from retrieval_tip.data.feature_table import TABLE_ROWS
 from retrieval_tip.data.tables import FEATURE
@@ -48,15 +49,15 @@ def export_table(index: Index, out: Path) -> int:
     schema = schema_of(parts, index.dtype, further)
 
     def blocks() -> Iterator[pa.Table]:
-        for start in range(0, index.n, TABLE_ROWS):
-            rows = table.slice(start, TABLE_ROWS)
+        for block in slices(index.n, TABLE_ROWS):
+            rows = table[block]
             blank = pc.equal(pc.utf8_trim_whitespace(rows["source"]), "").fill_null(True)
             number = pc.binary_join_element_wise("key", rows["key_id"].cast(pa.string()), " ")
             yield table_of(
                 schema,
                 pc.if_else(blank, number, rows["source"]),
                 rows["label"],
-                keys[start : start + TABLE_ROWS],
+                keys[block],
                 {field.name: rows[field.name] for field in further},
             )
 
@@ -80,8 +81,7 @@ def export_text(index: Index, out: Path) -> int:
         )
     names = pa.array(index.class_names, pa.string())
     schema = schema_of([Part(index.d, FEATURE, index.backbone)], weights.dtype)
-    starts = range(0, len(names), TABLE_ROWS)
-    parts = ((names.slice(at, TABLE_ROWS), weights[at : at + TABLE_ROWS]) for at in starts)
+    parts = ((names[rows], weights[rows]) for rows in slices(len(names), TABLE_ROWS))
     return write_table(out, schema, (table_of(schema, name, name, part) for name, part in parts))
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from retrieval_tip.retrieval.logits import slices
+from retrieval_tip.arrays import slices
 from retrieval_tip.settings import Settings
 
 WRONG, REPEATS, CONVERGED = 0.2, 12, 1e-3

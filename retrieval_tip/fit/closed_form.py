@@ -51,7 +51,7 @@ from retrieval_tip.retrieval.rows import ArrayRows
 from retrieval_tip.retrieval.vector_index import BY_CLASS
 from retrieval_tip.settings import ClassPrior, MetricName, Settings, ValuesName, check_choice
 from retrieval_tip.store.labels import PICKED, RANDOM
-from retrieval_tip.wording import counted
+from retrieval_tip.wording import counted, span
 
 FOLDS, MOST_FOLDS, FEW_KEYS = 4, 8, 1024
 """Number of folds to select a form, and to evaluate the selected form if there are at most this many keys."""
@@ -189,8 +189,7 @@ class FormChoice:
             if self.without_shots:
                 reasons.append(without)
             return f"Accuracy not estimated: {'; '.join(reasons)}"
-        low, high = self.interval
-        details = [f"95 % interval {100 * low:.0f} to {100 * high:.0f} %", self.judged_on]
+        details = [f"95 % interval {span(self.interval)}", self.judged_on]
         if self.halves:
             details.append("extrapolated from one photo per class")
         if self.without_shots:

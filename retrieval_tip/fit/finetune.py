@@ -24,7 +24,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from retrieval_tip import tip
-from retrieval_tip.arrays import FloatArray, IntArray
+from retrieval_tip.arrays import FloatArray, IntArray, slices
 from retrieval_tip.data.reader import Reader, view_names
 from retrieval_tip.data.sources import Source, is_there, open_source
 from retrieval_tip.errors import InputError
@@ -35,7 +35,6 @@ from retrieval_tip.fit.forms import like
 from retrieval_tip.fit.visible import Queries
 from retrieval_tip.machine import check_memory
 from retrieval_tip.model import Index
-from retrieval_tip.retrieval.logits import slices
 from retrieval_tip.retrieval.rows import ArrayRows
 from retrieval_tip.settings import Recipe
 from retrieval_tip.store.files import check_name

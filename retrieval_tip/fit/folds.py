@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from retrieval_tip import tip
-from retrieval_tip.arrays import DoubleArray, IntArray
+from retrieval_tip.arrays import DoubleArray, IntArray, slices
 from retrieval_tip.backbones.base import Part, equal_shares
 from retrieval_tip.fit.blend import Blend, HeldTerms
 from retrieval_tip.fit.forms import Form
@@ -26,7 +26,6 @@ from retrieval_tip.fit.scatter import FewScatter, Scatter, known_prior
 from retrieval_tip.model import Index
 from retrieval_tip.retrieval.inputs import KeysInPlace, StoredKeys, scale_of
 from retrieval_tip.retrieval.keys import KEY_BLOCK
-from retrieval_tip.retrieval.logits import slices
 from retrieval_tip.retrieval.ridge import Ridge, class_weights
 from retrieval_tip.settings import ClassPrior
 from retrieval_tip.store.labels import images_of

@@ -15,13 +15,12 @@ import torch
 from torch import Tensor
 
 from retrieval_tip import tip
-from retrieval_tip.arrays import IntArray, KeyArray
+from retrieval_tip.arrays import IntArray, KeyArray, slices
 from retrieval_tip.errors import UsageError
 from retrieval_tip.fit.folds import Folds
 from retrieval_tip.fit.forms import Form
 from retrieval_tip.model import Index
 from retrieval_tip.retrieval.keys import QUERY_BLOCK
-from retrieval_tip.retrieval.logits import slices
 from retrieval_tip.retrieval.rows import ArrayRows
 from retrieval_tip.store.labels import images_of
 

@@ -17,7 +17,7 @@ from retrieval_tip.backbones.base import Identity, Part, parts_of, resolve_devic
 from retrieval_tip.backbones.prompts import DEFAULT_TEMPLATES, check_templates
 from retrieval_tip.data.groups import read_groups
 from retrieval_tip.data.reader import Reader
-from retrieval_tip.data.sources import Source, open_source
+from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import UsageError
 from retrieval_tip.fit.closed_form import FitRequest
 from retrieval_tip.fit.scatter import pooled
@@ -107,16 +107,14 @@ def _shots(
 ) -> tuple[Source, IntArray]:
     """Return the items of a source that become keys, and their class ids."""
     ids = ids_in(source, class_names)
-    _warn_of_layout(source, class_names, plan["text"])
+    _warn_of_layout(source, class_names)
     if plan["shots"] is None:
         return source, ids
     drawn = draw_shots(ids, class_names, plan["shots"], seed)
     return source.take(drawn), ids[drawn]
 
 
-def _warn_of_layout(
-    source: Source, class_names: Sequence[str], text: str | os.PathLike[str] | None
-) -> None:
+def _warn_of_layout(source: Source, class_names: Sequence[str]) -> None:
     counts = Counter(source.items.group_by(["label", "source"]).aggregate([])["label"].to_pylist())
     times = pc.value_counts(source.items["source"])
     repeated = times.filter(pc.greater(times.field("counts"), 1)).field("values")
@@ -141,14 +139,6 @@ def _warn_of_layout(
             source.name,
             few(single),
         )
-    if text is not None and source.table is not None and len(single) == len(counts):
-        rows = len(open_source(text))
-        if rows > len(source):
-            log.warning(
-                "%s: has one row per class, but --text has %s rows; did you swap them?",
-                source.name,
-                f"{rows:,}",
-            )
 
 
 def _text(source: Source, reader: Reader, plan: BuildOptions) -> ClassText:

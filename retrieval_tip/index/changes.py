@@ -43,7 +43,6 @@ from retrieval_tip.model import Index
 from retrieval_tip.settings import ClassPrior, Dtype, MetricName, ValuesName, check_choice
 from retrieval_tip.store.edits import Edits, NewKeys
 from retrieval_tip.store.labels import PICKED, in_words
-from retrieval_tip.store.manifest import Manifest
 from retrieval_tip.store.query import rows_where
 from retrieval_tip.store.versions import made_now
 from retrieval_tip.wording import counted, few, show
@@ -99,13 +98,12 @@ def add(
     as :meth:`Versions.write`.
     """
     store = places.at(folder)
-    manifest = _manifest_of(store, base)
-    reader = replace(reader, parts=tuple(manifest.parts))
-    check_backbone(manifest.identity, manifest.d, reader.backbone, [source], reader.parts)
+    base = base or store.load(device="cpu", verify="fast")
+    reader = replace(reader, parts=base.parts)
+    check_backbone(base.backbone, base.d, reader.backbone, [source], reader.parts)
     source = source.without([part.column for part in reader.parts])
-    weights = _weights_of(source.class_names, manifest, reader, text)
-    has_text = store.has_text(manifest) if base is None else base.has_text
-    _new_classes(source.class_names, manifest.class_names, weights, has_text)
+    weights = _weights_of(source.class_names, base, reader, text)
+    _new_classes(source.class_names, base, weights)
     if shots is not None:
         ids = ids_in(source, source.class_names)
         source = source.take(draw_shots(ids, source.class_names, shots, reader.seed))
@@ -125,7 +123,7 @@ def add(
             precision=precision_of(source, reader),
             **vars(columns.take(rows)),
         )
-        classes = _new_classes(source.class_names, index.class_names, weights, index.has_text)
+        classes = _new_classes(source.class_names, index, weights)
         changed = _with_keys(index, Edits(classes=classes, add=new if len(rows) else None))
         return replace(changed, known=int(known.sum()))
 
@@ -178,13 +176,11 @@ def _fitted_again(before: Index, after: Index) -> tuple[Index, dict[str, Any]]:
     return after, {"fit": choice}
 
 
-def _manifest_of(
-    store: places.Store, base: Index | None, backbone: Backbone | None = None
-) -> Manifest:
-    """Return the manifest of the current version. Raises BackboneError if it does not fit the ``backbone``."""
-    manifest = store.manifest() if base is None or base.manifest is None else base.manifest
-    check_backbone(manifest.identity, manifest.d, backbone, [])
-    return manifest
+def _opened(store: places.Store, base: Index | None, backbone: Backbone | None) -> Index:
+    """Return the current version. Raises BackboneError if it does not fit the ``backbone``."""
+    base = base or store.load(device="cpu", verify="fast")
+    check_backbone(base.backbone, base.d, backbone, [])
+    return base
 
 
 @dataclass(frozen=True)
@@ -228,9 +224,9 @@ def label(
     """
     store = places.at(folder)
     wanted = {photo.digest: photo for photo in photos}
-    manifest = _manifest_of(store, base, reader.backbone)
+    base = _opened(store, base, reader.backbone)
     names = list(dict.fromkeys(photo.label for photo in wanted.values() if photo.label is not None))
-    weights = _weights_of(names, manifest, reader, None)
+    weights = _weights_of(names, base, reader, None)
 
     def revise(index: Index) -> Changed:
         rows = index.having("digest", wanted).to_pylist()
@@ -240,7 +236,7 @@ def label(
         now = {row["key_id"]: row["label"] for row in rows}
         new = {row["key_id"]: wanted[row["digest"]].label for row in rows}
         edits = Edits(
-            classes=_new_classes(names, index.class_names, weights, index.has_text),
+            classes=_new_classes(names, index, weights),
             add=_keys_of(fresh, reader) if fresh else None,
             move={key_id: name for key_id, name in new.items() if name not in (None, now[key_id])},
             remove=[key_id for key_id, name in new.items() if name is None],
@@ -301,7 +297,8 @@ def merge(folder: Place, other: Place, *, base: Index | None = None) -> Changed:
         raise InputError(
             f"{other}: has trained values, which cannot be merged; merge the version from before training"
         )
-    same_backbone(theirs.backbone, _manifest_of(target, base).identity, str(other))
+    base = base or target.load(device="cpu", verify="fast")
+    same_backbone(theirs.backbone, base.backbone, str(other))
     weights = (
         dict(zip(theirs.class_names, theirs.text_weights.numpy(), strict=True))
         if theirs.has_text
@@ -316,7 +313,7 @@ def merge(folder: Place, other: Place, *, base: Index | None = None) -> Changed:
     )
 
     def revise(index: Index) -> Changed:
-        classes = _new_classes(theirs.class_names, index.class_names, weights, index.has_text)
+        classes = _new_classes(theirs.class_names, index, weights)
         changed = _with_keys(index, Edits(classes=classes, add=new))
         return replace(changed, what=f"merged {show(str(source))}: {changed.what}")
 
@@ -438,12 +435,12 @@ def rename(
     """
     text: dict[str, FloatArray] = {}
     if backbone is not None:
-        manifest = _manifest_of(places.at(folder), base, backbone)
-        if not manifest.templates:
+        base = _opened(places.at(folder), base, backbone)
+        if not base.templates:
             raise UsageError(
                 f"{folder}: its text weights did not come from templates; rename without a backbone"
             )
-        text = {new: Reader(backbone).text_weights([new], manifest.templates)[0]}
+        text = {new: Reader(backbone).text_weights([new], base.templates)[0]}
 
     def revise(index: Index) -> Changed:
         merged = new in index.class_names
@@ -498,7 +495,8 @@ def configure(
     if prompts:
         if backbone is None:
             raise UsageError("templates: text weights from templates need a backbone; give --model")
-        names = _manifest_of(store, base, backbone).class_names
+        base = _opened(store, base, backbone)
+        names = base.class_names
         weights = dict(zip(names, Reader(backbone).text_weights(names, prompts), strict=True))
 
     def revise(index: Index) -> Changed:
@@ -549,9 +547,9 @@ def fit_index(
     store = places.at(folder)
     queries = None
     version = None
-    manifest = _manifest_of(store, base)
-    before = "even" if manifest.fitted is None else manifest.fitted.class_prior
-    asked = FitRequest(metric, values, class_prior or before, prior_of(prior, manifest.identity))
+    base = base or store.load(device="cpu", verify="fast")
+    before = "even" if base.fitted is None else base.fitted.class_prior
+    asked = FitRequest(metric, values, class_prior or before, prior_of(prior, base.backbone))
     if validation is not None and reader is not None:
         from retrieval_tip.fit.search_hp import on_validation  # other changes do not need it
 
@@ -635,33 +633,35 @@ def clone(folder: Place, out: Place, version: int | None = None) -> Changed:
 
 
 def _weights_of(
-    class_names: Sequence[str], manifest: Manifest, reader: Reader, text: Place | None
+    class_names: Sequence[str], index: Index, reader: Reader, text: Place | None
 ) -> dict[str, FloatArray]:
-    known = set(manifest.class_names)
+    known = set(index.class_names)
     new = [name for name in class_names if name not in known]
     if not new:
         return {}
     if text is not None:
-        names, weights = read_text_table(text, reader.norms, manifest.identity, manifest.parts)
-        if weights.shape[1] != manifest.d:
+        names, weights = read_text_table(text, reader.norms, index.backbone, index.parts)
+        if weights.shape[1] != index.d:
             raise InputError(
-                f"{text}: {weights.shape[1]} values per row instead of {manifest.d}; use one backbone"
+                f"{text}: {weights.shape[1]} values per row instead of {index.d}; use one backbone"
             )
         return {name: row for name, row in zip(names, weights, strict=True) if name in new}
-    if reader.backbone is None or not manifest.templates:
+    if reader.backbone is None or not index.templates:
         return {}
-    return dict(zip(new, reader.text_weights(new, manifest.templates), strict=True))
+    return dict(zip(new, reader.text_weights(new, index.templates), strict=True))
 
 
 def _new_classes(
-    names: Sequence[str], present: Sequence[str], weights: Mapping[str, FloatArray], has_text: bool
+    names: Sequence[str], index: Index, weights: Mapping[str, FloatArray]
 ) -> dict[str, FloatArray | None]:
-    """Return the names that are not present, with their text weights if the index has text."""
-    known = set(present)
+    """Return the names that the index lacks, with their text weights if it has text."""
+    known = set(index.class_names)
     new = [name for name in names if name not in known]
-    missing = [name for name in new if name not in weights] if has_text else []
+    if not index.has_text:
+        return dict.fromkeys(new)
+    missing = [name for name in new if name not in weights]
     if missing:
-        alike = spelled_alike([*present, missing[0]])
+        alike = spelled_alike([*index.class_names, missing[0]])
         raise InputError(
             f"class {missing[0]!r}: is new and needs a text weight, like every class of this index; give its text "
             "features (text) or, if the index has templates, the encoder (model)"
@@ -671,7 +671,7 @@ def _new_classes(
                 else ""
             )
         )
-    return {name: weights[name] if has_text else None for name in new}
+    return {name: weights[name] for name in new}
 
 
 def _known(

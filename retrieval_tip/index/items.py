@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import pyarrow as pa
 
-from retrieval_tip.arrays import FloatArray, IntArray, KeyArray
+from retrieval_tip.arrays import FloatArray, IntArray, KeyArray, slices
 from retrieval_tip.backbones.base import (
     Backbone,
     Identity,
@@ -38,7 +38,6 @@ from retrieval_tip.retrieval import inputs
 from retrieval_tip.retrieval.defaults import Statistics, default_settings
 from retrieval_tip.retrieval.duplicates import Duplicates, describe_duplicates, duplicates
 from retrieval_tip.retrieval.keys import KEY_BLOCK, auto_for
-from retrieval_tip.retrieval.logits import slices
 from retrieval_tip.retrieval.rows import ArrayRows, Rows
 from retrieval_tip.retrieval.vector_index import BY_CLASS, FLAT_FACTORY
 from retrieval_tip.settings import (

@@ -18,7 +18,7 @@ import pyarrow as pa
 import torch
 
 from retrieval_tip import tip
-from retrieval_tip.arrays import FloatArray, IntArray
+from retrieval_tip.arrays import FloatArray, IntArray, slices
 from retrieval_tip.errors import UsageError
 from retrieval_tip.evaluation.held_out import classified
 from retrieval_tip.labelling.pool import MOST_KEYS, Pool
@@ -28,7 +28,6 @@ from retrieval_tip.model import Index
 from retrieval_tip.predictions import PREDICTIONS, Predictions
 from retrieval_tip.retrieval import inputs
 from retrieval_tip.retrieval.inputs import Features
-from retrieval_tip.retrieval.logits import slices
 from retrieval_tip.settings import Ask
 
 MOST = 8192

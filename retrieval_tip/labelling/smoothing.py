@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from retrieval_tip.arrays import FloatArray
+from retrieval_tip.arrays import FloatArray, slices
 from retrieval_tip.data.reader import FeatureBlock
 from retrieval_tip.data.source import spread
 from retrieval_tip.evaluation.held_out import SAME, HeldOutAnswers, photo_rows, probabilities_of
@@ -34,7 +34,6 @@ from retrieval_tip.labelling.suggest import BLOCK, points_of
 from retrieval_tip.machine import check_memory
 from retrieval_tip.model import Index
 from retrieval_tip.predictions import SIMILAR, lists
-from retrieval_tip.retrieval.logits import slices
 from retrieval_tip.settings import Ask
 from retrieval_tip.wording import counted
 

@@ -20,12 +20,11 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from retrieval_tip import tip
-from retrieval_tip.arrays import DoubleArray, IntArray, KeyArray
+from retrieval_tip.arrays import DoubleArray, IntArray, KeyArray, slices
 from retrieval_tip.errors import check_count
 from retrieval_tip.machine import check_memory
 from retrieval_tip.retrieval import inputs
 from retrieval_tip.retrieval.inputs import Features
-from retrieval_tip.retrieval.logits import slices
 
 POWER = 2
 """Exponent of the similarity."""

@@ -38,7 +38,7 @@ from retrieval_tip.model import Index
 from retrieval_tip.predictions import Neighbour
 from retrieval_tip.settings import Ask
 from retrieval_tip.store.manifest import Manifest
-from retrieval_tip.wording import command_line, counted, few, one_line, percent, show
+from retrieval_tip.wording import command_line, counted, few, one_line, percent, show, span
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -199,7 +199,7 @@ def by_probability(evaluation: Evaluation) -> Iterator[Share]:
     is_known = answers.of_known
     bins = reliability(answers.confidence[is_known], answers.right[is_known], 10)
     for low, high, n, mean, accuracy in bins:
-        yield Share(f"{100 * low:.0f} to {100 * high:.0f} %", n, mean, accuracy)
+        yield Share(span((low, high)), n, mean, accuracy)
 
 
 def by_coverage(evaluation: Evaluation) -> Iterator[Share]:
@@ -305,10 +305,9 @@ class Results:
         n = self.evaluation.n
         top1 = self.evaluation.top1
         sure = self.answers.confidence >= SURE
-        low, high = self.evaluation.interval
         yield (
             f"{int(self.answers.right.sum()):,} of {counted(n, 'test photo', 'was', 'were')} classified correctly: "
-            f"{percent(top1)} (95 % interval {100 * low:.0f} to {100 * high:.0f} %)."
+            f"{percent(top1)} (95 % interval {span(self.evaluation.interval)})."
         )
         if sure.any():
             certain = f"at least {100 * SURE:.0f} % certain ({100 * sure.mean():.0f} % of photos)"

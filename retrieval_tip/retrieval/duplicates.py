@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from retrieval_tip.arrays import BoolArray, FloatArray, IntArray, KeyArray
+from retrieval_tip.arrays import BoolArray, FloatArray, IntArray, KeyArray, slices
 from retrieval_tip.retrieval.keys import KEY_BLOCK
-from retrieval_tip.retrieval.logits import slices
 from retrieval_tip.store.labels import digest_codes
 from retrieval_tip.wording import SHOWN, one_line
 

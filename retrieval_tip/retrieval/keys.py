@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from retrieval_tip import tip
-from retrieval_tip.arrays import FloatArray, IntArray, KeyArray
+from retrieval_tip.arrays import FloatArray, IntArray, KeyArray, slices
 from retrieval_tip.errors import InputError, warn_once
 from retrieval_tip.retrieval.evidence import Nearest
 from retrieval_tip.retrieval.vector_index import (
@@ -71,8 +71,7 @@ def transformed(metric: tip.Metric | None, keys: KeyArray, device: str) -> KeyAr
     if metric is None:
         return None
     points = np.empty(keys.shape, dtype=keys.dtype)
-    for start in range(0, len(keys), KEY_BLOCK):
-        rows = slice(start, start + KEY_BLOCK)
+    for rows in slices(len(keys), KEY_BLOCK):
         block = torch.from_numpy(np.array(keys[rows], dtype=np.float32))
         points[rows] = metric(block.to(device)).cpu().numpy()
     return points

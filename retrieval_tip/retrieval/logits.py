@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from retrieval_tip import tip
+from retrieval_tip.arrays import slices
 from retrieval_tip.errors import InputError
 from retrieval_tip.retrieval.evidence import Contributors, Nearest
 from retrieval_tip.retrieval.keys import QUERY_BLOCK, KeyStream
@@ -24,11 +24,6 @@ AFFINITIES = 1 << 23
 
 LEAST_CLASSES = 2
 """Minimum number of classes that a query visits. With a single class, the logit of the runner-up would not be exact."""
-
-
-def slices(q: int, size: int) -> Iterator[slice]:
-    """Yield slices that split ``q`` queries into blocks of at most ``size``."""
-    return (slice(start, min(start + size, q)) for start in range(0, q, size))
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from retrieval_tip import tip
-from retrieval_tip.arrays import IntArray, KeyArray
+from retrieval_tip.arrays import IntArray, KeyArray, slices
 from retrieval_tip.errors import InputError
 from retrieval_tip.retrieval.keys import KEY_BLOCK, Keys
 from retrieval_tip.retrieval.rows import ArrayRows
@@ -122,11 +122,10 @@ class Ridge:
         new = self._on_device(points)
         parts = [wanted[:0]]
         ridges = self._ridges(new_ids, torch.cat([keys.class_ids, new_ids]))
-        for start in range(0, len(new), KEY_BLOCK):
-            rows = slice(start, start + KEY_BLOCK)
+        for rows in slices(len(new), KEY_BLOCK):
             block = new[rows]
             left = wanted[rows] - keys.cache_logits(block, self.beta)
-            left -= tip.weight(tip.affinity(block, new[:start]), self.beta) @ torch.cat(parts)
+            left -= tip.weight(tip.affinity(block, new[: rows.start]), self.beta) @ torch.cat(parts)
             parts.append(self._solve(block, self._gram(block), left, ridges[rows]))
         return torch.cat(parts)
 
@@ -175,10 +174,9 @@ class Ridge:
         """Return the lower triangle of the Gram matrix in blocks of rows. The upper triangle is undefined."""
         n = len(points)
         gram = points.new_empty(n, n).T  # stored by column, so that it is factorised in place
-        for start in range(0, n, GRAM_BLOCK):
-            stop = start + GRAM_BLOCK
-            block = gram[start:stop, :stop]
-            tip.affinity(points[start:stop], points[:stop], out=block)
+        for rows in slices(n, GRAM_BLOCK):
+            block = gram[rows, : rows.stop]
+            tip.affinity(points[rows], points[: rows.stop], out=block)
             tip.weight(block, self.beta, out=block)
         return gram
 

@@ -15,14 +15,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from retrieval_tip import tip
-from retrieval_tip.arrays import IntArray, KeyArray
+from retrieval_tip.arrays import IntArray, KeyArray, slices
 from retrieval_tip.data.source import spread
 from retrieval_tip.errors import InputError
 from retrieval_tip.retrieval.defaults import Statistics, measure
 from retrieval_tip.retrieval.duplicates import Duplicates, duplicates
 from retrieval_tip.retrieval.inputs import KeysInPlace
 from retrieval_tip.retrieval.keys import KEY_BLOCK, Keys, KeyStream, transformed
-from retrieval_tip.retrieval.logits import slices
 from retrieval_tip.retrieval.vector_index import BY_CLASS, FLAT_FACTORY, VectorIndex
 from retrieval_tip.settings import Dtype
 from retrieval_tip.store.labels import labels_in, shots_after, with_column

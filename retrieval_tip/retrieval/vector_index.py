@@ -18,7 +18,7 @@ import torch  # must be imported before FAISS: on macOS, the OpenMP runtime of t
 from torch import Tensor
 
 from retrieval_tip import tip
-from retrieval_tip.arrays import FloatArray, IntArray, KeyArray
+from retrieval_tip.arrays import FloatArray, IntArray, KeyArray, slices
 from retrieval_tip.errors import StoreError, UsageError, warn_once
 
 FaissIndex = Any
@@ -358,12 +358,12 @@ def _nearest(vectors: Tensor, features: Tensor, k: int) -> tuple[Tensor, Tensor]
     affinity = features.new_empty(len(features), 0)
     rows = features.new_empty(len(features), 0, dtype=torch.int64)
     step = max(1, PRODUCTS[features.device.type] // max(features.shape))
-    for start in range(0, len(vectors), step):
-        block = vectors[start : start + step].to(features.device)
+    for rows_read in slices(len(vectors), step):
+        block = vectors[rows_read].to(features.device)
         near, place = tip.affinity(features, block.float()).topk(min(k, len(block)), dim=1)
         affinity = torch.cat([affinity, near], dim=1)
-        rows = torch.cat([rows, place + start], dim=1)
-        if start:
+        rows = torch.cat([rows, place + rows_read.start], dim=1)
+        if rows_read.start:
             affinity, place = affinity.topk(min(k, affinity.shape[1]), dim=1)
             rows = rows.gather(1, place)
     return affinity, rows
@@ -386,8 +386,8 @@ def _restored(
 
 def _filled(index: FaissIndex, keys: KeyArray) -> FaissIndex:
     """Add keys to a trained FAISS index, and return it."""
-    for start in range(0, len(keys), ADDED):
-        index.add(np.ascontiguousarray(keys[start : start + ADDED], dtype=np.float32))
+    for rows in slices(len(keys), ADDED):
+        index.add(np.ascontiguousarray(keys[rows], dtype=np.float32))
     return index
 
 

@@ -17,7 +17,7 @@ from retrieval_tip.data.groups import not_in_index
 from retrieval_tip.data.remote import absolute
 from retrieval_tip.data.sources import spelled_alike
 from retrieval_tip.errors import InputError
-from retrieval_tip.index import added_photos, manage
+from retrieval_tip.index import added_photos
 from retrieval_tip.index import changes as index_changes
 from retrieval_tip.index.places import Changed, Place
 from retrieval_tip.labelling.labels import NONE
@@ -34,7 +34,7 @@ from retrieval_tip.labelling.sort import (
 )
 from retrieval_tip.model import Index
 from retrieval_tip.retrieval.duplicates import describe_duplicates
-from retrieval_tip.server import schemas, shots
+from retrieval_tip.server import manage, schemas, shots
 from retrieval_tip.server.access import CHANGES, Named, NotLabelled, TheLabelling, TheService
 from retrieval_tip.server.guard import give_time
 from retrieval_tip.server.problems import Problem
@@ -155,9 +155,6 @@ def _answer(one: Served, **more: Any) -> schemas.ChangedIndex:
 async def create(
     request: Request,
     service: TheService,
-    like: Annotated[
-        str | None, Query(description="Index whose encoder and parent folder are used.")
-    ] = None,
 ) -> schemas.ChangedIndex:
     """Create an index from labelled images, fit it and serve it.
 
@@ -165,9 +162,9 @@ async def create(
     """
     new, sent = await read_form(request, service.limits, schemas.NewIndex)
     (name,), maker = new.name, service.maker
-    if maker is None or like is not None:
+    if maker is None:
         model = service.index(
-            like or next((name for name, one in service.served.items() if one.now.backbone), None)
+            next((name for name, one in service.served.items() if one.now.backbone), None)
         )
         backbone = backbone_of(model.now)
         into = model.beside

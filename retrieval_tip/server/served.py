@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from retrieval_tip.arrays import FloatArray
+from retrieval_tip.arrays import FloatArray, slices
 from retrieval_tip.backbones.base import Backbone, without_unused
 from retrieval_tip.backbones.loading import load_again, load_backbone
 from retrieval_tip.data.feature_table import check_backbone
@@ -29,7 +29,7 @@ from retrieval_tip.files import real
 from retrieval_tip.index import places
 from retrieval_tip.index.places import Changed
 from retrieval_tip.model import Index
-from retrieval_tip.retrieval.logits import LOGITS, slices
+from retrieval_tip.retrieval.logits import LOGITS
 from retrieval_tip.server import metrics
 from retrieval_tip.server.schemas import Row
 from retrieval_tip.settings import Ask, Precision, Verify

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from retrieval_tip.arrays import FloatArray
-from retrieval_tip.backbones.base import Backbone, unit_of
+from retrieval_tip.backbones.base import Backbone, encoders_of, unit_of
 from retrieval_tip.data import images
 from retrieval_tip.data.cached_encoder import pixels_of
 from retrieval_tip.data.reader import FeatureBlock
@@ -147,7 +147,8 @@ class Service:
     def _release(self) -> None:
         for one in list(self.served.values()):
             if one.now.backbone is not None:
-                one.now.backbone.release(self.limits.idle)
+                for encoder, _ in encoders_of(one.now.backbone):
+                    encoder.release(self.limits.idle)
 
     @staticmethod
     async def run(pool: Executor, call: Callable[..., T], *arguments: Any) -> T:

@@ -18,7 +18,7 @@ from retrieval_tip.errors import StoreError
 from retrieval_tip.settings import Verify
 from retrieval_tip.store.files import read_array
 from retrieval_tip.store.labels import read_curve, read_labels
-from retrieval_tip.store.manifest import Manifest
+from retrieval_tip.store.manifest import SUFFIXES, Manifest
 from retrieval_tip.store.sums import Sums
 from retrieval_tip.store.versions import Check, Origin, Versions, Writer
 
@@ -42,27 +42,15 @@ has the loss ``curve``. ``index`` is a :class:`vector_index.VectorIndex`, unless
 def read(folder: Path, manifest: Manifest) -> dict[str, Any]:
     """Read the data files of a version, except the FAISS index. The arrays are memory-mapped."""
     files = manifest.files
-    n = manifest.n
     c = len(manifest.class_names)
-    d = manifest.d
-    keys = read_array(folder, files["keys"], (n, d), (np.dtype(manifest.dtype),))
+    widths = {"values": c, "sums": 1 + manifest.d, "scores": 3}
+    dtypes = _DTYPES | {"keys": (np.dtype(manifest.dtype),)}
     labels = read_labels(folder, manifest)
-    rows = {kind: file.rows for kind, file in files.items()}
-    shapes = {
-        "text": (c, d),
-        "values": (n, c),
-        "metric": (rows.get("metric", 0), d),
-        "points": (n, d),
-        "sums": (c + d, 1 + d),
-        "prior": (d, d),
-        "scores": (rows.get("scores", 0), 3),
-    }
-    contents: dict[str, Any] = {"keys": keys, "labels": labels}
-    for kind, shape in shapes.items():
-        if kind in files:
-            contents[kind] = read_array(
-                folder, files[kind], shape, _DTYPES.get(kind, (np.float32,))
-            )
+    contents: dict[str, Any] = {"labels": labels}
+    for kind, file in files.items():
+        if SUFFIXES[kind] == ".npy":
+            shape = file.rows, widths.get(kind, manifest.d)
+            contents[kind] = read_array(folder, file, shape, dtypes.get(kind, (np.float32,)))
     if "metric" in contents:
         contents["metric"] = metric_of(contents["metric"])
     if "sums" in contents:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from retrieval_tip.arrays import DoubleArray, IntArray, KeyArray
+from retrieval_tip.arrays import DoubleArray, IntArray, KeyArray, slices
 
 BLOCK = 2048
 """Number of keys that are converted to float64 at a time."""
@@ -53,9 +53,9 @@ class Sums:
 
         Only use this while no other code holds a reference to the object.
         """
-        for start in range(0, len(keys), BLOCK):
-            block_ids = ids[start : start + BLOCK]
-            wide = np.array(keys[start : start + BLOCK], np.float64)
+        for rows in slices(len(keys), BLOCK):
+            block_ids = ids[rows]
+            wide = np.array(keys[rows], np.float64)
             if (block_ids[1:] < block_ids[:-1]).any():
                 order = np.argsort(block_ids, kind="stable")
                 block_ids, wide = block_ids[order], wide[order]

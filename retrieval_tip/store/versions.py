@@ -69,8 +69,6 @@ from retrieval_tip.store.query import TIMEOUT, ask
 from retrieval_tip.wording import first_line
 
 T = TypeVar("T")
-OLD = "manifest.json"
-"""Name of the manifest in folders of earlier programs, which is ignored beside ``manifests``."""
 KEPT_VERSIONS = 32
 """Number of versions, including the current one, that a commit keeps."""
 VERSIONS_TRIED = 16
@@ -332,11 +330,6 @@ class Versions:
         numbered = {int(match[1]): name for name in sizes if (match := _MANIFEST.fullmatch(name))}
         return dict(sorted(numbered.items()))
 
-    def has_text(self, manifest: Manifest) -> bool:
-        """Return whether a version has any text weight that is not zero."""
-        shape = len(manifest.class_names), manifest.d
-        return bool(read_array(self.folder, manifest.files["text"], shape).any())
-
     def read_labels(self, manifest: Manifest, columns: Sequence[str] | None = None) -> pa.Table:
         """Return the label store of a version, or some of its columns."""
         labels = read_labels(self.folder, manifest)
@@ -390,8 +383,6 @@ class Versions:
                     if self.local is not None and not self.local.exists()
                     else "not an index"
                 )
-                if self.local is not None and (self.local / OLD).exists():
-                    what = "in an earlier format, which is no longer read"
                 raise StoreError(
                     f"{self}: {what}; make one with retrieval-tip index build SOURCE --out INDEX"
                 )

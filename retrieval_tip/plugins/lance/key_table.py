@@ -1,8 +1,7 @@
 """Read and write a LanceDB table of keys and their labels.
 
 Each row has the columns of the label store and the column ``vector`` (the key). If the index has a metric, each row
-also has the column ``_point``, which is the key transformed by the metric. Earlier programs also wrote a column
-``version``, which is not read.
+also has the column ``_point``, which is the key transformed by the metric.
 
 Every write creates an immutable version of the table. The manifest of the index contains the version number to use.
 LanceDB's vector indexes are not used: reading the keys of the classes that can win is as fast for a single query, six
@@ -36,7 +35,7 @@ from retrieval_tip.wording import first_line
 KeyArray = KeyArray  # as in :mod:`retrieval.inputs`, which imports torch
 
 TABLE = "keys"
-VECTOR, POINT, VERSION, ROW = "vector", "_point", "version", "_rowid"
+VECTOR, POINT, ROW = "vector", "_point", "_rowid"
 VALUES = {"float32": pa.float32(), "float16": pa.float16()}
 FLAT, CLASSES = "Flat", "Classes"
 """Index types for no index, and for an index over class ids that is used to read the keys of a few classes."""
@@ -129,24 +128,23 @@ def _store_errors(address: Address, what: str) -> Iterator[None]:
 class KeyTable:
     """A version of the table of a store. Only the latest version can be changed."""
 
-    def __init__(self, address: Address, name: str, table: Any) -> None:
+    def __init__(self, address: Address, table: Any) -> None:
         self.address = address
-        self.name = name
         self.table = table
 
     @classmethod
-    def at(cls, address: Address, name: str, version: int | None = None) -> KeyTable:
+    def at(cls, address: Address, version: int | None = None) -> KeyTable:
         """Open a version of the table, by default the newest one, even if no manifest refers to it."""
         what = "its table" if version is None else f"version {version} of its table"
         with _store_errors(address, f"opening {what}"):
-            table = _connected(address).open_table(name)
+            table = _connected(address).open_table(TABLE)
             if version is not None:
                 table.checkout(version)
-        return cls(address, name, table)
+        return cls(address, table)
 
     @classmethod
     def create(
-        cls, address: Address, name: str, rows: Iterator[pa.RecordBatch], schema: pa.Schema
+        cls, address: Address, rows: Iterator[pa.RecordBatch], schema: pa.Schema
     ) -> KeyTable:
         """Write all ``rows`` to a new table, or to the next version of an existing table.
 
@@ -164,12 +162,12 @@ class KeyTable:
         reader = pa.RecordBatchReader.from_batches(schema, read())
         try:
             with _store_errors(address, "writing its table"):
-                table = _connected(address).create_table(name, reader, mode="overwrite")
+                table = _connected(address).create_table(TABLE, reader, mode="overwrite")
         except StoreError:
             if failed:
                 raise failed[0] from None
             raise
-        return cls(address, name, table)
+        return cls(address, table)
 
     @property
     def version(self) -> int:
@@ -190,7 +188,7 @@ class KeyTable:
         """
         with _store_errors(self.address, "reading what it wrote"):
             table = (
-                lancedb().connect(self.address.uri).open_table(self.name)
+                lancedb().connect(self.address.uri).open_table(TABLE)
             )  # a new session, with empty caches
             table.checkout(self.version)
             return int(table.count_rows("key_id >= 0"))
@@ -215,7 +213,7 @@ class KeyTable:
     @property
     def label_columns(self) -> list[str]:
         """Names of the columns of the label store."""
-        return [name for name in self.schema.names if name not in (VECTOR, POINT, VERSION)]
+        return [name for name in self.schema.names if name not in (VECTOR, POINT)]
 
     @property
     def vector_type(self) -> tuple[int, pa.DataType]:

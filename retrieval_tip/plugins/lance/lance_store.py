@@ -81,7 +81,7 @@ class TableWriter(Writer):
         self.table: KeyTable | None = None
         if parent is not None and parent.table is not None:
             store.check_engine(parent)
-            self.table = KeyTable.at(store.address, parent.table.name)
+            self.table = KeyTable.at(store.address)
             if (
                 self.table.version != parent.table.version
             ):  # drop the rows that interrupted writers left
@@ -140,7 +140,7 @@ class LanceStore(Store):
 
     def publish(self, writer: TableWriter, manifest: Manifest, raw: bytes) -> None:
         assert manifest.table is not None
-        table = KeyTable.at(self.address, manifest.table.name, manifest.table.version)
+        table = KeyTable.at(self.address, manifest.table.version)
         there = table.rows if self.local is None else table.rows_on_disk()
         if there != manifest.n:
             raise changed_meanwhile(self)
@@ -161,9 +161,7 @@ class LanceStore(Store):
         ]
         if len(tables) < len(self.names()):  # a version in an earlier format also needs its rows
             return gone
-        KeyTable.at(self.address, tables[-1].name).prune(
-            sorted({table.version for table in tables})
-        )
+        KeyTable.at(self.address).prune(sorted({table.version for table in tables}))
         return gone
 
     def check_files(self, manifest: Manifest, known: Collection[DataFile] = ()) -> None:
@@ -195,7 +193,7 @@ class LanceStore(Store):
         """Open the table of a version. Raises StoreError if it does not match the manifest."""
         assert manifest.table is not None
         self.check_engine(manifest)
-        table = KeyTable.at(self.address, manifest.table.name, manifest.table.version)
+        table = KeyTable.at(self.address, manifest.table.version)
         own = (
             table.vector_type == (manifest.d, VALUES[manifest.dtype])
             and table.has_points == manifest.has_points
@@ -215,9 +213,6 @@ class LanceStore(Store):
         name = _engine_name(manifest.table)
         if name in manifest.digests:
             self._checked(name, manifest.digests[name])
-
-    def has_text(self, manifest: Manifest) -> bool:
-        return bool(_matrix(self.classes(manifest)["text"]).any())
 
     def read_labels(self, manifest: Manifest, columns: Sequence[str] | None = None) -> pa.Table:
         table = self.table(manifest)
@@ -403,7 +398,7 @@ class LanceStore(Store):
             order = np.argsort(index.labels["key_id"].to_numpy())
             held["values"] = index.values[order]
         write({kind: own for kind, own in held.items() if own is not None}, writer, None)
-        table = Table(rows.table.name, rows.table.version, rows.n)
+        table = Table(TABLE, rows.table.version, rows.n)
         manifest = index.altered(built=built, rows=rows).manifest_of(
             writer, what, table, writer.digests(table)
         )

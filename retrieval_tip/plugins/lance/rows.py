@@ -26,11 +26,9 @@ from retrieval_tip.plugins.lance.key_table import (
     POINT,
     RESTORE,
     ROW,
-    TABLE,
     UNINDEXED,
     VALUES,
     VECTOR,
-    VERSION,
     KeyTable,
     grouped,
     literal,
@@ -241,13 +239,11 @@ class TableRows(Rows):
         index: str = "auto",
         *,
         metric: tip.Metric | None = None,
-        known: Sums | None = None,
     ) -> TableRows:
         """Stream blocks of labels and keys into a table, and build its index.
 
         Each block is a label table (see :func:`labels.label_table`) and an array of keys of shape ``[b, d]``. If you
-        give a ``metric``, the table also contains the points of the keys. If you give the sums of the keys as
-        ``known``, they are not recomputed.
+        give a ``metric``, the table also contains the points of the keys.
         """
         index_kind(index)
         ahead = iter(blocks)
@@ -275,14 +271,13 @@ class TableRows(Rows):
                 if not np.isfinite(own).all():
                     raise InputError(f"keys: some values are too large for {dtype}; use float32")
                 points = transformed(metric, own, "cpu")
-                if known is None:
-                    sums.count(own, ids)
+                sums.count(own, ids)
                 if points is not None and point_sums is not None:
                     point_sums.count(points, ids)
                 yield from rows_of(part, own, points).cast(schema).to_batches()
 
-        table = KeyTable.create(address, TABLE, grouped(rows()), schema)
-        made = cls(table=table, known=known or sums, point_sums=point_sums, writer=writer)
+        table = KeyTable.create(address, grouped(rows()), schema)
+        made = cls(table=table, known=sums, point_sums=point_sums, writer=writer)
         return made.indexed(index)
 
     @property
@@ -477,7 +472,7 @@ class TableRows(Rows):
     ) -> TableRows:
         """With one-hot values, the table is rewritten with the points of the keys."""
         if metric is not None and values is None:
-            return self.rewritten(metric, factory, known=self.sums)
+            return self.rewritten(metric, factory)
         rows = self
         moved = self.table.has_points
         if moved:
@@ -490,21 +485,18 @@ class TableRows(Rows):
         metric: tip.Metric | None,
         factory: str | None = None,
         dtype: Dtype | None = None,
-        known: Sums | None = None,
     ) -> TableRows:
         """Rewrite every row and the index, so that the files of this version do not contain removed rows.
 
         You can change the index type with ``factory`` and the dtype of the keys with ``dtype``. With a ``metric``, the
-        table also contains the points. If you give the sums of the keys as ``known``, they are not recomputed.
+        table also contains the points.
         """
         writer = self.writer
         table = self.table
         assert writer is not None
         if writer.parent is not None:  # damaged rows must not get valid sums and digests
             writer.store.check(writer.parent)
-        before = replace(
-            self, table=KeyTable.at(table.address, table.name, table.version)
-        )  # pinned meanwhile
+        before = replace(self, table=KeyTable.at(table.address, table.version))  # pinned meanwhile
         return self.create(
             table.address,
             writer,
@@ -513,7 +505,6 @@ class TableRows(Rows):
             dtype or self.dtype,
             factory or self.asked,
             metric=metric,
-            known=known,
         )
 
     @property
@@ -603,11 +594,11 @@ def check_columns(columns: Iterable[pa.Field]) -> None:
     """Raise InputError if the name of an extra column is reserved or is not allowed."""
     for column in columns:
         if (
-            column.name in (VERSION, VECTOR, "")
+            column.name in (VECTOR, "")
             or column.name.startswith("_")
             or set(".`") & set(column.name)
         ):
             raise InputError(
-                f"column {column.name!r}: a LanceDB store reserves {VERSION}, {VECTOR} and names that begin with _, "
+                f"column {column.name!r}: a LanceDB store reserves {VECTOR} and names that begin with _, "
                 "and does not allow dots or backticks; rename or remove it"
             )
