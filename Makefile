@@ -5,8 +5,8 @@ BIN := $(VENV)/bin
 BENCH := OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks
 READY := $(VENV)/.ready
 DEMO_READY := $(VENV)/.demo-ready
-INSTALL ?= --editable '.[dev]'
-IMAGE ?= retrieval-tip
+INSTALL := --editable '.[dev]'
+IMAGE := retrieval-tip
 
 .DEFAULT_GOAL := help
 .PHONY: help setup browser demo lint size test installed soak check bench gpu attack docs site pages image wheel release
