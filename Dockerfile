@@ -3,7 +3,7 @@ FROM python:3.12-slim AS build
 RUN python -m venv /venv
 ENV PATH=/venv/bin:$PATH
 WORKDIR /src
-COPY .ci/faiss.py .ci/
+COPY .ci/backend.py .ci/
 COPY pyproject.toml README.md LICENSE ./
 COPY retrieval_tip retrieval_tip
 # Leave out the CUDA libraries: 1.2 GB from faiss-gpu and 2 GB from PyPI's torch.

@@ -5,9 +5,11 @@ BIN := $(VENV)/bin
 BENCH := OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks
 READY := $(VENV)/.ready
 DEMO_READY := $(VENV)/.demo-ready
+INSTALL := --editable '.[dev]'
+IMAGE := retrieval-tip
 
 .DEFAULT_GOAL := help
-.PHONY: help setup browser demo lint test soak check bench gpu attack docs site image wheel windows
+.PHONY: help setup browser demo lint size test installed soak check bench gpu attack docs site pages image wheel release windows
 
 help: ## list these targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -15,7 +17,7 @@ help: ## list these targets
 setup: $(READY) ## create .venv and install everything for development
 
 $(READY): pyproject.toml | $(VENV)/bin/python
-	@$(BIN)/python .ci/install.py --editable '.[dev]'
+	@$(BIN)/python .ci/install.py $(INSTALL)
 	@touch $@
 
 $(DEMO_READY): pyproject.toml | $(VENV)/bin/python
@@ -26,7 +28,7 @@ $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v[:2] <= (3, 14) else f"{sys.executable}: Python {v.major}.{v.minor} is not supported; use 3.11 to 3.14, for example make PYTHON=python3.12 ...")'
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON): cannot create virtual environments; on Debian, run apt-get install python3-venv" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python .ci/install.py --upgrade 'pip>=24,<26.2'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=24,<26.2'
 
 browser: ## install Debian's Chromium and faketime for tests of the page and of clocks (needs root)
 	@command -v chromium >/dev/null && command -v faketime >/dev/null || { apt-get update -qq -o Acquire::Retries=3 && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq -o Acquire::Retries=3 --no-install-recommends chromium faketime; }
@@ -48,12 +50,20 @@ lint: setup ## check formatting, lint, types, import directions, docstring refer
 	$(BIN)/python docs/crossrefs.py
 	$(BIN)/python docs/prose.py
 	$(BIN)/python docs/size.py --check
+	$(BIN)/zizmor --offline --quiet .github
+	$(BIN)/actionlint .github/workflows/*.yml
 
 size: setup ## compare the size with the budgets, and list large classes and functions and duplicate names (another clone: CLONE=FOLDER)
 	$(BIN)/python docs/size.py $(CLONE)
 
 test: setup ## run the tests (some of them: ONLY='tests/test_tip.py -k tail')
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ONLY)
+
+installed: ## test the wheel in dist/ instead of this tree, in an environment of its own (some tests: ONLY=...)
+	rm -rf build/installed && mkdir -p build/installed
+	git -c safe.directory='*' archive HEAD -- . ':!retrieval_tip' | tar -x -C build/installed
+	$(PYTHON) -m zipfile -e $(wildcard dist/*.whl) build/installed
+	$(MAKE) -C build/installed test INSTALL='$(abspath $(wildcard dist/*.whl))[dev]'
 
 soak: setup ## run every test at full size: all kills, Ray, the browser
 	RETRIEVAL_TIP_SOAK=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=25
@@ -91,14 +101,25 @@ docs: setup ## regenerate docs/cli.md from the commands' help
 site: setup ## build the documentation site in build/site
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/site
 
-image: ## build the image of the server (needs Docker)
-	docker build -t retrieval-tip .
+pages: site ## build the site with a demo that classifies photos in the browser (needs npm)
+	cp -r docs/browser build/site/ && mkdir -p build/site/browser/ort
+	$(BIN)/python benchmarks/demo.py --source debian --only-fetch
+	rm -rf build/pages && OUT=build/pages PATH="$(abspath $(BIN)):$$PATH" sh indexes/stamps.sh
+	$(BIN)/retrieval-tip index export build/pages --onnx build/site/browser/things.onnx
+	cd build && npm pack --silent onnxruntime-web@1.31.1 && tar -xf onnxruntime-web-1.31.1.tgz
+	cp build/package/dist/ort.wasm.min.mjs build/package/dist/ort-wasm-simd-threaded.mjs build/package/dist/ort-wasm-simd-threaded.wasm build/site/browser/ort
+
+image: ## build the image of the server (needs Docker; another name: IMAGE=NAME)
+	docker build -t $(IMAGE) .
 
 wheel: setup ## build wheel and sdist, and try them in a fresh environment
 	PYTHON=$(BIN)/python .ci/wheel
 
 windows: setup ## under Wine, run the commands of the docs, kills and tests on Windows; 45 minutes
 	PYTHON=$(BIN)/python .ci/windows
+
+release: setup ## build wheel and sdist for PyPI, run the README with each, and say what is left to do
+	PYTHON=$(BIN)/python .ci/release
 
 attack: setup ## test thousands of random hostile inputs: readers, index folders, commands, server; 10 minutes
 	RETRIEVAL_TIP_ATTACK=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 tests/test_hostile.py tests/test_openapi.py

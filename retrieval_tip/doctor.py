@@ -9,6 +9,7 @@ import sys
 from dataclasses import dataclass
 
 from retrieval_tip import hooks
+from retrieval_tip.driver import faiss_distribution, has_nvidia_driver
 from retrieval_tip.errors import UsageError
 from retrieval_tip.machine import install, pip, version_of
 
@@ -84,6 +85,12 @@ def _torch(facts: dict[str, str], problems: list[str]) -> None:
         return
     facts["torch device"] = "cpu"
     facts["torch build"] = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only"
+    facts["NVIDIA driver"] = "installed" if has_nvidia_driver() else "none"
+    if torch.version.cuda is None and faiss_distribution() == "faiss-gpu":
+        problems.append(
+            "this torch is built for the CPU, so the GPU is idle in encoding; "
+            f"run {pip('install --force-reinstall torch torchvision')}"
+        )
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         facts["torch device"] = f"cuda ({', '.join(names)})"
@@ -96,14 +103,14 @@ def _faiss(facts: dict[str, str], problems: list[str]) -> None:
     facts["faiss distribution"] = (
         ", ".join(f"{name} {version}" for name, version in installed.items()) or "none"
     )
-    right = (
-        "faiss-gpu" if sys.platform == "linux" and platform.machine() == "x86_64" else "faiss-cpu"
-    )
+    right = faiss_distribution()
+    switch = f"run\n  {pip('uninstall -y ' + ' '.join(installed))}\n  {pip('install ' + right)}"
     if len(installed) > 1:
         problems.append(
-            f"{' and '.join(installed)} are both installed and overwrite each other's files; "
-            f"run {pip('uninstall -y ' + ' '.join(installed))} && {pip('install ' + right)}"
+            f"{' and '.join(installed)} are both installed and overwrite each other's files; {switch}"
         )
+    elif "faiss-cpu" in installed and right == "faiss-gpu":
+        problems.append(f"faiss-cpu is installed, so the GPU is idle in searches; {switch}")
     try:
         faiss = importlib.import_module("faiss")
     except Exception as error:
@@ -116,7 +123,7 @@ def _faiss(facts: dict[str, str], problems: list[str]) -> None:
     facts["faiss SIMD level"] = str(faiss.SIMDConfig.get_level_name())
     gpus = int(faiss.get_num_gpus())
     facts["faiss GPUs"] = str(gpus)
-    if gpus == 0 and facts.get("torch device", "cpu") != "cpu":
+    if gpus == 0 and "faiss-gpu" in installed and facts.get("torch device", "cpu") != "cpu":
         problems.append(
             "torch finds a GPU, but FAISS does not, so searches run on the CPU; "
             f"run {pip('install --force-reinstall ' + right)}, and check the driver's CUDA version (nvidia-smi)"

@@ -151,3 +151,7 @@ def write_encoder(weights, out):
     (out / "open_clip_config.json").write_text(
         json.dumps({"model_cfg": config, "preprocess_cfg": preprocess})
     )
+
+
+if __name__ == "__main__":
+    sys.exit(create(ROOT / "build" / "shared") is None)

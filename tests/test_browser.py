@@ -110,7 +110,7 @@ def test_a_photo_is_classified_in_the_browser(site, fitted, shared, run, tmp_pat
     with chromium() as browser:
         one = Opened(browser, site, ready="[role=status]")
         page = one.page
-        expect(page.get_by_role("status")).to_have_text("Ready: 10 classes.", timeout=PATIENCE)
+        expect(page.get_by_role("status")).to_contain_text("Ready: 10 classes", timeout=PATIENCE)
         page.get_by_label("Choose a photo").set_input_files(paths[0])
         expect(page.locator("li").first).to_contain_text(
             expected[str(paths[0])]["label"], timeout=PATIENCE

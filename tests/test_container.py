@@ -36,7 +36,7 @@ def test_copied_files_exist_and_are_not_ignored():
         assert (ROOT / name).exists(), name
         assert not any(fnmatch.fnmatch(name, pattern) for pattern in ignored), name
     needed = {
-        PROJECT["readme"],
+        "README.md",
         *PROJECT["license-files"],
     }  # the package cannot be built without these
     assert all(any(Path(name).is_relative_to(part) for part in copied) for name in needed)

@@ -133,7 +133,7 @@ const opened = open(MODEL);
 
 opened.then(
   ({ labels }) => {
-    status.textContent = `Ready: ${labels.length} classes.`;
+    status.textContent = `Ready: ${labels.length} classes, such as ${labels.slice(0, SHOWN).join(", ")}.`;
     input.disabled = false;
   },
   (error) => (status.textContent = `Cannot load the model: ${error.message}`),
