@@ -161,7 +161,6 @@ def test_hostile_names_are_built_sorted_and_restored(hostile, tmp_path):
     photos = Path(shutil.copytree(place / "photos", tmp_path / "photos"))
     before = files(photos)
     out = tmp_path / "sorted"
-    ok("index verify", place / "index")
     ok("sort", place / "index", photos / "b", "--into", out, "--move")
     some = {own: label for own, label in labels.items() if label in NAMES[:9]}
     first = check_sorted(
@@ -326,8 +325,15 @@ def test_an_encoder_is_found_by_name_next_to_the_index_or_in_the_cache_and_check
         weights.parent.mkdir()
         kept.rename(weights)
     weights.rename(project / "w")
-    advice = f"copy it next to the index, or into {cache}, or name the encoder with --model"
-    failed(run("classify", index, photo), 2, f"{weights}: this file of the encoder is not", advice)
+    advice = (
+        f"copy it next to the index, or into {cache.as_posix()}, or name the encoder with --model"
+    )
+    failed(
+        run("classify", index, photo),
+        2,
+        f"{weights.as_posix()}: this file of the encoder is not",
+        advice,
+    )
     torch.manual_seed(1)
     tower = timm.create_model("test_resnet", num_classes=0)
     torch.save(tower.state_dict(), project / "indexes" / "w.pt")
