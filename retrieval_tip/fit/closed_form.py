@@ -30,7 +30,7 @@ from retrieval_tip.data.source import spread
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.fit.blend import Blend, HeldTerms
 from retrieval_tip.fit.confidence import is_clear, wilson
-from retrieval_tip.fit.folds import LEAST_JUDGED, Folds, Held, ranks_within, taken_keys
+from retrieval_tip.fit.folds import LEAST_JUDGED, Folds, Held, Order, ranks_within, taken_keys
 from retrieval_tip.fit.forms import (
     DEFAULT_FORM,
     FORMS,
@@ -756,7 +756,7 @@ def _text_temperature(index: Index, folds: Folds) -> float:
     text = folds.weighted_text
     if text is None or len(index.class_names) == 1:
         return 1.0
-    rows = torch.from_numpy(folds.ordered.rows[spread(index.n, JUDGED)])
+    rows = torch.from_numpy(folds.order.rows[spread(index.n, JUDGED)])
     keys = torch.nn.functional.normalize(taken_keys(index.keys, rows))
     terms = HeldTerms(None, tip.affinity(keys, text), None, index.class_ids.cpu()[rows])
     trust = len(rows) / (len(rows) + ONE_SHOT_DOUBT)
@@ -789,7 +789,7 @@ def _of_classes(folds: Folds, most: int) -> Folds:
     """Return a sample of about ``most`` keys of some classes, as if the index held nothing else."""
     ids = folds.ids.numpy()
     draw = np.random.default_rng(0)
-    (ordered, order_of_classes) = folds.ordered
+    ordered, order_of_classes = folds.order
     few = ordered[ranks_within(ids[ordered], draw) < CHOSEN_SHOTS]
     counts = np.bincount(ids[few], minlength=folds.c)
     drawn = draw.permutation(order_of_classes)
@@ -807,5 +807,5 @@ def _of_classes(folds: Folds, most: int) -> Folds:
         text=None if folds.text is None else folds.text[classes],
         images=folds.images[rows],
         sums=None,
-        order=None,
+        order=Order(np.arange(len(rows)), np.arange(len(classes))),
     )
