@@ -688,9 +688,7 @@ def _strongest(cache: Tensor, folds: Folds, form: Form) -> Tensor:
 def _quantile(values: Tensor, share: float, weights: Tensor) -> float:
     if (weights == 1).all():
         return float(values.quantile(share))
-    values, order = values.sort()
-    place = torch.searchsorted(weights[order].cumsum(0), share * len(values))
-    return float(values[place.clamp_max(len(values) - 1)])
+    return float(np.quantile(values, share, weights=weights, method="inverted_cdf"))
 
 
 def _weakest(class_names: Sequence[str], right: Tensor, ids: Tensor) -> list[tuple[str, int, int]]:
@@ -764,13 +762,8 @@ def _text_temperature(index: Index, folds: Folds) -> float:
 
 
 def _sample(folds: Folds, most: int = CHOSEN_ON) -> Folds:
-    """Return folds of a sample of at most ``most`` keys, which may be the same folds."""
-    sample = folds
-    if len(folds.ids) > most:
-        sample = _of_classes(folds, most)
-    # The same folds keep the terms of each form, and the final blend uses them again.
-    elif [held.of for held in folds.held if held.of != "classes"] == ["shots"] * FOLDS:
-        return folds
+    """Return folds of a sample of at most ``most`` keys, which may be all keys."""
+    sample = _of_classes(folds, most) if len(folds.ids) > most else folds
     return sample.with_shots(FOLDS, len(sample.ids)).with_classes(len(sample.ids))
 
 
