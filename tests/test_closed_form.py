@@ -30,7 +30,7 @@ from retrieval_tip.evaluation.held_out import held_out_probabilities
 from retrieval_tip.fit import closed_form
 from retrieval_tip.fit.blend import HeldTerms
 from retrieval_tip.fit.closed_form import FitRequest
-from retrieval_tip.fit.folds import Folds, ranks_within
+from retrieval_tip.fit.folds import Folds, Order, ranks_within
 from retrieval_tip.fit.forms import DEFAULT_FORM, FORMS, ONE_SHOT, Form, Scatter, Within
 from retrieval_tip.fit.scatter import dimensions, known_prior, pooled
 from retrieval_tip.fit.visible import Queries
@@ -47,6 +47,13 @@ NAMES = [f"class {i}" for i in range(C)]
 def model(shots=6, text=True, seed=0, spread=0.6, **options):
     keys, ids = clusters(shots, seed, spread)
     return Index.from_features(keys, ids, NAMES, text_of() if text else None, **options)
+
+
+def folds_of(keys, ids, c, text=None, images=None, **options):
+    """Return keys in their present order, of which by default each shows a photo of its own."""
+    images = np.arange(len(ids)) if images is None else images
+    order = Order(np.arange(len(ids)), np.arange(c))
+    return Folds(keys, torch.from_numpy(ids), c, text, images, order, **options)
 
 
 def uneven_clusters(counts, seed=0, spread=0.6, d=D):
@@ -182,9 +189,7 @@ def test_the_scatter_matches_the_definition(seed, c, shots, d):
     draw = default_rng(seed)
     ids = np.sort(draw.integers(0, c, c * shots))
     keys = unit(draw.normal(size=(len(ids), d)))
-    found = Folds(keys, torch.from_numpy(ids), c, None, np.arange(len(ids))).scatter(
-        torch.arange(len(ids))
-    )
+    found = folds_of(keys, ids, c).scatter(torch.arange(len(ids)))
     expected = scatter(keys, ids if np.bincount(ids).max() > 1 else 0 * ids)
     assert_allclose(found.matrix, expected, atol=1e-6)
     means = [keys[ids == i].astype(np.float64).mean(0) for i in np.unique(ids)]
@@ -194,9 +199,7 @@ def test_the_scatter_matches_the_definition(seed, c, shots, d):
 def test_views_of_one_photo_stay_together():
     images = np.array([0, 0, 1, 1, 2, 2, 3, 3, 4])
     ids = np.array([0, 0, 0, 0, 1, 1, 1, 1, 2])
-    folds = Folds(np.eye(9, dtype=np.float32), torch.from_numpy(ids), 3, None, images).with_shots(
-        4, 10**6
-    )
+    folds = folds_of(np.eye(9, dtype=np.float32), ids, 3, images=images).with_shots(4, 10**6)
     assert [held.ids.tolist() for held in folds.held] == [[0, 1]] * 2
     assert sorted(torch.cat([held.query_rows for held in folds.held]).tolist()) == [
         0,
@@ -350,8 +353,7 @@ def test_each_fold_is_judged_by_a_fit_without_it():
     cache = partly(8)
     keys = np.asarray(cache.keys)
     ids = cache.class_ids.numpy()
-    images = np.arange(cache.n)
-    folds = Folds(keys, torch.from_numpy(ids), 20, cache.text_weights, images)
+    folds = folds_of(keys, ids, 20, cache.text_weights)
     folds = folds.with_shots(4, 10**6).with_classes(10**6)
     found = folds.terms(DEFAULT_FORM).cache.split([len(held.ids) for held in folds.held])
     for held, logits in zip(folds.held, found, strict=True):
@@ -377,8 +379,8 @@ def test_small_folds_are_added_if_the_others_contain_half_of_the_shots():
     """They hold out each photo once, never two of the same class, and have a fifth of the total weight."""
     for shots, c in ((2, 20), (2, 3), (3, 20), (4, 20)):
         keys, ids = clusters(shots, c=c)
-        images = np.arange(len(ids))
-        plain = Folds(keys, torch.from_numpy(ids), c, None, images).with_shots(8, 10**6)
+        plain = folds_of(keys, ids, c).with_shots(8, 10**6)
+        images = plain.images
         folds = plain.with_small(10**6)
         assert (folds is plain) == (shots > 2)
         small = [held for held in folds.held if held.of == "small"]
@@ -471,9 +473,7 @@ def test_a_prior_is_the_scatter_of_other_keys_around_their_class_means():
     )
     keys, ids = clusters(3)
     expected = (3 * C * scatter(keys, ids) + 1000 * prior) / (2 * C + 1000)
-    found = Folds(
-        keys, torch.from_numpy(ids), C, None, np.arange(len(ids)), user_prior=prior
-    ).scatter(torch.arange(len(ids)))
+    found = folds_of(keys, ids, C, user_prior=prior).scatter(torch.arange(len(ids)))
     assert_allclose(found.matrix, expected, rtol=1e-4, atol=1e-7)
     with pytest.raises(InputError, match="no class has two"):
         pooled([Sums.of([clusters(1)], C, D)])
@@ -617,7 +617,7 @@ def test_values_solve_the_linear_system(kind, monkeypatch):
 
 def test_folds_of_uneven_shots_give_each_class_equal_weight():
     keys, ids = uneven_clusters((1, 2, 4, 8, 16))
-    folds = Folds(keys, torch.from_numpy(ids), C, None, np.arange(len(ids))).with_shots(8, 10**6)
+    folds = folds_of(keys, ids, C).with_shots(8, 10**6)
     assert len(folds.held) == 6  # the median of 2, 4, 8 and 16
     held = torch.cat([one.ids for one in folds.held]).numpy()
     weights = folds.weights.numpy()

@@ -135,19 +135,17 @@ def open_model(model: str, pretrained: str | None, device: torch.device) -> Open
     import open_clip
 
     plan = _plan(model, pretrained)
-    name = plan.model
     weights = plan.checkpoint or plan.pretrained
     with _opening(plan, plan.repository), _undrawn():
         files = _files(plan)
         made, _, preprocess = open_clip.create_model_and_transforms(
-            name, weights, device=device, **plan.arguments
+            plan.model, weights, device=device, **plan.arguments
         )
         config = _config_digest(plan)
-        dim = open_clip.get_model_config(name)["embed_dim"]
     identity = Identity(
         plan.model, plan.pretrained, "", config, cast("Any", made.visual.preprocess_cfg)
     )
-    return Opened(made, preprocess, identity, dim, partial(_tokenizer, plan), files)
+    return Opened(made, preprocess, identity, partial(_tokenizer, plan), files)
 
 
 def _opening(plan: _Plan, repository: str | None = None) -> AbstractContextManager[None]:
@@ -217,7 +215,7 @@ def opened_of(
     config = f"sha256:{hashlib.sha256(repr(model).encode()).hexdigest()}"
     identity = Identity("loaded", None, "", config, cast("Any", model.visual.preprocess_cfg))
     get_tokenizer = None if tokenizer is None else partial(_same, tokenizer)
-    return Opened(model, preprocess, identity, None, get_tokenizer)
+    return Opened(model, preprocess, identity, get_tokenizer)
 
 
 def _same(tokenizer: Tokenizer) -> Tokenizer:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from retrieval_tip.backbones.base import Identity, digest_of
 from retrieval_tip.backbones.catalogue import downloaded, opening, similar
@@ -45,8 +45,7 @@ def open_model(name: str, pretrained: str | None, device: torch.device) -> Opene
     model.visual = tower
     model.encode_image = tower.forward
     preprocess = create_transform(**settings, is_training=False)
-    dim = cast("int", getattr(tower, "head_hidden_size", None) or tower.num_features)
-    return Opened(model.to(device), preprocess, identity, dim, None, files)
+    return Opened(model.to(device), preprocess, identity, None, files)
 
 
 def _plan(name: str, pretrained: str | None) -> tuple[str, str | None, Path | None]:

@@ -57,7 +57,6 @@ class Opened:
     model: Model
     preprocess: Callable[[Image.Image], torch.Tensor]
     identity: Identity
-    dim: int | None
     tokenizer: Callable[[], Tokenizer] | None
     files: Files | None = None
 
@@ -114,19 +113,14 @@ class TorchBackbone(Backbone):
         return replace(opened, identity=identity)
 
     def _described(self) -> Known:
+        import torch
+
         opened = self._open_model()
         has_text = opened.tokenizer is not None
         scale = float(opened.model.logit_scale.exp()) if has_text else 100.0
-        if (dim := opened.dim) is None:
-            some = self.encode_texts(["a"]) if has_text else self._encode_blank(opened)
-            dim = int(some.shape[1])
+        blank = torch.zeros(1, 3, *view_size(opened.identity.preprocess), device=self._device)
+        dim = self._forward(opened.model.encode_image, blank).shape[1]
         return Known(opened.identity, dim, scale, has_text, opened.files)
-
-    def _encode_blank(self, opened: Opened) -> FloatArray:
-        import torch
-
-        view = torch.zeros(1, 3, *view_size(opened.identity.preprocess), device=self._device)
-        return self._forward(opened.model.encode_image, view)
 
     def _open_model(self) -> Opened:
         with _OPENING:  # several decoding threads may need the model at the same time

@@ -80,7 +80,7 @@ def open_model(place: str, device: torch.device) -> Opened:
 
     identity = Identity(f"hf:{place}", None, "", _digest(config), asdict(settings))
     dual = _dual(model.float()).to(device)
-    return Opened(dual, image_transform_v2(settings, False), identity, None, tokenizer, files)
+    return Opened(dual, image_transform_v2(settings, False), identity, tokenizer, files)
 
 
 def _dual(model: Any) -> Model:

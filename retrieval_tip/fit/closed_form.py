@@ -30,7 +30,7 @@ from retrieval_tip.data.source import spread
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.fit.blend import Blend, HeldTerms
 from retrieval_tip.fit.confidence import is_clear, wilson
-from retrieval_tip.fit.folds import LEAST_JUDGED, Folds, Held, ranks_within, taken_keys
+from retrieval_tip.fit.folds import LEAST_JUDGED, Folds, Held, Order, ranks_within, taken_keys
 from retrieval_tip.fit.forms import (
     DEFAULT_FORM,
     FORMS,
@@ -688,9 +688,7 @@ def _strongest(cache: Tensor, folds: Folds, form: Form) -> Tensor:
 def _quantile(values: Tensor, share: float, weights: Tensor) -> float:
     if (weights == 1).all():
         return float(values.quantile(share))
-    values, order = values.sort()
-    place = torch.searchsorted(weights[order].cumsum(0), share * len(values))
-    return float(values[place.clamp_max(len(values) - 1)])
+    return float(np.quantile(values, share, weights=weights, method="inverted_cdf"))
 
 
 def _weakest(class_names: Sequence[str], right: Tensor, ids: Tensor) -> list[tuple[str, int, int]]:
@@ -756,7 +754,7 @@ def _text_temperature(index: Index, folds: Folds) -> float:
     text = folds.weighted_text
     if text is None or len(index.class_names) == 1:
         return 1.0
-    rows = torch.from_numpy(folds.ordered.rows[spread(index.n, JUDGED)])
+    rows = torch.from_numpy(folds.order.rows[spread(index.n, JUDGED)])
     keys = torch.nn.functional.normalize(taken_keys(index.keys, rows))
     terms = HeldTerms(None, tip.affinity(keys, text), None, index.class_ids.cpu()[rows])
     trust = len(rows) / (len(rows) + ONE_SHOT_DOUBT)
@@ -764,13 +762,8 @@ def _text_temperature(index: Index, folds: Folds) -> float:
 
 
 def _sample(folds: Folds, most: int = CHOSEN_ON) -> Folds:
-    """Return folds of a sample of at most ``most`` keys, which may be the same folds."""
-    sample = folds
-    if len(folds.ids) > most:
-        sample = _of_classes(folds, most)
-    # The same folds keep the terms of each form, and the final blend uses them again.
-    elif [held.of for held in folds.held if held.of != "classes"] == ["shots"] * FOLDS:
-        return folds
+    """Return folds of a sample of at most ``most`` keys, which may be all keys."""
+    sample = _of_classes(folds, most) if len(folds.ids) > most else folds
     return sample.with_shots(FOLDS, len(sample.ids)).with_classes(len(sample.ids))
 
 
@@ -789,7 +782,7 @@ def _of_classes(folds: Folds, most: int) -> Folds:
     """Return a sample of about ``most`` keys of some classes, as if the index held nothing else."""
     ids = folds.ids.numpy()
     draw = np.random.default_rng(0)
-    (ordered, order_of_classes) = folds.ordered
+    ordered, order_of_classes = folds.order
     few = ordered[ranks_within(ids[ordered], draw) < CHOSEN_SHOTS]
     counts = np.bincount(ids[few], minlength=folds.c)
     drawn = draw.permutation(order_of_classes)
@@ -807,5 +800,5 @@ def _of_classes(folds: Folds, most: int) -> Folds:
         text=None if folds.text is None else folds.text[classes],
         images=folds.images[rows],
         sums=None,
-        order=None,
+        order=Order(np.arange(len(rows)), np.arange(len(classes))),
     )

@@ -111,11 +111,6 @@ class Order(NamedTuple):
         places = np.argsort(classes)
         return cls(np.lexsort((hashes, places[index.class_ids.cpu().numpy()])), classes)
 
-    @classmethod
-    def unchanged(cls, ids: Tensor, c: int) -> Self:
-        """Return the order of rows with these class ids."""
-        return cls(np.arange(len(ids)), np.arange(c))
-
 
 def _hash_of(digest: str) -> int:
     return int.from_bytes(hashlib.blake2b(digest.encode(), digest_size=8).digest())
@@ -137,6 +132,7 @@ class Folds:
     c: int
     text: Tensor | None
     images: IntArray
+    order: Order
     held: Sequence[Held] = ()
     sums: Sums | None = None
     class_prior: ClassPrior = "even"
@@ -145,7 +141,6 @@ class Folds:
     single: int = 0
     parts: Sequence[Part] = ()
     shares: Sequence[float] = ()
-    order: Order | None = None
     # Not fields of __init__: a copy by replace() has other folds or shares, so it starts without them.
     _scatters: dict[int | None, Scatter | FewScatter] = field(default_factory=dict, init=False)
     _terms: dict[Form, FoldTerms] = field(default_factory=dict, init=False)
@@ -165,28 +160,23 @@ class Folds:
             len(index.class_names),
             text,
             images_of(labels),
+            Order.of(index, labels),
             sums=index.rows.sums,
             class_prior=class_prior or fitted_prior,
             user_prior=None if index.prior is None else index.prior.astype(np.float64),
             parts=parts,
             shares=shares or index.shares or equal_shares(parts),
-            order=Order.of(index, labels),
         )
-
-    @property
-    def ordered(self) -> Order:
-        """The order in which photos and classes are drawn, by default as they are."""
-        return self.order or Order.unchanged(self.ids, self.c)
 
     def order_of(self, rows: Tensor) -> Tensor:
         """Return the positions that put some rows in order. Float32 rounds differently in another order."""
-        places = np.argsort(self.ordered.rows)
+        places = np.argsort(self.order.rows)
         return torch.from_numpy(places[rows.numpy()]).argsort()
 
     @cached_property
     def _photos(self) -> IntArray:
         """The row of the first view of each photo, in order."""
-        rows = self.ordered.rows
+        rows = self.order.rows
         first = np.unique(self.images[rows], return_index=True)[1]
         return rows[np.sort(first)]
 
@@ -217,7 +207,7 @@ class Folds:
         counts = np.bincount(ids, minlength=self.c)[ids]
         starts = np.empty(self.c, dtype=np.int64)
         ranks = ranks_within(ids, draw)
-        starts[self.ordered.classes] = draw.permutation(self.c)
+        starts[self.order.classes] = draw.permutation(self.c)
         places = ranks * np.maximum(SMALL_FOLDS // counts, 1) + starts[ids]
         small = self._held(np.where(counts > 1, places % SMALL_FOLDS, -1), most, "small")
         return replace(self, held=[*self.held, *small])
@@ -229,7 +219,7 @@ class Folds:
         are weighted as described in :attr:`weights`.
         """
         ids = self.ids.numpy()
-        classes = self.ordered.classes
+        classes = self.order.classes
         shot_classes = classes[np.isin(classes, ids)]
         if not self.held or self.covered == 1 or len(shot_classes) < CLASS_FOLDS:
             return self

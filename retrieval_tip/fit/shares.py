@@ -71,7 +71,7 @@ def shares_without_folds(folds: Folds) -> Shares:
     mean between classes, and all encoders that count get equal shares of it. Encoders that see the same (see
     :data:`REDUNDANT`) share theirs by the squares of the shares for which this contrast varies least between classes.
     """
-    rows = torch.from_numpy(folds.ordered.rows[spread(len(folds.ids), COMPARED)])
+    rows = torch.from_numpy(folds.order.rows[spread(len(folds.ids), COMPARED)])
     keys = taken_keys(folds.keys, rows).double()
     ids = folds.ids[rows]
     others = ids[:, None] != ids
