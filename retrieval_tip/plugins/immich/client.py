@@ -72,7 +72,7 @@ class Immich:
                 f"{one_line(url)}: is not the address of a server, such as http://photos:2283"
             )
         self.url = address
-        self.version = OLDEST
+        self.version: tuple[int, ...] = OLDEST
         self.owner = ""
         self._client = httpx2.Client(
             headers={"x-api-key": key, "accept": "application/json"},
