@@ -28,6 +28,7 @@ PERMISSIONS = (
 """The permissions that a key needs. To learn from albums, it also needs ``album.read``."""
 OLDEST, STRUCTURED, UNTRIED = (2, 0, 0), (3, 2, 0), (4, 0, 0)
 """The oldest version that is supported, the first with structured searches, and the first that is not known."""
+KINDS = ("IMAGE", "VIDEO")
 PAGE = 1000  # photos per answer, the most that Immich sends
 WRITTEN = 500  # photos per request that writes
 SECONDS = 30  # until a request fails
@@ -37,12 +38,18 @@ LARGEST = 1 << 26  # bytes of an answer
 
 
 class Asset(NamedTuple):
-    """A photo or video. ``look`` changes when its picture does, but not when its tags do."""
+    """A photo or video.
+
+    ``look`` changes when its picture does, but not when its tags do. ``external`` is 1 in an external library, which
+    may be read-only, so that Immich loses its tags.
+    """
 
     id: str
     kind: str
     look: str
     created: str
+    updated: str
+    external: int
     name: str
 
 
@@ -54,7 +61,11 @@ class Tag(NamedTuple):
 
 
 class ImmichError(InputError):
-    """Raised when a server cannot be reached, or does not do what it is asked."""
+    """Raised when a server cannot be reached, or does not do what it is asked. ``status`` is that of its answer."""
+
+    def __init__(self, text: str, status: int = 0) -> None:
+        super().__init__(text)
+        self.status = status
 
 
 class Immich:
@@ -64,10 +75,10 @@ class Immich:
         """Use an address with or without ``/api``. Nothing is sent yet. Raises UsageError if it is no address."""
         address = url.rstrip("/").removesuffix("/api")
         try:
-            is_address = httpx2.URL(address).host and address.startswith(("http://", "https://"))
+            parsed = httpx2.URL(address)
         except httpx2.InvalidURL:
-            is_address = False
-        if not is_address:
+            parsed = httpx2.URL("")
+        if parsed.scheme not in ("http", "https") or not parsed.host or parsed.userinfo:
             raise UsageError(
                 f"{one_line(url)}: is not the address of a server, such as http://photos:2283"
             )
@@ -124,35 +135,45 @@ class Immich:
         *,
         tag: str | None = None,
         album: str | None = None,
-        created_after: str | None = None,
         updated_after: str | None = None,
-        kind: str = "IMAGE",
+        visibility: str = "timeline",
     ) -> Iterator[Asset]:
-        """Yield the photos of a tag or an album, or those that were added or changed since a time, or all."""
+        """Yield the photos and videos of a tag or an album, or those that were changed since a time, or all."""
+        for kind in KINDS:
+            yield from self._assets(kind, tag, album, updated_after, visibility)
+
+    def _assets(
+        self,
+        kind: str,
+        tag: str | None,
+        album: str | None,
+        updated_after: str | None,
+        visibility: str,
+    ) -> Iterator[Asset]:
         structured = self.version >= STRUCTURED
         search: dict[str, Any] = {"size": PAGE}
         if structured:
             conditions: dict[str, Any] = {
                 "type": {"eq": kind},
-                "visibility": {"in": ["timeline"]},
+                "visibility": {"in": [visibility]},
                 "trashedAt": {"eq": None},
             }
             given = {"tagIds": tag, "albumIds": album}
             conditions |= {name: {"any": [one]} for name, one in given.items() if one is not None}
-            since = {"createdAt": created_after, "updatedAt": updated_after}
-            conditions |= {name: {"gte": time} for name, time in since.items() if time is not None}
+            if updated_after is not None:
+                conditions["updatedAt"] = {"gte": updated_after}
             search["filter"] = conditions
         else:
-            search |= {"type": kind, "visibility": "timeline", "page": 1}
+            search |= {"type": kind, "visibility": visibility, "page": 1}
             given = {"tagIds": tag, "albumIds": album}
             search |= {name: [one] for name, one in given.items() if one is not None}
-            since = {"createdAfter": created_after, "updatedAfter": updated_after}
-            search |= {name: time for name, time in since.items() if time is not None}
+            if updated_after is not None:
+                search["updatedAfter"] = updated_after
         seen: set[str] = set()
         while True:
             found = self._ask("POST", "/search/metadata", search)["assets"]
             for item in found["items"]:
-                if self._is_ours(item, kind) and item["id"] not in seen:
+                if self._is_ours(item, kind, visibility) and item["id"] not in seen:
                     seen.add(item["id"])
                     yield _asset(item)
             following = found["nextCursor"] if structured else found["nextPage"]
@@ -161,14 +182,24 @@ class Immich:
             # Pages are numbers in a request, but text in an answer.
             search |= {"cursor": following} if structured else {"page": int(following)}
 
-    def _is_ours(self, item: Mapping[str, Any], kind: str) -> bool:
-        """Return whether the user owns a photo and sees it in the timeline, because a filter may be ignored."""
+    def _is_ours(self, item: Mapping[str, Any], kind: str, visibility: str) -> bool:
+        """Return whether the user owns a photo and sees it where it was asked for, as a server may ignore filters."""
         return (
             item["ownerId"] == self.owner
             and item["type"] == kind
-            and item["visibility"] == "timeline"
+            and item["visibility"] == visibility
             and not item["isTrashed"]
         )
+
+    def shows(self, asset: str) -> bool:
+        """Return whether a photo still is in the timeline of the user. Others may be in the trash, or archived."""
+        try:
+            item = self._ask("GET", f"/assets/{asset}")
+        except ImmichError as error:
+            if error.status in (400, 404):  # Immich answers so for a photo that was deleted
+                return False
+            raise
+        return self._is_ours(item, item["type"], "timeline")
 
     def preview(self, asset: Asset) -> bytes:
         """Return the preview picture, which is a frame of a video. Raises ImmichError if there is none yet."""
@@ -244,7 +275,8 @@ class Immich:
             403: "refuses",
         }.get(answer.status_code, f"answers with status {answer.status_code}")
         raise ImmichError(
-            f"{self.url}: {path.partition('?')[0]}: {meaning} {_reason(answer)}".rstrip()
+            f"{self.url}: {path.partition('?')[0]}: {meaning} {_reason(answer)}".rstrip(),
+            answer.status_code,
         )
 
     def _bounded(
@@ -270,7 +302,15 @@ class Immich:
 
 def _asset(item: Mapping[str, Any]) -> Asset:
     look = f"{item['thumbhash']}|{item.get('isEdited', False)}"
-    return Asset(item["id"], item["type"], look, item["createdAt"], item["originalFileName"])
+    return Asset(
+        item["id"],
+        item["type"],
+        look,
+        item["createdAt"],
+        item["updatedAt"],
+        int(item.get("libraryId") is not None),
+        item["originalFileName"],
+    )
 
 
 def _reason(answer: httpx2.Response) -> str:
