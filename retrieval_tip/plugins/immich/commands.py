@@ -17,13 +17,14 @@ from retrieval_tip.errors import InputError, UsageError, warn_once
 from retrieval_tip.files import read_regular
 from retrieval_tip.hooks import argument, flag, option
 from retrieval_tip.plugins.immich.client import Immich
-from retrieval_tip.plugins.immich.ledger import ACCEPTED, NAME, REJECTED, WRITTEN, Ledger
+from retrieval_tip.plugins.immich.ledger import ACCEPTED, REJECTED, WRITTEN, Ledger, place_of
 from retrieval_tip.plugins.immich.sync import Lessons, Report, Sync
 from retrieval_tip.plugins.immich.tagging import SUGGESTED, Tagging
 from retrieval_tip.wording import counted, one_line, show
 
 KEY = "IMMICH_API_KEY"
 LONGEST_KEY = 4096
+ONCE = "0s"
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 INDEX = Path("indexes/immich")
 _FOLDER = click.Path(path_type=Path, file_okay=False)
@@ -31,10 +32,8 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 SOME_FAILED = 3
 
 
-def _seconds(_: click.Context, __: click.Parameter, text: str | None) -> int | None:
-    if text is None:
-        return None
-    match = re.fullmatch(r"([1-9][0-9]{0,3})([smhd])", text)
+def _seconds(_: click.Context, __: click.Parameter, text: str) -> int:
+    match = re.fullmatch(r"([0-9]{1,4})([smhd])", text)
     if match is None:
         raise click.BadParameter("expected a number and s, m, h or d, such as 1h")
     return int(match[1]) * UNITS[match[2]]
@@ -52,7 +51,7 @@ def sync(
     out: Path = option(_FOLDER, "--out", "-o", default=INDEX),
     model: str | None = option(),
     key: Path | None = option(_FILE),
-    every: int | None = option(metavar="TIME", callback=_seconds),
+    every: int = option(metavar="TIME", callback=_seconds, default=ONCE, show_default=False),
 ) -> None:
     """Learn from your tags or albums on an Immich server, and suggest tags for other photos.
 
@@ -76,7 +75,7 @@ def sync(
     lessons = Lessons((classes or "").strip("/"), albums)
     if bool(lessons.parent) == bool(albums):
         raise UsageError("immich sync: give either --classes TAG or --albums NAME,...")
-    if every is not None:
+    if every:
         _repeat(every)
     from retrieval_tip.backbones.loading import load_again, load_backbone
     from retrieval_tip.index.places import at
@@ -90,7 +89,7 @@ def sync(
         tagging = Tagging(immich, ledger)
         report = Sync(tagging, out, backbone, lessons).run(apply=apply)
     _print(report, apply=apply)
-    _end(tagging)
+    _end(tagging, report.unread)
 
 
 def status(out: Path = argument(_FOLDER, default=INDEX)) -> None:
@@ -156,7 +155,7 @@ def _connected(
 
 
 def _ledger_of(out: Path) -> Ledger:
-    if not (out / NAME).is_file():
+    if not place_of(out).is_file():
         raise InputError(
             f"{show(out)}: has no suggestions of Immich; run retrieval-tip immich sync first"
         )
@@ -178,17 +177,9 @@ def _key(file: Path | None) -> str:
 
 
 def _repeat(seconds: int) -> None:
-    """Run the same command again and again in a process of its own, which gives its memory back."""
-    arguments = list(sys.argv[1:])
-    for place, word in enumerate(arguments):
-        if word == "--every":
-            del arguments[place : place + 2]
-            break
-        if word.startswith("--every="):
-            del arguments[place]
-            break
+    """Run the same command again and again, in processes of their own, which give their memory back."""
+    command = [sys.executable, "-m", "retrieval_tip", *sys.argv[1:], "--every", ONCE]
     while True:
-        command = [sys.executable, "-m", "retrieval_tip", *arguments]
         done = subprocess.run(command, check=False)  # noqa: S603 - our own arguments
         if done.returncode == click.UsageError.exit_code:
             raise SystemExit(done.returncode)
@@ -218,8 +209,9 @@ def _print(report: Report, *, apply: bool) -> None:
         )
 
 
-def _end(tagging: Tagging) -> None:
-    """Warn of what Immich refused, and end with the status for it."""
+def _end(tagging: Tagging, unread: int = 0) -> None:
+    """Warn of what Immich refused, and end with the status for photos that could not be read or changed."""
     if words := tagging.refusals():
         warn_once(words)
+    if words or unread:
         click.get_current_context().exit(SOME_FAILED)

@@ -1,13 +1,13 @@
 """What this program has written to an Immich server, and what it knows about the photos there.
 
 A suggestion is written down before it is sent, and its answer afterwards, so that a kill between both loses nothing.
-The database is beside the versions of an index, and belongs to one user of one server.
+The database is in a folder beside an index, and belongs to one user of one server.
 """
 
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -20,23 +20,22 @@ from retrieval_tip.files import make_folders
 from retrieval_tip.plugins.immich.client import Asset
 from retrieval_tip.wording import show
 
-NAME = "immich.sqlite"
-"""Name of the database in the folder of an index."""
-
 SENT, WRITTEN, THEIRS = "sent", "written", "theirs"
-"""States of a suggestion: an answer is awaited; Immich has taken it; the user had put the tag on already."""
+"""States of a suggestion: no answer yet; Immich has written it; the user had put the tag on already."""
 ACCEPTED, REJECTED, LOST, HIDDEN = "accepted", "rejected", "lost", "hidden"
-"""Later states: the user gave the photo the class; the user took the suggestion off; a read-only library lost it; the
-photo is in the trash or archived."""
+"""Later states: the user gave the photo the class; the user took the suggestion off; Immich lost it, or the user
+deleted the tag; the photo is archived or in the trash."""
+OURS = (SENT, WRITTEN, LOST, HIDDEN)
+"""States in which a photo may have a tag that this program has written."""
 
 _CREATE = """
 CREATE TABLE IF NOT EXISTS facts (name PRIMARY KEY, value);
 CREATE TABLE IF NOT EXISTS photos (
-    asset PRIMARY KEY, kind, look, created, updated, external, name, encoder, feature BLOB
+    asset PRIMARY KEY, look, created, updated, external, name, encoder, feature BLOB
 );
 CREATE TABLE IF NOT EXISTS tags (path PRIMARY KEY);
 CREATE TABLE IF NOT EXISTS suggestions (
-    asset, class, tag, state, probability, run, version, PRIMARY KEY (asset, class)
+    asset, class, tag, state, probability, run, PRIMARY KEY (asset, class)
 );
 """
 
@@ -52,8 +51,12 @@ class Suggestion(NamedTuple):
     tag: str
     state: str
     probability: float
-    run: int
-    version: int
+    run: int = 0
+
+
+def place_of(index: Path) -> Path:
+    """Return the file of the ledger of an index. A new index needs an empty folder, so it is in another one."""
+    return Path(f"{index.absolute()}-immich") / "ledger.sqlite"
 
 
 class Ledger:
@@ -61,8 +64,8 @@ class Ledger:
 
     def __init__(self, index: Path) -> None:
         """Open the database of an index, or create one. Raises InputError if it cannot be used."""
-        make_folders(index)
-        self.path = index / NAME
+        self.path = place_of(index)
+        make_folders(self.path.parent)
         try:
             self._db = sqlite3.connect(self.path, timeout=60, isolation_level=None)
             self._db.executescript(_CREATE)
@@ -95,7 +98,7 @@ class Ledger:
         """Keep whose photos these are. Raises InputError if they are those of another user or server."""
         if self.fact("owner") not in (None, owner):
             raise InputError(
-                f"{show(self.path.parent)}: belongs to another user at {self.fact('url')}; choose another index"
+                f"{show(self.path)}: belongs to another user at {self.fact('url')}; choose another --out"
             )
         self.remember(url=url, owner=owner)
 
@@ -104,8 +107,8 @@ class Ledger:
         with self._at_once() as db:
             db.executemany(
                 """
-                INSERT INTO photos (asset, kind, look, created, updated, external, name)
-                VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (asset) DO UPDATE SET
+                INSERT INTO photos (asset, look, created, updated, external, name)
+                VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (asset) DO UPDATE SET
                     feature = iif(look = excluded.look, feature, NULL), look = excluded.look,
                     updated = excluded.updated, name = excluded.name
                 """,
@@ -150,13 +153,10 @@ class Ledger:
         )
         return [Suggestion(*row) for row in rows]
 
-    def begin(self, suggestions: Sequence[Suggestion]) -> None:
-        """Write down suggestions before they are sent."""
+    def add(self, suggestions: Iterable[Suggestion]) -> None:
+        """Write down suggestions, before they are sent."""
         with self._at_once() as db:
-            db.executemany(
-                "INSERT INTO suggestions VALUES (?, ?, ?, ?, ?, ?, ?)",
-                [suggestion._replace(state=SENT) for suggestion in suggestions],
-            )
+            db.executemany("INSERT INTO suggestions VALUES (?, ?, ?, ?, ?, ?)", suggestions)
 
     def settle(self, suggestions: Iterable[Suggestion], state: str | None) -> None:
         """Set the state of suggestions, or forget them if it is ``None``."""

@@ -11,9 +11,11 @@ import datetime
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -23,16 +25,17 @@ from retrieval_tip.backbones.base import Backbone
 from retrieval_tip.data.encoding_cache import EncodingCache
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.data.source import of_images
-from retrieval_tip.errors import UsageError
+from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.files import make_folders, replacing
 from retrieval_tip.index.build import build_index
 from retrieval_tip.index.places import at
 from retrieval_tip.model import Index
-from retrieval_tip.plugins.immich.client import Asset, Immich, ImmichError
+from retrieval_tip.plugins.immich.client import Asset
 from retrieval_tip.plugins.immich.ledger import (
     ACCEPTED,
     HIDDEN,
     LOST,
+    OURS,
     REJECTED,
     SENT,
     THEIRS,
@@ -48,9 +51,11 @@ LEAST = 0.5
 """Smallest probability of a suggestion, as for ``classify --abstain auto``."""
 SETTLED = datetime.timedelta(minutes=10)
 """Age of photos from which tags are written. Immich first reads the tags in their files."""
+OVERLAP = datetime.timedelta(days=1)
+"""How far a run looks back before the newest change that it saw, because photos change while it lists them."""
 DOWNLOADS = 4  # at the same time; home servers are small
 BLOCK = 4096  # photos classified at a time
-PREVIEWS = "previews"  # folder of the examples in the folder of an index
+PREVIEWS = "previews"  # folder of the examples, beside the ledger
 
 
 @dataclass(frozen=True)
@@ -60,25 +65,27 @@ class Lessons:
     parent: str = ""
     albums: Sequence[str] = ()
 
-    def places(self, immich: Immich, tags: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    def places(self, tagging: Tagging) -> dict[str, dict[str, str]]:
         """Return the tag or album of each class, as :meth:`Immich.assets` takes it. Raises UsageError without any."""
+        immich = tagging.immich
         if self.albums:
             albums = immich.albums()
             if missing := [name for name in self.albums if name not in albums]:
-                raise UsageError(
-                    f"{immich.url}: has no album {few(missing)}; name those that you own"
-                )
-            return {name: {"album": albums[name]} for name in self.albums}
+                raise UsageError(f"{immich.url}: has no album {few(missing)}; create it in Immich")
+            return {name: {"albumIds": albums[name]} for name in self.albums}
         start = f"{self.parent}/"
-        names = {
-            path.removeprefix(start): tag for path, tag in tags.items() if path.startswith(start)
+        if start.startswith(f"{SUGGESTED}/"):
+            raise UsageError(f"{start[:-1]}: has suggestions; name a tag of your own")
+        tags = {
+            path.removeprefix(start): tag
+            for path, tag in sorted(tagging.tags.items())
+            if path.startswith(start)
         }
-        classes = {name: {"tag": tag} for name, tag in sorted(names.items()) if "/" not in name}
-        if not classes.keys() - {NONE}:
+        if not tags.keys() - {NONE}:
             raise UsageError(
                 f"{immich.url}: no tag below {self.parent}; tag some photos with {self.parent}/NAME in Immich"
             )
-        return classes
+        return {name: {"tagIds": tag} for name, tag in tags.items() if "/" not in name}
 
 
 @dataclass
@@ -105,19 +112,19 @@ class Sync:
     backbone: Backbone
     lessons: Lessons
     report: Report = field(default_factory=Report)
-    several: set[str] = field(default_factory=set)
 
     @cached_property
-    def labels(self) -> dict[str, str]:
-        """The class of each example, without photos of several classes."""
-        labels: dict[str, str] = {}
-        several: set[str] = set()
-        for name, place in self.lessons.places(self.tagging.immich, self.tagging.tags).items():
-            for asset in self.tagging.immich.assets(**place):
-                if labels.setdefault(asset.id, name) != name:
-                    several.add(asset.id)
-        self.several.update(several)
-        return {asset: name for asset, name in labels.items() if asset not in several}
+    def classes(self) -> dict[str, set[str]]:
+        """The classes that the user has given to photos."""
+        classes: dict[str, set[str]] = {}
+        for name, place in self.lessons.places(self.tagging).items():
+            for asset in self.tagging.immich.assets(place):
+                classes.setdefault(asset.id, set()).add(name)
+        return classes
+
+    @property
+    def _previews(self) -> Path:
+        return self.tagging.ledger.path.with_name(PREVIEWS)
 
     def run(self, *, apply: bool) -> Report:
         """Learn, and find suggestions. With ``apply``, write them.
@@ -126,11 +133,10 @@ class Sync:
         before stays in the ledger.
         """
         self._look()
-        self.tagging.settle()
         self._review(apply=apply)
         index = self._learn()
         self.report.new = self._suggest(index)
-        if apply and self.report.new:
+        if apply:
             self.tagging.write(self.report.new)
         for suggestion in self.tagging.ledger.suggestions(WRITTEN, ACCEPTED, REJECTED):
             self.report.counts[suggestion.label, suggestion.state] += 1
@@ -138,178 +144,157 @@ class Sync:
 
     def _look(self) -> None:
         """Find photos that are new or have changed. Our own tags change photos, but not their look."""
-        since = self.tagging.ledger.fact("updated")
+        newest = self.tagging.ledger.fact("updated")
+        since = None
+        if newest is not None:
+            since = f"{datetime.datetime.fromisoformat(newest) - OVERLAP:%Y-%m-%dT%H:%M:%S}.000Z"
         assets = list(self.tagging.immich.assets(updated_after=since))
         self.tagging.ledger.see(assets)
-        newest = max((asset.updated for asset in assets), default=since)
-        if newest is not None:
-            self.tagging.ledger.remember(updated=newest)
+        if assets:
+            self.tagging.ledger.remember(updated=max(asset.updated for asset in assets))
 
     def _review(self, *, apply: bool) -> None:
         """Find out which suggestions the user has accepted or rejected."""
-        photos = self.tagging.ledger.photos()
-        written = self.tagging.ledger.suggestions(WRITTEN, HIDDEN)
-        answered: list[Suggestion] = []
-        for path in sorted({suggestion.tag for suggestion in written}):
+        for path, suggestions in by_tag(self.tagging.ledger.suggestions(SENT, WRITTEN, HIDDEN)):
             members = self.tagging.members(path)
-            for suggestion in written:
-                if suggestion.tag != path:
-                    continue
-                if suggestion.asset in self.labels or suggestion.asset in self.several:
+            photos = self.tagging.ledger.photos()
+            present, absent, answered = [], [], []
+            for suggestion in suggestions:
+                if suggestion.asset in self.classes:
                     answered.append(suggestion)
                 elif suggestion.asset in members:
-                    self.tagging.ledger.settle([suggestion], WRITTEN)
-                elif suggestion.state == WRITTEN:
-                    self.tagging.ledger.settle(
-                        [suggestion], self._without(photos.get(suggestion.asset))
-                    )
-        if apply:
-            self._take_off(answered)
+                    present.append(suggestion)
+                elif suggestion.state != HIDDEN:
+                    absent.append(suggestion)
+            self.tagging.ledger.settle(present, WRITTEN)
+            for suggestion in absent:
+                self.tagging.ledger.settle(
+                    [suggestion], self._fate(suggestion, photos.get(suggestion.asset))
+                )
+            if apply and answered:
+                gone = self.tagging.take_off(path, answered)
+                right = [one for one in gone if one.label in self.classes[one.asset]]
+                self.tagging.ledger.settle(gone, REJECTED)
+                self.tagging.ledger.settle(right, ACCEPTED)
 
-    def _without(self, asset: Asset | None) -> str:
-        """Return the state of a suggestion whose photo is not in the timeline with its tag."""
-        if asset is None or not self.tagging.immich.shows(asset.id):
+    def _fate(self, suggestion: Suggestion, photo: Asset | None) -> str | None:
+        """Return the new state of a suggestion whose photo is not in the timeline with its tag."""
+        if photo is None or not self.tagging.immich.shows(suggestion.asset):
             return HIDDEN
-        return LOST if asset.external else REJECTED
-
-    def _take_off(self, answered: Sequence[Suggestion]) -> None:
-        """Take suggestions off photos that now have a class."""
-        for path, suggestions in by_tag(answered).items():
-            gone = self.tagging.without_tag(path, suggestions)
-            right = [one for one in gone if self.labels.get(one.asset) == one.label]
-            self.tagging.ledger.settle(right, ACCEPTED)
-            self.tagging.ledger.settle([one for one in gone if one not in right], REJECTED)
-
-    def _negatives(self) -> set[str]:
-        """Return the photos that are no example, and for which the user has rejected a class."""
-        rejected = {suggestion.asset for suggestion in self.tagging.ledger.suggestions(REJECTED)}
-        return rejected - self.labels.keys() - self.several
+        if suggestion.state == SENT:
+            return None  # the request never arrived
+        return LOST if photo.external or suggestion.tag not in self.tagging.tags else REJECTED
 
     def _learn(self) -> Index:
         """Return the index of the examples, which is built again if one of them has changed."""
         photos = self.tagging.ledger.photos()
-        labels = self.labels | dict.fromkeys(self._negatives(), NONE)
+        labels = {asset: min(names) for asset, names in self.classes.items() if len(names) == 1}
+        for suggestion in self.tagging.ledger.suggestions(REJECTED):
+            if suggestion.asset not in self.classes:
+                labels[suggestion.asset] = NONE
         labels = {asset: name for asset, name in sorted(labels.items()) if asset in photos}
-        self.report.examples.update(labels.values())
-        if not set(labels.values()) - {NONE}:
+        with ThreadPoolExecutor(DOWNLOADS) as pool:
+            files = list(pool.map(self._keep_preview, [photos[asset] for asset in labels]))
+        kept = {
+            str(file.absolute()): name
+            for file, name in zip(files, labels.values(), strict=True)
+            if file is not None
+        }
+        self.report.examples.update(kept.values())
+        self.report.unread += files.count(None)
+        if not set(kept.values()) - {NONE}:
             raise UsageError(
                 f"{self.tagging.immich.url}: no example is in your timeline; tag some of your photos"
             )
-        taught = [[asset, photos[asset].look, name] for asset, name in labels.items()]
-        facts = json.dumps([self.backbone.identity.fingerprint, taught])
+        facts = json.dumps([self.backbone.identity.fingerprint, kept])
         digest = hashlib.sha256(facts.encode()).hexdigest()
         store = at(self.place)
         if self.tagging.ledger.fact("learned") != digest or not store.exists():
-            self._build([photos[asset] for asset in labels], list(labels.values()))
+            self._build(kept)
             self.tagging.ledger.remember(learned=digest)
         index = store.load(device="cpu")
         self.report.estimate = index.provenance.get("fit", {}).get("summary", "")
         return index
 
-    def _build(self, assets: Sequence[Asset], labels: Sequence[str]) -> None:
-        """Build an ordinary index from previews, which are kept so that the page can show them."""
-        folder = self.place / PREVIEWS
-        make_folders(folder)
-        kept: dict[str, str] = {}
-        for asset, label in zip(assets, labels, strict=True):
-            look = hashlib.sha256(asset.look.encode()).hexdigest()[:8]
-            file = folder / f"{asset.id}-{look}.jpg"
-            if not file.exists():
-                try:
-                    content = self.tagging.immich.preview(asset)
-                except ImmichError as error:
-                    if error.status != 404:
-                        raise
-                    continue  # Immich has not made it yet
-                with replacing(file) as new:
-                    new.write_bytes(content)
-            kept[str(file.absolute())] = label
-        source = of_images(list(kept), self.tagging.immich.url, list(kept.values()))
-        cache = EncodingCache.default()
-        reader = Reader(backbone=self.backbone, cache=cache)
-        try:
-            build_index(source, self.place, reader, device="cpu")
-        finally:
-            if cache is not None:
-                cache.close()
-        for file in set(folder.iterdir()) - set(map(Path, kept)):
+    def _keep_preview(self, asset: Asset) -> Path | None:
+        """Return the file with the preview of an example, so that the page can show it."""
+        look = hashlib.sha256(asset.look.encode()).hexdigest()[:8]
+        file = self._previews / f"{asset.id}-{look}.jpg"
+        if not file.exists():
+            try:
+                content = self.tagging.immich.preview(asset)
+            except InputError:
+                return None
+            make_folders(file.parent)
+            with replacing(file) as new:
+                new.write_bytes(content)
+        return file
+
+    def _build(self, labels: dict[str, str]) -> None:
+        """Build an ordinary index from previews, and remove those that it does not need."""
+        source = of_images(list(labels), self.tagging.immich.url, list(labels.values()))
+        reader = Reader(backbone=self.backbone, cache=EncodingCache.default())
+        build_index(source, self.place, reader, device="cpu")
+        for file in set(self._previews.iterdir()) - set(map(Path, labels)):
             file.unlink(missing_ok=True)
 
     def _encode(self, encoder: str) -> None:
         """Encode the photos that this encoder has not seen. Nothing is loaded if there are none."""
         new = {asset.id: asset for asset in self.tagging.ledger.without_feature(encoder)}
+        new = {asset: photo for asset, photo in new.items() if asset not in self.classes}
         if not new:
             return
-        source = of_images(list(new), self.tagging.immich.url)
+        ids = list(new)
+        source = of_images(ids, self.tagging.immich.url)
         source = replace(source, load=lambda asset: self.tagging.immich.preview(new[asset]))
         reader = Reader(backbone=self.backbone, workers=DOWNLOADS, empty=True, progress=True)
         for block in reader.blocks(source):
-            assets = [list(new)[position] for position in block.positions.tolist()]
+            assets = [ids[position] for position in block.positions.tolist()]
             self.tagging.ledger.keep_features(
                 encoder, dict(zip(assets, block.features, strict=True))
             )
-        self.report.unread = len(reader.skipped)
+        self.report.unread += len(reader.skipped)
 
     def _suggest(self, index: Index) -> list[Suggestion]:
         """Return new suggestions, most probable first. Photos with a class or an earlier suggestion get none."""
         encoder = f"{self.backbone.identity.fingerprint} {self.backbone.scope}"
         self._encode(encoder)
-        photos = self.tagging.ledger.photos()
-        states = (SENT, WRITTEN, THEIRS, ACCEPTED, LOST, HIDDEN)
-        taken = {suggestion.asset for suggestion in self.tagging.ledger.suggestions(*states)}
-        refused = {(one.asset, one.label) for one in self.tagging.ledger.suggestions(REJECTED)}
-        taken |= self.labels.keys() | self.several
+        ledger = self.tagging.ledger
+        photos = ledger.photos()
         now = datetime.datetime.now(datetime.UTC)
-        found = []
-        assets: list[str] = []
-        features: list[FloatArray] = []
-        for asset, feature in self.tagging.ledger.features(encoder, index.d):
-            if asset not in taken and _age(photos[asset], now) >= SETTLED:
-                assets.append(asset)
-                features.append(feature)
-            if len(assets) == BLOCK:
-                found += self._answers(index, assets, features, refused)
-                assets, features = [], []
-        if assets:
-            found += self._answers(index, assets, features, refused)
+        taken = {suggestion.asset for suggestion in ledger.suggestions(*OURS, THEIRS, ACCEPTED)}
+        taken |= self.classes.keys()
+        features = (
+            (asset, feature)
+            for asset, feature in ledger.features(encoder, index.d)
+            if asset not in taken and _age(photos[asset], now) >= SETTLED
+        )
+        found = list[Suggestion]()
+        while block := list(islice(features, BLOCK)):
+            found += self._answers(index, *zip(*block, strict=True))
         if found:  # photos may have been archived since they were encoded
             seen = {asset.id for asset in self.tagging.immich.assets()}
-            self.tagging.ledger.forget(photos.keys() - seen)
+            ledger.forget(photos.keys() - seen)
             found = [suggestion for suggestion in found if suggestion.asset in seen]
         return sorted(found, key=lambda suggestion: -suggestion.probability)
 
     def _answers(
-        self,
-        index: Index,
-        assets: Sequence[str],
-        features: Sequence[FloatArray],
-        refused: set[tuple[str, str]],
-    ) -> list[Suggestion]:
-        answers = index.classify(np.stack(features), norms="keep", neighbours=0).to_arrow()
-        is_strange = [False] * len(assets)
-        if "no_match" in answers.column_names:
-            is_strange = answers["no_match"].to_pylist()
-        found = []
-        rows = zip(
-            assets,
-            answers["label"].to_pylist(),
-            answers["probability"].to_pylist(),
-            is_strange,
-            strict=True,
-        )
-        for asset, label, probability, no_match in rows:
-            if no_match or probability < LEAST or label == NONE or (asset, label) in refused:
-                self.report.withheld += 1
+        self, index: Index, assets: Sequence[str], features: Sequence[FloatArray]
+    ) -> Iterator[Suggestion]:
+        """Yield suggestions for photos, but none that the user has rejected."""
+        rejected = self.tagging.ledger.suggestions(REJECTED)
+        refused = {(suggestion.asset, suggestion.label) for suggestion in rejected}
+        answers = index.classify(np.stack(features), norms="keep", neighbours=0)
+        for asset, answer in zip(assets, answers.to_arrow().to_pylist(), strict=True):
+            label, probability = answer["label"], answer["probability"]
+            is_sure = probability >= LEAST and not answer.get("no_match")
+            if is_sure and label != NONE and (asset, label) not in refused:
+                path = f"{SUGGESTED}/{label.replace('/', '-')}"
+                yield Suggestion(asset, label, path, SENT, probability)
             else:
-                path = f"{SUGGESTED}/{label}"
-                version = index.version or 0
-                found.append(Suggestion(asset, label, path, SENT, probability, 0, version))
-        return found
+                self.report.withheld += 1
 
 
 def _age(asset: Asset, now: datetime.datetime) -> datetime.timedelta:
     """Return how long a photo has been on the server."""
-    try:
-        return now - datetime.datetime.fromisoformat(asset.created)
-    except ValueError:
-        return SETTLED
+    return now - datetime.datetime.fromisoformat(asset.created)

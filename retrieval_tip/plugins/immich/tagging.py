@@ -6,26 +6,16 @@ Only tags below :data:`SUGGESTED` are written, and only those that were written 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from retrieval_tip.plugins.immich.client import WRITTEN as AT_ONCE
-from retrieval_tip.plugins.immich.client import Immich
-from retrieval_tip.plugins.immich.ledger import (
-    HIDDEN,
-    LOST,
-    SENT,
-    THEIRS,
-    WRITTEN,
-    Ledger,
-    Suggestion,
-)
+from retrieval_tip.plugins.immich.client import AT_ONCE, Immich
+from retrieval_tip.plugins.immich.ledger import OURS, THEIRS, WRITTEN, Ledger, Suggestion
 from retrieval_tip.wording import counted, few
 
 SUGGESTED = "Suggested"
 """The tag whose children are suggestions."""
-VISIBILITIES = ("timeline", "archive", "hidden")
 
 
 @dataclass(frozen=True)
@@ -39,69 +29,58 @@ class Tagging:
     @cached_property
     def tags(self) -> dict[str, str]:
         """The ids of all tags by their path."""
-        return {tag.path: tag.id for tag in self.immich.tags()}
+        return self.immich.tags()
 
-    def members(self, path: str, visibility: str = "timeline") -> set[str]:
+    def members(self, path: str, *, anywhere: bool = False) -> set[str]:
         """Return the ids of the photos that have a tag."""
         if (tag := self.tags.get(path)) is None:
             return set()
-        return {asset.id for asset in self.immich.assets(tag=tag, visibility=visibility)}
+        return {asset.id for asset in self.immich.assets({"tagIds": tag}, anywhere=anywhere)}
 
-    def settle(self) -> None:
-        """Find out what became of suggestions that were sent before a kill. None of them had its tag before."""
-        sent = self.ledger.suggestions(SENT)
-        for path in {suggestion.tag for suggestion in sent}:
-            members = self.members(path)
-            own = [suggestion for suggestion in sent if suggestion.tag == path]
-            self.ledger.settle([one for one in own if one.asset in members], WRITTEN)
-            self.ledger.settle([one for one in own if one.asset not in members], None)
+    def write(self, suggestions: Iterable[Suggestion]) -> None:
+        """Put the tags of suggestions on their photos.
 
-    def without_tag(self, path: str, suggestions: Sequence[Suggestion]) -> list[Suggestion]:
-        """Take a tag off photos, and return the suggestions whose photos lack it now. Count the others as failed."""
-        gone = []
-        for start in range(0, len(suggestions), AT_ONCE):
-            some = suggestions[start : start + AT_ONCE]
-            answers = {one.asset: "not_found" for one in some}
-            if (tag := self.tags.get(path)) is not None:
-                answers = self.immich.take_off(tag, [one.asset for one in some])
-            for one in some:
-                answer = answers.get(one.asset, "unknown")
-                if answer in ("success", "not_found"):
-                    gone.append(one)
-                else:
-                    self.failed[answer] += 1
-        return gone
-
-    def write(self, suggestions: Sequence[Suggestion]) -> None:
-        """Put the tags of suggestions on their photos."""
+        If the answer to a request is lost, its suggestions stay in the state ``sent`` until the next run. As none
+        of them had its tag before, those that have it then got it here.
+        """
         run = self.ledger.next_run()
-        for path, own in by_tag(suggestions).items():
+        for path, own in by_tag(suggestions):
             tag = self._make_tag(path)
             before = self.members(path)
             numbered = [suggestion._replace(run=run) for suggestion in own]
-            theirs = [one for one in numbered if one.asset in before]
-            self.ledger.begin(theirs)
-            self.ledger.settle(theirs, THEIRS)
-            new = [one for one in numbered if one.asset not in before]
-            for start in range(0, len(new), AT_ONCE):
-                some = new[start : start + AT_ONCE]
-                self.ledger.begin(some)
-                answers = self.immich.put_on(tag, [one.asset for one in some])
-                self._note(some, answers)
-            lost = {
-                one.asset for one in self.ledger.suggestions(WRITTEN, run=run) if one.tag == path
-            }
-            lost -= self.members(path)
-            self.failed["did not keep the tag"] += len(lost)
+            self.ledger.add(
+                suggestion._replace(state=THEIRS)
+                for suggestion in numbered
+                if suggestion.asset in before
+            )
+            new = [suggestion for suggestion in numbered if suggestion.asset not in before]
+            for some in _batches(new):
+                self.ledger.add(some)
+                self._settle(some, self.immich.put_on(tag, _assets_of(some)))
+            kept = self.members(path)
+            self.failed["did not keep the tag"] += sum(
+                suggestion.asset not in kept
+                for suggestion in self.ledger.suggestions(WRITTEN, run=run)
+                if suggestion.tag == path
+            )
 
-    def _note(self, suggestions: Sequence[Suggestion], answers: Mapping[str, str]) -> None:
-        """Write down the answers to suggestions."""
+    def _settle(self, suggestions: Sequence[Suggestion], answers: dict[str, str]) -> None:
+        """Set the states of suggestions by the answers of Immich. It wrote nothing if it gave another reason."""
         states = {"success": WRITTEN, "duplicate": THEIRS}
-        for suggestion in suggestions:
-            answer = answers.get(suggestion.asset, "unknown")
-            self.ledger.settle([suggestion], states.get(answer))
+        for answer, own in _groups(suggestions, lambda one: answers.get(one.asset, "unknown")):
+            self.ledger.settle(own, states.get(answer))
             if answer not in states:
-                self.failed[answer] += 1
+                self.failed[answer] += len(own)
+
+    def take_off(self, path: str, suggestions: Sequence[Suggestion]) -> list[Suggestion]:
+        """Take a tag off photos, and return the suggestions whose photos lack it now. The others count as failed."""
+        if (tag := self.tags.get(path)) is not None:
+            for some in _batches(suggestions):
+                self.immich.take_off(tag, _assets_of(some))
+        left = self.members(path, anywhere=True)
+        gone = [suggestion for suggestion in suggestions if suggestion.asset not in left]
+        self.failed["kept the tag"] += len(suggestions) - len(gone)
+        return gone
 
     def _make_tag(self, path: str) -> str:
         """Return the id of a tag, which is created with its parents if there is none."""
@@ -110,7 +89,7 @@ class Tagging:
             if (parent := "/".join(names[:number])) not in self.tags:
                 self.ledger.begin_tag(parent)
         if path not in self.tags:
-            self.tags[path] = self.immich.make_tag(path).id
+            self.tags[path] = self.immich.make_tag(path)
         return self.tags[path]
 
     def undo(self, run: int | None) -> int:
@@ -118,27 +97,20 @@ class Tagging:
 
         Returns the number of photos. ``failed`` counts those that Immich refused.
         """
-        self.settle()
         count = 0
-        for path, suggestions in by_tag(
-            self.ledger.suggestions(WRITTEN, LOST, HIDDEN, run=run)
-        ).items():
-            gone = self.without_tag(path, suggestions)
+        for path, suggestions in by_tag(self.ledger.suggestions(*OURS, run=run)):
+            gone = self.take_off(path, suggestions)
             self.ledger.settle(gone, None)
             count += len(gone)
-        for path in sorted(self.ledger.made_tags(), reverse=True):  # children first
-            self._delete_tag(path)
+        needed = {suggestion.tag for suggestion in self.ledger.suggestions(*OURS)}
+        for path in reversed(self.ledger.made_tags()):  # children first
+            has_children = any(other.startswith(f"{path}/") for other in self.tags)
+            if has_children or path in needed or self.members(path, anywhere=True):
+                continue
+            if path in self.tags:
+                self.immich.delete_tag(self.tags.pop(path))
+            self.ledger.forget_tag(path)
         return count
-
-    def _delete_tag(self, path: str) -> None:
-        """Delete a tag that this program has created, unless a photo or another tag needs it."""
-        if any(other.startswith(f"{path}/") for other in self.tags):
-            return
-        if any(self.members(path, visibility) for visibility in VISIBILITIES):
-            return
-        if path in self.tags:
-            self.immich.delete_tag(self.tags.pop(path))
-        self.ledger.forget_tag(path)
 
     def refusals(self) -> str:
         """Return what Immich refused, in words."""
@@ -147,9 +119,24 @@ class Tagging:
         return f"Immich refused {counted(total, 'photo')}: {few(kinds)}" if total else ""
 
 
-def by_tag(suggestions: Iterable[Suggestion]) -> dict[str, list[Suggestion]]:
-    """Return suggestions by the path of their tag."""
-    by_tag: dict[str, list[Suggestion]] = {}
+def by_tag(suggestions: Iterable[Suggestion]) -> Iterable[tuple[str, list[Suggestion]]]:
+    """Return the path of each tag with its suggestions."""
+    return _groups(suggestions, lambda suggestion: suggestion.tag)
+
+
+def _groups(
+    suggestions: Iterable[Suggestion], name: Callable[[Suggestion], str]
+) -> Iterable[tuple[str, list[Suggestion]]]:
+    groups: dict[str, list[Suggestion]] = {}
     for suggestion in suggestions:
-        by_tag.setdefault(suggestion.tag, []).append(suggestion)
-    return by_tag
+        groups.setdefault(name(suggestion), []).append(suggestion)
+    return groups.items()
+
+
+def _batches(suggestions: Sequence[Suggestion]) -> Iterator[Sequence[Suggestion]]:
+    for start in range(0, len(suggestions), AT_ONCE):
+        yield suggestions[start : start + AT_ONCE]
+
+
+def _assets_of(suggestions: Iterable[Suggestion]) -> list[str]:
+    return [suggestion.asset for suggestion in suggestions]
