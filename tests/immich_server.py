@@ -221,7 +221,7 @@ class Library:
             photo
             for photo in self._members(tags, albums, conditions.get("updatedAt", {}).get("gte"))
             if photo.visibility in visibilities
-            and conditions.get("type", {}).get("eq") in (None, photo.kind)
+            and photo.kind in conditions.get("type", {}).get("in", [photo.kind])
         ]
         return start, [
             photo for photo in chosen if "trashedAt" not in conditions or not photo.trashed

@@ -10,7 +10,6 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
-from itertools import product
 from types import MappingProxyType
 from typing import Any, NamedTuple, Self, TypeVar
 from uuid import UUID
@@ -144,10 +143,10 @@ class Immich:
         changed. With ``anywhere``, they also may be archived, hidden or in the trash.
         """
         visibilities = VISIBILITIES if anywhere else VISIBILITIES[:1]
-        for kind, visibility in product(KINDS, visibilities):
+        for visibility in visibilities:
             if self.version >= STRUCTURED:
                 conditions: dict[str, Any] = {name: {"any": [id_]} for name, id_ in ids.items()}
-                conditions |= {"type": {"eq": kind}, "visibility": {"in": [visibility]}}
+                conditions |= {"type": {"in": KINDS}, "visibility": {"in": [visibility]}}
                 if not anywhere:
                     conditions["trashedAt"] = {"eq": None}
                 if updated_after is not None:
@@ -155,12 +154,12 @@ class Immich:
                 search: dict[str, Any] = {"filter": conditions}
             else:
                 search = {name: [id_] for name, id_ in ids.items()}
-                search |= {"type": kind, "visibility": visibility, "withDeleted": anywhere}
+                search |= {"visibility": visibility, "withDeleted": anywhere}
                 if updated_after is not None:
                     search["updatedAfter"] = updated_after
             for item in self._pages(search):
                 # A server that does not understand a condition ignores it.
-                is_asked = (item["type"], item["visibility"]) == (kind, visibility)
+                is_asked = item["type"] in KINDS and item["visibility"] == visibility
                 if is_asked and self._is_ours(item) and (anywhere or not item["isTrashed"]):
                     yield _asset(item)
 

@@ -27,6 +27,8 @@ ACCEPTED, REJECTED, LOST, HIDDEN = "accepted", "rejected", "lost", "hidden"
 deleted the tag; the photo is archived or in the trash."""
 OURS = (SENT, WRITTEN, LOST, HIDDEN)
 """States in which a photo may have a tag that this program has written."""
+STATES = (*OURS, THEIRS, ACCEPTED, REJECTED)
+"""All states. A photo that has one gets no other suggestion, unless that is undone."""
 
 _CREATE = """
 CREATE TABLE IF NOT EXISTS facts (name PRIMARY KEY, value);

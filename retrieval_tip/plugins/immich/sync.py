@@ -35,10 +35,9 @@ from retrieval_tip.plugins.immich.ledger import (
     ACCEPTED,
     HIDDEN,
     LOST,
-    OURS,
     REJECTED,
     SENT,
-    THEIRS,
+    STATES,
     WRITTEN,
     Suggestion,
 )
@@ -262,7 +261,7 @@ class Sync:
         ledger = self.tagging.ledger
         photos = ledger.photos()
         now = datetime.datetime.now(datetime.UTC)
-        taken = {suggestion.asset for suggestion in ledger.suggestions(*OURS, THEIRS, ACCEPTED)}
+        taken = {suggestion.asset for suggestion in ledger.suggestions(*STATES)}
         taken |= self.classes.keys()
         features = (
             (asset, feature)
@@ -274,21 +273,19 @@ class Sync:
             found += self._answers(index, *zip(*block, strict=True))
         if found:  # photos may have been archived since they were encoded
             seen = {asset.id for asset in self.tagging.immich.assets()}
-            ledger.forget(photos.keys() - seen)
+            ledger.forget(photos.keys() - seen - taken)
             found = [suggestion for suggestion in found if suggestion.asset in seen]
         return sorted(found, key=lambda suggestion: -suggestion.probability)
 
     def _answers(
         self, index: Index, assets: Sequence[str], features: Sequence[FloatArray]
     ) -> Iterator[Suggestion]:
-        """Yield suggestions for photos, but none that the user has rejected."""
-        rejected = self.tagging.ledger.suggestions(REJECTED)
-        refused = {(suggestion.asset, suggestion.label) for suggestion in rejected}
+        """Yield suggestions for the photos of which the index is sure."""
         answers = index.classify(np.stack(features), norms="keep", neighbours=0)
         for asset, answer in zip(assets, answers.to_arrow().to_pylist(), strict=True):
             label, probability = answer["label"], answer["probability"]
             is_sure = probability >= LEAST and not answer.get("no_match")
-            if is_sure and label != NONE and (asset, label) not in refused:
+            if is_sure and label != NONE:
                 path = f"{SUGGESTED}/{label.replace('/', '-')}"
                 yield Suggestion(asset, label, path, SENT, probability)
             else:
