@@ -35,6 +35,7 @@ TABLE: Mapping[str, Mapping[str, str]] = {
     "sources": {"hf-dataset": "retrieval_tip.plugins.hf_datasets:HFDatasets"},
     "openers": {},
     "exports": {"addaxai": "retrieval_tip.plugins.addaxai:AddaxAI"},
+    "commands": {"immich": "retrieval_tip.plugins.immich.commands:COMMANDS"},
     "stores": dict.fromkeys(
         ("lance", "s3", "gs"), "retrieval_tip.plugins.lance.lance_store:LanceStore"
     ),
@@ -42,8 +43,9 @@ TABLE: Mapping[str, Mapping[str, str]] = {
 """The module and the object behind each of our own names, by kind."""
 HELP: Mapping[str, str] = {
     "addaxai": "Folder of a model of AddaxAI to write. With --help, its options are explained.",
+    "immich": "Suggest tags for the photos of an Immich server, learned from your tags or albums.",
 }
-"""The help of exports, which are not imported to show it."""
+"""The help of exports and commands, which are not imported to show it."""
 OPEN = ("writers", "encoders", "sources", "openers")
 """The kinds of which other packages may add some."""
 EXTRAS: Mapping[str, tuple[str, Sequence[str]]] = {

@@ -352,6 +352,27 @@ class Group(click.Group):
             ) from None
 
 
+class PluginGroup(Group):
+    """The commands of a plugin, which are functions by their name. They are imported when one of them is used."""
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Return a command."""
+        self.list_commands(ctx)
+        return super().get_command(ctx, cmd_name)
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Import the commands, and return their names."""
+        for name, function in hooks.find("commands", str(self.name)).items():
+            if name not in self.commands:
+                self.command(name)(function)
+        return list(self.commands)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write each command with the first sentence of its help."""
+        self.list_commands(ctx)
+        super().format_commands(ctx, formatter)
+
+
 command = partial(click.command, cls=Command)
 
 

@@ -19,12 +19,12 @@ from typing import Any
 
 import click
 
-from retrieval_tip import __version__
+from retrieval_tip import __version__, hooks
 from retrieval_tip.cli.about import cache_command, doctor, encode, models_command
 from retrieval_tip.cli.classify import classify
 from retrieval_tip.cli.evaluate import compare_command, evaluate_command
 from retrieval_tip.cli.fit import finetune_command, fit_command, search_command
-from retrieval_tip.cli.group import QUIET, VERBOSE, Group, in_one_line
+from retrieval_tip.cli.group import QUIET, VERBOSE, Group, PluginGroup, in_one_line
 from retrieval_tip.cli.index import index
 from retrieval_tip.cli.label import find_command, sort_command, suggest
 from retrieval_tip.cli.serve import label_command, serve_command
@@ -65,6 +65,7 @@ class _Program(Group):
                 "index gc",
             ),
             "Copy an index": ("index clone", "index export"),
+            "Photos of other programs": tuple(hooks.TABLE["commands"]),
             "Choose": ("suggest", "compare", "models", "encode"),
             "Fit and train": ("fit", "search-hp", "finetune"),
             "This installation": ("cache", "doctor"),
@@ -239,3 +240,5 @@ for _command in (
     doctor,
 ):
     main.add_command(_command)
+for _name in hooks.TABLE["commands"]:
+    main.add_command(PluginGroup(_name, help=hooks.HELP[_name]))

@@ -1,0 +1,142 @@
+"""Put suggestions on the photos of an Immich server as tags, and take them off again.
+
+Only tags below :data:`SUGGESTED` are written, and only those that were written here are taken off.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from retrieval_tip.plugins.immich.client import AT_ONCE, Immich
+from retrieval_tip.plugins.immich.ledger import OURS, THEIRS, WRITTEN, Ledger, Suggestion
+from retrieval_tip.wording import counted, few
+
+SUGGESTED = "Suggested"
+"""The tag whose children are suggestions."""
+
+
+@dataclass(frozen=True)
+class Tagging:
+    """Suggestions as tags. ``failed`` counts the photos that Immich refused, by its reason."""
+
+    immich: Immich
+    ledger: Ledger
+    failed: Counter[str] = field(default_factory=Counter)
+
+    @cached_property
+    def tags(self) -> dict[str, str]:
+        """The ids of all tags by their path."""
+        return self.immich.tags()
+
+    def members(self, path: str, *, anywhere: bool = False) -> set[str]:
+        """Return the ids of the photos that have a tag."""
+        if (tag := self.tags.get(path)) is None:
+            return set()
+        return {asset.id for asset in self.immich.assets({"tagIds": tag}, anywhere=anywhere)}
+
+    def write(self, suggestions: Iterable[Suggestion]) -> None:
+        """Put the tags of suggestions on their photos.
+
+        If the answer to a request is lost, its suggestions stay in the state ``sent`` until the next run. As none
+        of them had its tag before, those that have it then got it here.
+        """
+        run = self.ledger.next_run()
+        for path, own in by_tag(suggestions):
+            tag = self._make_tag(path)
+            before = self.members(path)
+            numbered = [suggestion._replace(run=run) for suggestion in own]
+            self.ledger.add(
+                suggestion._replace(state=THEIRS)
+                for suggestion in numbered
+                if suggestion.asset in before
+            )
+            new = [suggestion for suggestion in numbered if suggestion.asset not in before]
+            for some in _batches(new):
+                self.ledger.add(some)
+                self._settle(some, self.immich.put_on(tag, _assets_of(some)))
+            kept = self.members(path)
+            self.failed["did not keep the tag"] += sum(
+                suggestion.asset not in kept
+                for suggestion in self.ledger.suggestions(WRITTEN, run=run)
+                if suggestion.tag == path
+            )
+
+    def _settle(self, suggestions: Sequence[Suggestion], answers: dict[str, str]) -> None:
+        """Set the states of suggestions by the answers of Immich. It wrote nothing if it gave another reason."""
+        states = {"success": WRITTEN, "duplicate": THEIRS}
+        for answer, own in _groups(suggestions, lambda one: answers.get(one.asset, "unknown")):
+            self.ledger.settle(own, states.get(answer))
+            if answer not in states:
+                self.failed[answer] += len(own)
+
+    def take_off(self, path: str, suggestions: Sequence[Suggestion]) -> list[Suggestion]:
+        """Take a tag off photos, and return the suggestions whose photos lack it now. The others count as failed."""
+        if (tag := self.tags.get(path)) is not None:
+            for some in _batches(suggestions):
+                self.immich.take_off(tag, _assets_of(some))
+        left = self.members(path, anywhere=True)
+        gone = [suggestion for suggestion in suggestions if suggestion.asset not in left]
+        self.failed["kept the tag"] += len(suggestions) - len(gone)
+        return gone
+
+    def _make_tag(self, path: str) -> str:
+        """Return the id of a tag, which is created with its parents if there is none."""
+        names = path.split("/")
+        for number in range(1, len(names) + 1):
+            if (parent := "/".join(names[:number])) not in self.tags:
+                self.ledger.begin_tag(parent)
+        if path not in self.tags:
+            self.tags[path] = self.immich.make_tag(path)
+        return self.tags[path]
+
+    def undo(self, run: int | None) -> int:
+        """Take off all suggestions that this program has written, or those of one run, and delete its unused tags.
+
+        Returns the number of photos. ``failed`` counts those that Immich refused.
+        """
+        count = 0
+        for path, suggestions in by_tag(self.ledger.suggestions(*OURS, run=run)):
+            gone = self.take_off(path, suggestions)
+            self.ledger.settle(gone, None)
+            count += len(gone)
+        needed = {suggestion.tag for suggestion in self.ledger.suggestions(*OURS)}
+        for path in reversed(self.ledger.made_tags()):  # children first
+            has_children = any(other.startswith(f"{path}/") for other in self.tags)
+            if has_children or path in needed or self.members(path, anywhere=True):
+                continue
+            if path in self.tags:
+                self.immich.delete_tag(self.tags.pop(path))
+            self.ledger.forget_tag(path)
+        return count
+
+    def refusals(self) -> str:
+        """Return what Immich refused, in words."""
+        kinds = [f"{number:,} {reason}" for reason, number in self.failed.items() if number]
+        total = sum(self.failed.values())
+        return f"Immich refused {counted(total, 'photo')}: {few(kinds)}" if total else ""
+
+
+def by_tag(suggestions: Iterable[Suggestion]) -> Iterable[tuple[str, list[Suggestion]]]:
+    """Return the path of each tag with its suggestions."""
+    return _groups(suggestions, lambda suggestion: suggestion.tag)
+
+
+def _groups(
+    suggestions: Iterable[Suggestion], name: Callable[[Suggestion], str]
+) -> Iterable[tuple[str, list[Suggestion]]]:
+    groups: dict[str, list[Suggestion]] = {}
+    for suggestion in suggestions:
+        groups.setdefault(name(suggestion), []).append(suggestion)
+    return groups.items()
+
+
+def _batches(suggestions: Sequence[Suggestion]) -> Iterator[Sequence[Suggestion]]:
+    for start in range(0, len(suggestions), AT_ONCE):
+        yield suggestions[start : start + AT_ONCE]
+
+
+def _assets_of(suggestions: Iterable[Suggestion]) -> list[str]:
+    return [suggestion.asset for suggestion in suggestions]
