@@ -22,22 +22,11 @@ from retrieval_tip.wording import first_line
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
-VIDEOS = (".mp4", ".mov", ".m4v", ".3gp", ".avi", ".mkv", ".webm", ".mts", ".m2ts", ".mpg", ".mpeg", ".wmv")
-    [
-        ".mp4",
-        ".mov",
-        ".m4v",
-        ".3gp",
-        ".avi",
-        ".mkv",
-        ".webm",
-        ".mts",
-        ".m2ts",
-        ".mpg",
-        ".mpeg",
-        ".wmv",
-    ]
+VIDEOS = (
+    *(".mp4", ".mov", ".m4v", ".3gp", ".mkv", ".webm"),
+    *(".avi", ".mts", ".m2ts", ".mpg", ".mpeg", ".wmv"),
 )
+"""The suffixes of videos."""
 TABLE: Mapping[str, Mapping[str, str]] = {
     "writers": {
         "coco": "retrieval_tip.plugins.exchange:Coco",

@@ -8,8 +8,10 @@ from itertools import groupby
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
+from retrieval_tip.arrays import IntArray
 from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.source import Source
 from retrieval_tip.evaluation.held_out import answered, classified, hides, recognised
@@ -44,27 +46,41 @@ def by_file(
         yield current, FeatureBlock.joined(waiting)
 
 
-def joint(index: Index, source: Source, block: FeatureBlock, ask: Ask = Ask()) -> Predictions:
-    """Return one prediction for all photos of a file, from the mean of their probabilities.
+def answer_groups(index: Index, block: FeatureBlock, groups: IntArray, ask: Ask) -> Predictions:
+    """Answer in order, with the mean of the probabilities of each group of photos.
 
-    Each shot of the index is classified without itself. The other columns are those of the photo that has the highest
-    probability of the answer, if possible among those with a match. The prediction is named by its position.
+    ``groups`` has the number of the group of each photo. A group has no match if none of its photos has one. Photos
+    with the key id of a shot are classified without it.
+    """
+    rows = torch.from_numpy(groups)
+    block = replace(block, positions=np.arange(len(groups)))
+    sums = torch.zeros(int(groups.max()) + 1, len(index.class_names), dtype=torch.float64)
+    for answer in answered(index, block, replace(ask, neighbours=0)):
+        sums.index_add_(0, rows[answer.block.positions], answer.probabilities.cpu().double())
+    block = replace(block, mixed=(sums / torch.bincount(rows)[:, None])[rows])
+    answers = Predictions.joined(answer.predictions() for answer in answered(index, block, ask))
+    table = answers.in_order().to_arrow()
+    if index.settings.least_cache is not None:
+        matching = np.bincount(groups, ~table["no_match"].to_numpy())
+        column = pa.array((matching == 0)[groups])
+        table = table.drop_columns("no_match").append_column("no_match", column)
+    return Predictions(table)
+
+
+def joint(
+    index: Index, source: Source, block: FeatureBlock, ask: Ask = Ask()
+) -> tuple[Predictions, int]:
+    """Return one prediction for all photos of a file (see :func:`answer_groups`), and a position in the source.
+
+    It is the position of the photo that matches the answer best, which the other columns of the prediction describe.
     """
     if hides(index):
         block = recognised(index, source.items["source"], block)
-    rows = {position: row for row, position in enumerate(block.positions.tolist())}
-    chances = torch.zeros(len(rows), len(index.class_names), dtype=torch.float64)
-    unmatched = np.zeros(len(rows), dtype=bool)
-    for answer in answered(index, block, replace(ask, neighbours=0)):
-        own = [rows[position] for position in answer.block.positions.tolist()]
-        chances[own] = answer.probabilities.cpu().double()
-        matches = answer.predictions().written(["no_match"])["no_match"]
-        unmatched[own] = matches.fill_null(False).to_numpy()
-    mean = chances.mean(dim=0, keepdim=True)
-    winner = chances[:, int(mean.argmax())].numpy()
-    best = np.lexsort((winner, ~unmatched))[-1:]
-    mixed = replace(block.take(best), mixed=mean)
-    return Predictions.joined(answer.predictions() for answer in answered(index, mixed, ask))
+    groups = np.zeros(len(block.positions), dtype=np.int64)
+    table = answer_groups(index, block, groups, ask).to_arrow()
+    logits = pc.add(table["text_logit"], table["cache_logit"])
+    best = int(np.argmax(logits.to_numpy()))
+    return Predictions(table.slice(best, 1)), int(block.positions[best])
 
 
 def classify_files(
@@ -85,9 +101,9 @@ def classify_files(
     def photos(source: Source) -> Iterator[FeatureBlock]:
         for file, block in by_file(source, reader.blocks(source), lambda path: files.get(path, "")):
             if file:
-                answer = joint(index, source, block, ask)
-                best = source.sources[int(answer.inputs[0])]
-                joined.append((answer.named(pa.array([file], pa.string())), [best]))
+                answer, best = joint(index, source, block, ask)
+                named = answer.named(pa.array([file], pa.string()))
+                joined.append((named, [source.items["source"][best].as_py()]))
             else:
                 yield block
 

@@ -224,9 +224,11 @@ def _of_file(
     index: Index, source: Source, block: FeatureBlock, file: str, skipped: list[Skipped]
 ) -> Iterator[_Answered]:
     """Yield the answer to all photos of a file, unless the file cannot be read."""
-    (answer,) = joint(index, source, block, _ASK).written(_COLUMNS).to_pylist()
-    if labels := Counter(label for _, label in index.known(block.digests)):
-        answer = _certain(labels.most_common(1)[0][0])
+    prediction, _ = joint(index, source, block, _ASK)
+    (answer,) = prediction.written(_COLUMNS).to_pylist()
+    labels = Counter(label for _, label in index.known(block.digests))
+    for label, _ in labels.most_common(1):
+        answer = _certain(label)
     with skipping(file, "cannot be read", skipped):
         yield remote.absolute(file), sha256_of(Path(file)), answer
 
