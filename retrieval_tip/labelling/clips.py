@@ -19,31 +19,31 @@ from retrieval_tip.model import Index
 from retrieval_tip.predictions import Predictions
 from retrieval_tip.settings import Ask
 
-FileOf = Callable[[str], str]
-"""Returns the file of a photo that shares its answer with the other photos of the file, or ``""``."""
+Photos = tuple[Source, str, FeatureBlock]
+"""Some photos of a source: all of a file, or such without a file (``""``)."""
 
 
 def by_file(
-    source: Source, blocks: Iterable[FeatureBlock], file_of: FileOf
-) -> Iterator[tuple[str, FeatureBlock]]:
-    """Yield the photos that share no answer as they come, with ``""``, and all photos of a file together."""
-    names = source.sources if source.paths is None else source.paths
-    current = ""
-    waiting: list[FeatureBlock] = []
-    for block in blocks:
-        files = [file_of(names[position]) for position in block.positions]
+    blocks: Iterable[tuple[Source, FeatureBlock]], file_of: Callable[[str], str]
+) -> Iterator[Photos]:
+    """Yield the photos of each file together, and others as they come. ``file_of`` returns the file of a photo."""
+    pieces = _pieces(blocks, file_of)
+    for (_, file), group in groupby(pieces, lambda piece: (id(piece[0]), piece[1])):
+        if file:
+            sources, _, parts = zip(*group, strict=True)
+            yield sources[0], file, FeatureBlock.joined(parts)
+        else:
+            yield from group
+
+
+def _pieces(
+    blocks: Iterable[tuple[Source, FeatureBlock]], file_of: Callable[[str], str]
+) -> Iterator[Photos]:
+    for source, block in blocks:
+        paths = source.paths
+        files = [file_of(paths[position]) if paths else "" for position in block.positions]
         for file, run in groupby(range(len(files)), files.__getitem__):
-            if waiting and file != current:
-                yield current, FeatureBlock.joined(waiting)
-                waiting = []
-            current = file
-            photos = block.take(np.array(list(run)))
-            if file:
-                waiting.append(photos)
-            else:
-                yield "", photos
-    if waiting:
-        yield current, FeatureBlock.joined(waiting)
+            yield source, file, block.take(np.array(list(run)))
 
 
 def answer_groups(index: Index, block: FeatureBlock, groups: IntArray, ask: Ask) -> Predictions:
@@ -99,7 +99,8 @@ def classify_files(
     joined: list[tuple[Predictions, list[str | None]]] = []
 
     def photos(source: Source) -> Iterator[FeatureBlock]:
-        for file, block in by_file(source, reader.blocks(source), lambda path: files.get(path, "")):
+        blocks = ((source, block) for block in reader.blocks(source))
+        for _, file, block in by_file(blocks, lambda path: files.get(path, "")):
             if file:
                 answer, best = joint(index, source, block, ask)
                 named = answer.named(pa.array([file], pa.string()))

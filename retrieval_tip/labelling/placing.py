@@ -212,23 +212,18 @@ def _fill(item: str, target: Path, digest: str, *, move: bool) -> bool:
             except OSError as error:
                 if error.errno != errno.EXDEV:
                     raise
-        _copy(item, target, digest)
+        is_file = Path(item).is_file()
+        with files.open_regular(item) if is_file else io.BytesIO(read_item(item)) as source:
+            if hashlib.file_digest(source, "sha256").hexdigest() != digest:
+                raise InputError("has changed since it was classified; run the command again")
+            source.seek(0)
+            write(source, target, partial(shutil.copystat, item), digest)
         files.sync(target.parent)
     except BaseException:
         if digest_at(target) == EMPTY != digest:
             target.unlink()
         raise
     return False
-
-
-def _copy(item: str, target: Path, digest: str) -> None:
-    """Replace a file by a copy of a photo, whose size does not matter. Raises InputError if it has another digest."""
-    is_file = Path(item).is_file()
-    with files.open_regular(item) if is_file else io.BytesIO(read_item(item)) as source:
-        if hashlib.file_digest(source, "sha256").hexdigest() != digest:
-            raise InputError("has changed since it was classified; run the command again")
-        source.seek(0)
-        write(source, target, partial(shutil.copystat, item), digest)
 
 
 def write(

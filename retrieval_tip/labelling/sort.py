@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from itertools import count, groupby
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -190,12 +190,7 @@ def locked(folder: Path, *, dry_run: bool = False) -> Iterator[None]:
 def _classified(
     index: Index, blocks: Iterable[tuple[Source, FeatureBlock]], skipped: list[Skipped]
 ) -> Iterator[_Answered]:
-    whole = (
-        (source, file, block)
-        for source, own in groupby(blocks, lambda pair: pair[0])
-        for file, block in by_file(source, (block for _, block in own), whole_file)
-    )
-    for source, file, block in whole:
+    for source, file, block in by_file(blocks, whole_file):
         if file:
             yield from _of_file(index, source, block, file, skipped)
             continue
