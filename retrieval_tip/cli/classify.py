@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from retrieval_tip.data.boxes import PhotoBoxes
     from retrieval_tip.data.exif import ExifRecorder
-    from retrieval_tip.data.reader import Reader
+    from retrieval_tip.data.reader import FeatureBlock, Reader
     from retrieval_tip.data.sources import Source
     from retrieval_tip.model import Index
     from retrieval_tip.predictions import Abstain, Predictions
@@ -94,8 +94,8 @@ class RowOptions:
             return self
         named = set(inputs)
         paths = (path for source in sources for path in source.paths or () if "#" in path)
-        files = {path: clip_of(path) for path in paths if path not in named}
-        return replace(self, clips={path: show(file) for path, file in files.items() if file})
+        files = {show(path): show(clip_of(path)) for path in paths if path not in named}
+        return replace(self, clips={path: file for path, file in files.items() if file})
 
     def check(self, index: Index) -> None:
         """Raise UsageError if options exclude each other, or if the index cannot group photos or give sets."""
@@ -188,7 +188,7 @@ class RowOptions:
     def _answers(
         self, index: Index, sources: Sequence[Source], reader: Reader, noting: ExifRecorder
     ) -> Iterator[pa.Table]:
-        """Yield the answers to all photos, which are mixed or grouped as the options say."""
+        """Yield the answers to photos, mixed or grouped as the options say. ``frame`` names the frame of a video."""
         import pyarrow as pa
 
         from retrieval_tip.predictions import PREDICTIONS
@@ -211,18 +211,23 @@ class RowOptions:
 
             answers, bursts = classify_in_bursts(index, sources, reader, noting, self.burst, ask)
             yield answers.written(columns, self.abstain).append_column("burst", bursts)
-        elif self.clips:
-            from retrieval_tip.labelling.clips import classify_files
-
-            for answers, frames in classify_files(index, sources, reader, self.clips, ask):
-                yield answers.written(columns, self.abstain).append_column(
-                    "frame", [pa.array(frames, pa.string())]
-                )
         else:
-            from retrieval_tip.evaluation.held_out import classify_sources
+            from retrieval_tip.evaluation.held_out import classified
+            from retrieval_tip.labelling.clips import one_of_each
 
-            for answers in classify_sources(index, sources, reader, ask):
-                yield answers.written(columns, self.abstain)
+            reader = reader.for_queries(index.parts, index.shares)
+
+            def asked(source: Source) -> Iterator[FeatureBlock]:
+                blocks = ((source, block) for block in reader.blocks(source))
+                return one_of_each(index, blocks, lambda path: self.clips.get(show(path), ""), ask)
+
+            pairs = ((source.items["source"], asked(source)) for source in sources)
+            for answers in classified(index, pairs, ask):
+                names = answers.inputs
+                inputs = pa.array([self.clips.get(name, name) for name in names], pa.string())
+                frames = pa.array([name if name in self.clips else None for name in names])
+                table = answers.named(inputs).written(columns, self.abstain)
+                yield table.append_column("frame", frames.cast(pa.string()))
 
     def _others(self, cut: PhotoBoxes, noting: ExifRecorder) -> Iterator[pa.Table]:
         """Yield the names of unclassified inputs, after noting when and where the photos were taken."""

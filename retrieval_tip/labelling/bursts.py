@@ -15,7 +15,7 @@ from retrieval_tip.arrays import IntArray
 from retrieval_tip.data.exif import UNKNOWN, ExifRecorder
 from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.sources import Source
-from retrieval_tip.labelling.clips import answer_groups
+from retrieval_tip.labelling.clips import mean_of_groups
 from retrieval_tip.labelling.pool import Pool
 from retrieval_tip.machine import check_memory
 from retrieval_tip.model import Index
@@ -62,6 +62,14 @@ def classify_in_bursts(
     numbers = bursts(
         pool.names, [noting.taken.get(name, UNKNOWN).taken_at for name in pool.names], gap
     )
-    block = FeatureBlock.of(pool.features)
-    answers = answer_groups(index, block, numbers - 1, replace(ask, neighbours=0))
-    return answers.named(pa.array(pool.names, pa.string())), pa.array(numbers)
+    groups = numbers - 1
+    ask = replace(ask, neighbours=0)
+    block = mean_of_groups(index, FeatureBlock.of(pool.features), groups, ask)
+    answers = Predictions.joined(own.predictions() for own in index.answers([block], ask))
+    table = answers.named(pa.array(pool.names, pa.string())).to_arrow()
+    if index.settings.least_cache is not None:
+        known = np.bincount(groups, ~table["no_match"].to_numpy())
+        table = table.drop_columns("no_match").append_column(
+            "no_match", pa.array((known == 0)[groups])
+        )
+    return Predictions(table), pa.array(numbers)

@@ -219,8 +219,9 @@ def _of_file(
     index: Index, source: Source, block: FeatureBlock, file: str, skipped: list[Skipped]
 ) -> Iterator[_Answered]:
     """Yield the answer to all photos of a file, unless the file cannot be read."""
-    prediction, _ = joint(index, source, block, _ASK)
-    (answer,) = prediction.written(_COLUMNS).to_pylist()
+    photo = joint(index, source, block, _ASK)
+    (answers,) = index.answers([photo], _ASK)
+    (answer,) = answers.predictions().written(_COLUMNS).to_pylist()
     labels = Counter(label for _, label in index.known(block.digests))
     for label, _ in labels.most_common(1):
         answer = _certain(label)
