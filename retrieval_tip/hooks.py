@@ -22,6 +22,11 @@ from retrieval_tip.wording import first_line
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
+VIDEOS = (
+    *(".mp4", ".mov", ".m4v", ".3gp", ".mkv", ".webm"),
+    *(".avi", ".mts", ".m2ts", ".mpg", ".mpeg", ".wmv"),
+)
+"""The suffixes of videos."""
 TABLE: Mapping[str, Mapping[str, str]] = {
     "writers": {
         "coco": "retrieval_tip.plugins.exchange:Coco",
@@ -33,7 +38,7 @@ TABLE: Mapping[str, Mapping[str, str]] = {
     },
     "encoders": {},  # ours are opened on first use by backbones/loading.py, which needs more than one function
     "sources": {"hf-dataset": "retrieval_tip.plugins.hf_datasets:HFDatasets"},
-    "openers": {},
+    "openers": dict.fromkeys(VIDEOS, "retrieval_tip.plugins.video:Videos"),
     "exports": {"addaxai": "retrieval_tip.plugins.addaxai:AddaxAI"},
     "commands": {"immich": "retrieval_tip.plugins.immich.commands:COMMANDS"},
     "stores": dict.fromkeys(
@@ -50,10 +55,13 @@ OPEN = ("writers", "encoders", "sources", "openers")
 """The kinds of which other packages may add some."""
 EXTRAS: Mapping[str, tuple[str, Sequence[str]]] = {
     "heic": ("pillow_heif", (".heic", ".heif", ".hif")),
+    "video": ("av", VIDEOS),
 }
 """The module that an extra installs, and the suffixes of the files that it reads."""
 OURS = frozenset({"", ".csv", ".tsv", ".parquet", ".json"})
 """The suffixes of folders and tables, which have no openers."""
+SETTINGS: dict[type, dict[str, Any]] = {}
+"""The options of our openers on the command line, by the class of the opener."""
 
 
 class Stranger(NamedTuple):
@@ -104,6 +112,12 @@ def opens(suffix: str) -> bool:
         return False
     modules = (module for module, suffixes in EXTRAS.values() if suffix in suffixes)
     return all(find_spec(module) is not None for module in modules)
+
+
+def openers() -> list[type]:
+    """Return the classes of our openers whose extras are installed. Their fields are options."""
+    places = [place for suffix, place in TABLE["openers"].items() if opens(suffix)]
+    return [pkgutil.resolve_name(place) for place in dict.fromkeys(places)]
 
 
 def names(kind: str) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from retrieval_tip.data.boxes import PhotoBoxes
     from retrieval_tip.data.exif import ExifRecorder
-    from retrieval_tip.data.reader import Reader
+    from retrieval_tip.data.reader import FeatureBlock, Reader
     from retrieval_tip.data.sources import Source
     from retrieval_tip.model import Index
     from retrieval_tip.predictions import Abstain, Predictions
@@ -53,6 +53,8 @@ class RowOptions:
             megadetector and camtrap-dp]
         smooth: Mix in the answers to similar photos of INPUTS, if this helps with held-out shots.
         exif: Add the columns taken_at, latitude and longitude from the EXIF metadata of photos.
+        frames: Give each frame of a video a row. [default: a row per video, with the mean of their probabilities and
+            the name of the frame that matches best]
     """
 
     explain: bool = flag(**options.ANSWERS)
@@ -65,7 +67,9 @@ class RowOptions:
     )
     smooth: bool = flag(**options.ANSWERS, rare=True)
     exif: bool = flag(**options.ANSWERS, rare=True)
+    frames: bool = flag(**options.ANSWERS, rare=True)
     ask: Ask = Ask()
+    clips: Mapping[str, str] = field(default_factory=dict)
 
     def asking(self, ask: Ask, writer: FormatWriter | None, name: str | None) -> RowOptions:
         """Return the options for a question and a format. Raises UsageError if boxes do not fit the format."""
@@ -80,6 +84,18 @@ class RowOptions:
         if wants.top is not None:
             ask = replace(ask, top=wants.top)
         return replace(self, categories=categories, exif=self.exif or wants.exif, ask=ask)
+
+    def joining(self, sources: Sequence[Source], inputs: Sequence[str]) -> RowOptions:
+        """Return options that give each video one answer, unless ``inputs`` name its frames or options mix answers."""
+        from retrieval_tip.data.source import clip_of
+
+        mixes = self.group_no_match or self.smooth or self.burst is not None
+        if self.frames or mixes or self.boxes is not None:
+            return self
+        named = set(inputs)
+        paths = (path for source in sources for path in source.paths or () if "#" in path)
+        files = {show(path): show(clip_of(path)) for path in paths if path not in named}
+        return replace(self, clips={path: file for path, file in files.items() if file})
 
     def check(self, index: Index) -> None:
         """Raise UsageError if options exclude each other, or if the index cannot group photos or give sets."""
@@ -117,13 +133,15 @@ class RowOptions:
         from retrieval_tip.data.exif import EXIF
         from retrieval_tip.predictions import PREDICTIONS
 
-        types = {**PREDICTIONS, **EXIF, "burst": pa.int64(), "detected": pa.string()}
+        added = {"burst": pa.int64(), "detected": pa.string(), "frame": pa.string()}
+        types = {**PREDICTIONS, **EXIF, **added}
         shown = {
             "input": True,
             "label": True,
             "level": self.ask.at_least is not None,
             "probability": True,
             "no_match": True,
+            "frame": bool(self.clips),
             "detected": self.boxes is not None,
             "group": self.group_no_match,
             "burst": self.burst is not None,
@@ -170,7 +188,9 @@ class RowOptions:
     def _answers(
         self, index: Index, sources: Sequence[Source], reader: Reader, noting: ExifRecorder
     ) -> Iterator[pa.Table]:
-        """Yield the answers to all photos, which are mixed or grouped as the options say."""
+        """Yield the answers to photos, mixed or grouped as the options say. ``frame`` names the frame of a video."""
+        import pyarrow as pa
+
         from retrieval_tip.predictions import PREDICTIONS
 
         columns = [name for name in self.schema(index).names if name in PREDICTIONS]
@@ -192,10 +212,22 @@ class RowOptions:
             answers, bursts = classify_in_bursts(index, sources, reader, noting, self.burst, ask)
             yield answers.written(columns, self.abstain).append_column("burst", bursts)
         else:
-            from retrieval_tip.evaluation.held_out import classify_sources
+            from retrieval_tip.evaluation.held_out import classified
+            from retrieval_tip.labelling.clips import one_of_each
 
-            for answers in classify_sources(index, sources, reader, ask):
-                yield answers.written(columns, self.abstain)
+            reader = reader.for_queries(index.parts, index.shares)
+
+            def asked(source: Source) -> Iterator[FeatureBlock]:
+                blocks = ((source, block) for block in reader.blocks(source))
+                return one_of_each(index, blocks, lambda path: self.clips.get(show(path), ""), ask)
+
+            pairs = ((source.items["source"], asked(source)) for source in sources)
+            for answers in classified(index, pairs, ask):
+                names = answers.inputs
+                inputs = pa.array([self.clips.get(name, name) for name in names], pa.string())
+                frames = pa.array([name if name in self.clips else None for name in names])
+                table = answers.named(inputs).written(columns, self.abstain)
+                yield table.append_column("frame", frames.cast(pa.string()))
 
     def _others(self, cut: PhotoBoxes, noting: ExifRecorder) -> Iterator[pa.Table]:
         """Yield the names of unclassified inputs, after noting when and where the photos were taken."""
@@ -361,6 +393,8 @@ def classify(
     rows.check(loaded)
     photos = inputs_of(inputs)
     boxes = PhotoBoxes(photos)
+    if writer is None:
+        rows = rows.joining(photos, inputs)
     if rows.boxes is not None:
         boxes = cut_boxes(rows.boxes, photos, rows.categories)
     counts = Counter[str]()

@@ -185,7 +185,9 @@ class Command(click.Command):
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         """Insert the options of a format and the general options before --help."""
         *params, shown = super().get_params(ctx)
-        return [*params, *self.further(ctx), QUIET, VERBOSE, shown]
+        reads_photos = any(param.name == "workers" for param in params)
+        opening = _of_openers() if reads_photos else []
+        return [*params, *self.further(ctx), *opening, QUIET, VERBOSE, shown]
 
     def further(self, ctx: click.Context) -> Sequence[click.Parameter]:
         """Return options that depend on the command line."""
@@ -240,6 +242,22 @@ class Command(click.Command):
         """Run the command. Errors show its usage."""
         with in_one_line(ctx):
             return super().invoke(ctx)
+
+
+def _of_openers() -> list[click.Parameter]:
+    """Return the options of our openers of files, which :data:`hooks.SETTINGS` keeps."""
+    groups = (
+        grouped(kind, heading="Input", expose_value=False, callback=partial(_keep, kind))
+        for kind in hooks.openers()
+    )
+    return [param for group in groups for param in group.params]
+
+
+def _keep(kind: type, ctx: click.Context, param: click.Parameter, value: object) -> None:
+    settings = hooks.SETTINGS.get(kind, {}) | {str(param.name): value}
+    with in_one_line(ctx):
+        kind(**settings)  # raises UsageError
+    hooks.SETTINGS[kind] = settings
 
 
 class PluginCommand(Command):

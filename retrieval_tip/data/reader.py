@@ -95,10 +95,14 @@ class FeatureBlock:
     @classmethod
     def joined(cls, blocks: Sequence[FeatureBlock]) -> FeatureBlock:
         """Concatenate blocks of the same source."""
+        import torch
+
+        mixed = [block.mixed for block in blocks if block.mixed is not None]
         return cls(
             np.concatenate([block.positions for block in blocks]),
             np.concatenate([block.features for block in blocks]),
             [digest for block in blocks for digest in block.digests],
+            torch.cat(mixed) if mixed else None,
             key_ids=None
             if blocks[0].key_ids is None
             else np.concatenate([block.key_ids for block in blocks]),

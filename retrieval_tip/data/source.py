@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -42,6 +42,9 @@ class FileOpener(Protocol):
     ``.npz``. Photo NAME of a file is the item ``FILE#NAME`` of a source. An index stores this name, and a later process
     reads the photo by it. An error of any type is the reason why a file or a photo is skipped. An opener runs with the
     user's rights, in several threads at a time.
+
+    It is a module, an object, or a class that is called without arguments. If it has an attribute ``joins`` that is
+    true, the photos of a file show the same thing, and ``classify`` gives them one answer.
     """
 
     def items(self, file: str) -> Iterable[str]:
@@ -69,8 +72,13 @@ class Opener(Protocol):
         """Return the encoded image of an item. Raises InputError if it cannot be read."""
 
 
-opener = cache(hooks.find)
-"""Return the opener of a kind (``sources`` or ``openers``) and a name that :mod:`hooks` knows, which is found once."""
+_found = cache(hooks.find)
+
+
+def opener(kind: str, name: str) -> Any:
+    """Return the opener of a kind (``sources`` or ``openers``) and a name that :mod:`hooks` knows."""
+    found = _found(kind, name)
+    return found(**hooks.SETTINGS.get(found, {})) if isinstance(found, type) else found
 
 
 def split_item(path: str | os.PathLike[str]) -> tuple[str, str] | None:
@@ -96,6 +104,19 @@ def file_of(path: str) -> str:
     return (split_item(path) or (path, ""))[0]
 
 
+def clip_of(path: str) -> str:
+    """Return FILE for the item ``FILE#NAME`` if all photos of this file show the same thing, and otherwise ``""``."""
+    file = whole_file(path)
+    joins = file and getattr(opener("openers", suffix_of(file)), "joins", False)
+    return file if joins else ""
+
+
+def whole_file(path: str) -> str:
+    """Return FILE for the item ``FILE#NAME``, and ``""`` for any other path."""
+    file, name = split_item(path) or ("", "")
+    return file if name else ""
+
+
 def items_in(path: str) -> list[str]:
     """Return the items of a file of photos, or the path itself if it is another file.
 
@@ -119,17 +140,16 @@ def _opened(file: str) -> tuple[list[str], str]:
     return items, "" if items else "contains no photos"
 
 
-def read_item(path: str | os.PathLike[str], *, whole: bool = False) -> bytes:
+def read_item(path: str | os.PathLike[str]) -> bytes:
     """Return the bytes of an image file, an object, or an item of an opener.
 
-    A file of photos is read only if it is wanted as a ``whole``. Raises InputError without its path if it is empty or
-    too large.
+    Raises InputError without its path if it is empty or too large, or a file of several photos.
     """
     file, name = split_item(path) or ("", "")
     if name:
         with remote.reaching():
             data = bytes(opener("openers", suffix_of(file)).read(file, name))
-    elif file and not whole:
+    elif file:
         items, reason = _opened(file)
         raise InputError(reason or f"contains several photos; name one, such as {show(items[0])}")
     elif (scheme := remote.scheme_of(path)) is not None:

@@ -210,12 +210,19 @@ def known_shots(shots: int, total: int, of: str = "this index") -> str:
 def _windows(
     index: Index, names: pa.ChunkedArray, blocks: Iterable[FeatureBlock]
 ) -> Iterator[FeatureBlock]:
-    """Yield items in order, with the key ids of shots. A shot waits for others, which need the same fold."""
+    """Yield items in order, with the key ids of shots. A shot waits for others, which need the same fold.
+
+    Items with mixed probabilities do not wait.
+    """
     waiting: list[FeatureBlock] = []
     for block in blocks:
+        if waiting and block.mixed is not None:
+            yield FeatureBlock.joined(waiting)
+            waiting = []
         waiting.append(recognised(index, names, block))
         if (
-            not waiting[0].shots.any()
+            block.mixed is not None
+            or not waiting[0].shots.any()
             or sum(len(waiting_block.positions) for waiting_block in waiting) >= WINDOW
         ):
             yield FeatureBlock.joined(waiting)

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import torch
 
 from retrieval_tip.arrays import IntArray
 from retrieval_tip.data.exif import UNKNOWN, ExifRecorder
 from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.sources import Source
+from retrieval_tip.labelling.clips import mean_of_groups
 from retrieval_tip.labelling.pool import Pool
 from retrieval_tip.machine import check_memory
 from retrieval_tip.model import Index
@@ -62,18 +62,14 @@ def classify_in_bursts(
     numbers = bursts(
         pool.names, [noting.taken.get(name, UNKNOWN).taken_at for name in pool.names], gap
     )
-    rows = torch.from_numpy(numbers - 1)
-    block = FeatureBlock.of(pool.features)
-    sums = torch.zeros(int(numbers.max()), c, dtype=torch.float64)
+    groups = numbers - 1
     ask = replace(ask, neighbours=0)
-    for own in index.answers([block], ask):
-        sums.index_add_(0, rows[own.block.positions], own.probabilities.cpu().double())
-    block = replace(block, mixed=(sums / torch.bincount(rows)[:, None])[rows])
+    block = mean_of_groups(index, FeatureBlock.of(pool.features), groups, ask)
     answers = Predictions.joined(own.predictions() for own in index.answers([block], ask))
     table = answers.named(pa.array(pool.names, pa.string())).to_arrow()
     if index.settings.least_cache is not None:
-        known = np.bincount(rows, ~table["no_match"].to_numpy())
+        known = np.bincount(groups, ~table["no_match"].to_numpy())
         table = table.drop_columns("no_match").append_column(
-            "no_match", pa.array((known == 0)[rows])
+            "no_match", pa.array((known == 0)[groups])
         )
     return Predictions(table), pa.array(numbers)

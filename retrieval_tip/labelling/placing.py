@@ -20,7 +20,7 @@ from contextlib import suppress
 from dataclasses import astuple, dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Literal, get_args
+from typing import BinaryIO, Literal, get_args
 from urllib.parse import unquote
 
 from retrieval_tip import files
@@ -181,8 +181,10 @@ def digest_at(path: Path) -> str | None:
 
 def digest_of(item: str) -> str | None:
     """Return the digest of an image, or ``None`` if it cannot be read."""
+    if Path(item).is_file():
+        return digest_at(Path(item))
     with suppress(InputError):
-        return hashlib.sha256(read_item(item, whole=True)).hexdigest()
+        return hashlib.sha256(read_item(item)).hexdigest()
     return None
 
 
@@ -232,10 +234,12 @@ def _fill(item: str, target: Path, digest: str, *, move: bool) -> bool:
             except OSError as error:
                 if error.errno != errno.EXDEV:
                     raise
-        data = read_item(item, whole=True)
-        if hashlib.sha256(data).hexdigest() != digest:
-            raise InputError("has changed since it was classified; run the command again")
-        write(data, target, partial(shutil.copystat, item), digest)
+        is_file = Path(item).is_file()
+        with files.open_regular(item) if is_file else io.BytesIO(read_item(item)) as source:
+            if hashlib.file_digest(source, "sha256").hexdigest() != digest:
+                raise InputError("has changed since it was classified; run the command again")
+            source.seek(0)
+            write(source, target, partial(shutil.copystat, item), digest)
         files.sync(target.parent)
     except BaseException:
         if digest_at(target) == EMPTY != digest:
@@ -245,7 +249,7 @@ def _fill(item: str, target: Path, digest: str, *, move: bool) -> bool:
 
 
 def write(
-    data: bytes,
+    data: bytes | BinaryIO,
     target: Path,
     copy_attributes: Callable[[Path], object] = id,
     scratch: str = SCRATCH,
@@ -255,7 +259,7 @@ def write(
         target.with_name(scratch), clean=False
     ) as new:  # on the disk of the target
         with new.open("wb") as file:
-            file.write(data)
+            shutil.copyfileobj(io.BytesIO(data) if isinstance(data, bytes) else data, file)
             file.flush()
             os.fsync(file.fileno())
         with suppress(OSError):

@@ -18,11 +18,12 @@ import pyarrow as pa
 
 from retrieval_tip.data import images, remote
 from retrieval_tip.data.reader import FeatureBlock, Reader
-from retrieval_tip.data.source import Source, file_of, read_item
+from retrieval_tip.data.source import Source, read_item, whole_file
 from retrieval_tip.errors import InputError, Skipped, UsageError
 from retrieval_tip.evaluation.held_out import Threshold, held_out_probabilities, threshold_of
 from retrieval_tip.files import locked_folder, make_folders, real, remove_leftovers, sha256_of
 from retrieval_tip.labelling import placing
+from retrieval_tip.labelling.clips import by_file, joint
 from retrieval_tip.labelling.placing import (
     EMPTY,
     MANIFEST,
@@ -45,6 +46,8 @@ NO_MATCH, NOT_SURE = "no match", "not sure"
 
 _Answered = tuple[str, str, dict[str, Any]]
 """The path and the digest of a photo, and its label, probability and ``no_match``."""
+_ASK = Ask(neighbours=0, logits=False)
+_COLUMNS = ["label", "probability", "no_match"]
 _VERBS: dict[Action, str] = {"copy": "copied", "link": "linked", "move": "moved"}
 
 
@@ -96,9 +99,9 @@ def sort_photos(
     0.5, to ``not sure``. With ``at_most_wrong``, it is the lowest probability above which at most this share of
     held-out photos of the index is wrong (see :func:`held_out.threshold_of`). With ``smooth``, each answer is mixed
     with those of similar photos (see :mod:`labelling.smoothing`). Photos that the index contains keep their label. A
-    file of several photos is placed once, by the photo that matches a class with the highest probability. No
-    file is overwritten: if a name is taken, a number is added. If the folder already contains a photo with the same
-    name and the same bytes, it is not written again. An interrupted call can be repeated.
+    file of several photos is placed once, by the mean of their probabilities, or by the label that most of those in the
+    index have. No file is overwritten: if a name is taken, a number is added. If the folder already contains a photo
+    with the same name and the same bytes, it is not written again. An interrupted call can be repeated.
 
     ``action`` is ``copy``, ``link`` (a symbolic link) or ``move``. Only files can be linked or moved. The ids of a
     feature table are read as paths. ``reader.skipped`` lists the photos that cannot be read. A ``dry_run`` changes
@@ -135,7 +138,7 @@ def sort_photos(
     with locked(root, dry_run=dry_run):
         before = placing.read_manifest(root)
         plan = _Outputs(root, action, least, before, class_folders(before, index.class_names))
-        answered = _by_file(_classified(index, blocks, reader.skipped), reader.skipped)
+        answered = _classified(index, blocks, reader.skipped)
         rows = [plan.row(item, digest, **answer) for item, digest, answer in answered]
         placing.check_folders(root, [*before, *rows])
         if not dry_run:
@@ -187,18 +190,21 @@ def locked(folder: Path, *, dry_run: bool = False) -> Iterator[None]:
 def _classified(
     index: Index, blocks: Iterable[tuple[Source, FeatureBlock]], skipped: list[Skipped]
 ) -> Iterator[_Answered]:
-    for source, block in blocks:
+    for source, file, block in by_file(blocks, whole_file):
+        if file:
+            yield from _of_file(index, source, block, file, skipped)
+            continue
         paths = source.paths
-        for answers in index.answers([block], Ask(neighbours=0, logits=False)):
+        for answers in index.answers([block], _ASK):
             positions = answers.block.positions
             digests = answers.block.digests
             own = source.items["source"].take(pa.array(positions)).to_pylist()
             names = own if paths is None else [paths[i] for i in positions]
-            table = answers.predictions().written(["label", "probability", "no_match"])
+            table = answers.predictions().written(_COLUMNS)
             own_labels = dict(index.known(digests))
             for name, digest, answer in zip(names, digests, table.to_pylist(), strict=True):
                 if digest in own_labels:
-                    answer = {"label": own_labels[digest], "probability": 1.0, "no_match": False}
+                    answer = _certain(own_labels[digest])
                 is_id = paths is None and not os.path.lexists(name)
                 item = name if is_id else remote.absolute(name)
                 try:
@@ -209,22 +215,22 @@ def _classified(
                     yield item, digest, answer
 
 
-def _by_file(answered: Iterable[_Answered], skipped: list[Skipped]) -> Iterator[_Answered]:
-    """Replace the photos of a file by the file, with the answer that is most certain."""
-    best: dict[str | int, _Answered] = {}
-    for number, (item, digest, answer) in enumerate(answered):
-        file = file_of(item)
-        key = number if file == item else file
-        if key not in best or _certainty(answer) > _certainty(best[key][2]):
-            best[key] = file, digest, answer
-    for key, (file, digest, answer) in best.items():
-        with skipping(file, "cannot be read", skipped):
-            whole = sha256_of(Path(file)) if key == file else digest
-            yield file, whole, answer
+def _of_file(
+    index: Index, source: Source, block: FeatureBlock, file: str, skipped: list[Skipped]
+) -> Iterator[_Answered]:
+    """Yield the answer to all photos of a file, unless the file cannot be read."""
+    photo = joint(index, source, block, _ASK)
+    (answers,) = index.answers([photo], _ASK)
+    (answer,) = answers.predictions().written(_COLUMNS).to_pylist()
+    labels = Counter(label for _, label in index.known(block.digests))
+    for label, _ in labels.most_common(1):
+        answer = _certain(label)
+    with skipping(file, "cannot be read", skipped):
+        yield remote.absolute(file), sha256_of(Path(file)), answer
 
 
-def _certainty(answer: dict[str, Any]) -> tuple[bool, float]:
-    return not answer["no_match"], answer["probability"]
+def _certain(label: str) -> dict[str, Any]:
+    return {"label": label, "probability": 1.0, "no_match": False}
 
 
 def _skip(skipped: list[Skipped], path: str | Path, reason: str) -> None:

@@ -1,0 +1,161 @@
+"""Measure videos: frames per second, peak memory, and the accuracy of one answer per clip.
+
+Clips are made from test photos of Caltech101. A window wanders over the enlarged photo, and each frame is blurred by a
+random amount, as by a moving animal or camera.
+
+Speed: a frame a second is read and encoded, from H.264 clips of 30 frames per second and from the same frames as JPEGs.
+Memory: a new process reads all frames of a clip of 3840 x 2160 pixels in 16 threads. Accuracy: an index of 4 shots per
+class answers each clip by the mean of its frames, and by its middle frame alone.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import tempfile
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import av
+import click
+import numpy as np
+from common import SEED, SHARED, clocked, machine, medians, run, show, take_turns
+from PIL import Image, ImageFilter
+
+from retrieval_tip import Reader, build_index, load_backbone, open_source
+from retrieval_tip.data.source import items_in, of_images, read_item
+
+SPLIT = SHARED / "data/caltech101/split_zhou_Caltech101.json"
+BLUR = 6.0
+"""Largest radius of the blur, in pixels of a frame of 240 x 180."""
+MEMORY = """
+import resource, sys
+from concurrent.futures import ThreadPoolExecutor
+from retrieval_tip.data.source import items_in, read_item
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+before = peak()
+items = items_in(sys.argv[1])
+listed = peak()
+with ThreadPoolExecutor(16) as pool:
+    sizes = list(pool.map(lambda item: len(read_item(item)), items))
+print(len(items), before, listed, peak())
+"""
+
+
+def wandering(
+    photo: str, size: tuple[int, int], number: int, draw: random.Random
+) -> Iterator[Image.Image]:
+    """Yield frames that show about half of a photo each, blurred by a random amount."""
+    wide, high = (round(1.4 * side) for side in size)
+    picture = Image.open(photo).convert("RGB").resize((wide, high), Image.Resampling.BICUBIC)
+    phases = draw.random(), draw.random()
+    for step in range(number):
+        left, top = (
+            round((side - shown) * (0.5 + 0.5 * np.sin(2 * np.pi * (phase + step / number))))
+            for side, shown, phase in zip((wide, high), size, phases, strict=True)
+        )
+        shot = picture.crop((left, top, left + size[0], top + size[1]))
+        radius = BLUR * draw.random() ** 2 * size[0] / 240
+        yield shot.filter(ImageFilter.BoxBlur(radius))
+
+
+def write_clip(path: Path, frames: Iterator[Image.Image], size: tuple[int, int], rate: int) -> str:
+    """Write frames as H.264."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=rate, options={"preset": "veryfast"})
+        stream.width, stream.height = size
+        stream.pix_fmt = "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_image(frame)))
+        container.mux(stream.encode())
+    return str(path)
+
+
+def speed(photos: list[str], reader: Reader, seconds: int, rounds: int, folder: Path) -> None:
+    """Print frames per second from clips and from JPEGs."""
+    rows = []
+    for size in ((1280, 720), (1920, 1080), (3840, 2160)):
+        draw = random.Random(SEED)
+        frames = wandering(photos[0], size, 30 * seconds, draw)
+        clip = write_clip(folder / f"{size[1]}.mp4", frames, size, 30)
+        items = items_in(clip)
+        stills = [str(folder / f"{size[1]}-{place}.jpg") for place in range(len(items))]
+        for item, still in zip(items, stills, strict=True):
+            Path(still).write_bytes(read_item(item))
+        sides = {
+            "list": lambda turn, clip=clip: clocked(partial(items_in, clip)),
+            "clip": lambda turn, items=items: clocked(partial(reader.encode, of_images(items))),
+            "JPEG": lambda turn, stills=stills: clocked(partial(reader.encode, of_images(stills))),
+        }
+        found = medians(take_turns(f"{size[1]}", sides, rounds))
+        rows.append(
+            {
+                "pixels": f"{size[0]} x {size[1]}",
+                "frames": len(items),
+                "list, ms": 1000 * found["list"],
+                "clip, frames/s": len(items) / found["clip"],
+                "decoded, frames/s": 30 * seconds / found["clip"],
+                "JPEG, frames/s": len(items) / found["JPEG"],
+            }
+        )
+        if size[1] == 2160:
+            read, *peaks = map(float, run(sys.executable, "-c", MEMORY, clip).split())
+            click.echo(
+                f"peak memory of {read:.0f} frames of {size[0]} x {size[1]}: {peaks[0]:.0f} MiB "
+                f"before, {peaks[1]:.0f} MiB listed, {peaks[2]:.0f} MiB read"
+            )
+    show(f"Read and encoded, medians of {rounds} rounds", rows)
+
+
+def accuracy(reader: Reader, number: int, draws: int, folder: Path) -> None:
+    """Print the accuracy of clips by their mean and by their middle frame."""
+    train, test = (open_source(SPLIT, split=part) for part in ("train", "test"))
+    rows = []
+    for seed in range(1, draws + 1):
+        draw = random.Random(seed)
+        index = build_index(train, folder / f"index-{seed}", reader, shots=4)
+        chosen = test.take(draw.sample(range(len(test)), number))
+        size = (240, 180)
+        clips = [
+            write_clip(folder / f"{seed}-{place}.mp4", wandering(path, size, 50, draw), size, 5)
+            for place, path in enumerate(chosen.paths or ())
+        ]
+        frames = of_images([item for clip in clips for item in items_in(clip)])
+        photos, shown = (
+            np.concatenate([found.probabilities for found in index.answers(reader.blocks(source))])
+            for source in (chosen, frames)
+        )
+        of_clips = shown.reshape(number, -1, len(index.class_names))
+        truth = np.array([index.class_names.index(label) for label in chosen.labels])
+        each = of_clips.argmax(axis=2) == truth[:, None]
+        rows.append(
+            {
+                "seed": seed,
+                "the photo": 100 * (photos.argmax(axis=1) == truth).mean(),
+                "any frame": 100 * each.mean(),
+                "the middle frame": 100 * each[:, each.shape[1] // 2].mean(),
+                "the mean of frames": 100 * (of_clips.mean(axis=1).argmax(axis=1) == truth).mean(),
+            }
+        )
+    show(f"Accuracy in %, {number} clips of 10 frames per draw", rows)
+
+
+@click.command(help=__doc__)
+@click.option("--model", default=f"local-dir:{SHARED}/models/lit-mini", show_default=True)
+@click.option("--seconds", default=20, show_default=True, help="Length of the clips for the speed.")
+@click.option("--rounds", default=3, show_default=True)
+@click.option("--number", default=40, show_default=True, help="Number of clips for the accuracy.")
+@click.option("--draws", default=3, show_default=True, help="Number of draws of shots and clips.")
+def main(model: str, seconds: int, rounds: int, number: int, draws: int) -> None:
+    """Measure videos, and print the results."""
+    click.echo(machine("av", "openvino", "pillow"))
+    reader = Reader(load_backbone(model, device="cpu"))
+    photos = list(open_source(SPLIT, split="test").paths or ())
+    with tempfile.TemporaryDirectory() as scratch:
+        accuracy(reader, number, draws, Path(scratch))
+        speed(photos, reader, seconds, rounds, Path(scratch))
+
+
+if __name__ == "__main__":
+    main()

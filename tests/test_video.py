@@ -1,0 +1,350 @@
+"""Videos: frames at exact times and upright, damaged and hostile files, and one answer for each video."""
+
+import csv
+import hashlib
+import io
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import command_line, failed, json_rows, ok
+from PIL import Image
+from serving import caltech_photos
+from tables import tiny
+
+from retrieval_tip import Classifier, Index, hooks
+from retrieval_tip.data.source import items_in, opener, read_item
+from retrieval_tip.errors import InputError, UsageError
+
+av = pytest.importorskip(
+    "av", reason="SKIPPED: videos need PyAV; run pip install 'retrieval-tip[video]'"
+)
+
+SIDE = 16
+"""Pixels of the sides of the blocks of a :func:`marked` frame."""
+
+
+def marked(number, size=(128, 96)):
+    """Return a frame with a bright top left corner, whose other blocks are the bits of its number."""
+    pixels = np.full((size[1], size[0], 3), 40, np.uint8)
+    pixels[:SIDE, :SIDE] = 250
+    for bit in range(12):
+        row, column = divmod(bit, 6)
+        place = np.s_[2 * SIDE * (row + 1) :, SIDE * (column + 1) :]
+        pixels[place][:SIDE, :SIDE] = 250 if number >> bit & 1 else 40
+    return pixels
+
+
+def number_in(picture):
+    """Return the number in an upright marked frame."""
+    pixels = np.asarray(picture.convert("L"))
+    middle = SIDE // 2
+    assert pixels[middle, middle] > 200, "the bright corner is elsewhere"
+    bits = (divmod(bit, 6) for bit in range(12))
+    shown = [
+        pixels[2 * SIDE * (row + 1) + middle, SIDE * (column + 1) + middle] for row, column in bits
+    ]
+    return sum(int(value > 128) << bit for bit, value in enumerate(shown))
+
+
+def write_clip(path, frames, times=None, *, rate=25, codec="libx264", turn=0, **options):
+    """Write frames as a video. ``times`` are in milliseconds, by default those of a constant ``rate``."""
+    with av.open(str(path), "w", options=options.pop("container", {})) as container:
+        stream = container.add_stream(codec, rate=rate, options={"crf": "10", **options})
+        stream.height, stream.width = frames[0].shape[:2]
+        stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+        if turn:
+            stream.set_display_rotation(turn)
+        if times is not None:
+            stream.codec_context.time_base = stream.time_base = Fraction(1, 1000)
+        for place, pixels in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(pixels, "rgb24")
+            if times is not None:
+                frame.time_base, frame.pts = Fraction(1, 1000), times[place]
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return str(path)
+
+
+def write_numbered(path, n, **more):
+    return write_clip(path, [marked(number) for number in range(n)], **more)
+
+
+def read_frames(file):
+    """Return the times and numbers of all readable frames, and the reasons for what cannot be read."""
+    shown, reasons = {}, []
+    for item in items_in(file):
+        try:
+            picture = Image.open(io.BytesIO(read_item(item)))
+            shown[int(item.rpartition("#")[2])] = number_in(picture)
+        except InputError as error:
+            reasons.append(f"{item.removeprefix(file)}: {error}")
+    return shown, reasons
+
+
+@pytest.fixture
+def every(monkeypatch):
+    """Return a function that sets --frame-every."""
+    (kind,) = hooks.openers()
+
+    def set_seconds(seconds):
+        monkeypatch.setitem(hooks.SETTINGS, kind, {"frame_every": seconds})
+
+    return set_seconds
+
+
+@pytest.mark.parametrize(
+    ("suffix", "codec"),
+    [
+        (".mp4", "libx264"),
+        (".MOV", "libx264"),
+        (".mkv", "libx264"),
+        (".avi", "mjpeg"),
+        (".mts", "libx264"),
+        (".mpg", "mpeg2video"),
+        (".webm", "libvpx"),
+    ],
+)
+def test_a_frame_a_second_has_the_exact_time_and_content(tmp_path, every, suffix, codec):
+    clip = write_numbered(tmp_path / f"clip{suffix}", 100, codec=codec, g="30")
+    shown, reasons = read_frames(clip)
+    assert shown == {0: 0, 1000: 25, 2000: 50, 3000: 75}
+    assert not reasons
+    bytes_of = {item: read_item(item) for item in items_in(clip)}
+    every(0.999)  # another decoder, which passes other frames
+    for item in reversed(bytes_of):
+        assert read_item(item) == bytes_of[item]
+
+
+def test_frames_are_upright(tmp_path):
+    """Cameras store pixels as the sensor reads them, and the turn of the camera beside them."""
+    for turn in (0, 90, 180, 270):
+        stored = np.rot90(marked(5), -turn // 90)
+        clip = write_clip(tmp_path / f"{turn}.mp4", [stored], turn=turn)
+        picture = Image.open(io.BytesIO(read_item(f"{clip}#0")))
+        assert picture.size == (128, 96)
+        assert number_in(picture) == 5
+
+
+def test_times_of_a_variable_rate_are_exact(tmp_path, every):
+    times = [0, 40, 990, 1010, 1020, 2500, 2540, 7000, 7900, 8001]
+    clip = write_clip(tmp_path / "phone.mp4", [marked(n) for n in range(10)], times, bf="2")
+    assert read_frames(clip) == ({0: 0, 1010: 3, 2500: 5, 7000: 7, 8001: 9}, [])
+    every(0.5)
+    assert list(read_frames(clip)[0]) == [0, 990, 1010, 2500, 7000, 7900, 8001]
+    with pytest.raises(InputError, match="no frame can be decoded"):
+        read_item(f"{clip}#1011")
+    assert len(read_item(f"{clip}#990")) > 500
+
+
+def test_long_steps_seek(tmp_path, every):
+    clip = write_numbered(tmp_path / "long.mp4", 3000, rate=25, g="250", preset="ultrafast")
+    every(10)
+    shown, reasons = read_frames(clip)
+    assert shown == {10_000 * step: 250 * step for step in range(12)}
+    assert not reasons
+
+
+def test_damaged_videos_give_what_is_readable(tmp_path):
+    whole = Path(
+        write_numbered(tmp_path / "whole.mp4", 250, g="25", container={"movflags": "faststart"})
+    )
+    data = bytearray(whole.read_bytes())
+    with av.open(str(whole)) as container:
+        packets = [p for p in container.demux(video=0) if p.pts is not None]
+        bad = [(p.pos, p.size) for p in packets if 4.2 <= p.pts * p.time_base < 6.9]
+    for start, size in bad:
+        data[start + 8 : start + size] = b"\xff" * (size - 8)
+    (tmp_path / "middle.mp4").write_bytes(data)
+    shown, reasons = read_frames(str(tmp_path / "middle.mp4"))
+    assert shown.items() >= {1000 * s: 25 * s for s in (0, 1, 2, 3, 4, 7, 8, 9)}.items()
+    assert [reason.partition(":")[0] for reason in reasons] == [
+        f"#{time}" for time in (5000, 6000) if time not in shown
+    ]
+    data = whole.read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(data[: len(data) // 2])
+    shown, (*_, reason) = read_frames(str(tmp_path / "cut.mp4"))
+    assert shown == {time: time // 40 for time in shown}
+    assert 1 <= len(shown) <= 7
+    assert " of 10.0 s" in reason
+    matroska = Path(write_numbered(tmp_path / "whole.mkv", 250, g="25"))
+    (tmp_path / "cut.mkv").write_bytes(matroska.read_bytes()[: matroska.stat().st_size // 2])
+    assert len(read_frames(str(tmp_path / "cut.mkv"))[0]) >= 3
+
+
+def test_other_and_hostile_files_are_one_line(tmp_path, every):
+    audio = tmp_path / "sound.mp4"
+    with av.open(str(audio), "w") as container:
+        stream = container.add_stream("aac", rate=8000)
+        silence = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.float32), "fltp", "mono")
+        silence.rate = 8000
+        container.mux(stream.encode(silence))
+        container.mux(stream.encode())
+    Image.new("RGB", (64, 64)).save(tmp_path / "photo.mp4", "JPEG")
+    (tmp_path / "list.mp4").write_text("#EXTM3U\n#EXTINF:1,\n/etc/passwd\n#EXT-X-ENDLIST\n")
+    (tmp_path / "empty.mp4").write_bytes(b"")
+    huge = np.zeros((6000, 6000, 3), np.uint8)
+    write_clip(tmp_path / "huge.avi", [huge], codec="mjpeg")
+    no_video = ["is not a video, or its beginning is damaged"]
+    for name, reasons in {
+        "sound.mp4": ["has no video stream"],
+        "photo.mp4": no_video,
+        "list.mp4": no_video,
+        "empty.mp4": no_video,
+        "huge.avi": ["has 6000 x 6000 pixels; the limit is 33,554,432 in all"],
+    }.items():
+        assert read_frames(str(tmp_path / name)) == ({}, [f": {reason}" for reason in reasons])
+    one = write_numbered(tmp_path / "one.mp4", 1)
+    assert read_frames(one) == ({0: 0}, [])
+    for name in ("x", "-1", "1e3", "9" * 99):
+        with pytest.raises(InputError, match="MILLISECONDS"):
+            read_item(f"{one}#{name}")
+    for seconds in (0, -1, float("nan"), float("inf")):
+        every(seconds)
+        with pytest.raises(UsageError, match="frame_every"):
+            opener("openers", ".mp4")
+
+
+@pytest.fixture
+def photos(shared, tmp_path):
+    """Two class folders of three photos."""
+    for path, label in caltech_photos(shared, "train", 2, 3):
+        place = tmp_path / "photos" / label
+        place.mkdir(parents=True, exist_ok=True)
+        (place / Path(path).name).write_bytes(Path(path).read_bytes())
+    return tmp_path / "photos"
+
+
+@pytest.fixture
+def model(tmp_path):
+    tiny(tmp_path / "model")
+    return "--model", f"local-dir:{tmp_path / 'model'}"
+
+
+@pytest.fixture
+def index(photos, model, tmp_path):
+    ok("index build", photos, *model, "--out", tmp_path / "index")
+    return tmp_path / "index"
+
+
+@pytest.fixture
+def inbox(photos, tmp_path):
+    """Three clips, which show photos of the first, of the second, and of both classes, and a photo."""
+    (inbox := tmp_path / "inbox").mkdir()
+    shots = [
+        [
+            np.asarray(Image.open(path).convert("RGB").resize((128, 96)))
+            for path in sorted(place.iterdir())
+        ]
+        for place in sorted(photos.iterdir())
+    ]
+    first, second = shots
+    for name, seconds in {
+        "first": first,
+        "second": second,
+        "mixed": [second[0], first[0], second[1], second[2]],
+    }.items():
+        write_clip(inbox / f"{name}.mp4", [shot for shot in seconds for _ in range(5)], rate=5)
+    (inbox / "photo.png").write_bytes(b"")
+    Image.fromarray(first[0]).save(inbox / "photo.png")
+    return inbox
+
+
+def test_a_video_has_one_answer_from_the_mean_of_its_frames(index, inbox):
+    rows = json_rows(ok("classify", index, inbox, "--format", "json"))
+    frames = json_rows(ok("classify", index, inbox, "--frames", "--top", "2", "--format", "json"))
+    assert sorted(Path(row["input"]).name for row in rows) == [
+        "first.mp4",
+        "mixed.mp4",
+        "photo.png",
+        "second.mp4",
+    ]
+    assert len(frames) == 3 + 4 + 1 + 3
+    for row in rows:
+        own = [frame for frame in frames if frame["input"].startswith(row["input"])]
+        chances = [dict(zip(frame["labels"], frame["probabilities"], strict=True)) for frame in own]
+        means = {label: np.mean([chance[label] for chance in chances]) for label in chances[0]}
+        label = max(means, key=means.get)
+        assert row["label"] == label
+        assert row["probability"] == pytest.approx(means[label], abs=1e-6)
+        if len(own) == 1:
+            assert row["frame"] is None
+            continue
+        best = next(frame for frame in own if frame["input"] == row["frame"])
+        assert row["no_match"] == best["no_match"]
+    item = frames[0]["input"]
+    (named,) = json_rows(ok("classify", index, item, "--format", "json"))
+    assert named["input"] == item
+    assert "first.mp4#" in ok("classify", index, inbox, "--format", "csv").stdout
+    many = json_rows(
+        ok(
+            "classify",
+            index,
+            inbox / "first.mp4",
+            "--frames",
+            "--frame-every",
+            "0.5",
+            "--format",
+            "json",
+        )
+    )
+    assert [row["input"].rpartition("#")[2] for row in many] == [
+        "0",
+        "600",
+        "1000",
+        "1600",
+        "2000",
+        "2600",
+    ]
+    failed(
+        command_line("classify", index, inbox, "--frame-every", "0"), 2, "frame_every 0: give 0.001"
+    )
+
+
+def test_a_video_is_sorted_by_its_answer_and_restored(index, inbox, tmp_path):
+    answers = {
+        row["input"]: row for row in json_rows(ok("classify", index, inbox, "--format", "json"))
+    }
+    before = {path: path.read_bytes() for path in inbox.iterdir()}
+    out = tmp_path / "sorted"
+    done = ok("sort", index, inbox, "--into", out, "--move", "--min-probability", "0")
+    assert "moved 4 photos" in done.output
+    assert not any(inbox.iterdir())
+    with (out / "sorted.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["input"] for row in rows} == set(answers)
+    for row in rows:
+        answer = answers[row["input"]]
+        place = "no match" if answer["no_match"] else answer["label"]
+        assert row["output"] == f"{place}/{Path(row['input']).name}"
+        assert float(row["probability"]) == pytest.approx(answer["probability"], abs=1e-6)
+        data = (out / row["output"]).read_bytes()
+        assert data == before[Path(row["input"])]
+        assert row["digest"] == hashlib.sha256(data).hexdigest()
+    assert "sorting of 4 photos" in ok("sort", "--undo", "--into", out).output
+    assert {path: path.read_bytes() for path in inbox.iterdir()} == before
+
+
+def test_frames_are_shots_of_an_index(photos, inbox, model, tmp_path):
+    for place in sorted(photos.iterdir()):
+        name = "first" if place == min(photos.iterdir()) else "second"
+        (inbox / f"{name}.mp4").rename(place / "clip.mp4")
+    ok("index build", photos, *model, "--out", tmp_path / "index")
+    sources = Index.load(tmp_path / "index").labels["source"].to_pylist()
+    clip = min(photos.iterdir()) / "clip.mp4"
+    assert [name for name in sources if name.startswith(str(clip))] == [
+        f"{clip}#{time}" for time in (0, 1000, 2000)
+    ]
+    classifier = Classifier.load(tmp_path / "index")
+    assert classifier.predict(f"{clip}#1000").label == clip.parent.name
+    ok("sort", tmp_path / "index", clip, "--into", tmp_path / "out")
+    assert (tmp_path / "out" / clip.parent.name / "clip.mp4").read_bytes() == clip.read_bytes()
+
+
+def test_help_and_the_summary_of_other_files_depend_on_the_extra(index, inbox, monkeypatch):
+    assert "--frame-every" in ok("classify --help -v").output
+    monkeypatch.setitem(hooks.EXTRAS, "video", ("no_such_module", hooks.VIDEOS))
+    assert "--frame-every" not in ok("classify --help -v").output
+    done = ok("classify", index, inbox)
+    assert "; to read .mp4, run " in done.stderr
