@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cameras import encoded
 from conftest import LIT_MINI, failed
 from hypothesis import given
 from hypothesis import strategies as st
@@ -334,6 +335,35 @@ def test_near_copies_name_each_other_and_photos_that_are_gone_can_be_relabelled(
         client.set({numbers["1"]: None, numbers["2"]: None})
         client.settled()
     assert labels_of(place) == {str(images["0"]): "y", str(images["copy"]): "x"}
+
+
+def test_photos_of_a_visit_are_named_and_labelled_together(shared, place, lit_mini, tmp_path):
+    """A visit is in one folder, and lasts as long as the gaps are short. Photos without a date belong to none."""
+    seconds = {"a/0": 0, "a/1": 9, "a/2": 18, "a/3": 50, "a/4": None, "b/0": 9, "b/1": 12}
+    photos = [path for path, _ in caltech_photos(shared, "train", 7, 1)]
+    for (name, second), path in zip(seconds.items(), photos, strict=True):
+        file = tmp_path / "traps" / f"{name}.jpg"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        time = None if second is None else f"2026:01:02 03:04:{second:02}"
+        file.write_bytes(encoded(time, image=Image.open(path).convert("RGB")))
+    pool = {str(tmp_path / "traps" / "0"): "x"}  # whose parent is the folder of the cameras
+    with Client(pool, place, lit_mini) as client:
+        numbers = {Path(name).with_suffix(""): number for number, name in enumerate(client.names)}
+        number = {name: numbers[tmp_path / "traps" / name] for name in seconds}
+        queue = {one["photo"]: one for one in client.settled()["queue"]}
+        first, second = ({number[f"a/{n}"] for n in range(3)}, {number["b/0"], number["b/1"]})
+        for visit in (first, second):
+            assert len({queue[photo]["visit"] for photo in visit}) == 1
+            assert all({photo, *queue[photo]["similar"]} == visit for photo in visit)
+        assert queue[number["a/3"]]["visit"] is queue[number["a/4"]]["visit"] is None
+        client.set({number["a/0"]: "x", number["a/3"]: "y"})
+        client.settled()
+        answers = client.http.get("/v1/label/answers").json()["photos"]
+        assert {one["photo"]: one["visit"] for one in answers} == {
+            photo: one["visit"] for photo, one in queue.items()
+        }
+        queue = {one["photo"]: one for one in client.status()["queue"]}
+        assert queue[number["a/1"]]["similar"] == [number["a/2"]]  # the third has a label
 
 
 def test_the_answers_for_the_rest_are_reviewed_together(pool, place, lit_mini):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from itertools import pairwise
@@ -22,6 +23,9 @@ from retrieval_tip.model import Index
 from retrieval_tip.predictions import Predictions
 from retrieval_tip.settings import Ask
 
+VISIT = 10.0
+"""Maximum number of seconds between two photos of a visit, as in docs/camera-traps.md."""
+
 
 def bursts(names: Sequence[str], times: Sequence[datetime | None], gap: float) -> IntArray:
     """Return the number of the burst of each photo, counted from 1 in the order of the photos.
@@ -37,6 +41,27 @@ def bursts(names: Sequence[str], times: Sequence[datetime | None], gap: float) -
             first[next_row] = first[row]
     numbers: dict[int, int] = {}
     return np.array([numbers.setdefault(row, len(numbers) + 1) for row in first], dtype=np.int64)
+
+
+def visits_of(
+    paths: Mapping[int, str], times: Mapping[int, datetime]
+) -> dict[int, tuple[int, list[int]]]:
+    """Return the number of the visit of each photo, and all its photos, by the number of the photo.
+
+    The photos of a visit are in the same folder, and each was taken at most ``VISIT`` seconds after the one before.
+    Photos that are alone in their visit are left out.
+    """
+    photos = sorted(times)
+    numbers = bursts([paths[photo] for photo in photos], [times[photo] for photo in photos], VISIT)
+    together = defaultdict[int, list[int]](list)
+    for photo, number in zip(photos, numbers.tolist(), strict=True):
+        together[number].append(photo)
+    return {
+        photo: (number, some)
+        for number, some in together.items()
+        if len(some) > 1
+        for photo in some
+    }
 
 
 def classify_in_bursts(

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, KeysView, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import Any, get_args
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 from torch.nn.functional import normalize
 
 from retrieval_tip.arrays import FloatArray
+from retrieval_tip.data.exif import UNKNOWN, ExifRecorder
 from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.remote import absolute
 from retrieval_tip.data.sources import Source, of_images, read_item
@@ -42,8 +44,8 @@ GUESSES = 3
 ASK = Ask(top=GUESSES + 1, neighbours=0, logits=False)
 """The question whose answers are guesses."""
 
-Read = Mapping[int, tuple[str, FloatArray]]
-"""The digest and the feature ``[d]`` of each photo that was read, by number."""
+Read = Mapping[int, tuple[str, FloatArray, datetime | None]]
+"""The digest and the feature ``[d]`` of each photo that was read, and when it was taken, if known, by number."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ class SessionPhotos:
         features: the features ``[d]`` of the photos that have been encoded.
         digests: the digests of the photos that have been read.
         same: the photos by digest.
+        times: when the photos were taken that have been read and have a date.
         unread: the photos of this session that have not been read, by their absolute path as text.
         unreadable: the reasons why photos cannot be read.
     """
@@ -104,6 +107,7 @@ class SessionPhotos:
         self.features: dict[int, FloatArray] = {}
         self.digests: dict[int, str] = {}
         self.same: dict[str, list[int]] = {}
+        self.times: dict[int, datetime] = {}
         self.unread = {show(absolute(path)): photo for photo, path in paths.items()}
         self.unreadable: dict[int, str] = {}
 
@@ -163,13 +167,16 @@ class SessionPhotos:
         The object does not change.
         """
         reader = replace(self.reader, empty=True, strict=strict)
+        noting = ExifRecorder()
+        [source] = noting.over([self.chosen(photos)])
         found = {}
-        for block in reader.blocks(self.chosen(photos)):
+        for block in reader.blocks(source):
             rows = zip(block.positions, block.digests, block.features, strict=True)
             for position, digest, feature in rows:
                 photo = photos[position]
                 if photo < EARLIER or digest == self.digests.get(photo):
-                    found[photo] = str(digest), feature
+                    taken = noting.taken.get(self.name(photo), UNKNOWN)
+                    found[photo] = str(digest), feature, taken.taken_at
         return found
 
     def note(self, photos: Sequence[int], read: Read) -> None:
@@ -180,7 +187,9 @@ class SessionPhotos:
                 reason = reasons.get(self.name(photo), "has changed since it was labelled")
                 self.unreadable[photo] = reason
                 continue
-            digest, feature = read[photo]
+            digest, feature, time = read[photo]
+            if time is not None:
+                self.times[photo] = time
             if not self.features:  # the features, and those of the other photos as one array
                 check_memory(
                     16 * len(self.paths) * len(feature),

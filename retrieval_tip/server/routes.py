@@ -337,8 +337,9 @@ async def label_status(labelling: TheLabelling) -> Row:
     ``version`` is null until the first label is saved. ``photos`` is the number of readable photos. ``encoded``,
     ``labelled`` and ``unsaved`` count the encoded photos, the labelled photos, and the labels that are not saved yet.
     ``classes`` are the classes with their numbers of labelled photos. ``queue`` lists the next photos, how and why they
-    were ``picked``, their guesses, and near-identical photos (``similar``). ``steps`` lists the last 100 steps, which
-    can be undone, oldest first, with the numbers of their ``photos`` and, unless they were skipped, their ``labels``.
+    were ``picked``, their guesses, the number of their ``visit``, if there are several photos of it, and the others of
+    the visit, or else near-identical photos (``similar``). ``steps`` lists the last 100 steps, which can be undone,
+    oldest first, with the numbers of their ``photos`` and, unless they were skipped, their ``labels``.
     ``guessed`` tells whether the guesses for the photos of the last 20 of these steps were right. ``refused`` lists the
     unsaved labels that the index did not accept, and why. ``progress`` has the ``estimate`` of the answers to the
     unlabelled photos, the expected ``gain`` from ``more`` labels, and whether it takes less work to ``review`` the
@@ -352,7 +353,8 @@ async def label_status(labelling: TheLabelling) -> Row:
 async def label_answers(service: TheService, labelling: TheLabelling) -> Response:
     """Return the labels and answers of all ``photos`` that have been read.
 
-    Without labels, there are no answers. ``groups`` lists the numbers of similar photos without a match.
+    Without labels, there are no answers. ``groups`` lists the numbers of similar photos without a match. Photos of the
+    same ``visit``, which is a number or null, are in the same folder and were taken seconds apart.
     """
     version = labelling.version()
     labels = labelling.session.labels()
@@ -386,10 +388,12 @@ async def label_answers(service: TheService, labelling: TheLabelling) -> Respons
         photo: {"label": label.label, "guesses": [], "no_match": False}
         for photo, label in labels.items()
     }
-    listed = [
-        {"photo": photo, "name": photos.name(photo), "label": None} | found[photo]
-        for photo in shown
-    ]
+    visits = await labelling.visits()
+    listed = []
+    for photo in shown:
+        visit, _ = visits.get(photo, (None, []))
+        one = {"photo": photo, "name": photos.name(photo), "label": None, "visit": visit}
+        listed.append(one | found[photo])
     return json_of({"photos": listed, "groups": groups})
 
 

@@ -25,6 +25,7 @@ from retrieval_tip.data.sources import Source, is_there
 from retrieval_tip.errors import InputError, RetrievalTipError, StoreError
 from retrieval_tip.index import changes, places
 from retrieval_tip.index.changes import PhotoLabel
+from retrieval_tip.labelling.bursts import visits_of
 from retrieval_tip.labelling.dropped import dropped_in, keep
 from retrieval_tip.labelling.journal import Journal
 from retrieval_tip.labelling.labels import (
@@ -117,6 +118,8 @@ class Labelling:
         for start in range(0, len(own), CHUNK):
             self._unread.put_nowait(queue.order[start : start + CHUNK])
         self._in_turn = asyncio.Lock()
+        self._visits: dict[int, tuple[int, list[int]]] = {}
+        self._dated = 0  # number of photos with a date when these were found
         self._made: set[str] = set()  # classes that this session has created
         self._last: places.Changed | None = None
         self._chosen: tuple[Index | None, int] = (None, 0)  # and the number of encoded photos
@@ -177,9 +180,10 @@ class Labelling:
         queue = list[Row]()
         for queued in session.queue.show(taken):
             guessed, alike = session.facts.get(queued.photo, ([], []))
-            similar = [photo for photo in alike if photo not in taken]
-            name = photos.name(queued.photo)
-            queue.append(vars(queued) | {"name": name, "guesses": guessed, "similar": similar})
+            visit, together = self._visits.get(queued.photo, (None, alike))
+            similar = [photo for photo in together if photo not in taken | {queued.photo}]
+            facts = {"guesses": guessed, "similar": similar, "visit": visit}
+            queue.append(vars(queued) | {"name": photos.name(queued.photo)} | facts)
         refused: list[Row] = [
             {
                 "photo": photo,
@@ -223,6 +227,14 @@ class Labelling:
             "busy": bool(works) and self._problem is None,
             "problem": problem,
         }
+
+    async def visits(self) -> Mapping[int, tuple[int, list[int]]]:
+        """Return the visits of the photos that have been read (see :func:`bursts.visits_of`)."""
+        times = dict(self.photos.times)
+        if len(times) != self._dated:
+            self._visits = await asyncio.to_thread(visits_of, dict(self.photos.paths), times)
+            self._dated = len(times)
+        return self._visits
 
     async def label(self, change: schemas.SetLabels) -> None:
         """Set or remove labels, skip photos, or undo a step. The labels are saved in the index in the background.
@@ -426,6 +438,7 @@ class Labelling:
             shown = [queued.photo for queued in ahead.shown() if queued.photo in unlabelled]
             facts = await run(_facts_of, shown, rows, features, index)
             self._apply(Suggested(picks, facts))
+        await self.visits()
         self._chosen = index, encoded
 
     async def _measure(self) -> None:
