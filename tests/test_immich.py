@@ -3,29 +3,19 @@
 import contextlib
 import functools
 import io
-import json
-import os
 import random
-import signal
-import subprocess
-import sys
-import time
-from types import SimpleNamespace
 
 import numpy as np
-import psutil
 import pytest
 import torch
-from conftest import LIT_MINI, ROOT, SOAK, examples, failed, ok
+from conftest import SOAK
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from immich_server import ALL, FLAT, KEY, ME, PARTNER, STRUCTURED, Library, holding, serving
+from immich_server import FLAT, KEY, ME, PARTNER, STRUCTURED, Library, serving
 from PIL import Image
-from referees import referee
 
 from retrieval_tip.backbones.base import Backbone, Identity
 from retrieval_tip.errors import UsageError
-from retrieval_tip.plugins.immich import client
 from retrieval_tip.plugins.immich.client import Immich, ImmichError
 from retrieval_tip.plugins.immich.ledger import Ledger
 from retrieval_tip.plugins.immich.sync import Lessons, Sync
