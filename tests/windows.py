@@ -43,6 +43,8 @@ NOT_RUN = {
     "test_paths_are_read_from_standard_input": NAMES,
     "test_paths_on_standard_input_end_with_newlines_or_nuls_and_are_limited": NAMES,
     "test_a_package_has_an_observation_for_each_photo": SLASHES,
+    "test_a_label_of_a_session_reads_no_version": SLASHES,
+    "test_a_session_saves_nothing_on_damage_and_everything_when_it_is_mended": SLASHES,
     "test_add_skips_known_features": SLASHES,
     "test_boxes_and_bursts_in_a_package": SLASHES,
     "test_detections_pass_through_and_animals_get_classes": SLASHES,
