@@ -80,7 +80,7 @@ def test_a_photo_is_classified_over_http(things, shared):
     (photo, label), *_ = caltech_photos(shared, "train", 1, 1)
     with server(things) as (url, _):
         answer = httpx.post(f"{url}/v1/classify", files={"images": photo.read_bytes()}, timeout=60)
-    assert answer.json()["predictions"][0]["label"] == label
+    assert answer.json()["results"][0]["label"] == label
 
 
 def test_labels_survive_kills_and_restarts(shared, tmp_path):

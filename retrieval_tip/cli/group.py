@@ -428,8 +428,8 @@ def in_one_line(ctx: click.Context | None = None) -> Iterator[None]:
             ) from None
         raise
     except OSError as error:
-        lost = _discard_stdout()
-        # The reader closed the pipe; on Windows, the error of standard output is another.
+        lost = _discard_stdout(error)
+        # The reader closed the pipe, which Windows calls an invalid argument.
         if isinstance(error, BrokenPipeError) or (lost and error.errno == errno.EINVAL):
             raise click.exceptions.Exit(0) from None
         name = error.filename or ("standard output" if lost else "")
@@ -438,9 +438,11 @@ def in_one_line(ctx: click.Context | None = None) -> Iterator[None]:
         ) from error
 
 
-def _discard_stdout() -> bool:
+def _discard_stdout(error: OSError) -> bool:
     """Return whether writing to standard output fails. If it does, discard its buffer so that Python can exit."""
     try:
+        if error.errno == errno.EINVAL:  # Windows forgets what it could not write
+            sys.stdout.write("\n")
         sys.stdout.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -10,7 +10,6 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -20,7 +19,7 @@ from torch import Tensor
 from torch.nn import Buffer
 from torch.nn.functional import normalize, one_hot
 
-from retrieval_tip import tip
+from retrieval_tip import __version__, tip
 from retrieval_tip.arrays import FloatArray
 from retrieval_tip.backbones.base import (
     Backbone,
@@ -249,7 +248,7 @@ def export_onnx(
         props = {name: json.dumps(value, ensure_ascii=False) for name, value in facts.items()}
         onnx.helper.set_model_props(graph, props)
         graph.producer_name = "retrieval-tip"
-        graph.producer_version = version("retrieval-tip")
+        graph.producer_version = __version__
         onnx.save_model(graph, temporary)
         facts["bytes"] = temporary.stat().st_size
         facts["agreement"] = _agreement(asked, backbone, outputs, temporary)

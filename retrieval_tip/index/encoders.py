@@ -89,7 +89,12 @@ def try_encoders(
     skipped = list[Skipped]()
     seen = set[str]()
     for name in itertools.chain(names, _pairs(trials)):
-        with opened(name) as reader, tempfile.TemporaryDirectory(prefix="retrieval-tip-") as folder:
+        with (
+            opened(name) as reader,
+            tempfile.TemporaryDirectory(
+                prefix="retrieval-tip-", ignore_cleanup_errors=True
+            ) as folder,
+        ):
             own = name if reader.backbone is None else reader.backbone.identity.fingerprint
             if own in seen:
                 log.warning("%s: was tried under another name", name)
