@@ -67,14 +67,8 @@ def _plan_of_folder(model: str) -> _Plan:
     import open_clip
 
     folder = Path(model.removeprefix("local-dir:"))
-    try:
+    with catalogue.opening(model, None, "", str(folder / "open_clip_config.json")):
         config: Config = dict(open_clip.get_model_config(model))
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        remedy = "give a folder with this file and weights"
-        raise BackboneError(
-            f"{model}: open_clip_config.json cannot be read ({reason}); {remedy}"
-        ) from None
     if not any(file.suffix in (".safetensors", ".bin", ".pth") for file in folder.iterdir()):
         raise BackboneError(
             f"{folder}: no weights in this folder; add *.safetensors, *.bin or *.pth"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from retrieval_tip.arrays import FloatArray
+from retrieval_tip.arrays import FloatArray, slices
 from retrieval_tip.backbones.base import Backbone, unit
 from retrieval_tip.errors import InputError, UsageError
 
@@ -53,8 +53,8 @@ def text_weights(
     cancel out or are not finite.
     """
     prompts = prompts_of(class_names, templates)
-    parts = (prompts[start : start + PROMPTS] for start in range(0, len(prompts), PROMPTS))
-    features = np.concatenate([unit(backbone.encode_texts(part), "prompt") for part in parts])
+    blocks = slices(len(prompts), PROMPTS)
+    features = np.concatenate([unit(backbone.encode_texts(prompts[b]), "prompt") for b in blocks])
     return mean_by_class(features.reshape(len(class_names), -1, backbone.dim), class_names)
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from retrieval_tip.arrays import FloatArray
+from retrieval_tip.arrays import FloatArray, slices
 from retrieval_tip.backbones.base import Backbone, encoders_of, text_side_by_side, view_size
 from retrieval_tip.backbones.prompts import prompts_of, text_weights
 from retrieval_tip.data import images
@@ -126,7 +126,7 @@ class CachedEncoder:
 
 def chunks(things: Sequence[_T], size: int) -> list[Sequence[_T]]:
     """Cut a sequence into pieces of at most ``size`` items."""
-    return [things[start : start + size] for start in range(0, len(things), size)]
+    return [things[part] for part in slices(len(things), size)]
 
 
 def _decode(data: bytes, views: Sequence[_Missing]) -> None:

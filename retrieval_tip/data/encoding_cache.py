@@ -44,6 +44,7 @@ CREATE INDEX IF NOT EXISTS encodings_used ON encodings (used);
 _INSERT = (
     "INSERT OR REPLACE INTO encodings (scope, digest, view, feature, crc) VALUES (?, ?, ?, ?, ?)"
 )
+_REMOVE = "DELETE FROM encodings WHERE rowid IN (SELECT rowid FROM encodings ORDER BY used, rowid LIMIT ?)"
 _DAMAGE = (sqlite3.DatabaseError, UnicodeDecodeError)
 
 
@@ -171,14 +172,13 @@ class EncodingCache:
         page = _pragma(db, "page_size")
         if _pragma(db, "page_count") * page <= most:
             return
-        oldest = "SELECT rowid FROM encodings ORDER BY used, rowid LIMIT ?"
         while beyond := max(
             0, (_pragma(db, "page_count") - _pragma(db, "freelist_count")) * page - int(LEFT * most)
         ):
-            rows = db.execute(oldest, (min(REMOVED, 1 + beyond // ROW_BYTES),)).fetchall()
-            if not rows:
+            with db:
+                removed = db.execute(_REMOVE, (min(REMOVED, 1 + beyond // ROW_BYTES),)).rowcount
+            if not removed:
                 break
-            self._write("DELETE FROM encodings WHERE rowid = ?", rows)
         self._db.executescript("PRAGMA incremental_vacuum")  # execute would only free one page
 
     def __len__(self) -> int:

@@ -85,9 +85,7 @@ class FeatureBlock:
 
     def take(self, places: IntArray | slice) -> FeatureBlock:
         """Return some of the items."""
-        digests = (
-            self.digests[places] if isinstance(places, slice) else [self.digests[i] for i in places]
-        )
+        digests = np.array(self.digests, dtype=object)[places].tolist()
         mixed = None if self.mixed is None else self.mixed[places]
         key_ids = None if self.key_ids is None else self.key_ids[places]
         return FeatureBlock(self.positions[places], self.features[places], digests, mixed, key_ids)
