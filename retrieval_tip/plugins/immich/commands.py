@@ -24,7 +24,8 @@ from retrieval_tip.wording import counted, one_line, show
 
 KEY = "IMMICH_API_KEY"
 LONGEST_KEY = 4096
-ONCE = "0s"
+ONCE = "RETRIEVAL_TIP_IMMICH_ONCE"
+"""The variable that tells the process of one run not to repeat it."""
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 INDEX = Path("indexes/immich")
 _FOLDER = click.Path(path_type=Path, file_okay=False)
@@ -51,7 +52,7 @@ def sync(
     out: Path = option(_FOLDER, "--out", "-o", default=INDEX),
     model: str | None = option(),
     key: Path | None = option(_FILE),
-    every: int = option(metavar="TIME", callback=_seconds, default=ONCE, show_default=False),
+    every: int = option(metavar="TIME", callback=_seconds, default="0s", show_default=False),
 ) -> None:
     """Learn from your tags or albums on an Immich server, and suggest tags for other photos.
 
@@ -75,7 +76,7 @@ def sync(
     lessons = Lessons((classes or "").strip("/"), albums)
     if bool(lessons.parent) == bool(albums):
         raise UsageError("immich sync: give either --classes TAG or --albums NAME,...")
-    if every:
+    if every and ONCE not in os.environ:
         _repeat(every)
     from retrieval_tip.backbones.loading import load_again, load_backbone
     from retrieval_tip.index.places import at
@@ -178,9 +179,9 @@ def _key(file: Path | None) -> str:
 
 def _repeat(seconds: int) -> None:
     """Run the same command again and again, in processes of their own, which give their memory back."""
-    command = [sys.executable, "-m", "retrieval_tip", *sys.argv[1:], "--every", ONCE]
+    command = [sys.executable, "-m", "retrieval_tip", *sys.argv[1:]]
     while True:
-        done = subprocess.run(command, check=False)  # noqa: S603 - our own arguments
+        done = subprocess.run(command, check=False, env=os.environ | {ONCE: "1"})  # noqa: S603 - our own arguments
         if done.returncode == click.UsageError.exit_code:
             raise SystemExit(done.returncode)
         time.sleep(seconds)

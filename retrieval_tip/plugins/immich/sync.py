@@ -65,12 +65,12 @@ class Lessons:
     albums: Sequence[str] = ()
 
     def places(self, tagging: Tagging) -> dict[str, dict[str, str]]:
-        """Return the tag or album of each class, as :meth:`Immich.assets` takes it. Raises UsageError without any."""
+        """Return the tag or album of each class, as :meth:`Immich.assets` takes it. Raises InputError without any."""
         immich = tagging.immich
         if self.albums:
             albums = immich.albums()
             if missing := [name for name in self.albums if name not in albums]:
-                raise UsageError(f"{immich.url}: has no album {few(missing)}; create it in Immich")
+                raise InputError(f"{immich.url}: has no album {few(missing)}; create it in Immich")
             return {name: {"albumIds": albums[name]} for name in self.albums}
         start = f"{self.parent}/"
         if start.startswith(f"{SUGGESTED}/"):
@@ -81,7 +81,7 @@ class Lessons:
             if path.startswith(start)
         }
         if not tags.keys() - {NONE}:
-            raise UsageError(
+            raise InputError(
                 f"{immich.url}: no tag below {self.parent}; tag some photos with {self.parent}/NAME in Immich"
             )
         return {name: {"tagIds": tag} for name, tag in tags.items() if "/" not in name}
@@ -128,7 +128,7 @@ class Sync:
     def run(self, *, apply: bool) -> Report:
         """Learn, and find suggestions. With ``apply``, write them.
 
-        Raises UsageError if there is nothing to learn from, and ImmichError if the server fails. What was written
+        Raises InputError if there is nothing to learn from, and ImmichError if the server fails. What was written
         before stays in the ledger.
         """
         self._look()
@@ -202,7 +202,7 @@ class Sync:
         self.report.examples.update(kept.values())
         self.report.unread += files.count(None)
         if not set(kept.values()) - {NONE}:
-            raise UsageError(
+            raise InputError(
                 f"{self.tagging.immich.url}: no example is in your timeline; tag some of your photos"
             )
         facts = json.dumps([self.backbone.identity.fingerprint, kept])
