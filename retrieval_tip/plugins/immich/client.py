@@ -173,11 +173,12 @@ class Immich:
             new = {item["id"]: item for item in answer["items"] if item["id"] not in seen}
             seen.update(new)
             yield from new.values()
-            following = answer.get("nextCursor" if "filter" in search else "nextPage")
-            if following is None or not new:
+            if self.version >= STRUCTURED:
+                position = {"cursor": answer["nextCursor"]}
+            else:  # a page is a number in a request, but a text in an answer
+                position = {"page": int(answer["nextPage"] or 0)}
+            if not new or not any(position.values()):
                 return
-            # A page is a number in a request, but a text in an answer.
-            position = {"cursor": following} if "filter" in search else {"page": int(following)}
 
     def shows(self, asset: str) -> bool:
         """Return whether a photo still is in the timeline of the user, rather than in the trash or archived."""
@@ -189,8 +190,8 @@ class Immich:
             raise
 
     def _is_shown(self, item: Mapping[str, Any]) -> bool:
-        is_in_timeline = item["visibility"] == VISIBILITIES[0] and not item["isTrashed"]
-        return is_in_timeline and bool(item["ownerId"] == self.owner)
+        place = (item["ownerId"], item["visibility"], item["isTrashed"])
+        return place == (self.owner, VISIBILITIES[0], False)
 
     def preview(self, asset: Asset) -> bytes:
         """Return the preview picture, which is a frame of a video. Raises InputError if there is none yet."""
@@ -273,8 +274,6 @@ class Immich:
         words = f"answers with status {status} {_reason(answer)}".rstrip()
         if status == 401:
             words = f"{words}; create a key in Immich under API Keys"
-        if answer.has_redirect_location:
-            words = f"redirects to {one_line(answer.headers['location'])}; give that address"
         return ImmichError(f"{self.url}: {_plain(path)}: {words}", status)
 
     def _bounded(
