@@ -298,7 +298,7 @@ def _plain(path: str) -> str:
 def _asset(item: Mapping[str, Any]) -> Asset:
     return Asset(
         item["id"],
-        f"{item['thumbhash']}|{item.get('isEdited', False)}",
+        f"{item['thumbhash']}|{item.get('isEdited')}",
         str(item["createdAt"]),
         item["updatedAt"],
         int(item.get("libraryId") is not None),

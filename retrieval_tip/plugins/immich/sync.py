@@ -51,7 +51,7 @@ LEAST = 0.5
 """Smallest probability of a suggestion, as for ``classify --abstain auto``."""
 SETTLED = datetime.timedelta(minutes=10)
 """Age of photos from which tags are written. Immich first reads the tags in their files."""
-OVERLAP = datetime.timedelta(days=1)
+OVERLAP = datetime.timedelta(hours=1)
 """How far a run looks back before the newest change that it saw, because photos change while it lists them."""
 SECOND = "%Y-%m-%dT%H:%M:%S"  # the begin of a time of Immich, which is sorted as a text
 DOWNLOADS = 4  # at the same time; home servers are small
@@ -138,8 +138,7 @@ class Sync:
         """
         self._look()
         self._review(apply=apply)
-        index = self._learn()
-        self.report.new = self._suggest(index)
+        self.report.new = self._suggest(self._learn())
         if apply:
             self.tagging.write(self.report.new)
         return self.report

@@ -93,8 +93,9 @@ class Tagging:
             count += len(gone)
         needed = {suggestion.tag for suggestion in self.ledger.suggestions(*OURS)}
         for path in reversed(self.ledger.made_tags()):  # children first
-            has_children = any(other.startswith(f"{path}/") for other in self.tags)
-            if has_children or path in needed or self.members(path, anywhere=True):
+            if any(other.startswith(f"{path}/") for other in self.tags):
+                continue
+            if path in needed or self.members(path, anywhere=True):
                 continue
             if path in self.tags:
                 self.immich.delete_tag(self.tags.pop(path))
