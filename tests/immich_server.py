@@ -86,6 +86,7 @@ class Library:
     lasting: bool = False
     requests: list = field(default_factory=list)
     writes: list = field(default_factory=list)
+    exchanges: list | None = None
     lock: threading.RLock = field(default_factory=threading.RLock)
     ticks: int = 0
 
@@ -422,6 +423,11 @@ class Handler(BaseHTTPRequestHandler):
                     if what == "html"
                     else library.answer(self.command, self.path, body)
                 )
+            if library.exchanges is not None and not isinstance(answer, bytes):
+                library.exchanges.append((self.command, self.path, body, answer))
+            if what == "after":
+                self.close_connection = True
+                return
             kind = "text/html" if what == "html" else "image/jpeg"
             self._send(200, answer, kind)
         except Refused as error:
@@ -429,9 +435,6 @@ class Handler(BaseHTTPRequestHandler):
             self._send(
                 status, {"message": message, "statusCode": status, "correlationId": "c0ffee"}, ""
             )
-        if what == "after":
-            self.wfile = self.rfile  # nothing is sent
-            self.close_connection = True
 
     def _send(self, status, answer, kind):
         if not isinstance(answer, bytes):

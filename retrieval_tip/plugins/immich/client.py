@@ -159,8 +159,8 @@ class Immich:
                     search["updatedAfter"] = updated_after
             for item in self._pages(search):
                 # A server that does not understand a condition ignores it.
-                is_asked = item["type"] in KINDS and item["visibility"] == visibility
-                if is_asked and self._is_ours(item) and (anywhere or not item["isTrashed"]):
+                is_allowed = item["ownerId"] == self.owner if anywhere else self._is_shown(item)
+                if is_allowed and item["type"] in KINDS:
                     yield _asset(item)
 
     def _pages(self, search: dict[str, Any]) -> Iterator[Mapping[str, Any]]:
@@ -173,27 +173,25 @@ class Immich:
             new = {item["id"]: item for item in answer["items"] if item["id"] not in seen}
             seen.update(new)
             yield from new.values()
-            following = answer.get("nextCursor" if "filter" in search else "nextPage")
-            if following is None or not new:
+            if self.version >= STRUCTURED:
+                position = {"cursor": answer["nextCursor"]}
+            else:  # a page is a number in a request, but a text in an answer
+                position = {"page": int(answer["nextPage"] or 0)}
+            if not new or not any(position.values()):
                 return
-            # A page is a number in a request, but a text in an answer.
-            position = {"cursor": following} if "filter" in search else {"page": int(following)}
-
-    def _is_ours(self, item: Mapping[str, Any]) -> bool:
-        return bool(item["ownerId"] == self.owner)
 
     def shows(self, asset: str) -> bool:
         """Return whether a photo still is in the timeline of the user, rather than in the trash or archived."""
         try:
-            return self._ask("GET", f"/assets/{asset}", self._in_timeline)
+            return self._ask("GET", f"/assets/{asset}", self._is_shown)
         except ImmichError as error:
             if error.status in (400, 404):  # the photo was deleted
                 return False
             raise
 
-    def _in_timeline(self, item: Mapping[str, Any]) -> bool:
-        is_shown = item["visibility"] == VISIBILITIES[0] and not item["isTrashed"]
-        return is_shown and self._is_ours(item)
+    def _is_shown(self, item: Mapping[str, Any]) -> bool:
+        place = (item["ownerId"], item["visibility"], item["isTrashed"])
+        return place == (self.owner, VISIBILITIES[0], False)
 
     def preview(self, asset: Asset) -> bytes:
         """Return the preview picture, which is a frame of a video. Raises InputError if there is none yet."""
@@ -276,8 +274,6 @@ class Immich:
         words = f"answers with status {status} {_reason(answer)}".rstrip()
         if status == 401:
             words = f"{words}; create a key in Immich under API Keys"
-        if answer.has_redirect_location:
-            words = f"redirects to {one_line(answer.headers['location'])}; give that address"
         return ImmichError(f"{self.url}: {_plain(path)}: {words}", status)
 
     def _bounded(
@@ -291,12 +287,8 @@ class Immich:
                 read += chunk
                 if len(read) > LARGEST:
                     raise ImmichError(f"{self.url}: {_plain(path)}: the answer is too large")
-        kept = {name: answer.headers[name] for name in KEPT if name in answer.headers}
-        return httpx2.Response(answer.status_code, headers=kept, content=bytes(read))
-
-
-KEPT = ("content-type", "location", "x-correlation-id")
-"""The headers of an answer that matter after it was read."""
+        answer.headers.pop("content-encoding", None)  # it was decoded
+        return httpx2.Response(answer.status_code, headers=answer.headers, content=bytes(read))
 
 
 def _plain(path: str) -> str:
@@ -306,8 +298,8 @@ def _plain(path: str) -> str:
 def _asset(item: Mapping[str, Any]) -> Asset:
     return Asset(
         item["id"],
-        f"{item['thumbhash']}|{item.get('isEdited', False)}",
-        item["createdAt"],
+        f"{item['thumbhash']}|{item.get('isEdited')}",
+        str(item["createdAt"]),
         item["updatedAt"],
         int(item.get("libraryId") is not None),
         item["originalFileName"],
@@ -319,7 +311,6 @@ def _page(answer: Any) -> Any:
     page = dict(answer["assets"])
     for item in page["items"]:
         UUID(item["id"])  # it becomes the name of a file
-        datetime.fromisoformat(item["createdAt"])
         datetime.fromisoformat(item["updatedAt"])
         _asset(item)
     return page
@@ -338,14 +329,10 @@ def _results(answer: Any) -> dict[str, str]:
 
 def _reason(answer: httpx2.Response) -> str:
     """Return the message in an error, in the format of any version."""
+    number = answer.headers.get("x-correlation-id")
     try:
-        said = answer.json()
-        messages = said.get("message") or []
-        messages = [messages] if isinstance(messages, str) else list(messages)
-        messages += [error.get("message") for error in said.get("errors") or ()]
-        number = said.get("correlationId") or answer.headers.get("x-correlation-id")
-    except (ValueError, AttributeError, TypeError):
+        said = {"correlationId": number} | answer.json()
+    except (ValueError, TypeError):
         return ""
-    if number:
-        messages.append(f"correlation {number}")
-    return f"({one_line(', '.join(map(str, messages)))[:300]})" if messages else ""
+    texts = [str(said[name]) for name in ("message", "errors", "correlationId") if said.get(name)]
+    return f"({one_line(', '.join(texts))[:300]})"

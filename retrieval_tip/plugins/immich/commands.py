@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,13 +19,14 @@ from retrieval_tip.files import read_regular
 from retrieval_tip.hooks import argument, flag, option
 from retrieval_tip.plugins.immich.client import Immich
 from retrieval_tip.plugins.immich.ledger import ACCEPTED, REJECTED, WRITTEN, Ledger, place_of
-from retrieval_tip.plugins.immich.sync import Lessons, Report, Sync
+from retrieval_tip.plugins.immich.sync import Report, Sync
 from retrieval_tip.plugins.immich.tagging import SUGGESTED, Tagging
-from retrieval_tip.wording import counted, one_line, show
+from retrieval_tip.wording import counted, few, one_line, show
 
 KEY = "IMMICH_API_KEY"
 LONGEST_KEY = 4096
-ONCE = "0s"
+ONCE = "RETRIEVAL_TIP_IMMICH_ONCE"
+"""The variable that tells the process of one run not to repeat it."""
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 INDEX = Path("indexes/immich")
 _FOLDER = click.Path(path_type=Path, file_okay=False)
@@ -39,19 +41,15 @@ def _seconds(_: click.Context, __: click.Parameter, text: str) -> int:
     return int(match[1]) * UNITS[match[2]]
 
 
-def _names(_: click.Context, __: click.Parameter, texts: Sequence[str]) -> list[str]:
-    return [name.strip() for text in texts for name in text.split(",") if name.strip()]
-
-
 def sync(
     url: str = argument(),
     classes: str = option(metavar="TAG"),
-    albums: Sequence[str] = option(multiple=True, metavar="NAME,...", callback=_names),
+    album: Sequence[str] = option(multiple=True, metavar="NAME"),
     apply: bool = flag(),
     out: Path = option(_FOLDER, "--out", "-o", default=INDEX),
     model: str | None = option(),
     key: Path | None = option(_FILE),
-    every: int = option(metavar="TIME", callback=_seconds, default=ONCE, show_default=False),
+    every: int = option(metavar="TIME", callback=_seconds, default="0s", show_default=False),
 ) -> None:
     """Learn from your tags or albums on an Immich server, and suggest tags for other photos.
 
@@ -61,7 +59,7 @@ def sync(
 
     Options:
         classes: Tag whose children are the classes.
-        albums: Albums that are the classes.
+        album: Album that is a class. Give one for each class.
         apply: Write the suggestions to Immich.
         out: Index folder for what was learned.
         model: Encoder to use. [default: that of the index, or else ViT-B-32]
@@ -72,23 +70,24 @@ def sync(
         immich sync http://photos:2283 --classes Pets
         immich sync http://photos:2283 --classes Pets --apply --every 1h
     """
-    lessons = Lessons((classes or "").strip("/"), albums)
-    if bool(lessons.parent) == bool(albums):
-        raise UsageError("immich sync: give either --classes TAG or --albums NAME,...")
-    if every:
+    parent = (classes or "").strip("/")
+    if bool(parent) == bool(album):
+        raise UsageError("immich sync: give --classes TAG, or --album NAME for each class")
+    if every and ONCE not in os.environ:
         _repeat(every)
     from retrieval_tip.backbones.loading import load_again, load_backbone
     from retrieval_tip.index.places import at
 
     store = at(out)
-    with _connected(url, key, out, *(["album.read"] if albums else [])) as (immich, ledger):
+    with _connected(url, key, out, *(["album.read"] if album else [])) as (immich, ledger):
         identity = None
         if model is None and store.exists():
             identity = store.manifest().identity
         backbone = load_again(identity) if identity else load_backbone(model, lazy=True)
         tagging = Tagging(immich, ledger)
-        report = Sync(tagging, out, backbone, lessons).run(apply=apply)
-    _print(report, apply=apply)
+        report = Sync(tagging, out, backbone, parent, album).run(apply=apply)
+        _print(report, apply=apply)
+        _print_states(ledger)
     _end(tagging, report.unread)
 
 
@@ -101,20 +100,11 @@ def status(out: Path = argument(_FOLDER, default=INDEX)) -> None:
     """
     with _ledger_of(out) as ledger:
         click.echo(f"{ledger.fact('url')}: {counted(len(ledger.photos()), 'photo')} seen")
-        rows = [
-            (suggestion.label, suggestion.state)
-            for suggestion in ledger.suggestions(WRITTEN, ACCEPTED, REJECTED)
-        ]
-    for label in sorted({label for label, _ in rows}):
-        numbers = [
-            f"{rows.count((label, state)):,} {state}" for state in (WRITTEN, ACCEPTED, REJECTED)
-        ]
-        click.echo(f"{one_line(label)}: {', '.join(numbers)}")
+        _print_states(ledger)
 
 
 def undo(
     out: Path = argument(_FOLDER, default=INDEX),
-    run: int | None = option(int),
     key: Path | None = option(_FILE),
 ) -> None:
     """Take off the suggestions that this program has written, and delete its tags.
@@ -122,18 +112,17 @@ def undo(
     No other tag is changed, and what was accepted and rejected is kept.
 
     Options:
-        run: Number of the run to undo. [default: all]
         key: File that contains the API key. [default: the variable IMMICH_API_KEY]
 
     Examples:
         immich undo
-        immich undo indexes/pets --run 3
+        immich undo indexes/pets
     """
     with _ledger_of(out) as ledger:
         url = str(ledger.fact("url"))
     with _connected(url, key, out) as (immich, ledger):
         tagging = Tagging(immich, ledger)
-        number = tagging.undo(run)
+        number = tagging.undo()
     click.echo(f"{url}: {SUGGESTED} tags taken off {counted(number, 'photo')}")
     _end(tagging)
 
@@ -166,11 +155,7 @@ def _key(file: Path | None) -> str:
     """Return the API key. Messages never contain it."""
     text = os.environ.get(KEY, "")
     if file is not None:
-        try:
-            text = read_regular(file, LONGEST_KEY).decode("ascii")
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or "is not a text file"
-            raise InputError(f"{show(file)}: {reason}") from None
+        text = read_regular(file, LONGEST_KEY).decode("ascii", "replace")
     if not re.fullmatch(r"[!-~]+", text.strip()):
         raise UsageError(f"immich: has no API key; set {KEY}, or give --key FILE")
     return text.strip()
@@ -178,40 +163,44 @@ def _key(file: Path | None) -> str:
 
 def _repeat(seconds: int) -> None:
     """Run the same command again and again, in processes of their own, which give their memory back."""
-    command = [sys.executable, "-m", "retrieval_tip", *sys.argv[1:], "--every", ONCE]
+    command = [sys.executable, "-m", "retrieval_tip", *sys.argv[1:]]
     while True:
-        done = subprocess.run(command, check=False)  # noqa: S603 - our own arguments
+        done = subprocess.run(command, check=False, env=os.environ | {ONCE: "1"})  # noqa: S603 - our own arguments
         if done.returncode == click.UsageError.exit_code:
             raise SystemExit(done.returncode)
         time.sleep(seconds)
 
 
 def _print(report: Report, *, apply: bool) -> None:
-    """Print what a run found."""
-    new = [suggestion.label for suggestion in report.new]
-    labels = sorted({*report.examples, *new, *(label for label, _ in report.counts)})
-    for label in labels:
-        parts = [counted(report.examples[label], "example")]
-        parts.append(counted(new.count(label), "new suggestion"))
-        for state, words in ((WRITTEN, "open"), (ACCEPTED, "accepted"), (REJECTED, "rejected")):
-            parts.append(f"{report.counts[label, state]:,} {words}")
-        click.echo(f"{one_line(label)}: {', '.join(parts)}")
+    """Print what a run learned and suggests."""
+    new = Counter(suggestion.label for suggestion in report.new)
+    for label, number in sorted(report.examples.items()):
+        suggestions = counted(new[label], "new suggestion")
+        click.echo(f"{one_line(label)}: {counted(number, 'example')}, {suggestions}")
     click.echo(f"No suggestion for {counted(report.withheld, 'photo')}: no match, or unsure")
     if report.estimate:
         click.echo(report.estimate)
     if report.unread:
-        click.echo(
-            f"{counted(report.unread, 'photo')} without a picture yet; the next run tries again"
-        )
+        unread = counted(report.unread, "photo")
+        click.echo(f"{unread} without a preview; the next run tries again")
     if not apply:
-        click.echo(
-            f"Nothing was written. Add --apply to put {SUGGESTED}/CLASS on {counted(len(new), 'photo')}"
-        )
+        photos = counted(len(report.new), "photo")
+        click.echo(f"Nothing was written. Add --apply to put {SUGGESTED}/CLASS on {photos}")
+
+
+def _print_states(ledger: Ledger) -> None:
+    """Print the number of suggestions by class and state."""
+    shown = (WRITTEN, ACCEPTED, REJECTED)
+    number = Counter((one.label, one.state) for one in ledger.suggestions(*shown))
+    for label in sorted({label for label, _ in number}):
+        states = [f"{number[label, state]:,} {state}" for state in shown]
+        click.echo(f"{SUGGESTED}/{one_line(label)}: {', '.join(states)}")
 
 
 def _end(tagging: Tagging, unread: int = 0) -> None:
     """Warn of what Immich refused, and end with the status for photos that could not be read or changed."""
-    if words := tagging.refusals():
-        warn_once(words)
-    if words or unread:
+    refused = [f"{number:,} {what}" for what, number in tagging.failed.items() if number]
+    if refused:
+        warn_once(f"photos that Immich refused: {few(refused)}")
+    if refused or unread:
         click.get_current_context().exit(SOME_FAILED)

@@ -37,7 +37,7 @@ CREATE TABLE IF NOT EXISTS photos (
 );
 CREATE TABLE IF NOT EXISTS tags (path PRIMARY KEY);
 CREATE TABLE IF NOT EXISTS suggestions (
-    asset, class, tag, state, probability, run, PRIMARY KEY (asset, class)
+    asset, class, tag, state, probability, PRIMARY KEY (asset, class)
 );
 """
 
@@ -53,7 +53,6 @@ class Suggestion(NamedTuple):
     tag: str
     state: str
     probability: float
-    run: int = 0
 
 
 def place_of(index: Path) -> Path:
@@ -139,26 +138,25 @@ class Ledger:
         with self._at_once() as db:
             db.executemany("UPDATE photos SET encoder = ?, feature = ? WHERE asset = ?", rows)
 
-    def features(self, encoder: str, d: int) -> Iterator[tuple[str, FloatArray]]:
-        """Yield the features of an encoder, of length ``d``, with the ids of their photos."""
-        rows = self._db.execute("SELECT asset, feature FROM photos WHERE encoder = ?", (encoder,))
-        for asset, feature in rows:
-            if feature is not None and len(feature) == 4 * d:
-                yield asset, np.frombuffer(feature, np.float32)
-
-    def suggestions(self, *states: str, run: int | None = None) -> list[Suggestion]:
-        """Return the suggestions in some states, of one run or of all."""
-        marks = ", ".join("?" * len(states))
+    def features(self, encoder: str) -> Iterator[tuple[str, FloatArray]]:
+        """Yield the features of an encoder with the ids of their photos."""
         rows = self._db.execute(
-            f"SELECT * FROM suggestions WHERE state IN ({marks}) AND run = ifnull(?, run) ORDER BY rowid",  # noqa: S608
-            (*states, run),
+            "SELECT asset, feature FROM photos WHERE encoder = ? AND feature IS NOT NULL",
+            (encoder,),
         )
-        return [Suggestion(*row) for row in rows]
+        for asset, feature in rows:
+            yield asset, np.frombuffer(feature, np.float32)
+
+    def suggestions(self, *states: str) -> list[Suggestion]:
+        """Return the suggestions in some states."""
+        marks = ", ".join("?" * len(states))
+        query = f"SELECT * FROM suggestions WHERE state IN ({marks}) ORDER BY rowid"  # noqa: S608
+        return [Suggestion(*row) for row in self._db.execute(query, states)]
 
     def add(self, suggestions: Iterable[Suggestion]) -> None:
         """Write down suggestions, before they are sent."""
         with self._at_once() as db:
-            db.executemany("INSERT INTO suggestions VALUES (?, ?, ?, ?, ?, ?)", suggestions)
+            db.executemany("INSERT INTO suggestions VALUES (?, ?, ?, ?, ?)", suggestions)
 
     def settle(self, suggestions: Iterable[Suggestion], state: str | None) -> None:
         """Set the state of suggestions, or forget them if it is ``None``."""
@@ -169,12 +167,6 @@ class Ledger:
             else:
                 change = "UPDATE suggestions SET state = ? WHERE asset = ? AND class = ?"
                 db.executemany(change, [(state, *key) for key in keys])
-
-    def next_run(self) -> int:
-        """Return the number of a new run."""
-        number = int(self.fact("run") or 0) + 1
-        self.remember(run=str(number))
-        return number
 
     def made_tags(self) -> list[str]:
         """Return the paths of the tags that this program has created, or was about to create."""

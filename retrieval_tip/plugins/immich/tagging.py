@@ -6,13 +6,12 @@ Only tags below :data:`SUGGESTED` are written, and only those that were written 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from retrieval_tip.plugins.immich.client import AT_ONCE, Immich
 from retrieval_tip.plugins.immich.ledger import OURS, THEIRS, WRITTEN, Ledger, Suggestion
-from retrieval_tip.wording import counted, few
 
 SUGGESTED = "Suggested"
 """The tag whose children are suggestions."""
@@ -43,34 +42,24 @@ class Tagging:
         If the answer to a request is lost, its suggestions stay in the state ``sent`` until the next run. As none
         of them had its tag before, those that have it then got it here.
         """
-        run = self.ledger.next_run()
         for path, own in by_tag(suggestions):
             tag = self._make_tag(path)
             before = self.members(path)
-            numbered = [suggestion._replace(run=run) for suggestion in own]
-            self.ledger.add(
-                suggestion._replace(state=THEIRS)
-                for suggestion in numbered
-                if suggestion.asset in before
-            )
-            new = [suggestion for suggestion in numbered if suggestion.asset not in before]
+            theirs = [suggestion for suggestion in own if suggestion.asset in before]
+            self.ledger.add(suggestion._replace(state=THEIRS) for suggestion in theirs)
+            new = [suggestion for suggestion in own if suggestion.asset not in before]
             for some in _batches(new):
                 self.ledger.add(some)
                 self._settle(some, self.immich.put_on(tag, _assets_of(some)))
-            kept = self.members(path)
-            self.failed["did not keep the tag"] += sum(
-                suggestion.asset not in kept
-                for suggestion in self.ledger.suggestions(WRITTEN, run=run)
-                if suggestion.tag == path
-            )
+            left = {suggestion.asset for suggestion in new} - self.members(path)
+            self.failed["without the tag"] += len(left)
 
     def _settle(self, suggestions: Sequence[Suggestion], answers: dict[str, str]) -> None:
-        """Set the states of suggestions by the answers of Immich. It wrote nothing if it gave another reason."""
+        """Set the states of suggestions by the answers of Immich, which wrote nothing if it gave another one."""
         states = {"success": WRITTEN, "duplicate": THEIRS}
-        for answer, own in _groups(suggestions, lambda one: answers.get(one.asset, "unknown")):
-            self.ledger.settle(own, states.get(answer))
-            if answer not in states:
-                self.failed[answer] += len(own)
+        for state in (WRITTEN, THEIRS, None):
+            own = [one for one in suggestions if states.get(answers.get(one.asset, "")) == state]
+            self.ledger.settle(own, state)
 
     def take_off(self, path: str, suggestions: Sequence[Suggestion]) -> list[Suggestion]:
         """Take a tag off photos, and return the suggestions whose photos lack it now. The others count as failed."""
@@ -79,7 +68,7 @@ class Tagging:
                 self.immich.take_off(tag, _assets_of(some))
         left = self.members(path, anywhere=True)
         gone = [suggestion for suggestion in suggestions if suggestion.asset not in left]
-        self.failed["kept the tag"] += len(suggestions) - len(gone)
+        self.failed["still with the tag"] += len(suggestions) - len(gone)
         return gone
 
     def _make_tag(self, path: str) -> str:
@@ -92,45 +81,34 @@ class Tagging:
             self.tags[path] = self.immich.make_tag(path)
         return self.tags[path]
 
-    def undo(self, run: int | None) -> int:
-        """Take off all suggestions that this program has written, or those of one run, and delete its unused tags.
+    def undo(self) -> int:
+        """Take off all suggestions that this program has written, and delete its unused tags.
 
         Returns the number of photos. ``failed`` counts those that Immich refused.
         """
         count = 0
-        for path, suggestions in by_tag(self.ledger.suggestions(*OURS, run=run)):
+        for path, suggestions in by_tag(self.ledger.suggestions(*OURS)):
             gone = self.take_off(path, suggestions)
             self.ledger.settle(gone, None)
             count += len(gone)
         needed = {suggestion.tag for suggestion in self.ledger.suggestions(*OURS)}
         for path in reversed(self.ledger.made_tags()):  # children first
-            has_children = any(other.startswith(f"{path}/") for other in self.tags)
-            if has_children or path in needed or self.members(path, anywhere=True):
+            if any(other.startswith(f"{path}/") for other in self.tags):
+                continue
+            if path in needed or self.members(path, anywhere=True):
                 continue
             if path in self.tags:
                 self.immich.delete_tag(self.tags.pop(path))
             self.ledger.forget_tag(path)
         return count
 
-    def refusals(self) -> str:
-        """Return what Immich refused, in words."""
-        kinds = [f"{number:,} {reason}" for reason, number in self.failed.items() if number]
-        total = sum(self.failed.values())
-        return f"Immich refused {counted(total, 'photo')}: {few(kinds)}" if total else ""
-
 
 def by_tag(suggestions: Iterable[Suggestion]) -> Iterable[tuple[str, list[Suggestion]]]:
     """Return the path of each tag with its suggestions."""
-    return _groups(suggestions, lambda suggestion: suggestion.tag)
-
-
-def _groups(
-    suggestions: Iterable[Suggestion], name: Callable[[Suggestion], str]
-) -> Iterable[tuple[str, list[Suggestion]]]:
-    groups: dict[str, list[Suggestion]] = {}
+    by_tag: dict[str, list[Suggestion]] = {}
     for suggestion in suggestions:
-        groups.setdefault(name(suggestion), []).append(suggestion)
-    return groups.items()
+        by_tag.setdefault(suggestion.tag, []).append(suggestion)
+    return by_tag.items()
 
 
 def _batches(suggestions: Sequence[Suggestion]) -> Iterator[Sequence[Suggestion]]:
