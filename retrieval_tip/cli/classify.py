@@ -89,12 +89,15 @@ class RowOptions:
         """Return options that give each video one answer, unless ``inputs`` name its frames or options mix answers."""
         from retrieval_tip.data.source import clip_of
 
-        mixes = self.group_no_match or self.smooth or self.burst is not None
-        if self.frames or mixes or self.boxes is not None:
+        if self.frames or self.group_no_match or self.smooth or self.burst or self.boxes:
             return self
         named = set(inputs)
-        paths = (path for source in sources for path in source.paths or () if "#" in path)
-        files = {show(path): show(clip_of(path)) for path in paths if path not in named}
+        files = {
+            show(path): show(clip_of(path))
+            for source in sources
+            for path in source.paths or ()
+            if path not in named
+        }
         return replace(self, clips={path: file for path, file in files.items() if file})
 
     def check(self, index: Index) -> None:
@@ -225,9 +228,9 @@ class RowOptions:
             for answers in classified(index, pairs, ask):
                 names = answers.inputs
                 inputs = pa.array([self.clips.get(name, name) for name in names], pa.string())
-                frames = pa.array([name if name in self.clips else None for name in names])
+                frames = [name if name in self.clips else None for name in names]
                 table = answers.named(inputs).written(columns, self.abstain)
-                yield table.append_column("frame", frames.cast(pa.string()))
+                yield table.append_column("frame", pa.array(frames, pa.string()))
 
     def _others(self, cut: PhotoBoxes, noting: ExifRecorder) -> Iterator[pa.Table]:
         """Yield the names of unclassified inputs, after noting when and where the photos were taken."""

@@ -138,6 +138,7 @@ class _Video:
 
     def _start(self) -> None:
         self._time = -1
+        self._is_whole = True
         self._first = sys.maxsize
         self._frames = self._decoded()
 
@@ -203,14 +204,18 @@ class _Video:
 
         with suppress(av.FFmpegError):  # the rest of the file is damaged
             for packet in self.container.demux(self.stream):
-                with suppress(av.FFmpegError):
+                try:
                     yield from self._timed(packet.decode())
+                except av.FFmpegError:
+                    self._is_whole = False
         with suppress(av.FFmpegError):
             yield from self._timed(self._decoder.decode(None))
 
     def _timed(self, frames: list[Any]) -> Iterator[tuple[int, Any]]:
+        """Leave out frames that depend on a damaged one, which is all until the next key frame."""
         for frame in frames:
-            if frame.pts is not None and not frame.is_corrupt:
+            self._is_whole = self._is_whole or frame.key_frame
+            if self._is_whole and frame.pts is not None and not frame.is_corrupt:
                 yield self.milliseconds(frame.pts), frame
 
 
