@@ -6,15 +6,16 @@ as a person does who reads the page. A photo is right if its label or, without o
 
 The photos are drawn from Caltech101 (``--photos``, in the layout of CoOp) with a seed. Between the two steps, the page
 is reloaded and the server is started again. ``--by keyboard`` uses no mouse, and ``--by mouse`` types only names of
-classes that the page does not list yet, as does ``--by phone`` on a small touch screen. Run ``make setup browser``
-first.
+classes that the page does not list yet, as does ``--by phone`` on a small touch screen. A person corrects an answer by
+another class on its tile, accepts what a correction has taught if all of it is right, and else selects all photos of a
+class. With ``--traps``, the photos are made ones of camera traps in visits of 1 to 12, and with ``--visits`` the person
+also selects whole visits. Run ``make setup browser`` first.
 """
 
 from __future__ import annotations
 
 import json
 import random
-import re
 import shutil
 import sys
 import tempfile
@@ -22,16 +23,19 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import click
 from common import SHARED, machine
+from PIL import Image
 from playwright.sync_api import Locator, Page, expect
 from playwright.sync_api import TimeoutError as Timeout
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from browser import PATIENCE, chromium
+from cameras import encoded
 from serving import server
 
 SPLIT = "split_zhou_Caltech101.json"
@@ -44,6 +48,10 @@ PHONE: dict[str, Any] = {
     "has_touch": True,
     "is_mobile": True,
 }
+PACE = 1.0
+"""Seconds for which a person looks before each correction. Meanwhile, the page learns."""
+LONGEST, CAMERAS = 12, 4
+"""Most photos of a visit, and number of cameras, each of which has a folder."""
 CHECKED = 10
 """Number of single labels between two checks."""
 DONE = 0.02
@@ -60,6 +68,7 @@ class Person:
     page: Page
     truth: dict[str, str]
     by: str
+    visits: bool = False
     actions: int = 0
 
     def act(self, action: Any, *arguments: Any, **options: Any) -> None:
@@ -137,36 +146,87 @@ class Person:
                 const line = document.getElementById("bar").getBoundingClientRect().bottom;
                 const active = one.classList.contains("active");
                 const visible = top >= line && bottom <= innerHeight;
-                return { id: one.id, name: one.title, label: one.dataset.label, top, left, active, visible };
+                const others = [...one.querySelectorAll(".others span")].map(({ dataset }) => dataset.label);
+                const [visit, same] = [one.querySelector(".visit").textContent !== "", one.classList.contains("same")];
+                const label = one.dataset.label;
+                return { id: one.id, name: one.title, label, top, left, active, visible, others, visit, same };
             })"""
         )
 
     def review_screen(self) -> int:
         """Correct the wrong answers on the screen, and confirm the others. Return how many were wrong."""
         wrong = 0
-        while found := [
-            one
-            for one in self.tiles()
-            if one["visible"] and one["label"] != self.truth[one["name"]]
-        ]:
+        while True:
+            time.sleep(PACE)
+            tiles = self.tiles()
+            found = [
+                one for one in tiles if one["visible"] and one["label"] != self.truth[one["name"]]
+            ]
+            if not found:
+                break
+            if (taught := self.taught(tiles)) is not None:
+                wrong += taught
+                continue
             label = self.truth[found[0]["name"]]
             same = [one for one in found if self.truth[one["name"]] == label]
-            if self.by == "keyboard":
-                same = same[:1]
-                if not self.walk(same[0]["id"]):
-                    continue
-            else:
-                for one in same:
-                    self.press(self.page.locator(f"#{one['id']} .tick"))
-            self.give(label)
-            for one in same:
+            done = (
+                self.step_to(same[0], label) if self.by == "keyboard" else self.point(same, label)
+            )
+            for one in done:
                 expect(self.page.locator(f"#{one['id']}")).to_have_count(0)
-            wrong += len(same)
+            wrong += len(done)
         if self.by == "keyboard":
             self.act(self.page.keyboard.press, "Shift+Enter")
         else:
             self.press(self.page.get_by_role("button", name="All on this screen are right"))
         return wrong
+
+    def taught(self, tiles: list[dict[str, Any]]) -> int | None:
+        """Accept what the last correction has taught, if all of it is right. Return how many photos that are."""
+        offer = self.page.locator("#notice").get_by_role("button", name="The same for")
+        same = [one for one in tiles if one["same"]]
+        if not same or not offer.is_visible():
+            return None
+        given = self.page.locator(".tile.same .chip-of").first.get_attribute("title")
+        if {f"{self.truth[one['name']]}?" for one in same} != {given}:
+            return None
+        if self.by == "keyboard":
+            self.act(self.page.keyboard.press, "+")
+        else:
+            self.press(offer)
+        for one in same:
+            expect(self.page.locator(f"#{one['id']}")).to_have_count(0)
+        return len(same)
+
+    def step_to(self, one: dict[str, Any], label: str) -> list[dict[str, Any]]:
+        """Correct a photo, or its visit, by the keyboard. Return the corrected photos."""
+        if not self.walk(one["id"]):
+            return []
+        if self.visits and one["visit"]:
+            self.act(self.page.keyboard.press, "Shift+ ")
+            self.give(label)
+        elif label in one["others"]:
+            self.act(self.page.keyboard.press, str(1 + one["others"].index(label)))
+        else:
+            self.give(label)
+        return [one]
+
+    def point(self, same: list[dict[str, Any]], label: str) -> list[dict[str, Any]]:
+        """Correct photos of a class, or their visits, by pointing. Return the corrected photos."""
+        one = same[0]
+        if label in one["others"] and not (self.visits and one["visit"] and len(same) > 1):
+            tile = self.page.locator(f"#{one['id']}")
+            if self.by != "phone":
+                tile.hover()
+            self.press(tile.locator(f'.others [data-label="{label}"]'))
+            return [one]
+        rest = [other for other in same if self.visits or label not in other["others"]]
+        for other in rest:
+            tile = self.page.locator(f"#{other['id']}")
+            if tile.get_attribute("aria-selected") != "true":  # by its visit
+                self.press(tile.locator(".visit" if self.visits and other["visit"] else ".tick"))
+        self.give(label)
+        return rest
 
     def walk(self, tile: str) -> bool:
         """Move to a tile with the arrow keys. Return whether it is still there: new answers sort the photos again."""
@@ -193,18 +253,12 @@ class Person:
 
     def give(self, label: str) -> None:
         """Give the selected photos a class."""
-        chip = self.page.locator(
-            "#selection-chips button", has_text=re.compile(rf"^\d {re.escape(label)}$")
-        )
-        known = self.page.locator("#selection-class option").all_text_contents()
+        chip = self.page.locator(f'#selection-chips button[title="{label}"]')
         if self.points and chip.count():
             try:
                 self.press(chip, timeout=1000)
             except Timeout:  # new answers have just replaced it
                 self.give(label)
-        elif self.points and label in known:
-            self.actions += 1  # opens the list
-            self.act(self.page.select_option, "#selection-class", label)
         else:
             if self.by == "phone":
                 self.page.locator("#selection-form input").focus()
@@ -212,6 +266,33 @@ class Person:
             self.act(self.page.keyboard.press, "Enter")
             if self.page.locator("#alike-dialog").count():
                 self.act(self.page.keyboard.press, "Shift+Enter")
+
+
+def trapped(photos: Path, into: Path, classes: int, number: int, seed: int) -> dict[str, str]:
+    """Make photos of camera traps: each visit is one photo, shifted for each frame. Return their classes by name."""
+    with tempfile.TemporaryDirectory() as folder:
+        truth = drawn(photos, Path(folder), classes, number, seed)
+        draw = random.Random(seed)
+        found: dict[str, str] = {}
+        now = datetime(2026, 1, 1)
+        for visit, name in truth.items():
+            camera = into / f"camera {draw.randrange(CAMERAS)}"
+            camera.mkdir(exist_ok=True)
+            now += timedelta(seconds=draw.randint(60, 7200))
+            with Image.open(Path(folder) / visit) as opened:
+                image = opened.convert("RGB")
+            sides = [round(0.8 * side) for side in image.size]
+            for _ in range(min(draw.randint(1, LONGEST), number - len(found))):
+                left, top = (draw.randint(0, side // 5) for side in image.size)
+                frame = image.crop((left, top, left + sides[0], top + sides[1]))
+                (camera / f"{len(found):04}.jpg").write_bytes(
+                    encoded(f"{now:%Y:%m:%d %H:%M:%S}", image=frame)
+                )
+                found[f"{len(found):04}.jpg"] = name
+                now += timedelta(seconds=draw.randint(1, 3))
+            if len(found) == number:
+                return found
+    raise ValueError(f"{photos}: too few photos")
 
 
 def drawn(photos: Path, into: Path, classes: int, number: int, seed: int) -> dict[str, str]:
@@ -244,7 +325,13 @@ def opened(photos: Path, index: Path, model: tuple[str, ...], by: str) -> Iterat
 
 
 def run(
-    truth: dict[str, str], photos: Path, index: Path, model: tuple[str, ...], by: str, checks: int
+    truth: dict[str, str],
+    photos: Path,
+    index: Path,
+    model: tuple[str, ...],
+    by: str,
+    checks: int,
+    visits: bool = False,
 ) -> list[Row]:
     """Label and review until nothing is left to do by the page's own advice. Return what it said and what was true."""
     rows: list[Row] = []
@@ -255,7 +342,7 @@ def run(
         return bool(said["ready"] or said["done"])
 
     with opened(photos, index, model, by) as page:
-        person, number = Person(page, truth, by), 0
+        person, number = Person(page, truth, by, visits), 0
         while number < len(truth):
             person.label()
             number += 1
@@ -296,6 +383,8 @@ def run(
 @click.option("--number", default=500, show_default=True, help="Number of photos.")
 @click.option("--screens", default=12, show_default=True, help="Most screens to review.")
 @click.option("--by", type=click.Choice(WAYS), multiple=True, default=WAYS)
+@click.option("--traps", is_flag=True, help="Make photos of camera traps.")
+@click.option("--visits", is_flag=True, help="Select whole visits.")
 @click.option("--seed", multiple=True, default=(0, 1, 2), show_default=True)
 def main(
     photos: Path,
@@ -305,6 +394,8 @@ def main(
     screens: int,
     by: tuple[str, ...],
     seed: tuple[int, ...],
+    traps: bool,
+    visits: bool,
 ) -> None:
     click.echo(machine())
     options = ("--model", model)
@@ -312,8 +403,10 @@ def main(
         for draw in seed:
             with tempfile.TemporaryDirectory() as folder:
                 (unlabelled := Path(folder) / "photos").mkdir()
-                truth, start = drawn(photos, unlabelled, classes, number, draw), time.monotonic()
-                rows = run(truth, unlabelled, Path(folder) / "things", options, way, screens)
+                made = trapped if traps else drawn
+                truth, start = made(photos, unlabelled, classes, number, draw), time.monotonic()
+                place = Path(folder) / "things"
+                rows = run(truth, unlabelled, place, options, way, screens, visits)
             click.echo(f"\n{way}, seed {draw}, {time.monotonic() - start:.0f} s")
             for step, actions, right, wrong, done in rows:
                 told = "" if wrong is None else f", about {wrong:.0f} wrong"

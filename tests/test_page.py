@@ -19,6 +19,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from browser import PATIENCE, Opened, chromium
+from cameras import encoded
 from conftest import LIT_MINI, NO_SHARED, SHARED, SOAK, needs_real, ok
 from PIL import Image
 from playwright.sync_api import Error, expect
@@ -942,7 +943,7 @@ def test_classes_and_example_photos_are_listed_and_filtered(page):
     page.fill("#classes-filter", "class 2999")
     expect(cards).to_have_count(1)
     go(page, "settings")
-    expect(page.locator("#about")).to_contain_text("(fitted on")
+    expect(page.locator("#about")).to_contain_text("Version ")
     expect(page.locator("#settings-view")).not_to_contain_text(
         re.compile(r'[\[{]["\[\]{]')
     )  # no JSON
@@ -1576,7 +1577,7 @@ def test_the_answers_of_the_folder_are_reviewed(labelling, pool, tmp_path):
         expect(page.locator(counted)).to_contain_text("67 photos without a label")
 
         first, last = (page.locator(f"#grid {tiles}").nth(at).bounding_box() for at in (0, 2))
-        known = page.locator("#selection-class option")
+        known = page.locator("#selection-chips .chip")
 
         def selected():
             page.keyboard.press("Escape")
@@ -1585,7 +1586,7 @@ def test_the_answers_of_the_folder_are_reviewed(labelling, pool, tmp_path):
             page.mouse.move(last["x"] + 20, last["y"] + 30, steps=4)
             page.mouse.up()
             expect(page.locator("#selection-count")).to_have_text("3 selected")
-            return known.all_text_contents()[1:]
+            return sorted(one.get_attribute("title") for one in known.all())
 
         wait_until(page, "!state.busy")
         for _ in range(
@@ -1596,7 +1597,7 @@ def test_the_answers_of_the_folder_are_reviewed(labelling, pool, tmp_path):
             page.wait_for_timeout(500)
         assert classes == sorted(LABELS)
         assert violations(page) == []
-        page.select_option("#selection-class", "crab")
+        known.and_(page.get_by_title("crab")).click()
         expect(page.locator(counted)).to_contain_text("64 photos without a label")
         visible = page.locator(f"#grid {tiles}:not(.no_match)").evaluate_all(
             """all => all.map((one) => one.getBoundingClientRect())
@@ -1625,6 +1626,164 @@ def test_the_answers_of_the_folder_are_reviewed(labelling, pool, tmp_path):
         wait_until(page, "!state.busy")
         page.reload()
         expect(page.locator(counted)).to_contain_text(f"{number} photos without a label")
+
+
+def test_a_tile_is_corrected_by_one_action_and_teaches_others(labelling, pool, tmp_path):
+    """A tile has its best other classes, what a correction teaches is offered, and a class can be painted."""
+    names = sorted(name for name in pool if name)
+    merged = {"camera": "accordion", "crayfish": "crab"}
+    with labelling(pool, tmp_path / "things") as (page, _):
+        wait_until(page, "state.encoded === 90")
+        given = {n: merged.get(pool[name], pool[name]) for n, name in enumerate(names)}
+        given = {n: label for n, label in given.items() if n % 5 == 0}
+        give(page, given)
+        page.click("#tab-classify")
+        grid, notice = page.locator("#grid"), page.locator("#notice")
+        expect(grid.locator(".tile").nth(20)).to_be_visible()
+
+        def wrong(label):
+            return [name for name in page.evaluate(WHOLE) if pool[name] == label]
+
+        def tile(name):
+            return grid.locator(f'.tile[title="{name}"]')
+
+        def offers(name):
+            return (
+                tile(name)
+                .locator(".others span")
+                .evaluate_all("all => all.map((one) => one.dataset.label)")
+            )
+
+        name = next(iter(page.evaluate(WHOLE)))
+        label = offers(name)[0]
+        assert label != tile(name).get_attribute("data-label")
+        tile(name).hover()
+        tile(name).locator(".others span").first.click()
+        expect(notice).to_contain_text(f"Labelled 1 photo as {label}.")
+        expect(page.locator("#drawer")).to_be_hidden()
+        undo(page)
+        expect(tile(name)).to_be_visible()
+
+        page.press("#grid", "Home")
+        active = grid.locator(".tile.active")
+        name = active.get_attribute("title")
+        second = offers(name)[1]
+        expect(active.locator(".others")).to_be_visible()
+        page.keyboard.press("2")
+        expect(notice).to_contain_text(f"Labelled 1 photo as {second}.")
+        undo(page)
+
+        for name in [*wrong("camera")][:3]:
+            correct(page, name, "camera")
+        same = notice.get_by_role("button", name="The same for")
+        expect(same).to_be_visible()
+        taught = grid.locator(".tile.same")
+        number = taught.count()
+        assert number
+        assert same.text_content().startswith("The same for th")
+        expect(taught.first.locator(".chip-of")).to_have_text("camera?")
+        assert violations(page) == []
+        page.press("#grid", "+")
+        expect(notice).to_contain_text(f"Labelled {number} photo")
+        expect(notice).to_contain_text("as camera.")
+        expect(taught).to_have_count(0)
+
+        page.press("#grid", "*")
+        expect(notice).to_contain_text("Each click on a photo gives camera.")
+        first = grid.locator(".tile:not(.taught)").first
+        name = first.get_attribute("title")
+        first.click()
+        expect(notice).to_contain_text("Labelled 1 photo as camera.")
+        expect(tile(name)).to_have_count(0)
+        page.press("#grid", "Escape")
+        grid.locator(".tile:not(.taught)").first.click()
+        expect(page.locator("#drawer")).to_be_visible()
+
+
+@pytest.mark.parametrize("by", ["mouse", "keyboard", "phone"])
+def test_a_visit_is_selected_and_labelled_at_once(labelling, tmp_path, by):
+    """Frames of a visit differ by a shift, as those of a camera trap. Photos without a date have no visit."""
+    folder = tmp_path / "traps"
+    folder.mkdir()
+    for at, label in enumerate(("crab", "pizza", "panda")):
+        image = Image.open(caltech_photos("train", label, 1)[0]).convert("RGB")
+        for frame in range(6):
+            moved = image.crop((frame, 0, image.width - 6 + frame, image.height))
+            time = None if label == "panda" else f"2026:01:02 0{at}:00:{frame:02}"
+            (folder / f"{label} {frame}.jpg").write_bytes(encoded(time, image=moved))
+    pool = {"": str(folder)} | {path.name: path.name.split()[0] for path in folder.iterdir()}
+    names = sorted(name for name in pool if name)
+    options = PHONE if by == "phone" else {}
+    with labelling(pool, tmp_path / "things", **options) as (page, _):
+        wait_until(page, "state.encoded === 18")
+        give(page, {0: "crab", 6: "panda", 12: "pizza"})
+        page.click("#tab-label")
+        expect(page.locator("#label-photo img")).to_be_visible()
+        page.click("#tab-classify")
+        tiles = page.locator("#grid .tile[title^=crab]")
+        expect(tiles).to_have_count(5)
+        expect(tiles.first.locator(".visit")).to_have_text("× 6")
+        expect(page.locator("#grid .tile[title^=panda] .visit").first).to_have_text("")
+        if by == "keyboard":
+            page.locator("#grid").focus()
+            page.keyboard.press("Home")
+            while not page.locator("#grid .tile.active").get_attribute("title").startswith("crab"):
+                page.keyboard.press("ArrowRight")
+            page.keyboard.press("Shift+ ")
+        else:
+            press = tiles.first.locator(".visit")
+            press.tap() if by == "phone" else press.click()
+        expect(page.locator("#selection-count")).to_have_text("5 selected")
+        assert violations(page) == []
+        if by == "keyboard":
+            page.keyboard.type("lobster")
+            page.keyboard.press("Enter")
+        else:  # another class of a selected tile is for all of them
+            other = tiles.last.locator(".others span").first
+            label = other.get_attribute("data-label")
+            if by == "mouse":
+                tiles.last.hover()
+            other.tap() if by == "phone" else other.click()
+        expect(page.locator("#notice")).to_contain_text("Labelled 5 photos as ")
+        wait_until(page, "!state.busy")
+        answers = dict(get(page, "/v1/label/answers"))["photos"]
+        found = {names[one["photo"]]: one["label"] for one in answers}
+        wanted = "lobster" if by == "keyboard" else label
+        assert {found[name] for name in names[1:6]} == {wanted}
+        if by == "phone":  # a finger that begins at a mark selects all tiles on its way
+            first, third = (page.locator("#grid .tile").nth(at).bounding_box() for at in (0, 2))
+            tick = page.locator("#grid .tile .tick").first.bounding_box()
+            session = page.context.new_cdp_session(page)
+
+            def touch(kind, *points):
+                points = [{"x": x, "y": y} for x, y in points]
+                session.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+
+            touch("touchStart", (tick["x"] + 12, tick["y"] + 12))
+            for step in range(1, 5):
+                x = first["x"] + (third["x"] - first["x"]) * step / 4
+                touch("touchMove", (x + 12, third["y"] + 40))
+            touch("touchEnd")
+            session.detach()
+            expect(page.locator("#selection-count")).to_have_text("3 selected")
+
+
+def test_the_visit_of_a_photo_is_labelled_with_it(labelling, tmp_path):
+    folder = tmp_path / "traps"
+    folder.mkdir()
+    for frame, path in enumerate(caltech_photos("train", "crab", 4)):
+        image = Image.open(path).convert("RGB")
+        data = encoded(f"2026:01:02 03:04:{frame:02}", image=image)
+        (folder / f"{frame}.jpg").write_bytes(data)
+    with labelling({"": str(folder)}, tmp_path / "things") as (page, _):
+        wait_until(page, "!state.busy")
+        page.reload()
+        said = "Also label the 3 other photos of this visit"
+        expect(page.locator("#label-too-text")).to_have_text(said)
+        page.keyboard.press("+")
+        page.keyboard.type("crab")
+        page.keyboard.press("Enter")
+        expect(page.locator("#label-progress")).to_contain_text("4 of 4 photos labelled.")
 
 
 def test_dropped_photos_belong_to_the_session(labelling, pool, tmp_path):

@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mappin
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import count
+from itertools import count, islice
 from typing import Any
 
 import numpy as np
@@ -76,6 +76,8 @@ RETRY = 5.0
 """Seconds after which labels that could not be saved are saved again."""
 POLL = 1.0
 """Seconds after which versions that others wrote are noticed."""
+TOGETHER = 999
+"""Maximum number of photos to label together with another one, which is one change (see :class:`schemas.SetLabels`)."""
 LAST = 20
 """Number of photos whose guesses are counted as right or wrong."""
 
@@ -181,7 +183,8 @@ class Labelling:
         for queued in session.queue.show(taken):
             guessed, alike = session.facts.get(queued.photo, ([], []))
             visit, together = self._visits.get(queued.photo, (None, alike))
-            similar = [photo for photo in together if photo not in taken | {queued.photo}]
+            others = (photo for photo in together if photo != queued.photo)
+            similar = [photo for photo in islice(others, TOGETHER) if photo not in taken]
             facts = {"guesses": guessed, "similar": similar, "visit": visit}
             queue.append(vars(queued) | {"name": photos.name(queued.photo)} | facts)
         refused: list[Row] = [

@@ -19,8 +19,7 @@ export function judged(accuracy) {
   return `${some}Accuracy on the examples: ${percent(both ?? photos)} (each was classified by the others).${parts}`;
 }
 
-/** Show the accuracy above the classes, and in the header, with its interval. The last known accuracy is shown until the
- *  server returns a newer one. In the header, the number counts from there. */
+/** Show the accuracy above the classes, and in the header with its interval, where it counts from the last known one. */
 async function show({ type }) {
   const { info } = state;
   const { fit } = info.provenance;

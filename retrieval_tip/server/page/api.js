@@ -39,8 +39,7 @@ async function reached(path, options) {
   }
 }
 
-/** Fetch JSON, with the token if it is known. After status 202, 429 or 503, call `waiting(problem)`, wait for the time
- *  in Retry-After, or for two seconds, and try again. */
+/** Fetch JSON, with the token if it is known. While a problem is `passing`, call `waiting(problem)`, and try again. */
 export async function request(path, { waiting, signal, patience = PATIENCE, ...options } = {}) {
   const token = sessionStorage.getItem(TOKEN);
   // headers cannot contain characters that are not printable ASCII, and no token does

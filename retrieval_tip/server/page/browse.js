@@ -3,7 +3,7 @@
 import { gained } from "./accuracy.js";
 import * as api from "./api.js";
 import { agreed, askName, classForm, reported, undoable } from "./dialogs.js";
-import { $, attempt, button, count, cut, debounced, el, isFor, nameOf, picks, picture, plural, refill, short } from "./dom.js";
+import { $, attempt, button, count, cut, debounced, el, isFor, nameOf, picks, picture, plural, refill } from "./dom.js";
 import { Grid } from "./grid.js";
 import { clear as clearMap, mark as markMap, showMap } from "./map.js";
 import { state } from "./state.js";
@@ -82,23 +82,9 @@ const remove = (some, heading) =>
 function showAbout() {
   const { info } = state;
   $("groups").hidden = !info.changes;
-  const { alpha, beta, temperature, source } = info.provenance;
-  const facts = {
-    name: info.name,
-    version: `${info.version} (${info.change}), ${new Date(info.created_at).toLocaleString()}`,
-    "example photos": count(info.n),
-    classes: count(info.counts.length),
-    groups: info.levels.slice(1).join(", "),
-    encoder: info.backbone ?? "none (only features are accepted)",
-    source,
-    alpha: `${short(info.alpha)} (${alpha})`,
-    beta: `${short(info.beta)} (${beta})`,
-    k: info.k === "all" ? "all" : `${info.k}, ${info.tail ? "with" : "without"} tail`,
-    temperature: `${short(info.temperature)} (${temperature})`,
-    prompts: info.text ? info.templates.join(" · ") || "none (text features were given)" : "none (class names are not used)",
-  };
-  const shown = Object.entries(facts).filter(([, value]) => value);
-  $("about").replaceChildren(...shown.map(([name, value]) => el("div", {}, el("dt", {}, name), el("dd", {}, String(value)))));
+  const groups = info.levels.length > 1 ? ` Groups: ${info.levels.slice(1).join(", ")}.` : "";
+  const made = `Version ${info.version} (${info.change}), ${new Date(info.created_at).toLocaleString()}.`;
+  $("about").textContent = `${made} Encoder: ${info.backbone ?? "none (only features are accepted)"}.${groups}`;
 }
 
 /** Set the groups of the classes from a table. */
@@ -207,7 +193,7 @@ const grid = new Grid($("shots"), {
     text.textContent = shot.label;
     note.textContent = nameOf(shot.source);
   },
-  opened: (shot) => grid.toggle(shot),
+  opened: (shot) => grid.toggle([shot]),
   chosen() {
     const number = grid.selected.size;
     $("shots-selection").hidden = !number || !state.info.changes;

@@ -13,6 +13,8 @@ import { showUnknown } from "./unknown.js";
 
 const BLOCK = 64; // features per request
 const DOUBTFUL = 0.95; // below this probability, a tile has a bar
+const OTHERS = 2; // number of other classes on a tile
+const CLASSES = 200; // number of classes to choose from for the selected photos; any other can be typed
 
 export const photos = [];
 const refused = new Map(); // names of skipped files by reason
@@ -22,16 +24,22 @@ let moving = new AbortController(); // aborts requests for another version
 const grid = new Grid($("grid"), {
   image: (photo) => photo.image(240, ""),
   tile,
-  opened(photo) {
+  opened(photo, target) {
+    const label = target?.dataset.label ?? painted;
+    if (label && state.info.changes) return teach(grid.selected.has(photo) ? acting() : [photo], label);
     open(photo);
     $("drawer").focus({ preventScroll: true });
   },
+  together: (photo) => (photo.visit === null ? [photo] : grid.items.filter((one) => one.visit === photo.visit && !one.taught === !photo.taught)),
   chosen: showChosen,
   accepted: (all) => (all && folder().length ? $("screen-right").click() : acceptAll(acting())),
   pressed(event) {
     const { key } = event;
     if (key === "Delete") putAway(acting());
+    else if (key === "Escape" && painted) paint();
     else if (key === "Escape" && drawer.openPhoto()) drawer.leave();
+    else if (key === "+" && offered().length) sameButton.click();
+    else if (key === "*" && given) paint();
     else if (/^[123]$/.test(key) && isBare(event)) teachChoice(Number(key) - 1);
     else if (key.length === 1 && isBare(event) && acting().length && state.info.changes) {
       if (!grid.selected.size) grid.select(acting());
@@ -109,6 +117,7 @@ async function showFolder() {
   photos.push(...fresh);
   for (const one of fresh) known.set(one.number, one);
   for (const one of answer.photos) known.get(one.photo).tell(one);
+  for (const [visit, some] of Map.groupBy(folder(), (one) => one.visit)) for (const one of some) one.together = visit === null ? 1 : some.length;
   newAlike = answer.groups.map((numbers) => numbers.map((number) => known.get(number)));
   held = [...known.values()];
   if (fresh.length === answer.photos.length) $("filter-state").value = "rest";
@@ -117,7 +126,7 @@ async function showFolder() {
   if (document.activeElement === document.body) $("grid").focus({ preventScroll: true });
 }
 session.addEventListener("state", () => (showFolder(), $("classify-view").hidden || showSoon()));
-addEventListener("hashchange", () => ((told = ""), setOld(folder().length > 0)));
+addEventListener("hashchange", () => ((told = ""), setOld(folder().length > 0), painted && paint()));
 
 /** Show the newest answers of photos that nobody looks at. New photos come last. */
 function release(show = showSoon) {
@@ -137,6 +146,32 @@ function turn() {
   resort();
 }
 
+let given = null; // the class of the last correction
+let painted = null; // the class that each click gives, if any
+
+/** Return the photos on the screen that the last correction has taught, but whose tiles still show another answer. */
+const offered = () => held.filter(({ taught, winner, newest: { guesses: [best], no_match } }) =>
+  taught === null && best && !no_match && best.label === given && winner?.label !== given);
+const sameButton = button("", () => relabel(offered().map((photo) => [photo, given])), { aria: { keyshortcuts: "+" } });
+const paintButton = button("", () => paint(), { aria: { keyshortcuts: "*" } });
+
+/** Begin or stop to give a class to each photo that is clicked. */
+function paint() {
+  painted = painted ? null : given;
+  showTaught();
+  notice(painted ? `Each click on a photo gives ${painted}.` : "", undefined, paintButton);
+}
+
+/** Show what the last correction offers: more photos for the same class, and painting. */
+function showTaught() {
+  const { length } = offered();
+  sameButton.hidden = !length;
+  sameButton.replaceChildren(`The same for ${length === 1 ? "this one" : `these ${length}`}? `, el("kbd", {}, "+"));
+  paintButton.replaceChildren(painted ? "Stop painting " : "Paint ", el("kbd", {}, "*"));
+  paintButton.title = `Each click on a photo gives ${given}`;
+  $("grid").classList.toggle("painting", painted !== null);
+}
+
 /** Give photos of the session labels, as [photo, label] pairs, show what follows, and offer to undo this. */
 function relabel(pairs, follow = arrange) {
   const which = pairs.map(([photo]) => photo);
@@ -148,17 +183,20 @@ function relabel(pairs, follow = arrange) {
   follow();
   if (!drawer.openPhoto()) goOn(document.activeElement === $("grid")); // pressing a button does not scroll
   const names = new Set(pairs.map(([, label]) => label));
-  const to = names.size === 1 ? [...names][0] : plural(names.size, "class", "classes");
-  notice(`Labelled ${plural(pairs.length, "photo")} as ${to}.`, async () => {
+  given = names.size === 1 ? [...names][0] : null;
+  const undo = async () => {
     steps.toReversed().forEach((step) => session.undo(step));
     which.forEach((photo, i) => (photo.taught = before[i]));
+    given = null;
     arrange();
     return "Undone.";
-  });
+  };
+  const more = given ? [sameButton, paintButton] : [];
+  notice(`Labelled ${plural(pairs.length, "photo")} as ${given ?? plural(names.size, "class", "classes")}.`, undo, ...more);
+  showTaught();
 }
 
-/** Return the reason why a file was skipped. It excludes the file name, so that files with the same reason share a
- *  line. */
+/** Return the reason why a file was skipped, without its name, so that files with the same reason share a line. */
 function reasonOf({ name }, { message }) {
   const reason = message.startsWith(`${name}: `) ? message.slice(name.length + 2) : message;
   if (!/not a readable image/.test(reason) || !/\.hei[cf]$/i.test(name)) return reason;
@@ -246,6 +284,7 @@ function progress() {
   }
   if (!left) showUnknown(photos.filter(({ inFolder }) => !inFolder), alike);
   drawer.show();
+  showTaught();
   showProblems();
 }
 
@@ -291,6 +330,16 @@ function tile(photo, element, text, note) {
   else note.textContent = photo.problem ? "no answer" : "classifying…";
   const doubtful = shown && !no_match && !taught && winner.probability < DOUBTFUL;
   element.style.setProperty("--p", doubtful ? winner.probability : 0);
+  const isSame = offered().includes(photo);
+  element.classList.toggle("same", isSame);
+  if (isSame) note.textContent = `${given}?`;
+  const [visit, others] = [".visit", ".others"].map((name) => element.querySelector(name));
+  visit.textContent = photo.together > 1 ? `× ${count(photo.together)}` : "";
+  visit.title = `Select all ${photo.together} photos of this visit`;
+  const names = state.info?.changes && taught === null ? photo.choices.slice(0, OTHERS) : [];
+  if (others.dataset.names === String(names)) return; // a click on them may have begun
+  others.dataset.names = names;
+  others.replaceChildren(...names.map((label) => el("span", { title: `This is ${label}`, data: { label } }, label)));
 }
 
 // --- sorting, filtering ---
@@ -360,8 +409,7 @@ export const classNames = () => [...new Set([...state.labels, ...Object.keys(ses
 
 const acting = () => (grid.selected.size ? grid.items.filter((photo) => grid.selected.has(photo)) : grid.active ? [grid.active] : []);
 
-/** Return three classes to suggest for the selected photos. They have the highest total probability, and exclude the
- *  class that all of these photos already have. */
+/** Return the three most probable classes of the selected photos, except the class that all of them already have. */
 function choices() {
   const some = acting();
   if (some.length === 1) return some[0].choices;
@@ -374,18 +422,15 @@ function choices() {
 function showChosen() {
   const number = grid.selected.size;
   const can = state.info?.changes ?? false;
-  if (number && $("selection").hidden) {
-    const names = matching("", classNames());
-    $("selection-class").replaceChildren(el("option", { value: "" }, "class…"), ...names.map((name) => el("option", {}, name)));
-  }
   $("selection").hidden = !number;
   $("screen-right").disabled = number > 0; // the bar of the selection covers photos
   $("selection-count").textContent = `${number} selected`;
-  $("selection-form").hidden = $("selection-class").hidden = !can;
+  $("selection-form").hidden = !can;
   $("selection-right").hidden = !can || !acting().some(acceptable);
   $("selection-away").hidden = acting().every(({ inFolder }) => inFolder);
   field.nextElementSibling.textContent = acting().some(({ inFolder }) => inFolder) ? "Label" : "Add as examples";
-  $("selection-chips").replaceChildren(...chips(can && number ? choices() : [], (label) => teach(acting(), label)));
+  const labels = can && number ? new Set([...choices(), ...matching("", classNames())]) : [];
+  $("selection-chips").replaceChildren(...chips([...labels].slice(0, CLASSES), (label) => teach(acting(), label)));
 }
 
 function teachChoice(i) {
@@ -397,7 +442,6 @@ const field = classForm($("selection-form"), "", classNames, (label) => {
   $("grid").focus({ preventScroll: true });
   teach(acting(), label);
 });
-$("selection-class").addEventListener("change", ({ target }) => target.value && teach(acting(), target.value));
 field.addEventListener("keydown", (event) => event.key === "Escape" && $("grid").focus({ preventScroll: true }));
 const onScreen = () => grid.onScreen($("bar").getBoundingClientRect().bottom);
 $("screen-right").addEventListener("click", ({ detail }) => detail < 2 && acceptAll(onScreen())); // a double click is one answer

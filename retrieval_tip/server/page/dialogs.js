@@ -9,8 +9,7 @@ const LONGEST = 40; // number of letters of a word that is shown in full
 const screen = () => location.hash || "#classify";
 let home = ""; // the screen that the notice belongs to
 
-/** Open a dialog, remove it when it is closed, and return the value of the button that closed it, or "" if it was
- *  dismissed. */
+/** Open a dialog, and return the value of the button that closed it, or "" if it was dismissed. */
 export function ask(name, title, content, buttons) {
   const heading = el("h2", { id: `${name}-title` }, title);
   const form = el("form", { method: "dialog" }, heading, ...content, el("p", { class: "dialog-buttons" }, ...buttons));
@@ -58,8 +57,7 @@ export async function classMeant(text, classes) {
   return { new: text, near }[await ask("alike", `New class “${text}”, or ${near}?`, [], [known, typed])];
 }
 
-/** Fill a form with a field for a class and a button. `call(label)` gets the class that an entered text means. Return the
- *  field. `classes()` returns the known classes. */
+/** Fill a form with a field for a class and a button, and return the field. `call(label)` gets the class that is meant. */
 export function classForm(form, text, classes, call) {
   const field = classField({ maxLength: 1024, placeholder: "any class…", aria: { label: "Class" } });
   form.append(field, el("button", {}, text));
@@ -72,9 +70,8 @@ export function classForm(form, text, classes, call) {
   return field;
 }
 
-/** Show a notice, and return a function that changes its text. `undo` returns the text of the next notice, or false if
- *  nothing was undone. */
-export function notice(text, undo) {
+/** Show a notice, and return a function that changes its text. `undo` returns the next text, or false if it fails. */
+export function notice(text, undo, ...more) {
   const line = el("span");
   const tell = (told) => Object.assign(line, { title: told, textContent: told.replace(/\S+/g, (word) => cut(word, LONGEST)) });
   tell(text);
@@ -86,7 +83,7 @@ export function notice(text, undo) {
   };
   home = text && screen();
   $("notice").hidden = !text;
-  $("notice").replaceChildren(line, ...(undo ? [" ", button("Undo", undoing)] : []), " ", cross("Dismiss", () => notice("")));
+  $("notice").replaceChildren(line, ...(undo ? [" ", button("Undo", undoing)] : []), ...more, " ", cross("Dismiss", () => notice("")));
   return tell;
 }
 

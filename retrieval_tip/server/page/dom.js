@@ -45,9 +45,9 @@ export function picks(input, take, ...buttons) {
   });
 }
 
-/** Return a button for each of a few classes, which can be chosen by its number. */
+/** Return a button for each class. The first three can be chosen by their numbers. */
 export const chips = (labels, choose) =>
-  labels.map((label, i) => button([el("kbd", {}, `${i + 1}`), ` ${cut(label)}`], () => choose(label), { class: "chip", title: label }));
+  labels.map((label, i) => button([i < 3 ? el("kbd", {}, `${i + 1} `) : "", cut(label)], () => choose(label), { class: "chip", title: label }));
 
 /** Whether a key is pressed without a key that gives it another meaning. */
 export const isBare = (event) => !event.ctrlKey && !event.metaKey && !event.altKey;

@@ -12,8 +12,8 @@ const AHEAD = 700; // tiles are drawn up to this many px outside the window
 
 /** A grid of items, which are objects that have an `id`. `image(item)` returns the image of a tile, and
  *  `tile(item, element, text, note)` shows an item on its tile, which has a text and a note below the image.
- *  `opened(item)` handles Enter and clicks, `accepted(all)` handles Enter if items are selected, and
- *  Shift+Enter, `chosen()` handles a changed selection, and `pressed(event)` handles all other keys. */
+ *  `together(item)` returns the items that belong to one. `opened(item, target)` handles Enter and clicks, `accepted(all)`
+ *  Shift+Enter, and Enter if items are selected, `chosen()` a changed selection, and `pressed(event)` all other keys. */
 export class Grid {
   selected = new Set();
   active = null;
@@ -28,8 +28,8 @@ export class Grid {
   #anchor = null;
   #soon = framed(() => this.draw(false));
 
-  constructor(element, { image, tile, opened, chosen, pressed, accepted }) {
-    Object.assign(this, { element, image, tile, opened, chosen, pressed, accepted });
+  constructor(element, { image, tile, opened, chosen, pressed, accepted, together = (item) => [item] }) {
+    Object.assign(this, { element, image, tile, opened, chosen, pressed, accepted, together });
     addEventListener("scroll", () => this.#soon(), { passive: true, capture: true });
     // A grid on a hidden screen has no width, so its tiles keep their places.
     new ResizeObserver(() => element.clientWidth && element.clientWidth !== this.#width && this.show(this.items)).observe(element);
@@ -92,7 +92,8 @@ export class Grid {
   }
 
   #made(item) {
-    const image = el("span", { class: "frame" }, this.image(item), el("span", { class: "tick", aria: { hidden: "true" } }, "✓"));
+    const marks = [["tick", "✓"], ["visit"], ["others"]].map(([name, text]) => el("span", { class: name, aria: { hidden: "true" } }, text));
+    const image = el("span", { class: "frame" }, this.image(item), ...marks);
     const [text, note] = [el("span", { class: "said" }), el("span", { class: "chip-of" })];
     return el("div", { id: item.id, class: "tile", role: "option", item }, image, text, note);
   }
@@ -119,9 +120,11 @@ export class Grid {
     this.chosen();
   }
 
-  toggle(item) {
-    if (!this.selected.delete(item)) this.selected.add(item);
-    this.#anchor = item;
+  /** Select items, or clear their selection if all of them are selected. */
+  toggle(items) {
+    const all = items.every((item) => this.selected.has(item));
+    for (const item of items) this.selected[all ? "delete" : "add"](item);
+    this.#anchor = items[0];
     this.#changed();
   }
 
@@ -133,10 +136,12 @@ export class Grid {
     this.#changed();
   }
 
-  /** Select the tiles that a rectangle touches while the mouse draws it. */
+  /** Select the tiles that a rectangle touches while the mouse draws it, or a finger that begins at a mark. */
   #lasso(start) {
-    if (start.button !== 0 || start.pointerType !== "mouse") return;
-    const before = start.shiftKey || start.ctrlKey || start.metaKey ? [...this.selected] : [];
+    const isTouch = start.pointerType !== "mouse";
+    this.#drawn = false;
+    if (start.button !== 0 || (isTouch && !start.target.closest(".tick"))) return;
+    const before = isTouch || start.shiftKey || start.ctrlKey || start.metaKey ? [...this.selected] : [];
     const inside = ({ clientX, clientY }) => {
       const { left, top } = this.element.getBoundingClientRect();
       return [clientX - left, clientY - top];
@@ -158,16 +163,16 @@ export class Grid {
       box.remove();
     };
     addEventListener("pointermove", move);
-    addEventListener("pointerup", end, { once: true });
+    for (const type of ["pointerup", "pointercancel"]) addEventListener(type, end, { once: true });
   }
 
   #click(event) {
     const item = event.target.closest(".tile")?.item;
-    if (this.#drawn) return (this.#drawn = false);
-    if (!item) return;
+    if (this.#drawn || !item) return;
     if (event.shiftKey) this.#stretch(item);
-    else if (event.ctrlKey || event.metaKey || event.target.closest(".tick")) this.toggle(item);
-    else this.opened(item);
+    else if (event.target.closest(".visit")) this.toggle(this.together(item));
+    else if (event.ctrlKey || event.metaKey || event.target.closest(".tick")) this.toggle([item]);
+    else this.opened(item, event.target);
     this.go(item);
   }
 
@@ -189,7 +194,7 @@ export class Grid {
         this.#stretch(to);
       } else this.#anchor = to;
       this.go(to);
-    } else if (event.key === " " && this.active) this.toggle(this.active);
+    } else if (event.key === " " && this.active) this.toggle(event.shiftKey ? this.together(this.active) : [this.active]);
     else if (event.key === "Enter" && this.accepted && (event.shiftKey || this.selected.size)) event.repeat || this.accepted(event.shiftKey);
     else if (event.key === "Enter" && this.active) this.opened(this.active);
     else if (event.key === "a" && (event.ctrlKey || event.metaKey)) this.select(this.items);

@@ -8,6 +8,7 @@ import { session } from "./session.js";
 
 const AHEAD = 4; // number of upcoming photos to show
 const LAST = 5; // number of answers to show
+const ALIKE = 12; // number of photos to show that can be labelled together
 const CLASSES = 200; // number of classes to show
 const LARGE = 1024; // size of the photo, in pixels
 const SLIDE = 150; // ms
@@ -97,12 +98,13 @@ function strip(list, photos, size) {
   list.replaceChildren(...photos.map((photo) => el("li", { data: { photo } }, el("img", { alt: "", src: address(photo, size) }))));
 }
 
-/** Show near-identical photos, which can be labelled together. */
+/** Show the other photos of the visit, or near-identical photos, which can be labelled together. */
 function similar() {
-  const { length } = current.similar;
-  $("label-similar").hidden = !length;
-  $("label-too-text").textContent = `Also label ${length === 1 ? "this similar photo" : `these ${length} similar photos`}`;
-  strip($("label-similar-list"), current.similar, 160);
+  const { similar: photos, visit } = current;
+  const [one, many] = visit ? ["the other photo of this visit", "other photos of this visit"] : ["this similar photo", "similar photos"];
+  $("label-similar").hidden = !photos.length;
+  $("label-too-text").textContent = `Also label ${photos.length === 1 ? one : `${visit ? "the" : "these"} ${count(photos.length)} ${many}`}`;
+  strip($("label-similar-list"), photos.slice(0, ALIKE), 160);
 }
 
 /** Show the next photos. They are loaded in the size in which they are shown afterwards. */

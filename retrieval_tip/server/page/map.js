@@ -31,8 +31,7 @@ const images = new Map(); // by key id
 /** Return the colour of a class. Consecutive ids get very different hues. */
 const colour = (classId) => `oklch(${dark.matches ? 0.76 : 0.58} 0.15 ${(classId * 137.508 + 20) % 360})`;
 
-/** Show a map, with images of the photos if the server has them. The key that was chosen last stays so. Return a line that
- *  tells if the map is empty. */
+/** Show a map, with images if the server has them. The chosen key stays so. Return a line that tells if it is empty. */
 export function showMap(found, hasImages) {
   const keyId = map?.key_ids[chosen];
   [map, pictured] = [found, hasImages];

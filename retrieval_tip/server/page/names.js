@@ -33,6 +33,5 @@ export function matching(text, classes) {
   return [...found.filter(begins), ...found.filter((name) => !begins(name))];
 }
 
-/** Return a text, and all texts that lack one of its letters. Two texts share one if they differ in one letter, or if two
- *  neighbouring letters are swapped. */
+/** Return a text without each of its letters. Texts share one if they differ in a letter, or by a swap of neighbours. */
 const variants = (text) => new Set([text, ...[...text].map((_, i) => text.slice(0, i) + text.slice(i + 1))]);

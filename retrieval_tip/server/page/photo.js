@@ -21,6 +21,8 @@ export class Photo {
   problem = null; // the reason why there is no answer
   busy = false;
   taught = null; // the class that the photo was added to
+  visit = null; // the number of its visit, and
+  together = 1; // the number of photos of this visit
   rank = 3; // the doubt, and
   kind = ""; // the class, when the photos were sorted
 
@@ -91,6 +93,7 @@ export class Photo {
     return this.without.length > 0;
   }
 
+  /** The best other classes. */
   get choices() {
     if (!this.shown) return [];
     const { rows } = this.shown;
@@ -125,8 +128,7 @@ export class FolderPhoto extends Photo {
 
   /** Take the label that the session has for the photo. Its answer is only shown by `renew`. */
   tell(newest) {
-    this.taught = newest.label;
-    this.newest = newest;
+    Object.assign(this, { taught: newest.label, visit: newest.visit, newest });
   }
 
   /** Show the newest answer of the session. The evidence for the answer before it is fetched again when it is needed. */

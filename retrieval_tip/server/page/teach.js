@@ -65,8 +65,7 @@ const photos = () => cards.reduce((sum, { files }) => sum + files.length, 0);
 const full = () => cards.filter(({ empty }) => !empty);
 const isNew = () => $("teach-new").checked;
 
-/** Return the card for single photos that are dropped on an element. If the element is not part of a card, this is the
- *  first empty one. */
+/** Return the card that an element is part of, or else the first empty one. It gets single photos that are dropped. */
 const targetAt = (place) => cards.find(({ element }) => element.contains(place)) ?? cards.find(({ empty }) => empty);
 
 /** While single photos are dragged, mark the card that they would be added to. */
@@ -90,8 +89,7 @@ async function filesIn(entry, folder) {
   return parts.flat();
 }
 
-/** Return all files that were dropped or pasted. Call this function while the event is handled, because the entries are
- *  no longer available afterwards. */
+/** Return all files that were dropped or pasted. The entries are only available while the event is handled. */
 export async function gather(transfer) {
   const entries = [...(transfer.items ?? [])].filter((item) => item.kind === "file").map((item) => item.webkitGetAsEntry?.());
   const plain = [...transfer.files];
@@ -106,8 +104,7 @@ const inFolders = (files) =>
     .filter((file) => !file.name.startsWith("."))
     .map((file) => ({ file, folder: file.webkitRelativePath.split("/").at(-2) ?? null }));
 
-/** Add files that were selected, or dropped on an element. Each folder becomes a class, regardless of where it is
- *  dropped. */
+/** Add files that were selected, or dropped on an element. Each folder becomes a class, wherever it is dropped. */
 export function receive(found, place = null) {
   showCards();
   const images = found.filter(({ file }) => IMAGE.test(file.name) || IMAGE.test(file.type.replace("/", ".")));
@@ -156,8 +153,7 @@ function show() {
   $("teach-go").textContent = isNew() ? `Create classifier${of && ` from${of}`}` : `Add${of || " photos"}`;
 }
 
-/** Return the photos for the first request as [label, file] pairs, with photos of as many classes as possible, and the
- *  remaining photos by class. */
+/** Return [label, file] pairs of many classes for the first request, and the remaining photos by class. */
 function begun() {
   const most = Math.max(...full().map(({ files }) => files.length));
   const pairs = [];
