@@ -183,8 +183,8 @@ class Labelling:
         for queued in session.queue.show(taken):
             guessed, alike = session.facts.get(queued.photo, ([], []))
             visit, together = self._visits.get(queued.photo, (None, alike))
-            others = (photo for photo in together if photo != queued.photo)
-            similar = [photo for photo in islice(others, TOGETHER) if photo not in taken]
+            beside = (photo for photo in together if photo != queued.photo)
+            similar = [photo for photo in islice(beside, TOGETHER) if photo not in taken]
             facts = {"guesses": guessed, "similar": similar, "visit": visit}
             queue.append(vars(queued) | {"name": photos.name(queued.photo)} | facts)
         refused: list[Row] = [
