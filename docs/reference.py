@@ -36,6 +36,7 @@ def commands(
     group: click.Group, ctx: click.Context
 ) -> Iterator[tuple[click.Command, click.Context]]:
     """Yield each command of a group and its subgroups, with its context."""
+    group.list_commands(ctx)  # imports those of a plugin
     for name, command in group.commands.items():
         own = command.context_class(command, info_name=name, parent=ctx)
         if isinstance(command, click.Group):

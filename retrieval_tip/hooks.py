@@ -48,7 +48,7 @@ TABLE: Mapping[str, Mapping[str, str]] = {
 """The module and the object behind each of our own names, by kind."""
 HELP: Mapping[str, str] = {
     "addaxai": "Folder of a model of AddaxAI to write. With --help, its options are explained.",
-    "immich": "Suggest tags for the photos of an Immich server, learned from your tags or albums.",
+    "immich": "Suggest tags for the photos of an Immich server.",
 }
 """The help of exports and commands, which are not imported to show it."""
 OPEN = ("writers", "encoders", "sources", "openers")

@@ -51,7 +51,7 @@ def sync(
     key: Path | None = option(_FILE),
     every: int = option(metavar="TIME", callback=_seconds, default="0s", show_default=False),
 ) -> None:
-    """Learn from your tags or albums on an Immich server, and suggest tags for other photos.
+    """Suggest tags for photos, learned from your tags or albums.
 
     With --classes Pets, the tags Pets/Rex and Pets/Luna are classes, and Pets/none has photos of neither. Suggestions
     are the tags Suggested/Rex and Suggested/Luna. Accept one by giving the photo Pets/Rex, and reject it by taking
@@ -107,7 +107,7 @@ def undo(
     out: Path = argument(_FOLDER, default=INDEX),
     key: Path | None = option(_FILE),
 ) -> None:
-    """Take off the suggestions that this program has written, and delete its tags.
+    """Take all suggestions off the photos, and delete their tags.
 
     No other tag is changed, and what was accepted and rejected is kept.
 
