@@ -295,7 +295,7 @@ def suggested(library):
     }
 
 
-@BOTH
+@pytest.mark.parametrize("version", few([STRUCTURED, FLAT], 1))
 def test_a_library_is_taught_answered_and_restored(immich, shared, tmp_path, version, monkeypatch):
     library, truth = holding(shared, [*CLASSES, "chair"], 12, version=version, most=50)
     own = list(library.photos)
@@ -461,7 +461,8 @@ def test_a_killed_run_is_completed_by_the_next(immich, shared, when, warm_path, 
     assert not suggested(library)
 
 
-@pytest.mark.parametrize("number", few([signal.SIGTERM, signal.SIGINT], 1))
+@pytest.mark.soak
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_repeated_run_outlives_faults_until_it_is_stopped(immich, number, tmp_path):
     library = Library(faults=[("GET /api/users", 503)], lasting=True)
     with serving(library) as url:
