@@ -29,7 +29,8 @@ def main(arguments: list[str]) -> int:
     """Install, and return the exit status of pip."""
     driver = runpy.run_path(str(Path(__file__).parent.parent / "retrieval_tip" / "driver.py"))
     faiss = driver["faiss_distribution"](os.environ.get("RETRIEVAL_TIP_FAISS"))
-    replace_faiss(faiss)
+    if "--target" not in arguments:
+        replace_faiss(faiss)
     if sys.platform == "linux" and faiss == "faiss-cpu" and answers(f"{CPU_TORCH}/torch/"):
         arguments = [*arguments, "--extra-index-url", CPU_TORCH]
     live, start, end = sys.stdout.isatty(), time.monotonic(), threading.Event()

@@ -126,7 +126,7 @@ def test_a_photo_is_only_encoded_by_the_backbone_of_the_index(run, shared, tmp_p
         )
     # the same weights in another folder are the same backbone
     shutil.move(one, tmp_path / "moved")
-    failed(run("classify", tmp_path / "i", image), 1, "local-dir")
+    failed(run("classify", tmp_path / "i", image), 2, "this file of the encoder is not on")
     ok("classify", tmp_path / "i", image, "--model", f"local-dir:{tmp_path / 'moved'}")
 
 

@@ -16,6 +16,8 @@ from conftest import COMMANDS, ROOT
 from serving import caltech_photos
 from tables import tiny
 
+from retrieval_tip.cli import main
+from retrieval_tip.cli.group import PluginGroup
 from retrieval_tip.wording import command_line
 
 COMMAND = re.compile(r"retrieval-tip(?: (?:'[^']*'|\"[^\"]*\"|[^\s'\"();,])+)+")
@@ -78,10 +80,20 @@ def in_source():
                     yield name, found
 
 
+def with_plugins():
+    """Return all commands by their words, with those of plugins, which are imported on first use."""
+    plugins = [group for group in main.commands.values() if isinstance(group, PluginGroup)]
+    for group in plugins:
+        group.list_commands(click.Context(group))
+    return COMMANDS | {
+        (group.name, name): command for group in plugins for name, command in group.commands.items()
+    }
+
+
 def words_of(command):
     """Return the words that name a command, and its arguments."""
     words = shlex.split(command)[1:]
-    name = next(known for known in COMMANDS if tuple(words[: len(known)]) == known)
+    name = next(known for known in with_plugins() if tuple(words[: len(known)]) == known)
     return name, words[len(name) :]
 
 
@@ -93,7 +105,7 @@ def test_every_command_in_a_message_is_complete():
         words, arguments = words_of(command)
         values = ["1" if re.fullmatch("[A-Z]+", one) else one for one in arguments]
         try:
-            COMMANDS[words].make_context(" ".join(words), values)
+            with_plugins()[words].make_context(" ".join(words), values)
         except click.UsageError as error:
             raise AssertionError(f"{name}: {command}: {error.format_message()}") from None
 

@@ -101,7 +101,7 @@ def test_skipped_files_of_a_folder_are_reported(tmp_path, caplog):
         "cat/a.png",
         "cat/b.cr2",
         "cat/deep/c.CR2",
-        "cat/d.mp4",
+        "cat/d.pdf",
         "empty/readme.txt",
         "stray.png",
     )
@@ -109,7 +109,7 @@ def test_skipped_files_of_a_folder_are_reported(tmp_path, caplog):
     assert source.class_names == ("cat",)
     assert "without images: empty" in caplog.text
     assert "1 file outside the class folders" in caplog.text
-    assert "2 .cr2, 1 .mp4, 1 .txt" in caplog.text
+    assert "2 .cr2, 1 .pdf, 1 .txt" in caplog.text
 
 
 def test_train_val_and_test_folders_are_splits_not_classes(tmp_path, caplog):

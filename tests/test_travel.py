@@ -17,7 +17,8 @@ import timm
 import torch
 from conftest import LIT_MINI, failed, ok
 from PIL import Image
-from serving import InProcess, app_of, labelling_app
+from serving import InProcess, app_of, caltech_photos, labelling_app
+from tables import tiny
 
 from retrieval_tip import Index
 from retrieval_tip.backbones.base import Identity
@@ -350,3 +351,22 @@ def test_an_encoder_of_the_other_system_is_found_at_the_same_relative_place(tmp_
         assert (lost.missing, found.missing) == (model, None)
         assert lost.located([tmp_path / "w"]) == lost
     assert Identity("hf-hub:me/models", "openai", "", "", {}).missing is None
+
+
+def test_an_index_that_leaves_its_photos_behind_still_finds_them(tmp_path, shared):
+    photos = [path for path, _ in caltech_photos(shared, "train", 2, 2)]
+    place = tmp_path / "home/photos"
+    for number, path in enumerate(photos):
+        (place / str(number % 2)).mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, place / str(number % 2) / f"{number}.jpg")
+    model = f"local-dir:{tiny(tmp_path / 'model')}"
+    ok("index build", place, "--out", tmp_path / "home/indexes/i", "--model", model)
+    (tmp_path / "far/away").mkdir(parents=True)
+    (tmp_path / "home/indexes/i").rename(tmp_path / "far/away/i")
+    sources = Index.load(tmp_path / "far/away/i").labels["source"].to_pylist()
+    assert len(sources) == 4
+    assert all(Path(source).is_file() for source in sources)
+    shutil.copytree(place.parent, tmp_path / "copy")
+    shutil.move(tmp_path / "far/away/i", tmp_path / "copy/indexes/i")
+    sources = Index.load(tmp_path / "copy/indexes/i").labels["source"].to_pylist()
+    assert all(source.startswith(f"{tmp_path}/copy/photos/") for source in sources)

@@ -59,6 +59,8 @@ LabelChanges = Mapping[int, tuple[str | None, str | None]]
 
 BESIDE = "./../"
 """Start of a stored source that is relative to the folder of the index, as in ``./../photos/crab/1.jpg``."""
+NOTED = b"folder"
+"""Key of the metadata of stored labels that has the folder of the index when they were written."""
 
 
 def noun_of(backbone: object) -> str:
@@ -231,23 +233,39 @@ def digest_codes(labels: pa.Table, among: IntArray | None = None) -> IntArray:
 def portable(labels: pa.Table, folder: PurePath) -> pa.Table:
     """Return the labels as the index in ``folder`` stores them, so that the index can travel with its photos.
 
-    The absolute path of a photo becomes relative to the folder, unless they only share the root of a file system.
+    The absolute path of a photo becomes relative to the folder, unless they only share the root of a file system. The
+    table notes the folder, so that the photos are also found if the index travels without them.
     """
     flags = "(?i)" if isinstance(folder, PureWindowsPath) else ""
     sources = _with_start(labels["source"], re.escape(BESIDE), "../")
     for start, inside in _above(folder):
         if inside != "/":
             sources = _with_start(sources, flags + re.escape(inside), start)
-    return with_column(labels, "source", sources)
+    noted = with_column(labels, "source", sources)
+    return noted.replace_schema_metadata({NOTED: os.fsencode(folder)})
 
 
 def located(labels: pa.Table, folder: PurePath) -> pa.Table:
-    """Return stored labels with the paths that photos have if the index is in ``folder``."""
+    """Return stored labels with the paths that photos have if the index is in ``folder``.
+
+    If the first photo only exists beside the folder that the table notes, the index has left its photos there.
+    """
     sources = labels["source"]
+    noted = (labels.schema.metadata or {}).get(NOTED)
+    labels = labels.replace_schema_metadata()
+    if noted is not None:
+        before = PurePath(os.fsdecode(noted))
+        beside = sources.filter(pc.starts_with(sources, BESIDE))[:1].to_pylist()
+        if any(_exists(before, name) and not _exists(folder, name) for name in beside):
+            folder = before
     if pc.any(pc.starts_with(sources, BESIDE)).as_py():
         for start, inside in reversed(_above(folder)):
             sources = _with_start(sources, re.escape(start), inside.replace("\\", r"\\"))
     return with_column(labels, "source", sources)
+
+
+def _exists(folder: PurePath, name: str) -> bool:
+    return os.path.exists(os.path.normpath(f"{folder}/{name}"))  # noqa: PTH110 - of a pure path
 
 
 def _with_start(sources: pa.ChunkedArray, pattern: str, new: str) -> pa.ChunkedArray:
