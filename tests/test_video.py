@@ -268,7 +268,7 @@ def test_a_video_has_one_answer_from_the_mean_of_its_frames(index, inbox):
         means = {label: np.mean([chance[label] for chance in chances]) for label in chances[0]}
         label = max(means, key=means.get)
         assert row["label"] == label
-        assert row["probability"] == pytest.approx(means[label], abs=1e-6)
+        assert row["probability"] == pytest.approx(means[label], abs=1e-4)
         if len(own) == 1:
             assert row["frame"] is None
             continue
@@ -319,7 +319,7 @@ def test_a_video_is_sorted_by_its_answer_and_restored(index, inbox, tmp_path):
         answer = answers[row["input"]]
         place = "no match" if answer["no_match"] else answer["label"]
         assert row["output"] == f"{place}/{Path(row['input']).name}"
-        assert float(row["probability"]) == pytest.approx(answer["probability"], abs=1e-6)
+        assert float(row["probability"]) == pytest.approx(answer["probability"], abs=1e-4)
         data = (out / row["output"]).read_bytes()
         assert data == before[Path(row["input"])]
         assert row["digest"] == hashlib.sha256(data).hexdigest()
