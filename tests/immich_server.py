@@ -9,10 +9,11 @@ import json
 import re
 import threading
 import uuid
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
+
+from loopback import answering
 
 KEY = "a-key-that-nobody-may-print"
 ME, PARTNER = (str(uuid.UUID(int=number, version=4)) for number in (1, 2))
@@ -452,18 +453,9 @@ class Handler(BaseHTTPRequestHandler):
         """Print nothing."""
 
 
-@contextmanager
 def serving(library):
-    """Serve a library, and yield its address."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.library, server.daemon_threads = library, True
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}"
-        finally:
-            server.shutdown()
-            thread.join()
+    """Serve a library, and return its address as a context."""
+    return answering(Handler, library=library)
 
 
 def holding(shared, classes, each, tagged=0, tag="Pets/{}", **more):

@@ -6,13 +6,13 @@ import json
 import shutil
 import subprocess
 import tarfile
-import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 from browser import PATIENCE, Opened, chromium
 from conftest import ROOT, ok
+from loopback import answering
 from PIL import Image
 from playwright.sync_api import expect
 from sealing import manifest_of
@@ -72,13 +72,8 @@ def site(runtime, fitted, tmp_path):
     )
     for name, precision in (("things", "float32"), ("int8", "int8")):
         ok("index export", fitted, "--onnx", folder / f"{name}.onnx", "--precision", precision)
-    server = http.server.ThreadingHTTPServer(
-        ("127.0.0.1", 0), functools.partial(Files, directory=folder)
-    )
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/"
-    server.shutdown()
-    server.server_close()
+    with answering(functools.partial(Files, directory=folder)) as address:
+        yield f"{address}/"
 
 
 LOGITS = """async ([graph, at]) => {

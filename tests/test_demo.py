@@ -6,7 +6,6 @@ import shlex
 import socket
 import subprocess
 import sys
-import threading
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from conftest import ROOT, ok
+from loopback import answering
 from PIL import Image
 
 from retrieval_tip import open_source
@@ -29,12 +29,9 @@ def test_the_demo_does_not_wait_for_unresponsive_servers():
             self.send_response(200 if self.path == "/there" else 404)
             self.end_headers()
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Files) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}"
+    with answering(Files) as url:
         assert demo.answers(f"{url}/there")
         assert not demo.answers(f"{url}/gone")
-        server.shutdown()
     assert not demo.answers(f"{url}/there")
     with socket.create_server(("127.0.0.1", 0)) as mute:  # accepts connections, but never answers
         assert not demo.answers(f"http://127.0.0.1:{mute.getsockname()[1]}/", seconds=0.3)

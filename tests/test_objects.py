@@ -5,9 +5,7 @@ import http.server
 import json
 import os
 import socket
-import threading
 import time
-from contextlib import contextmanager
 from dataclasses import replace
 from unittest import mock
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -17,6 +15,7 @@ import pytest
 from conftest import tries, uninstall
 from hypothesis import example, given
 from hypothesis import strategies as st
+from loopback import answering
 from stored import made
 
 from retrieval_tip.errors import StoreError, UsageError
@@ -327,9 +326,8 @@ def test_obstore_and_lancedb_use_the_same_server(variable, region, bucket, monke
     assert database.open_table("t").count_rows() == 3
 
 
-@contextmanager
 def running_server(answer):
-    """Run a server whose answers ``answer(method, path with query, headers, body)`` returns."""
+    """Return the context of a server whose answers ``answer(method, path with query, headers, body)`` returns."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -352,16 +350,7 @@ def running_server(answer):
         def log_message(self, *_):
             pass
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    return answering(Handler)
 
 
 def test_objects_behave_in_the_same_way_on_gcs(tmp_path, monkeypatch):

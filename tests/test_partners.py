@@ -15,7 +15,7 @@ import threading
 import time
 from contextlib import contextmanager, suppress
 from html import escape
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from urllib.parse import quote
 
@@ -26,6 +26,7 @@ from conftest import SHARED, few, needs_real, tries
 from fastapi.testclient import TestClient
 from hypothesis import given
 from hypothesis import strategies as st
+from loopback import answering
 from PIL import Image
 from referees import referee
 from sealing import altered
@@ -621,10 +622,8 @@ def studio(uploads):
 
         def log_message(self, *_): ...
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}", asked
-        server.shutdown()
+    with answering(Handler) as address:
+        yield address, asked
 
 
 def test_only_uploads_of_the_configured_label_studio_are_fetched(things, photos, monkeypatch):
