@@ -156,9 +156,9 @@ class Sync:
 
     def _review(self, *, apply: bool) -> None:
         """Find out which suggestions the user has accepted or rejected."""
+        photos = self._ledger.photos()
         for path, suggestions in by_tag(self._ledger.suggestions(SENT, WRITTEN, HIDDEN)):
             members = self.tagging.members(path)
-            photos = self._ledger.photos()
             present, absent, answered = [], [], []
             for suggestion in suggestions:
                 if suggestion.asset in self.classes:

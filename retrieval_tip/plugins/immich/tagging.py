@@ -6,10 +6,11 @@ Only tags below :data:`SUGGESTED` are written, and only those that were written 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from retrieval_tip.arrays import slices
 from retrieval_tip.plugins.immich.client import AT_ONCE, Immich
 from retrieval_tip.plugins.immich.ledger import OURS, THEIRS, WRITTEN, Ledger, Suggestion
 
@@ -48,7 +49,8 @@ class Tagging:
             theirs = [suggestion for suggestion in own if suggestion.asset in before]
             self.ledger.add(suggestion._replace(state=THEIRS) for suggestion in theirs)
             new = [suggestion for suggestion in own if suggestion.asset not in before]
-            for some in _batches(new):
+            for batch in slices(len(new), AT_ONCE):
+                some = new[batch]
                 self.ledger.add(some)
                 self._settle(some, self.immich.put_on(tag, _assets_of(some)))
             left = {suggestion.asset for suggestion in new} - self.members(path)
@@ -64,8 +66,8 @@ class Tagging:
     def take_off(self, path: str, suggestions: Sequence[Suggestion]) -> list[Suggestion]:
         """Take a tag off photos, and return the suggestions whose photos lack it now. The others count as failed."""
         if (tag := self.tags.get(path)) is not None:
-            for some in _batches(suggestions):
-                self.immich.take_off(tag, _assets_of(some))
+            for batch in slices(len(suggestions), AT_ONCE):
+                self.immich.take_off(tag, _assets_of(suggestions[batch]))
         left = self.members(path, anywhere=True)
         gone = [suggestion for suggestion in suggestions if suggestion.asset not in left]
         self.failed["still with the tag"] += len(suggestions) - len(gone)
@@ -109,11 +111,6 @@ def by_tag(suggestions: Iterable[Suggestion]) -> Iterable[tuple[str, list[Sugges
     for suggestion in suggestions:
         by_tag.setdefault(suggestion.tag, []).append(suggestion)
     return by_tag.items()
-
-
-def _batches(suggestions: Sequence[Suggestion]) -> Iterator[Sequence[Suggestion]]:
-    for start in range(0, len(suggestions), AT_ONCE):
-        yield suggestions[start : start + AT_ONCE]
 
 
 def _assets_of(suggestions: Iterable[Suggestion]) -> list[str]:
