@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     import onnx
 
 Answers: TypeAlias = Tensor | tuple[Tensor, ...]
+Decoded = TypeVar("Decoded")
 
 LARGEST = (1 << 31) - (1 << 20)
 """Maximum size in bytes of a graph including its weights, slightly below the protobuf limit of 2 GiB."""
@@ -271,7 +272,7 @@ def _agreement(
         backbone = without_unused(backbone, index.shares)
         given = inputs_of(index, backbone)
         examples = []
-        for view in _views(index, backbone, COMPARED):
+        for view in photos_of(index, lambda data: pixels_of(data, backbone)):
             views = backbone.views(view[None]) if isinstance(backbone, Joined) else [view[None]]
             used = zip(given.items(), (one for one in views if one is not None), strict=True)
             pixels = {name: Pixels(preprocess).of(one[0]) for (name, preprocess), one in used}
@@ -294,13 +295,12 @@ def _agreement(
     return {"n": len(examples), "equal": equal, "difference": difference}
 
 
-def _views(index: Index, backbone: Backbone, most: int) -> Iterator[Tensor]:
-    """Yield views of at most ``most`` evenly spaced photos of the index, and skip photos that cannot be read."""
-    for path in dict.fromkeys(
-        index.rows.described(spread(index.n, most), ["source"])["source"].to_pylist()
-    ):
+def photos_of(index: Index, decode: Callable[[bytes], Decoded]) -> Iterator[Decoded]:
+    """Decode at most ``COMPARED`` evenly spaced photos of the index, and skip those that cannot be read."""
+    sources = index.rows.described(spread(index.n, COMPARED), ["source"])["source"].to_pylist()
+    for path in dict.fromkeys(sources):
         with suppress(InputError):
-            yield pixels_of(read_item(path), backbone)
+            yield decode(read_item(path))
 
 
 def _behind_tower(

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -22,17 +19,14 @@ from retrieval_tip.backbones.base import Backbone, Identity, unit_of, without_un
 from retrieval_tip.backbones.catalogue import licence_of
 from retrieval_tip.backbones.loading import load_again
 from retrieval_tip.data import images
-from retrieval_tip.data.source import spread
-from retrieval_tip.data.sources import read_item
 from retrieval_tip.errors import InputError, UsageError, warn_once
+from retrieval_tip.export.onnx_graph import photos_of
 from retrieval_tip.files import make_folders, read_json, replacing, temporary
 from retrieval_tip.hooks import flag, option
 from retrieval_tip.model import Index
 from retrieval_tip.plugins.addaxai import graph, ranks
 from retrieval_tip.wording import counted, show
 
-COMPARED = 10
-"""Maximum number of photos on which the model is compared with the package."""
 LARGEST_MANIFEST = 1 << 20
 DEVELOPER = "retrieval-tip"
 MAY_DIFFER = 0.01
@@ -144,7 +138,7 @@ def _compared(index: Index, backbone: Backbone, folder: Path) -> str:
 
     Raises InputError if they differ.
     """
-    photos = list(_photos(index))
+    photos = list(photos_of(index, images.decode))
     names = []
     for number, photo in enumerate(photos):
         name = folder / f"{number}.png"
@@ -172,19 +166,9 @@ def _compared(index: Index, backbone: Backbone, folder: Path) -> str:
     return f"{speed}, {counted(len(photos), 'photo')} answered alike within {max(difference, 1e-6):.6f}"
 
 
-def _photos(index: Index) -> Iterator[Image.Image]:
-    """Yield evenly spaced photos of the index at full size, and skip those that cannot be read."""
-    sources = index.rows.described(spread(index.n, COMPARED), ["source"])["source"].to_pylist()
-    for source in dict.fromkeys(sources):
-        with suppress(InputError):
-            yield images.decode(read_item(source))
-
-
 def _answer(index: Index, backbone: Backbone, photo: Image.Image) -> dict[str, float]:
     """Return the probability that this package gives to each class, or nothing for a photo without a match."""
-    file = io.BytesIO()
-    photo.save(file, "PPM")
-    view = backbone.preprocess(images.decode(file.getvalue()))
+    view = backbone.preprocess(photo)
     features = unit_of(backbone, backbone.encode_images(view[None]))
     every = len(index.class_names)
     (answer,) = index.classify(features, norms="keep", top=every, neighbours=0)

@@ -47,12 +47,13 @@ def traced(index: Index, backbone: Backbone, labels: list[str]) -> bytes:
 
     Raises UsageError if an encoder prepares photos in its own way, and InputError if torch cannot trace one.
     """
-    views = [steps_of(preprocess) for preprocess in inputs_of(index, backbone).values()]
+    inputs = inputs_of(index, backbone).values()
+    views = [steps_of(preprocess) for preprocess in inputs]
     if any(view["shorter_side"] is None for view in views):
         raise UsageError(
             f"{backbone.identity}: cannot be exported, because it does not only resize and crop photos"
         )
-    sizes = [view_size(preprocess) for preprocess in inputs_of(index, backbone).values()]
+    sizes = [view_size(preprocess) for preprocess in inputs]
     facts: dict[str, Any] = {"labels": labels, "views": [_needed(view) for view in views]}
     try:
         with traceable():
