@@ -116,8 +116,8 @@ def opens(suffix: str) -> bool:
 
 def openers() -> list[type]:
     """Return the classes of our openers whose extras are installed. Their fields are options."""
-    places = [place for suffix, place in TABLE["openers"].items() if opens(suffix)]
-    return [pkgutil.resolve_name(place) for place in dict.fromkeys(places)]
+    one_suffix = {place: suffix for suffix, place in TABLE["openers"].items()}
+    return [pkgutil.resolve_name(place) for place, suffix in one_suffix.items() if opens(suffix)]
 
 
 def names(kind: str) -> list[str]:

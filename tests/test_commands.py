@@ -2,6 +2,7 @@
 
 import ast
 import csv
+import functools
 import html
 import re
 import shlex
@@ -80,6 +81,7 @@ def in_source():
                     yield name, found
 
 
+@functools.cache
 def with_plugins():
     """Return all commands by their words, with those of plugins, which are imported on first use."""
     plugins = [group for group in main.commands.values() if isinstance(group, PluginGroup)]
