@@ -93,6 +93,7 @@ function refuse(file, error) {
 
 const folder = () => photos.filter(({ inFolder }) => inFolder);
 let told = ""; // the state of the session whose answers are shown, or are being fetched
+let asking = false; // whether they are being fetched, which takes longer than a label
 let alike = []; // groups of photos of the session without a match that are shown
 let newAlike = []; // the newest groups, which are shown with the next screen
 let held = []; // photos whose newest answer is shown with the next screen, because a person looks at an earlier one
@@ -104,19 +105,22 @@ const setOld = (is) => ($("grid").ariaBusy = String(is));
 /** Show the labels and answers of all photos of the session. */
 async function showFolder() {
   const { now } = session;
-  if (!now?.version || $("classify-view").hidden || now.index !== state.info?.name || session.waiting) return;
+  if (asking || !now?.version || $("classify-view").hidden || now.index !== state.info?.name || session.waiting) return;
   const read = now.encoded < now.photos ? Math.floor(Math.log2(now.encoded)) : now.photos; // not for each of thousands
   const at = [now.version, read, session.labelled].join();
   if (at === told) return;
   told = at;
+  asking = true;
+  const asked = performance.now();
   const answer = await reported(() => api.request("/v1/label/answers"));
-  if (!answer) told = "";
-  if (!answer || at !== told || session.waiting) return;
+  asking = false;
+  if (told !== at) return showFolder(); // for another index, or because the person has come to the screen again
+  if (!answer) return (told = "");
   const known = new Map(folder().map((photo) => [photo.number, photo]));
   const fresh = answer.photos.filter(({ photo }) => !known.has(photo)).map((one) => new FolderPhoto(one));
   photos.push(...fresh);
   for (const one of fresh) known.set(one.number, one);
-  for (const one of answer.photos) known.get(one.photo).tell(one);
+  for (const one of answer.photos) known.get(one.photo).tell(one, asked);
   for (const [visit, some] of Map.groupBy(folder(), (one) => one.visit)) for (const one of some) one.together = visit === null ? 1 : some.length;
   newAlike = answer.groups.map((numbers) => numbers.map((number) => known.get(number)));
   held = [...known.values()];
@@ -124,6 +128,7 @@ async function showFolder() {
   if (isOld() || !grid.onScreen().length) turn();
   else release(fresh.length ? arrange : showSoon);
   if (document.activeElement === document.body) $("grid").focus({ preventScroll: true });
+  return showFolder(); // there may be more labels by now
 }
 session.addEventListener("state", () => (showFolder(), $("classify-view").hidden || showSoon()));
 addEventListener("hashchange", () => ((told = ""), setOld(folder().length > 0), painted && paint()));
@@ -177,7 +182,7 @@ function relabel(pairs, follow = arrange) {
   const which = pairs.map(([photo]) => photo);
   const before = which.map(({ taught }) => taught);
   const steps = session.label(pairs.map(([photo, label]) => [photo.number, label]));
-  for (const [photo, label] of pairs) photo.taught = label;
+  for (const [photo, label] of pairs) photo.judge(label);
   const goOn = next(which);
   grid.select([]);
   follow();
@@ -186,7 +191,7 @@ function relabel(pairs, follow = arrange) {
   given = names.size === 1 ? [...names][0] : null;
   const undo = async () => {
     steps.toReversed().forEach((step) => session.undo(step));
-    which.forEach((photo, i) => (photo.taught = before[i]));
+    which.forEach((photo, i) => photo.judge(before[i]));
     given = null;
     arrange();
     return "Undone.";
@@ -393,7 +398,7 @@ $("filter").addEventListener("input", debounced(120, arrange));
 function open(photo) {
   drawer.open(photo);
   grid.go(photo);
-  if (photo.inFolder && !photo.current) reported(async () => (photo.feature || (await photo.fetch()), askAgain([photo])));
+  if (photo.inFolder && !photo.current) reported(async () => (await photo.fetch(), askAgain([photo])));
 }
 
 /** Open the photo that follows the open one in the grid, or precedes it. */

@@ -106,6 +106,7 @@ export class Photo {
 export class FolderPhoto extends Photo {
   best = null; // the answer of the session, to which similar photos contribute
   given = []; // what the photo itself and similar photos give to this answer, as [{ input, label, gives }]
+  judged = 0; // when the person gave it its label
   rank = -1; // after the photos that were sorted before
 
   constructor({ photo, name }) {
@@ -126,18 +127,23 @@ export class FolderPhoto extends Photo {
     return (this.shown && this.best) || super.winner;
   }
 
-  /** Take the label that the session has for the photo. Its answer is only shown by `renew`. */
-  tell(newest) {
-    Object.assign(this, { taught: newest.label, visit: newest.visit, newest });
+  /** Give the photo a label, or none. */
+  judge(label) {
+    Object.assign(this, { taught: label, judged: performance.now() });
+  }
+
+  /** Take what the session was `asked` about the photo. Its label may be newer. Its answer is only shown by `renew`. */
+  tell(newest, asked) {
+    Object.assign(this, { taught: this.judged > asked ? this.taught : newest.label, visit: newest.visit, newest });
   }
 
   /** Show the newest answer of the session. The evidence for the answer before it is fetched again when it is needed. */
   renew() {
-    const { guesses, no_match, similar = [] } = this.newest;
+    const { guesses, no_match } = this.newest;
     if (!guesses.length) return; // it has a label
     const rows = guesses.map((guess) => ({ ...guess, text: NaN, cache: NaN }));
     const shown = { no_match, rows, supporting: [], opposing: null };
-    Object.assign(this, { best: guesses[0], given: similar, version: null, shown });
+    Object.assign(this, { best: guesses[0], given: [], version: null, shown });
   }
 
   /** Store the evidence. The session decides about the answer, and whether it has no match. */
@@ -145,8 +151,9 @@ export class FolderPhoto extends Photo {
     return super.take(answer, { ...result, no_match: this.no_match, level: null }, without);
   }
 
-  /** Fetch the feature, with which the photo is classified like any other photo. */
+  /** Fetch what similar photos give, and the feature, with which the photo is classified like any other photo. */
   async fetch() {
+    this.given = await api.request(api.labelPhoto(this.number, "similar"));
     const response = await api.bytes(api.labelPhoto(this.number, "feature"));
     this.feature = new Float32Array(await response.arrayBuffer());
   }
