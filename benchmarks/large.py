@@ -41,7 +41,7 @@ SIDE, FOLDER, LONGEST = 96, 500, 12
 PACE, SINGLE, SCREENS, SPEED = 0.3, 60, 6, 4000
 """Seconds between two labels, number of labels in each step, screens to review, and px/s to scroll."""
 ACCEPTED = 202
-WAIT = 1200
+WAIT = 3000
 """Maximum number of seconds to wait for something."""
 
 OBSERVE = """() => {

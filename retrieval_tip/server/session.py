@@ -79,7 +79,7 @@ REVIEWED = 11.5
 
 Correcting ``w`` answers and accepting the others takes ``1 + 2 w`` actions (benchmarks/person.py counts them).
 """
-CONSIDERED = 1 << 14
+CONSIDERED = 1 << 13
 """Number of photos that are considered for the queue. If there are more, they are drawn at random every time."""
 CHUNK = 32
 """Number of photos to encode at a time."""

@@ -68,8 +68,7 @@ export class Photo {
     Object.assign(this, { feature: null, similar: [], without: [], shown: null, problem: null, taught: null });
   }
 
-  /** Store an answer that was given without some keys. Return false if the answer does not hold, because the index has
-   *  changed, or because the photo is one of the examples. */
+  /** Store an answer that was given without some keys. Return false if the index has changed, or has the photo. */
   take({ version }, result, without) {
     const { feature, similar } = result;
     if (feature) {
@@ -106,7 +105,6 @@ export class Photo {
 export class FolderPhoto extends Photo {
   best = null; // the answer of the session, to which similar photos contribute
   given = []; // what the photo itself and similar photos give to this answer, as [{ input, label, gives }]
-  judged = 0; // when the person gave it its label
   rank = -1; // after the photos that were sorted before
 
   constructor({ photo, name }) {
@@ -127,14 +125,9 @@ export class FolderPhoto extends Photo {
     return (this.shown && this.best) || super.winner;
   }
 
-  /** Give the photo a label, or none. */
-  judge(label) {
-    Object.assign(this, { taught: label, judged: performance.now() });
-  }
-
-  /** Take what the session was `asked` about the photo. Its label may be newer. Its answer is only shown by `renew`. */
-  tell(newest, asked) {
-    Object.assign(this, { taught: this.judged > asked ? this.taught : newest.label, visit: newest.visit, newest });
+  /** Take the label that the session has for the photo. Its answer is only shown by `renew`. */
+  tell(newest) {
+    Object.assign(this, { taught: newest.label, visit: newest.visit, newest });
   }
 
   /** Show the newest answer of the session. The evidence for the answer before it is fetched again when it is needed. */
