@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import torch
 from torch.nn.functional import normalize
 
-from retrieval_tip.arrays import FloatArray
+from retrieval_tip.arrays import FloatArray, slices
 from retrieval_tip.data.exif import UNKNOWN, ExifRecorder
 from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.remote import absolute
@@ -26,6 +26,7 @@ from retrieval_tip.index import places
 from retrieval_tip.index.build import build_index
 from retrieval_tip.index.changes import PhotoLabel
 from retrieval_tip.labelling.queue import Picked
+from retrieval_tip.labelling.suggest import BLOCK
 from retrieval_tip.machine import check_memory
 from retrieval_tip.model import Index
 from retrieval_tip.predictions import Predictions
@@ -290,11 +291,13 @@ def build_from_labels(
 
 def alike(features: FloatArray, rows: Sequence[int]) -> list[list[int]]:
     """Return the rows of the photos that are near-identical to the photos at ``rows``, most similar first."""
-    points = torch.from_numpy(features)
-    points = normalize(points - points.mean(0))
-    cosines = points[rows] @ points.T
+    every = torch.from_numpy(features)
+    mean = every.mean(0)
+    points = normalize(every[rows] - mean)
+    parts = (normalize(every[part] - mean) for part in slices(len(every), BLOCK))
+    cosines = torch.cat([points @ part.T for part in parts], dim=1)
     cosines[range(len(rows)), rows] = -1
-    found = cosines.topk(min(MOST_ALIKE, len(points)))
+    found = cosines.topk(min(MOST_ALIKE, len(every)))
     return [
         near[own >= ALIKE].tolist() for near, own in zip(found.indices, found.values, strict=True)
     ]

@@ -93,8 +93,7 @@ function refuse(file, error) {
 
 const folder = () => photos.filter(({ inFolder }) => inFolder);
 let told = ""; // the state of the session whose answers are shown, or are being fetched
-let fetching = false; // whether they are being fetched, which takes longer than a label
-const changed = new Set(); // photos that have got another label since
+let changed = null; // photos that got another label while they are fetched, which takes longer than a label
 let alike = []; // groups of photos of the session without a match that are shown
 let newAlike = []; // the newest groups, which are shown with the next screen
 let held = []; // photos whose newest answer is shown with the next screen, because a person looks at an earlier one
@@ -102,30 +101,32 @@ let held = []; // photos whose newest answer is shown with the next screen, beca
 /** Whether the answers on the screen are out of date, because the person has just come to it. Nobody can confirm them. */
 const isOld = () => $("grid").ariaBusy === "true";
 const setOld = (is) => ($("grid").ariaBusy = String(is));
+const begins = () => isOld() || !grid.onScreen().length;
 
 /** Show the labels and answers of all photos of the session. */
 async function showFolder() {
   const { now } = session;
-  if (fetching || !now?.version || $("classify-view").hidden || now.index !== state.info?.name || session.waiting) return;
+  if (!now?.version || $("classify-view").hidden || now.index !== state.info?.name || session.waiting) return;
   const read = now.encoded < now.photos ? Math.floor(Math.log2(now.encoded)) : now.photos; // not for each of thousands
   const at = [now.version, read, session.labelled].join();
   if (at === told) return;
+  if (changed && begins()) told = ""; // the person waits for the newest answers
+  if (changed) return;
   told = at;
-  fetching = true;
-  changed.clear();
+  const newer = (changed = new Set());
   const answer = await reported(() => api.request("/v1/label/answers"));
-  fetching = false;
-  if (told !== at) return showFolder(); // for another index, or because the person has come to the screen again
+  changed = null;
+  if (told !== at) return showFolder();
   if (!answer) return (told = "");
   const known = new Map(folder().map((photo) => [photo.number, photo]));
   const fresh = answer.photos.filter(({ photo }) => !known.has(photo)).map((one) => new FolderPhoto(one));
   for (const one of fresh) photos.push(one), known.set(one.number, one);
-  for (const one of answer.photos) changed.has(known.get(one.photo)) || known.get(one.photo).tell(one);
+  for (const one of answer.photos) newer.has(known.get(one.photo)) || known.get(one.photo).tell(one);
   for (const [visit, some] of Map.groupBy(folder(), (one) => one.visit)) for (const one of some) one.together = visit === null ? 1 : some.length;
   newAlike = answer.groups.map((numbers) => numbers.map((number) => known.get(number)));
   held = [...known.values()];
   if (fresh.length === answer.photos.length) $("filter-state").value = "rest";
-  if (isOld() || !grid.onScreen().length) turn();
+  if (begins()) turn();
   else release(fresh.length ? arrange : showSoon);
   if (document.activeElement === document.body) $("grid").focus({ preventScroll: true });
   return showFolder(); // there may be more labels by now
@@ -182,7 +183,7 @@ function relabel(pairs, follow = arrange) {
   const which = pairs.map(([photo]) => photo);
   const before = which.map(({ taught }) => taught);
   const steps = session.label(pairs.map(([photo, label]) => [photo.number, label]));
-  for (const [photo, label] of pairs) changed.add(Object.assign(photo, { taught: label }));
+  for (const [photo, label] of pairs) (photo.taught = label), changed?.add(photo);
   const goOn = next(which);
   grid.select([]);
   follow();
@@ -191,7 +192,7 @@ function relabel(pairs, follow = arrange) {
   given = names.size === 1 ? [...names][0] : null;
   const undo = async () => {
     steps.toReversed().forEach((step) => session.undo(step));
-    which.forEach((photo, i) => changed.add(Object.assign(photo, { taught: before[i] })));
+    which.forEach((photo, i) => ((photo.taught = before[i]), changed?.add(photo)));
     given = null;
     arrange();
     return "Undone.";
