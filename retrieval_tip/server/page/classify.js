@@ -114,7 +114,7 @@ async function showFolder() {
   if (changed) return;
   told = at;
   const newer = (changed = new Set());
-  const answer = await reported(() => api.request("/v1/label/answers"));
+  const answer = await reported(() => api.request("/v1/label/answers", { patience: Infinity }));
   changed = null;
   if (told !== at) return showFolder();
   if (!answer) return (told = "");
