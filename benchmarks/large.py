@@ -60,6 +60,9 @@ PRESSED = """async ([key, before]) => {
 }"""
 GIVEN = """async () => {
     const painted = () => new Promise((done) => requestAnimationFrame(() => setTimeout(done)));
+    document.getElementById("grid").scrollIntoView();
+    scrollBy(0, -200);
+    await painted();
     const line = document.getElementById("bar").getBoundingClientRect().bottom;
     const whole = ({ top, bottom }) => top >= line && bottom <= innerHeight;
     const tiles = [...document.querySelectorAll("#grid .tile")].filter((one) => whole(one.getBoundingClientRect()));
