@@ -1982,6 +1982,20 @@ def test_new_answers_come_with_the_next_screen(labelling, pool, tmp_path):
         page.press("#grid", "Shift+Enter")
         expect(page.locator("#progress")).not_to_have_text(before)
 
+        wait_until(page, "!state.busy && !state.unsaved")
+        late = []
+        page.route("**/v1/label/answers", lambda route: late.append((route, route.fetch())))
+        tile = page.locator("#grid .tile:not(.taught)").first
+        page.select_option("#filter-state", "rest")
+        correct(page, name := tile.get_attribute("title"), pool[name])
+        route, answer = wait_for(page, late, 1)  # of a moment before the next label
+        correct(page, name := tile.get_attribute("title"), pool[name])
+        held = hold(page, "**/v1/label/answers")
+        route.fulfill(response=answer)
+        wait_for(page, held, 1)
+        expect(page.locator(f'#grid .tile[title="{name}"]')).to_have_count(0)
+        release(page, held)
+
 
 def status(page):
     """Return the state of the labelling session."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -34,7 +34,8 @@ def bursts(names: Sequence[str], times: Sequence[datetime | None], gap: float) -
     A photo without a time is a burst of its own.
     """
     taken = enumerate(zip(names, times, strict=True))
-    dated = sorted((str(Path(name).parent), time, row) for row, (name, time) in taken if time)
+    # pathlib takes seconds for 50,000 names
+    dated = sorted((os.path.dirname(name), time, row) for row, (name, time) in taken if time)  # noqa: PTH120
     first = list(range(len(names)))  # the row of the earliest photo of each burst
     for (folder, time, row), (next_folder, next_time, next_row) in pairwise(dated):
         if folder == next_folder and (next_time - time).total_seconds() <= gap:

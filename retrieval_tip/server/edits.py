@@ -320,7 +320,7 @@ async def label_sort(
             some = [photo for photo in some if photo in known.encoded]
             if not some:
                 raise InputError("photos: have not been read yet; try again later")
-            reader = known.remembered(some)
+            reader = await run(known.remembered, some)
         action: Action = "copy" if change.action == "xmp" else change.action
         most = change.at_most_wrong
         smooth = not change.labelled and version.index.n <= service.limits.estimated

@@ -108,8 +108,8 @@ class Service:
             size=lambda data: len(data) + OVERHEAD,
         )
         self._slow = self.pool("slow", 2)
-        self._made: ResultCache[Hashable, Any] = ResultCache(
-            self._slow, most=SLOW_KEPT, room=SLOW_AT_ONCE
+        self._made: ResultCache[tuple[weakref.ref[OpenVersion], Hashable], Any] = ResultCache(
+            self._slow, most=SLOW_KEPT, room=SLOW_AT_ONCE, useful=lambda key: key[0]() is not None
         )
         self.photos = LabelStudioPhotos(root, limits.bytes, os.environ)
         self.root = root or Path()

@@ -93,6 +93,7 @@ function refuse(file, error) {
 
 const folder = () => photos.filter(({ inFolder }) => inFolder);
 let told = ""; // the state of the session whose answers are shown, or are being fetched
+let changed = null; // photos that got another label while they are fetched, which takes longer than a label
 let alike = []; // groups of photos of the session without a match that are shown
 let newAlike = []; // the newest groups, which are shown with the next screen
 let held = []; // photos whose newest answer is shown with the next screen, because a person looks at an earlier one
@@ -100,6 +101,7 @@ let held = []; // photos whose newest answer is shown with the next screen, beca
 /** Whether the answers on the screen are out of date, because the person has just come to it. Nobody can confirm them. */
 const isOld = () => $("grid").ariaBusy === "true";
 const setOld = (is) => ($("grid").ariaBusy = String(is));
+const begins = () => isOld() || !grid.onScreen().length;
 
 /** Show the labels and answers of all photos of the session. */
 async function showFolder() {
@@ -108,22 +110,26 @@ async function showFolder() {
   const read = now.encoded < now.photos ? Math.floor(Math.log2(now.encoded)) : now.photos; // not for each of thousands
   const at = [now.version, read, session.labelled].join();
   if (at === told) return;
+  if (changed && begins()) told = ""; // the person waits for the newest answers
+  if (changed) return;
   told = at;
-  const answer = await reported(() => api.request("/v1/label/answers"));
-  if (!answer) told = "";
-  if (!answer || at !== told || session.waiting) return;
+  const newer = (changed = new Set());
+  const answer = await reported(() => api.request("/v1/label/answers", { patience: Infinity }));
+  changed = null;
+  if (told !== at) return showFolder();
+  if (!answer) return (told = "");
   const known = new Map(folder().map((photo) => [photo.number, photo]));
   const fresh = answer.photos.filter(({ photo }) => !known.has(photo)).map((one) => new FolderPhoto(one));
-  photos.push(...fresh);
-  for (const one of fresh) known.set(one.number, one);
-  for (const one of answer.photos) known.get(one.photo).tell(one);
+  for (const one of fresh) photos.push(one), known.set(one.number, one);
+  for (const one of answer.photos) newer.has(known.get(one.photo)) || known.get(one.photo).tell(one);
   for (const [visit, some] of Map.groupBy(folder(), (one) => one.visit)) for (const one of some) one.together = visit === null ? 1 : some.length;
   newAlike = answer.groups.map((numbers) => numbers.map((number) => known.get(number)));
   held = [...known.values()];
   if (fresh.length === answer.photos.length) $("filter-state").value = "rest";
-  if (isOld() || !grid.onScreen().length) turn();
+  if (begins()) turn();
   else release(fresh.length ? arrange : showSoon);
   if (document.activeElement === document.body) $("grid").focus({ preventScroll: true });
+  return showFolder(); // there may be more labels by now
 }
 session.addEventListener("state", () => (showFolder(), $("classify-view").hidden || showSoon()));
 addEventListener("hashchange", () => ((told = ""), setOld(folder().length > 0), painted && paint()));
@@ -177,7 +183,7 @@ function relabel(pairs, follow = arrange) {
   const which = pairs.map(([photo]) => photo);
   const before = which.map(({ taught }) => taught);
   const steps = session.label(pairs.map(([photo, label]) => [photo.number, label]));
-  for (const [photo, label] of pairs) photo.taught = label;
+  for (const [photo, label] of pairs) (photo.taught = label), changed?.add(photo);
   const goOn = next(which);
   grid.select([]);
   follow();
@@ -186,7 +192,7 @@ function relabel(pairs, follow = arrange) {
   given = names.size === 1 ? [...names][0] : null;
   const undo = async () => {
     steps.toReversed().forEach((step) => session.undo(step));
-    which.forEach((photo, i) => (photo.taught = before[i]));
+    which.forEach((photo, i) => ((photo.taught = before[i]), changed?.add(photo)));
     given = null;
     arrange();
     return "Undone.";
@@ -351,10 +357,11 @@ const STATES = { // what to show, and a function that tells whether a photo is s
   unsure: ["Below 50 %", (photo) => photo.shown && !photo.no_match && photo.winner.probability < 0.5],
   taught: ["With a label", (photo) => photo.taught !== null],
 };
+const words = new Intl.Collator(undefined, { numeric: true }); // localeCompare takes 20 times as long
 const SORTS = { // an order, and a function that compares two photos
   doubt: ["Least certain first", (a, b) => (a.taught !== null) - (b.taught !== null) || b.rank - a.rank],
-  class: ["By class", (a, b) => a.kind.localeCompare(b.kind)],
-  name: ["By name", (a, b) => a.name.localeCompare(b.name, undefined, { numeric: true })],
+  class: ["By class", (a, b) => words.compare(a.kind, b.kind)],
+  name: ["By name", (a, b) => words.compare(a.name, b.name)],
   new: ["Newest first", () => 0],
 };
 
@@ -393,7 +400,7 @@ $("filter").addEventListener("input", debounced(120, arrange));
 function open(photo) {
   drawer.open(photo);
   grid.go(photo);
-  if (photo.inFolder && !photo.current) reported(async () => (photo.feature || (await photo.fetch()), askAgain([photo])));
+  if (photo.inFolder && !photo.current) reported(async () => (await photo.fetch(), askAgain([photo])));
 }
 
 /** Open the photo that follows the open one in the grid, or precedes it. */
@@ -496,7 +503,7 @@ export async function teach(all, label) {
 
 /** Return a function that activates the photo that has taken the place of the first of some photos. */
 function next(which) {
-  const at = Math.max(0, Math.min(...which.map((photo) => grid.items.indexOf(photo))));
+  const at = Math.max(0, grid.items.findIndex((photo) => which.includes(photo)));
   return (scroll) => grid.go(grid.items[Math.min(at, grid.items.length - 1)], scroll);
 }
 

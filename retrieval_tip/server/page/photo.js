@@ -68,8 +68,7 @@ export class Photo {
     Object.assign(this, { feature: null, similar: [], without: [], shown: null, problem: null, taught: null });
   }
 
-  /** Store an answer that was given without some keys. Return false if the answer does not hold, because the index has
-   *  changed, or because the photo is one of the examples. */
+  /** Store an answer that was given without some keys. Return false if the index has changed, or has the photo. */
   take({ version }, result, without) {
     const { feature, similar } = result;
     if (feature) {
@@ -133,11 +132,11 @@ export class FolderPhoto extends Photo {
 
   /** Show the newest answer of the session. The evidence for the answer before it is fetched again when it is needed. */
   renew() {
-    const { guesses, no_match, similar = [] } = this.newest;
+    const { guesses, no_match } = this.newest;
     if (!guesses.length) return; // it has a label
     const rows = guesses.map((guess) => ({ ...guess, text: NaN, cache: NaN }));
     const shown = { no_match, rows, supporting: [], opposing: null };
-    Object.assign(this, { best: guesses[0], given: similar, version: null, shown });
+    Object.assign(this, { best: guesses[0], given: [], version: null, shown });
   }
 
   /** Store the evidence. The session decides about the answer, and whether it has no match. */
@@ -145,8 +144,9 @@ export class FolderPhoto extends Photo {
     return super.take(answer, { ...result, no_match: this.no_match, level: null }, without);
   }
 
-  /** Fetch the feature, with which the photo is classified like any other photo. */
+  /** Fetch what similar photos give, and the feature, with which the photo is classified like any other photo. */
   async fetch() {
+    this.given = await api.request(api.labelPhoto(this.number, "similar"));
     const response = await api.bytes(api.labelPhoto(this.number, "feature"));
     this.feature = new Float32Array(await response.arrayBuffer());
   }
