@@ -20,6 +20,7 @@ from retrieval_tip.arrays import FloatArray
 from retrieval_tip.data.exif import UNKNOWN, ExifRecorder
 from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.remote import absolute
+from retrieval_tip.data.source import clip_of
 from retrieval_tip.data.sources import Source, of_images, read_item
 from retrieval_tip.errors import InputError
 from retrieval_tip.index import places
@@ -93,6 +94,7 @@ class SessionPhotos:
 
     Attributes:
         paths: the paths of the photos, as they were given.
+        clips: the files of the photos that are frames of videos.
         features: the features ``[d]`` of the photos that have been encoded.
         digests: the digests of the photos that have been read.
         same: the photos by digest.
@@ -104,6 +106,8 @@ class SessionPhotos:
     def __init__(self, paths: Mapping[int, str], reader: Reader) -> None:
         self.reader = replace(reader, progress=False, done=Counter())
         self.paths = dict(paths)
+        files = {photo: clip_of(path) for photo, path in paths.items()}
+        self.clips = {photo: file for photo, file in files.items() if file}
         self.features: dict[int, FloatArray] = {}
         self.digests: dict[int, str] = {}
         self.same: dict[str, list[int]] = {}
@@ -147,6 +151,15 @@ class SessionPhotos:
     def rows(self, photos: Sequence[int]) -> FloatArray:
         """Return the features of encoded photos, of shape ``[m, d]``."""
         return np.stack([self.features[photo] for photo in photos])
+
+    def seen(self) -> tuple[dict[int, str], dict[int, datetime], dict[int, str]]:
+        """Return copies of the paths, of the times, and of the files of encoded frames."""
+        frames = self.clips.keys() & self.features.keys()
+        return (
+            dict(self.paths),
+            dict(self.times),
+            {photo: self.clips[photo] for photo in sorted(frames)},
+        )
 
     def remembered(self, photos: Sequence[int]) -> Reader:
         """Return a reader of encoded photos, which reads no file."""

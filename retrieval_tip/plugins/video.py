@@ -135,7 +135,9 @@ class _Video:
         pixels = self._decoder.width * self._decoder.height
         if not 0 < pixels <= MOST_PIXELS:  # 0 if a decoder refuses its frames
             raise InputError(f"has frames of more than {MOST_PIXELS:,} pixels, or of none")
-        self._decoder.options = {"max_pixels": options["max_pixels"]}  # frames may be larger than stated
+        self._decoder.options = {
+            "max_pixels": options["max_pixels"]
+        }  # frames may be larger than stated
         self._decoder.thread_count = max(1, min(THREADS, MOST_PIXELS // pixels))
         self._decoder.thread_type = "AUTO"
         self._start()
@@ -165,7 +167,8 @@ class _Video:
         if time is None:
             return -1
         ticks = time + later - (self.stream.start_time or 0)
-        return round(1000 * ticks * (self.stream.time_base or 0))
+        milliseconds: int = round(1000 * ticks * (self.stream.time_base or 0))
+        return milliseconds
 
     def read(self, wanted: int) -> bytes:
         """Return the frame at a time in milliseconds as a JPEG. Raises InputError if it cannot be decoded."""
