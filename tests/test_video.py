@@ -20,6 +20,7 @@ from retrieval_tip import Classifier, Index, Reader, hooks, load_backbone
 from retrieval_tip.data.source import items_in, opener, read_item
 from retrieval_tip.data.sources import open_inputs
 from retrieval_tip.errors import InputError, UsageError
+from retrieval_tip.plugins import video
 
 av = pytest.importorskip(
     "av", reason="SKIPPED: videos need PyAV; run pip install 'retrieval-tip[video]'"
@@ -178,7 +179,7 @@ def test_damaged_videos_give_what_is_readable(tmp_path):
     assert len(read_frames(str(tmp_path / "cut.mkv"))[0]) >= 3
 
 
-def test_other_and_hostile_files_are_one_line(tmp_path, every):
+def test_other_and_hostile_files_are_one_line(tmp_path, every, monkeypatch):
     audio = tmp_path / "sound.mp4"
     with av.open(str(audio), "w") as container:
         stream = container.add_stream("aac", rate=8000)
@@ -200,6 +201,11 @@ def test_other_and_hostile_files_are_one_line(tmp_path, every):
         "huge.avi": ["has frames of more than 33,554,432 pixels, or of none"],
     }.items():
         assert read_frames(str(tmp_path / name)) == ({}, [f": {reason}" for reason in reasons])
+    far = write_numbered(tmp_path / "far.mp4", 60, g="250")
+    monkeypatch.setattr(video, "WORK", 128 * 96 * 30)
+    with pytest.raises(InputError, match="too far from a key frame"):
+        read_item(f"{far}#2000")
+    monkeypatch.undo()
     one = write_numbered(tmp_path / "one.mp4", 1)
     assert read_frames(one) == ({0: 0}, [])
     for name in ("x", "-1", "1e3", "9" * 99):

@@ -40,6 +40,8 @@ PASSED = 32 << 20
 
 It is also the most bytes of packets that wait to be decoded.
 """
+WORK = 1 << 34
+"""Most pixels to decode for a frame: half a minute of work, or a minute between key frames in 4K."""
 QUALITY = 95
 
 
@@ -175,6 +177,7 @@ class _Video:
         if wanted in self._passed:
             return self._passed[wanted]
         self._wanted = wanted
+        self._work = WORK
         if self._time < wanted <= self._time + FAR:
             data = self._forward(wanted)
             if data is not None:
@@ -258,6 +261,9 @@ class _Video:
     def _frames_of(self, packet: Any) -> Iterator[tuple[int, Any]]:
         import av
 
+        self._work -= self._decoder.width * self._decoder.height
+        if self._work < 0:
+            raise InputError("this frame is too far from a key frame")
         try:
             yield from self._timed(packet.decode())
         except av.FFmpegError:

@@ -50,8 +50,6 @@ PIXELS = 4_000_000
 """Number of pixels that count as one additional image in the queue. A larger image is decoded alone."""
 CLIP = 16
 """Number of images that a video counts as in the queue."""
-PICTURE = 640
-"""Size of the frame in the answer to a video, in pixels."""
 SLOW_AT_ONCE, SLOW_KEPT = 8, 32
 """Maximum numbers of slow results in progress, and of slow results in the cache.
 
@@ -263,10 +261,10 @@ class Service:
         located = (
             await self.find(version.located, block.features) if features else [{}] * len(results)
         )
-        for place, result, more in zip(block.positions.tolist(), results, located, strict=True):
+        for place, result, more in zip(block.positions, results, located, strict=True):
             name = sent.names[place]
             if name != names[place]:
-                picture = await self.find(images.thumbnail, sent.images[place], PICTURE)
+                picture = await self.find(images.thumbnail, sent.images[place], 640)  # pixels
                 more = {"frame": name, "picture": data_url(picture)}
             result |= {"input": names[place]} | more
         metrics.CLASSIFIED.labels(version.name).inc(len(results))
@@ -316,10 +314,13 @@ class Service:
         areas = [await self.run(self._weighing, area, data) for data in sent.images]
         self._admit()
         made: list[Any] = await asyncio.gather(*map(found, sent.images, areas))
-        good = [place for place, one in enumerate(made) if not isinstance(one, InputError)]
-        for name, one in zip(sent.names, made, strict=True):
+        good = list[int]()
+        for place, one in enumerate(made):
             if isinstance(one, InputError):
+                name = sent.names[place]
                 skipped.append(Skipped(name, f"{one}{how_to_read([suffix_of(name)])}"))
+            else:
+                good.append(place)
         if not good:
             more = f"; and {len(skipped) - NAMED} more" if skipped[NAMED:] else ""
             raise InputError("; ".join(map(str, skipped[:NAMED])) + more)
@@ -348,8 +349,8 @@ class Service:
                     skipped.append(Skipped(name, str(error)))
         files = [file for file, _, _ in photos]
         labels = sent.labels and [sent.labels[file] for file in files]
-        images = [image for _, _, image in photos]
-        return Upload([name for _, name, _ in photos], labels, images, files=files), skipped
+        names = [name for _, name, _ in photos]
+        return Upload(names, labels, [data for _, _, data in photos], files=files), skipped
 
     def _admit(self) -> None:
         """Raise Problem 429 if the waiting turns of the client fill more than a quarter of the queue."""
