@@ -20,6 +20,7 @@ from retrieval_tip.arrays import FloatArray, slices
 from retrieval_tip.data.exif import UNKNOWN, ExifRecorder
 from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.remote import absolute
+from retrieval_tip.data.source import clip_of
 from retrieval_tip.data.sources import Source, of_images, read_item
 from retrieval_tip.errors import InputError
 from retrieval_tip.index import places
@@ -94,6 +95,7 @@ class SessionPhotos:
 
     Attributes:
         paths: the paths of the photos, as they were given.
+        clips: the files of the photos that are frames of videos.
         encoded: the photos that have been encoded, with the rows of their features.
         earlier: the photos that were labelled in an earlier session.
         digests: the digests of the photos that have been read.
@@ -106,6 +108,8 @@ class SessionPhotos:
     def __init__(self, paths: Mapping[int, str], reader: Reader) -> None:
         self.reader = replace(reader, progress=False, done=Counter())
         self.paths = dict(paths)
+        files = {photo: clip_of(path) for photo, path in paths.items()}
+        self.clips = {photo: file for photo, file in files.items() if file}
         self.encoded: dict[int, int] = {}
         self.earlier: list[int] = []
         self._features: FloatArray = np.empty((0, 0), np.float32)
@@ -155,6 +159,15 @@ class SessionPhotos:
     def feature(self, photo: int) -> FloatArray | None:
         """Return the feature ``[d]`` of a photo, or ``None`` if it has not been encoded."""
         return self.rows([photo])[0] if photo in self.encoded else None
+
+    def seen(self) -> tuple[dict[int, str], dict[int, datetime], dict[int, str]]:
+        """Return copies of the paths, of the times, and of the files of encoded frames."""
+        frames = self.clips.keys() & self.encoded.keys()
+        return (
+            dict(self.paths),
+            dict(self.times),
+            {photo: self.clips[photo] for photo in sorted(frames)},
+        )
 
     def remembered(self, photos: Sequence[int]) -> Reader:
         """Return a reader of encoded photos, which reads no file."""

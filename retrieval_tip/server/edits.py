@@ -270,7 +270,7 @@ async def label_photos(
 ) -> schemas.Row:
     """Keep images as photos of the labelling session, and return their numbers.
 
-    An image that the session already has keeps its number.
+    Of a video, the frames are kept. An image that the session already has keeps its number.
     """
     _, sent = await read_form(request, service.limits, schemas.Images)
     reader = labelling.photos.reader

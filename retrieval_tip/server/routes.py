@@ -60,7 +60,8 @@ async def classify(
 ) -> Response:
     """Classify images or features.
 
-    The response lists unreadable inputs as `skipped`. If all inputs are unreadable, the response is an error.
+    A video gets one answer from its frames. The response lists unreadable inputs as `skipped`. If all inputs are
+    unreadable, the response is an error.
     """
     version = service.index(question.index).now
     sent = await read(request, service.limits, question.norms, version.index.d)

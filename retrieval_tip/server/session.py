@@ -132,7 +132,7 @@ class Labelling:
             self._unread.put_nowait(queue.order[start : start + CHUNK])
         self._in_turn = asyncio.Lock()
         self._visits: dict[int, tuple[int, list[int]]] = {}
-        self._dated = 0  # number of photos with a date when these were found
+        self._visited = 0  # number of photos that had been read when these were found
         self._made: set[str] = set()  # classes that this session has created
         self._last: places.Changed | None = None
         self._chosen: tuple[Index | None, int] = (None, 0)  # and the number of encoded photos
@@ -244,10 +244,10 @@ class Labelling:
 
     async def visits(self) -> Mapping[int, tuple[int, list[int]]]:
         """Return the visits of the photos that have been read (see :func:`bursts.visits_of`)."""
-        times = dict(self.photos.times)
-        if len(times) != self._dated:
-            self._visits = await asyncio.to_thread(visits_of, dict(self.photos.paths), times)
-            self._dated = len(times)
+        read = len(self.photos.encoded)
+        if read != self._visited:
+            self._visits = await asyncio.to_thread(visits_of, *self.photos.seen())
+            self._visited = read
         return self._visits
 
     async def answers(self, version: OpenVersion) -> Answers:
@@ -459,7 +459,7 @@ class Labelling:
             drawn = np.random.default_rng(len(rows)).permutation(rows)[:CONSIDERED]
             some = sorted(drawn.tolist())
             features = await run(self.photos.rows, some)
-            picks = await run(_suggested, some, features, index)
+            picks = await run(_suggested, some, features, self.photos.clips, index)
             ahead, _ = self.session.apply(Suggested(picks, {}))
             shown = [queued.photo for queued in ahead.shown() if queued.photo in unlabelled]
             features = await run(self.photos.rows, rows)
@@ -531,9 +531,9 @@ def _reason(error: Exception, what: str) -> str:
 
 
 def _suggested(
-    rows: Sequence[int], features: FloatArray, index: Index | None
+    rows: Sequence[int], features: FloatArray, clips: Mapping[int, str], index: Index | None
 ) -> list[tuple[int, str]]:
-    pool = Pool([str(row) for row in rows], features, [])
+    pool = Pool([str(row) for row in rows], features, [], [clips.get(row, "") for row in rows])
     table = suggest_features(pool, QUEUED, index).table
     return [(int(row["input"]), row["why"]) for row in table.select(["input", "why"]).to_pylist()]
 

@@ -84,9 +84,9 @@ function fail(photo, error) {
   remove([photo]); // because it will never get an answer
 }
 
-function refuse(file, error) {
-  const reason = reasonOf(file, error);
-  refused.set(reason, [...(refused.get(reason) ?? []), file.name]);
+function refuse({ name }, { message }) {
+  const reason = message.startsWith(`${name}: `) ? message.slice(name.length + 2) : message; // files with the same one share a line
+  refused.set(reason, [...(refused.get(reason) ?? []), name]);
 }
 
 // --- the photos of the labelling session ---
@@ -202,21 +202,16 @@ function relabel(pairs, follow = arrange) {
   showTaught();
 }
 
-/** Return the reason why a file was skipped, without its name, so that files with the same reason share a line. */
-function reasonOf({ name }, { message }) {
-  const reason = message.startsWith(`${name}: `) ? message.slice(name.length + 2) : message;
-  if (!/not a readable image/.test(reason) || !/\.hei[cf]$/i.test(name)) return reason;
-  return "the server cannot open HEIC files; save as JPEG, or install the extra heic on the server";
-}
-
-/** Classify photos again by their features. If a photo is one of the examples, it is classified without itself. */
-async function askAgain(asked) {
+/** Classify photos again, by their features if they have any. An example is classified without itself. */
+async function askAgain(some) {
+  some.filter(({ feature }) => !feature).forEach(ask);
+  const asked = some.filter(({ feature }) => feature);
   const first = new Set(grid.items.slice(0, 60));
-  const ordered = [...asked].sort((a, b) => first.has(b) - first.has(a)); // these are probably visible
+  const ordered = asked.toSorted((a, b) => first.has(b) - first.has(a)); // these are probably visible
   for (const photo of asked) photo.busy ||= !photo.current;
   const blocks = [];
-  for (const some of Map.groupBy(ordered, ({ current, without }) => current && without.join()).values())
-    for (let i = 0; i < some.length; i += BLOCK) blocks.push(some.slice(i, i + BLOCK));
+  for (const like of Map.groupBy(ordered, ({ current, without }) => current && without.join()).values())
+    for (let i = 0; i < like.length; i += BLOCK) blocks.push(like.slice(i, i + BLOCK));
   await Promise.all(blocks.map(askBlock));
 }
 
@@ -235,7 +230,7 @@ async function keepAll(files) {
     notice(`Adding ${done + 1} of ${files.length}…`);
     const kept = await state.keepPhoto(file).catch((error) => (api.passing(error) ? Promise.reject(error) : refuse(file, error)));
     if (kept === null) return notice(""); // there is no token
-    done += kept ? 1 : 0;
+    done += kept?.photos.length ?? 0; // a video has several
   }
   notice(`Added ${plural(done, "photo")} to the session.`);
   setOld(true); // so that these photos are sorted in at once
@@ -288,7 +283,7 @@ function progress() {
     const [first] = grid.items;
     if (first) say(`${plural(photos.length, "photo")} classified. First: ${first.name}, ${first.shown ? spoken(first) : ""}`);
   }
-  if (!left) showUnknown(photos.filter(({ inFolder }) => !inFolder), alike);
+  if (!left) showUnknown(photos.filter(({ inFolder, feature }) => !inFolder && feature), alike);
   drawer.show();
   showTaught();
   showProblems();
@@ -301,13 +296,9 @@ function showProblems() {
   const lines = [];
   const failed = photos.filter((photo) => photo.problem && api.passing(photo.problem));
   if (failed.length) {
-    const retry = () => {
-      askAgain(failed.filter(({ feature }) => feature));
-      failed.filter(({ feature }) => !feature).forEach(ask);
-    };
     const without = failed.filter((photo) => !photo.shown).length;
     const waiting = without ? ` ${plural(without, "photo has", "photos have")} not been classified yet.` : "";
-    lines.push([`${failed[0].problem.message}${waiting}`, button("Try again", retry, { id: "again" })]);
+    lines.push([`${failed[0].problem.message}${waiting}`, button("Try again", () => askAgain(failed), { id: "again" })]);
   }
   for (const [reason, names] of refused) {
     const some = names.slice(0, 4).join(", ") + (names.length > 4 ? ` and ${names.length - 4} more` : "");
@@ -326,6 +317,8 @@ function tile(photo, element, text, note) {
   const { shown, winner, taught } = photo;
   const no_match = photo.no_match && taught === null;
   for (const [name, is] of Object.entries({ busy: photo.busy, no_match, taught: taught !== null })) element.classList.toggle(name, is);
+  const [image] = element.firstChild.children;
+  if (photo.picture && image.src !== photo.picture) image.replaceWith(photo.image(240, ""));
   element.title = photo.name;
   Object.assign(element.dataset, { input: photo.name, busy: photo.busy });
   if (shown) Object.assign(element.dataset, { label: winner.label, probability: winner.probability });
@@ -543,7 +536,7 @@ state.addEventListener("index", () => {
 state.addEventListener("version", () => {
   moving.abort();
   moving = new AbortController();
-  askAgain(photos.filter(({ feature, inFolder, busy }) => feature && (!inFolder || busy)));
+  askAgain(photos.filter(({ feature, picture, inFolder, busy }) => (feature || picture) && (!inFolder || busy)));
   progress();
   showFolder();
 });

@@ -1,7 +1,7 @@
 // A photo on the page, with its file, its feature, and the answer of the server.
 
 import * as api from "./api.js";
-import { nameOf, picture, preview } from "./dom.js";
+import { el, nameOf, picture, preview } from "./dom.js";
 import { state } from "./state.js";
 
 const TOP = 8; // number of classes in an answer
@@ -18,6 +18,7 @@ export class Photo {
   without = []; // key ids of this photo itself, which is classified with the other examples
   version = null; // index version to which these belong
   shown = null; // the answer as { rows, no_match, group, supporting, opposing }
+  picture = null; // of a video, which has no feature: the frame that matches best
   problem = null; // the reason why there is no answer
   busy = false;
   taught = null; // the class that the photo was added to
@@ -36,7 +37,7 @@ export class Photo {
 
   /** Return an image of the photo, for a place of this size in pixels. */
   image(size, alt) {
-    return preview(this.file, alt);
+    return this.picture ? el("img", { alt, src: this.picture }) : preview(this.file, alt);
   }
 
   /** Return the file of the photo. */
@@ -78,6 +79,7 @@ export class Photo {
     }
     if (version !== state.info.version || String(this.without) !== String(without)) return false;
     this.shown = answerOf(result);
+    this.picture = result.picture ?? null;
     this.busy = false;
     this.problem = null;
     return true;
