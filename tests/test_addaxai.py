@@ -175,7 +175,9 @@ def test_a_photo_that_resembles_no_shot_gets_an_empty_list(model, boxes):
     name = boxes[0] / "noise.png"
     Image.fromarray(noise).save(name)
     item = {"image_path": str(name), "bbox": [0, 0, 1, 1]}
-    assert addaxai_worker.classified(model, [item, *boxes[2]], 4) == [[], *answers]
+    first, *others = addaxai_worker.classified(model, [item, *boxes[2]], 4)
+    assert first == []
+    assert difference(others, map(dict, answers)) < 1e-5
     name.unlink()
 
 
