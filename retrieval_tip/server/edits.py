@@ -17,6 +17,7 @@ from retrieval_tip.data.groups import not_in_index
 from retrieval_tip.data.remote import absolute
 from retrieval_tip.data.sources import spelled_alike
 from retrieval_tip.errors import InputError
+from retrieval_tip.files import common_folders
 from retrieval_tip.index import added_photos
 from retrieval_tip.index import changes as index_changes
 from retrieval_tip.index.places import Changed, Place
@@ -340,7 +341,7 @@ async def label_sort(
     undo = command_line("sort", "--undo", "--into", folder)
     if xmp:
         inside = [known.path(photo) for photo in every if photo < MOST_PHOTOS]
-        folders = [os.path.commonpath(inside or paths), *filter(os.path.isdir, [labelling.dropped])]
+        folders = [*common_folders(inside or paths), *filter(os.path.isdir, [labelling.dropped])]
         undo = command_line(
             "classify", absolute(str(labelling.place)), *folders, "--format", "xmp", "--undo"
         )
