@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import threading
 from collections.abc import (
     AsyncIterator,
     Awaitable,
@@ -137,6 +138,7 @@ class Labelling:
         self._last: places.Changed | None = None
         self._chosen: tuple[Index | None, int] = (None, 0)  # and the number of encoded photos
         self._deciding = asyncio.Lock()
+        self._answering = threading.Lock()  # answers to two versions at once would take much memory
         self._progress: Progress | None = None
         self._problem: str | None = None
         self._trouble: str | None = None
@@ -257,7 +259,11 @@ class Labelling:
         smooth = (
             version.index.n <= limits.estimated
         )  # otherwise, holding out photos would take too long
-        call = partial(answers_to, version.index, self.photos, read, smooth, limits.grouped)
+
+        def call() -> Answers:
+            with self._answering:
+                return answers_to(version.index, self.photos, read, smooth, limits.grouped)
+
         return await self.service.once(version, ("answers", len(read)), call)
 
     async def label(self, change: schemas.SetLabels) -> None:
