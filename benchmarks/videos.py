@@ -30,7 +30,7 @@ from retrieval_tip.data.source import items_in, of_images, read_item
 SPLIT = SHARED / "data/caltech101/split_zhou_Caltech101.json"
 KEYS = (30, 250)
 """Numbers of frames from one key frame to the next."""
-SECONDS = 20
+SECONDS = 10
 """Length of the clips for the speed."""
 ROUNDS = 3
 CLIPS, SEEDS = 40, (1, 2, 3)

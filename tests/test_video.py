@@ -1,6 +1,7 @@
 """Videos: frames at exact times and upright, damaged and hostile files, and one answer for each video."""
 
 import csv
+import gc
 import hashlib
 import io
 import time
@@ -215,6 +216,19 @@ def test_other_and_hostile_files_are_one_line(tmp_path, every, monkeypatch):
         every(seconds)
         with pytest.raises(UsageError, match="frame_every"):
             opener("openers", ".mp4")
+
+
+def test_closed_videos_release_their_decoders_at_once(tmp_path):
+    """A decoder has threads and frames, which must not wait for the garbage collector."""
+    gc.collect()
+    gc.disable()
+    try:
+        for number in range(video.OPEN + 2):
+            read_item(f"{write_numbered(tmp_path / f'{number}.mp4', 1)}#0")
+        alive = [one for one in gc.get_objects() if isinstance(one, video._Video)]
+    finally:
+        gc.enable()
+    assert len(alive) == video.OPEN
 
 
 @pytest.fixture

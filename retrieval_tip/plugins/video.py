@@ -10,7 +10,7 @@ import io
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -153,6 +153,7 @@ class _Video:
 
     def close(self) -> None:
         """Close the file and the decoder."""
+        self._frames.close()  # else the garbage collector would have to free the decoder
         self.container.close()
         self._file.close()
 
@@ -216,7 +217,7 @@ class _Video:
             self.container.seek((self.stream.start_time or 0) + ticks, stream=self.stream)
             self._start()
 
-    def _decoded(self) -> Iterator[tuple[int, Any]]:
+    def _decoded(self) -> Generator[tuple[int, Any], None, None]:
         """Yield readable frames and their times, in order: all that show the first frame of a step, or depend on it.
 
         Packets wait until such a frame needs them. If the next key frame comes first, they are not decoded.
