@@ -16,7 +16,7 @@ from retrieval_tip.predictions import Predictions
 
 
 @dataclass(frozen=True)
-class Answers:
+class Review:
     """The answers to ``read`` photos, and groups of the numbers of similar ones without a match."""
 
     read: list[int]
@@ -50,7 +50,7 @@ class Answers:
 
 def answers_to(
     index: Index, photos: SessionPhotos, read: list[int], smooth: bool, most: int
-) -> Answers:
+) -> Review:
     """Classify photos that have been read, and group the first ``most`` of those without a match."""
     pool = Pool([photos.name(photo) for photo in read], photos.rows(read), [])
     if smooth:
@@ -63,4 +63,4 @@ def answers_to(
     if len(rows) > 1:
         found = group(pool.features[rows], group_similarity(index), index.metric)
         groups = [[read[row] for row in rows[own]] for own in found]
-    return Answers(read, answers, groups)
+    return Review(read, answers, groups)

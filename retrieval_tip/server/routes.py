@@ -23,7 +23,7 @@ from retrieval_tip.evaluation.projection import Method, methods, projected
 from retrieval_tip.evaluation.projection import exemplars as typical_keys
 from retrieval_tip.fit.closed_form import estimate
 from retrieval_tip.labelling.groups import group, group_similarity
-from retrieval_tip.labelling.review import Answers
+from retrieval_tip.labelling.review import Review
 from retrieval_tip.predictions import Predictions
 from retrieval_tip.server import schemas
 from retrieval_tip.server.access import READS, Named, Now, TheLabelling, TheService, cookie
@@ -358,7 +358,7 @@ async def label_answers(service: TheService, labelling: TheLabelling) -> Respons
     same ``visit``, which is a number or null, are in the same folder and were taken seconds apart.
     """
     version = labelling.version()
-    answers = Answers([], Predictions(), [])
+    answers = Review([], Predictions(), [])
     if version is None:
         return json_of(answers.listed(labelling.photos, {}, {}))
     if labelling.photos.encoded:

@@ -50,7 +50,7 @@ from retrieval_tip.labelling.labels import (
 from retrieval_tip.labelling.pool import MOST_PHOTOS, Pool, suggest_features
 from retrieval_tip.labelling.progress import Estimate, estimate_rest, gain_of
 from retrieval_tip.labelling.queue import QUEUED, Queue
-from retrieval_tip.labelling.review import Answers, answers_to
+from retrieval_tip.labelling.review import Review, answers_to
 from retrieval_tip.labelling.session import (
     Change,
     Dropped,
@@ -252,7 +252,7 @@ class Labelling:
             self._visited = read
         return self._visits
 
-    async def answers(self, version: OpenVersion) -> Answers:
+    async def answers(self, version: OpenVersion) -> Review:
         """Return the answers to the photos that have been read, which are computed once per version."""
         read = self.photos.own(self.photos.encoded)
         limits = self.service.limits
@@ -260,7 +260,7 @@ class Labelling:
             version.index.n <= limits.estimated
         )  # otherwise, holding out photos would take too long
 
-        def call() -> Answers:
+        def call() -> Review:
             with self._answering:
                 return answers_to(version.index, self.photos, read, smooth, limits.grouped)
 
