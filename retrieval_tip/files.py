@@ -122,7 +122,7 @@ def common_folders(paths: Iterable[str | os.PathLike[str]]) -> list[str]:
     drives = defaultdict(list)
     for path in paths:
         drives[os.path.splitdrive(path)[0].casefold()].append(os.fspath(path))
-    return [os.path.commonpath(inside) for inside in drives.values()]
+    return [os.path.commonpath(inside).replace(os.sep, "/") for inside in drives.values()]
 
 
 def make_folders(path: str | os.PathLike[str]) -> None:

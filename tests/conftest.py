@@ -85,7 +85,7 @@ NO_DATA = ROOT / "build" / "no-data"
 SHARED = _shared()
 REAL = (SHARED / "data" / "splits").is_dir()
 
-LIT_MINI = f"local-dir:{SHARED / 'models' / 'lit-mini'}"
+LIT_MINI = f"local-dir:{(SHARED / 'models' / 'lit-mini').as_posix()}"
 """A small real dual encoder, as ``--model`` takes it."""
 
 SOAK = bool(os.environ.get("RETRIEVAL_TIP_SOAK"))
@@ -286,7 +286,7 @@ def things(shared, tmp_path_factory):
 @pytest.fixture
 def own(things, tmp_path):
     """A copy of the photo index that a test may change."""
-    return Path(shutil.copytree(things, tmp_path / "own"))
+    return shutil.copytree(things, tmp_path / "own")
 
 
 @pytest.fixture(scope="session")

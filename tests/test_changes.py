@@ -3,7 +3,6 @@
 import json
 import shlex
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -59,7 +58,7 @@ def built_pictures(tmp_path_factory, lit_mini):
 @pytest.fixture
 def pictures(built_pictures, tmp_path):
     """A copy of an index of four pandas and four pizzas, each with two views, with the photos beside it."""
-    return Path(shutil.copytree(built_pictures, tmp_path / "pictures")) / "index"
+    return shutil.copytree(built_pictures, tmp_path / "pictures") / "index"
 
 
 def features_of(lit_mini, folder, **options):

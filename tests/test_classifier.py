@@ -281,7 +281,7 @@ def test_tables_in_memory_are_inputs(place, clf, library, monkeypatch):
     frame = module.table if library == "pyarrow" else module.DataFrame
     monkeypatch.chdir(place)
     source = open_source("new")
-    paths = list(source.paths)
+    paths = [Path(path).as_posix() for path in source.paths]
     labels = source.labels
     expected = clf.predict(paths)
     right = clf.evaluate("new").to_dict()

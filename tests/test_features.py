@@ -338,7 +338,7 @@ def test_environment_variables_set_the_cache_folder(monkeypatch):
     places = {
         "RETRIEVAL_TIP_CACHE": "",
         "XDG_CACHE_HOME": "/retrieval-tip",
-        "HOME": "/.cache/retrieval-tip",
+        "USERPROFILE" if os.name == "nt" else "HOME": "/.cache/retrieval-tip",
     }
     for number, name in enumerate(places):
         monkeypatch.setenv(name, f"/{number}")

@@ -122,7 +122,7 @@ def test_folders_of_any_depth_are_created(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(os.name != "nt", reason="SKIPPED: needs Windows")
 def test_each_drive_has_a_common_folder():
-    assert common_folders(["C:/a/b", "c:\\a\\c", "Z:/d"]) == ["C:\\a", "Z:\\d"]
+    assert common_folders(["C:/a/b", "c:\\a\\c", "Z:/d"]) == ["C:/a", "Z:/d"]
 
 
 def test_circular_links_are_resolved(tmp_path):

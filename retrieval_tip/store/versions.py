@@ -286,7 +286,7 @@ class Versions:
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = self.local = Path(folder)
-        self.place = str(self.folder)
+        self.place = self.folder.as_posix()
         self.files: StoreFiles = LocalFiles(self.folder, self.place)
 
     def __str__(self) -> str:
