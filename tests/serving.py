@@ -64,11 +64,8 @@ def server(*arguments, token=None, path=None, command="serve", printed=None, por
     environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"} | (
         {"RETRIEVAL_TIP_TOKEN": token} if token else {}
     )
-    program = (
-        [str(shutil.which("retrieval-tip", path=path))]
-        if path
-        else [sys.executable, "-m", "retrieval_tip"]
-    )
+    installed = shutil.which("retrieval-tip", path=path) if path else None  # Wine has only a checkout
+    program = [installed] if installed else [sys.executable, "-m", "retrieval_tip"]
     program += [command, *map(str, arguments), *([] if port is None else ["--port", str(port)])]
     process = subprocess.Popen(program, stderr=subprocess.PIPE, text=True, env=environment)
     lines = queue.Queue()

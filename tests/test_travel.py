@@ -369,4 +369,5 @@ def test_an_index_that_leaves_its_photos_behind_still_finds_them(tmp_path, share
     shutil.copytree(place.parent, tmp_path / "copy")
     shutil.move(tmp_path / "far/away/i", tmp_path / "copy/indexes/i")
     sources = Index.load(tmp_path / "copy/indexes/i").labels["source"].to_pylist()
-    assert all(source.startswith(f"{tmp_path}/copy/photos/") for source in sources)
+    photos = f"{(tmp_path / 'copy' / 'photos').as_posix()}/"
+    assert all(source.startswith(photos) for source in sources)

@@ -31,6 +31,7 @@ NOT_RUN = {
     "notebooks": PACKAGES,
     "onnx": PACKAGES,
     "page": CHROMIUM,
+    "paths": MAPPED,
     "precision": PACKAGES,
     "ray": PACKAGES,
     "readme": SHELL,
