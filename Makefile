@@ -87,6 +87,7 @@ ifneq ($(wildcard ../shared/models),) # needs the photos and features of public 
 	$(BENCH)/accuracy.py --dataset food --shots 2 --seeds 1 --finetune
 	$(BENCH)/accuracy.py --encoders --shots 1 --seeds 1
 	$(BENCH)/accuracy.py --dataset food --shots 5 --seeds 1 --shape growth
+	$(BENCH)/review.py --photos 300 --results $$(mktemp)
 	$(BENCH)/paper.py --dataset Caltech101 --seeds 1 --shots 1 --method untouched --method zero-shot
 endif
 

@@ -23,7 +23,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ import common
 import faiss
 import numpy as np
 import numpy.typing as npt
+import torch
 from accuracy import DATASETS, Tables
 from common import Run, add_runs, machine, markdown, read_runs, summary
 from matplotlib import style
@@ -46,6 +47,8 @@ from retrieval_tip.labelling.pool import Pool, suggest_features
 from retrieval_tip.labelling.smoothing import smooth
 
 LABELS, SHARE = (1, 2, 4, 8), 0.9
+DROPPED, DROPOUTS = 0.75, 3
+"""Share of dropped values, and number of answers with dropped values (Gupte et al.)."""
 PARTS = ("test", "unlabelled")
 IntArray = npt.NDArray[np.int64]
 
@@ -99,6 +102,23 @@ def centres(now: Round) -> IntArray:
     return now.rest[np.concatenate([nearest, others])[: now.n]]
 
 
+def drop_query(now: Round) -> IntArray:
+    """Choose as DropQuery does (Gupte et al., TMLR 2024), with the closed-form classifier.
+
+    Candidates are photos for which most answers change if values of the features are dropped.
+    """
+    if now.index is None:
+        return centres(now)
+    features, chance = now.features[now.rest], np.random.default_rng(now.seed)
+    answers = now.index.logits(features).argmax(1)
+    changed = torch.zeros(len(features))
+    for _ in range(DROPOUTS):
+        kept = unit(features * (chance.random(features.shape) >= DROPPED))
+        changed += now.index.logits(kept).argmax(1) != answers
+    candidates = now.rest[changed.numpy() > DROPOUTS / 2]
+    return centres(replace(now, rest=candidates if len(candidates) >= now.n else now.rest))
+
+
 def of_skactiveml(name: str) -> Strategy:
     def choose(now: Round) -> IntArray:
         import skactiveml.pool
@@ -127,6 +147,7 @@ STRATEGIES: dict[str, Strategy] = {
     "random": at_random,
     "margin": margin,
     "cluster centres": centres,
+    "DropQuery": drop_query,
 }
 if find_spec("skactiveml"):
     STRATEGIES |= {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import copy
 import os
 import shutil
@@ -43,7 +42,7 @@ from retrieval_tip.evaluation.compare import Compared, Side, compare
 from retrieval_tip.evaluation.evaluate import Evaluation, evaluate
 from retrieval_tip.evaluation.held_out import classify_sources
 from retrieval_tip.fit.closed_form import FormChoice
-from retrieval_tip.html import markup, table
+from retrieval_tip.html import data_url, markup, table
 from retrieval_tip.index import changes, places
 from retrieval_tip.index.build import build_index
 from retrieval_tip.index.items import planned
@@ -694,7 +693,7 @@ def _shown(data: bytes | None) -> Any:
         small = images.thumbnail(data or b"", THUMBNAIL)
     except RetrievalTipError:
         return "-"
-    return markup(f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(small).decode()}">')
+    return markup(f'<img alt="" src="{data_url(small)}">')
 
 
 def _file(path: str) -> bytes | None:

@@ -14,6 +14,7 @@ import stat
 import sys
 import time
 import uuid
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -114,6 +115,14 @@ def read_json(path: str | os.PathLike[str], most: int) -> object:
 def real(path: str | os.PathLike[str]) -> Path:
     """Resolve the links in a path. Unlike ``Path.resolve``, this does not raise an error if links form a loop."""
     return Path(os.path.realpath(path))
+
+
+def common_folders(paths: Iterable[str | os.PathLike[str]]) -> list[str]:
+    """Return the lowest folder that contains all absolute paths. On Windows, return a folder for each drive."""
+    drives = defaultdict(list)
+    for path in paths:
+        drives[os.path.splitdrive(path)[0].casefold()].append(os.fspath(path))
+    return [os.path.commonpath(inside) for inside in drives.values()]
 
 
 def make_folders(path: str | os.PathLike[str]) -> None:

@@ -6,6 +6,7 @@ add markup.
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Collection, Iterable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING
@@ -34,6 +35,11 @@ def _templates() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+
+
+def data_url(jpeg: bytes) -> str:
+    """Return the address of a JPEG image that contains the image itself."""
+    return f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"
 
 
 def markup(text: str) -> Markup:

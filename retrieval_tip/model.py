@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import InitVar, dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self, Unpack, cast
 
@@ -252,7 +253,7 @@ class Index:
         """The type of the index, which is a FAISS factory string or the type of a table's index."""
         return self.retrieval.keys.index_type
 
-    @property
+    @cached_property
     def has_text(self) -> bool:
         """Whether the index has text weights. If not, zero-shot logits are 0 and only the cache is used."""
         return bool(self.text_weights.any())

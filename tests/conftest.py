@@ -485,8 +485,18 @@ def one_encoder():
     """Load each encoder that is served once for all tests, because loading and compiling are slow."""
     from retrieval_tip.server import served
 
+    backbones = {}
+    load_again = served.load_again
+
+    def load_once(identity, **options):
+        key = (identity.model, identity.pretrained, identity.fingerprint, *options.values())
+        if key not in backbones:
+            backbones[key] = load_again(identity, **options)
+        return backbones[key]
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(served, "load_backbone", functools.cache(served.load_backbone))
+        patch.setattr(served, "load_again", load_once)
         yield
 
 

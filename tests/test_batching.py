@@ -205,3 +205,15 @@ async def test_requests_beyond_the_room_are_refused_and_failures_are_not_kept():
             with pytest.raises(InputError):
                 await kept("d", maker.making("bad"))
         assert maker.made[-2:] == ["bad", "bad"]
+
+
+async def test_results_that_nobody_can_ask_for_are_dropped():
+    maker = Maker()
+    maker.open.set()
+    useful = {"old"}
+    with ThreadPoolExecutor(1) as pool:
+        kept = ResultCache(pool, most=8, room=2, useful=useful.__contains__)
+        await kept("old", maker.making("old"))
+        useful.symmetric_difference_update({"old", "new"})
+        assert await kept("new", maker.making("new")) == "new"
+        assert list(kept._results) == ["new"]

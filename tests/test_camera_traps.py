@@ -137,7 +137,7 @@ def test_each_photo_is_a_detection_with_its_best_classes(options, run, animals, 
     assert (
         max(len(photo["detections"][0].get("classifications", ())) for photo in photos.values()) > 1
     )
-    assert list(photos) == [os.path.relpath(row["input"], card) for row in rows]
+    assert list(photos) == [Path(row["input"]).relative_to(card).as_posix() for row in rows]
     for photo, row in zip(photos.values(), rows, strict=True):
         (found,) = photo["detections"]
         assert found.pop("classifications", []) == (
@@ -168,7 +168,9 @@ def test_detections_pass_through_and_animals_get_classes(run, animals, card, box
         "101/c.jpg#1": (6, 0),
     }  # the image and its detection
     found = {
-        at[os.path.relpath(row["input"], card)]: row for row in rows if row["label"] is not None
+        at[Path(row["input"]).relative_to(card).as_posix()]: row
+        for row in rows
+        if row["label"] is not None
     }
     assert sorted(found) == sorted(at.values())
     expected = copy.deepcopy(before)
@@ -222,7 +224,7 @@ def test_uncertain_and_unmatched_photos_get_no_classes(run, animals, card):
         return {image["file"]: "classifications" in image["detections"][0] for image in images}
 
     rows = {
-        os.path.relpath(row["input"], card): row["probability"]
+        Path(row["input"]).relative_to(card).as_posix(): row["probability"]
         for row in rows_of(run, animals, card)
     }
     least = sorted(rows.values())[3]
@@ -230,7 +232,8 @@ def test_uncertain_and_unmatched_photos_get_no_classes(run, animals, card):
     assert got == {name: probability >= least for name, probability in rows.items()}
     assert list(got.values()).count(False) == 3
     no_match = {
-        os.path.relpath(row["input"], card): row["no_match"] for row in rows_of(run, animals, card)
+        Path(row["input"]).relative_to(card).as_posix(): row["no_match"]
+        for row in rows_of(run, animals, card)
     }
     assert classified(written(run, animals, card, status=3)) == {
         name: not own for name, own in no_match.items()
@@ -327,7 +330,9 @@ BERLIN = ["--timezone", "Europe/Berlin"]
 
 def test_a_package_has_an_observation_for_each_photo(run, animals, card, tmp_path):
     made = packed(run, tmp_path, animals, card, *BERLIN)
-    rows = {os.path.relpath(row["input"], card): row for row in rows_of(run, animals, card)}
+    rows = {
+        Path(row["input"]).relative_to(card).as_posix(): row for row in rows_of(run, animals, card)
+    }
     rows.pop("101/d.jpg")  # it has no date
     assert "left out 1 photo: " in made.said
     assert "1 deployment lacks coordinates or dates: 101; Camtrap DP requires them" in made.said

@@ -320,7 +320,7 @@ def test_a_table_in_memory_that_cannot_be_read_gives_one_error(place, clf):
             pd.DataFrame([[path, path]], columns=["path", "path"]),
             "Duplicate column names",
         ),
-        (clf.predict, pd.DataFrame({"path": [Path(path)]}), "PosixPath"),
+        (clf.predict, pd.DataFrame({"path": [Path(path)]}), "Path"),
         (clf.predict, pd.DataFrame({"path": [path, None]}), "row 1 without a path"),
         (clf.predict, pd.DataFrame({"path": [1.5]}), "type double; expected text"),
         (clf.predict, pa.table({"feature": [[2.0] * clf.index.d]}), "norm"),

@@ -12,6 +12,7 @@ import pytest
 from retrieval_tip.errors import InputError
 from retrieval_tip.files import (
     NotAFileError,
+    common_folders,
     make_folders,
     map_regular,
     open_regular,
@@ -28,7 +29,7 @@ def _socket(path):
 
 MAKERS = {
     "folder": (lambda path: path.mkdir(), "folder"),
-    "pipe": (os.mkfifo, "pipe"),
+    "pipe": (lambda path: os.mkfifo(path), "pipe"),
     "socket": (_socket, "socket"),
     "device": (lambda path: path.symlink_to("/dev/zero"), "device"),
     "terminal": (lambda path: path.symlink_to("/dev/ptmx"), "device"),
@@ -117,6 +118,11 @@ def test_folders_of_any_depth_are_created(tmp_path, monkeypatch):
     limit = sys.getrecursionlimit()
     make_folders("d/" * (limit + 10))
     subprocess.run(["rm", "-rf", "d"], check=True)  # unlike shutil.rmtree, not limited by recursion
+
+
+@pytest.mark.skipif(os.name != "nt", reason="SKIPPED: needs Windows")
+def test_each_drive_has_a_common_folder():
+    assert common_folders(["C:/a/b", "c:\\a\\c", "Z:/d"]) == ["C:\\a", "Z:\\d"]
 
 
 def test_circular_links_are_resolved(tmp_path):

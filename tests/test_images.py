@@ -310,7 +310,7 @@ def test_running_out_of_memory_refuses_the_image(monkeypatch):
 
 NOT_FILES = {
     "a folder": lambda path: path.mkdir(),
-    "a pipe, not a file": os.mkfifo,  # has no writer, so opening it would block
+    "a pipe, not a file": lambda path: os.mkfifo(path),  # has no writer, so opening it would block
     "a device, not a file": lambda path: path.symlink_to("/dev/zero"),
     "kernel, not a file": lambda path: path.symlink_to("/proc/kmsg"),
     "no such file": lambda path: path.symlink_to("nowhere.png"),

@@ -127,8 +127,15 @@ class Session:
         if self.ask(new, labels=labels, step=step, reviewed=reviewed):
             self.undo.append((step, changed))
         if reviewed:
-            for one in self.http.get("/v1/label/answers").json()["photos"]:
+            for one in self.answers()["photos"]:
                 assert one["label"] == self.wanted.get(self.digests[one["photo"]])
+
+    def answers(self):
+        """Return the answers, which a busy machine may not have computed within seconds."""
+        while (answer := self.http.get("/v1/label/answers")).status_code == 202:
+            time.sleep(0.1)
+        assert answer.is_success, answer.text
+        return answer.json()
 
     def skip(self, step):
         if self.ask({}, skip=[self.draw.choice([*self.digests])], step=step):

@@ -1786,6 +1786,38 @@ def test_the_visit_of_a_photo_is_labelled_with_it(labelling, tmp_path):
         expect(page.locator("#label-progress")).to_contain_text("4 of 4 photos labelled.")
 
 
+def test_a_dropped_video_has_one_answer_and_a_picture(page, labelling, tmp_path):
+    pytest.importorskip("av", reason="SKIPPED: videos need PyAV; pip install '.[video]'")
+    from test_video import write_clip
+
+    shots = [
+        np.asarray(Image.open(path).convert("RGB").resize((160, 120)))
+        for path in (*caltech_photos("test", "panda", 1), *caltech_photos("test", "pizza", 3))
+    ]
+    clip = tmp_path / "clip.mp4"
+    write_clip(clip, shots, rate=1)
+    loaded = "image => image.src.startsWith('data:image/jpeg') && image.naturalWidth === 160"
+    drop(page, clip)
+    tile = page.locator("#grid .tile")
+    expect(tile).to_contain_text("pizza")
+    for place in ("#grid .tile img", "#drawer-picture img"):
+        page.wait_for_function(f"({loaded})(document.querySelector({place!r}))")
+    page.locator("#drawer-right").click()  # a new version, for which the video is asked again
+    expect(page.locator("#notice")).to_contain_text("Added 4 example photos to pizza.")
+    expect(tile).to_have_attribute("data-busy", "false")
+    with labelling({"": str(clip)}, tmp_path / "things") as (page, _):
+        wait_until(page, "!state.busy")
+        page.reload()
+        said = "Also label the 3 other photos of this visit"
+        expect(page.locator("#label-too-text")).to_have_text(said)
+        shown = "image => image.complete && image.naturalWidth === 160"
+        for place in ("#label-photo img", "#label-similar-list img"):
+            page.wait_for_function(f"({shown})(document.querySelector({place!r}))")
+        write_clip(clip, shots[::-1] * 2, rate=1)
+        drop(page, clip)
+        expect(page.locator("#notice")).to_contain_text("Added 8 photos to the session.")
+
+
 def test_dropped_photos_belong_to_the_session(labelling, pool, tmp_path):
     names, counted = sorted(name for name in pool if name), "#progress"
     more = {f"more {label}.jpg": caltech_photos("test", label, 1)[0] for label in LABELS}
@@ -1981,6 +2013,20 @@ def test_new_answers_come_with_the_next_screen(labelling, pool, tmp_path):
         expect(page.locator("#grid")).to_have_attribute("aria-busy", "false")
         page.press("#grid", "Shift+Enter")
         expect(page.locator("#progress")).not_to_have_text(before)
+
+        wait_until(page, "!state.busy && !state.unsaved")
+        late = []
+        page.route("**/v1/label/answers", lambda route: late.append((route, route.fetch())))
+        tile = page.locator("#grid .tile:not(.taught)").first
+        page.select_option("#filter-state", "rest")
+        correct(page, name := tile.get_attribute("title"), pool[name])
+        route, answer = wait_for(page, late, 1)  # of a moment before the next label
+        correct(page, name := tile.get_attribute("title"), pool[name])
+        held = hold(page, "**/v1/label/answers")
+        route.fulfill(response=answer)
+        wait_for(page, held, 1)
+        expect(page.locator(f'#grid .tile[title="{name}"]')).to_have_count(0)
+        release(page, held)
 
 
 def status(page):

@@ -1,21 +1,27 @@
 """Videos: frames at exact times and upright, damaged and hostile files, and one answer for each video."""
 
 import csv
+import gc
 import hashlib
 import io
+import time
 from fractions import Fraction
 from pathlib import Path
+from urllib.request import urlopen
 
 import numpy as np
 import pytest
 from conftest import command_line, failed, json_rows, ok
+from fastapi.testclient import TestClient
 from PIL import Image
-from serving import caltech_photos
+from serving import app_of, caltech_photos, labelling_app
 from tables import tiny
 
-from retrieval_tip import Classifier, Index, hooks
+from retrieval_tip import Classifier, Index, Reader, hooks, load_backbone
 from retrieval_tip.data.source import items_in, opener, read_item
+from retrieval_tip.data.sources import open_inputs
 from retrieval_tip.errors import InputError, UsageError
+from retrieval_tip.plugins import video
 
 av = pytest.importorskip(
     "av", reason="SKIPPED: videos need PyAV; run pip install 'retrieval-tip[video]'"
@@ -174,7 +180,7 @@ def test_damaged_videos_give_what_is_readable(tmp_path):
     assert len(read_frames(str(tmp_path / "cut.mkv"))[0]) >= 3
 
 
-def test_other_and_hostile_files_are_one_line(tmp_path, every):
+def test_other_and_hostile_files_are_one_line(tmp_path, every, monkeypatch):
     audio = tmp_path / "sound.mp4"
     with av.open(str(audio), "w") as container:
         stream = container.add_stream("aac", rate=8000)
@@ -193,9 +199,14 @@ def test_other_and_hostile_files_are_one_line(tmp_path, every):
         "photo.mp4": no_video,
         "list.mp4": no_video,
         "empty.mp4": no_video,
-        "huge.avi": ["has 6000 x 6000 pixels; the limit is 33,554,432 in all"],
+        "huge.avi": ["has frames of more than 33,554,432 pixels, or of none"],
     }.items():
         assert read_frames(str(tmp_path / name)) == ({}, [f": {reason}" for reason in reasons])
+    far = write_numbered(tmp_path / "far.mp4", 60, g="250")
+    monkeypatch.setattr(video, "WORK", 128 * 96 * 30)
+    with pytest.raises(InputError, match="too far from a key frame"):
+        read_item(f"{far}#2000")
+    monkeypatch.undo()
     one = write_numbered(tmp_path / "one.mp4", 1)
     assert read_frames(one) == ({0: 0}, [])
     for name in ("x", "-1", "1e3", "9" * 99):
@@ -205,6 +216,19 @@ def test_other_and_hostile_files_are_one_line(tmp_path, every):
         every(seconds)
         with pytest.raises(UsageError, match="frame_every"):
             opener("openers", ".mp4")
+
+
+def test_closed_videos_release_their_decoders_at_once(tmp_path):
+    """A decoder has threads and frames, which must not wait for the garbage collector."""
+    gc.collect()
+    gc.disable()
+    try:
+        for number in range(video.OPEN + 2):
+            read_item(f"{write_numbered(tmp_path / f'{number}.mp4', 1)}#0")
+        alive = [one for one in gc.get_objects() if isinstance(one, video._Video)]
+    finally:
+        gc.enable()
+    assert len(alive) == video.OPEN
 
 
 @pytest.fixture
@@ -343,9 +367,110 @@ def test_frames_are_shots_of_an_index(photos, inbox, model, tmp_path):
     assert (tmp_path / "out" / clip.parent.name / "clip.mp4").read_bytes() == clip.read_bytes()
 
 
-def test_help_and_the_summary_of_other_files_depend_on_the_extra(index, inbox, monkeypatch):
+def test_suggestions_and_searches_name_frames(index, inbox, model):
+    """The suggested frame of a clip is the one that looks least like the others."""
+    odd = inbox / "odd.mp4"
+    write_clip(odd, [marked(number) for number in (0, 0, 4095, 0)], rate=1)
+    rows = json_rows(ok("suggest", odd, "-n", "4", *model, "--format", "json"))
+    assert rows[0]["input"] == f"{odd}#2000"
+    assert {row["input"] for row in rows} == {f"{odd}#{time}" for time in (0, 1000, 2000, 3000)}
+    (first,) = json_rows(ok("suggest", inbox, "-n", "1", "--index", index, "--format", "json"))
+    assert Path(first["input"]).is_file() or first["input"].rpartition("#")[0].endswith(".mp4")
+    found = json_rows(ok("find", inbox, f"{odd}#0", "--index", index, "--format", "json"))
+    names = {row["input"] for row in found}
+    assert f"{odd}#2000" in names
+    assert f"{odd}#0" not in names  # it is the example
+
+
+@pytest.fixture
+def upload(inbox):
+    """Return a function that posts files of the inbox to a path."""
+
+    def post(http, path, *names, status=200, **fields):
+        sent = [("images", (name, (inbox / name).read_bytes())) for name in names]
+        headers = {"Authorization": "Bearer t"}
+        answer = http.post(path, files=sent, data=fields, headers=headers)
+        assert answer.status_code == status, answer.text
+        return answer.json()
+
+    return post
+
+
+def test_an_uploaded_video_has_the_answer_of_the_command_and_a_picture(index, inbox, upload):
+    names = ["mixed.mp4", "photo.png", "mixed.mp4", "cut.mp4", "second.mp4"]
+    rows = json_rows(ok("classify", index, inbox, "--format", "json"))
+    wanted = {Path(row["input"]).name: row for row in rows}
+    (inbox / "cut.mp4").write_bytes((inbox / "mixed.mp4").read_bytes()[:500])
+    with TestClient(app_of(index, token="t")) as http:
+        answer = upload(http, "/v1/classify?features=true", *names)
+        assert [one["input"] for one in answer["results"]] == [*names[:3], "second.mp4"]
+        for one in answer["results"]:
+            row = wanted[one["input"]]
+            assert (one["label"], one["no_match"]) == (row["label"], row["no_match"])
+            assert one["probability"] == pytest.approx(row["probability"], abs=1e-4)
+            assert one.get("frame") == (row["frame"] and Path(row["frame"]).name)
+            assert ("feature" in one) == (row["frame"] is None) == ("picture" not in one)
+            if row["frame"]:
+                with urlopen(one["picture"]) as data:
+                    assert Image.open(data).size == (128, 96)
+        assert [one["source"] for one in answer["skipped"]] == ["cut.mp4"]
+        refused = upload(http, "/v1/classify", "cut.mp4", status=422)
+        assert refused["detail"].startswith("cut.mp4: is not a video, or its beginning is damaged")
+        added = upload(http, "/v1/indexes/index/keys", "mixed.mp4", status=201, label="new")
+        assert len(added["key_ids"]) == 4
+
+
+def test_a_video_is_labelled_as_one_visit_and_a_dropped_one_by_its_frames(
+    inbox, model, tmp_path, upload
+):
+    sources = list(open_inputs([str(inbox)]))
+    reader = Reader(load_backbone(model[1], device="cpu"))
+    with TestClient(labelling_app(tmp_path / "labelled", sources, reader)) as http:
+
+        def settled(photos):
+            for _ in range(400):
+                now = http.get("/v1/label").json()
+                if not now["busy"] and now["photos"] == now["encoded"] == photos:
+                    return now
+                time.sleep(0.05)
+            raise AssertionError(now)
+
+        state = settled(11)
+        names = {photo: Path(http.app.state.labelling.path(photo)).name for photo in range(11)}
+        for queued in state["queue"]:
+            own = names[queued["photo"]].rpartition("#")[0]
+            others = {names[photo].rpartition("#")[0] for photo in queued["similar"]}
+            assert (queued["visit"] is None) == (not own)
+            assert not own or others == {own}
+            for what in ("image?size=160", "image?size=1024", "file"):
+                picture = http.get(f"/v1/label/photos/{queued['photo']}/{what}").content
+                assert Image.open(io.BytesIO(picture)).size == (128, 96)
+        write_clip(inbox / "new.mp4", [marked(number) for number in range(4)], rate=1)
+        kept = upload(http, "/v1/label/photos", "new.mp4", "mixed.mp4", "photo.png", status=201)
+        assert len({*kept["photos"]}) == 9
+        assert max(kept["photos"][4:]) < 11  # which the session already has
+        settled(15)
+        own = [Path(http.app.state.labelling.path(photo)) for photo in kept["photos"][:4]]
+        assert [path.name for path in own] == [f"new.mp4#{1000 * time}.jpg" for time in range(4)]
+        assert [path.read_bytes() for path in own] == [
+            read_item(f"{inbox / 'new.mp4'}#{1000 * time}") for time in range(4)
+        ]
+
+
+def test_help_and_the_summary_of_other_files_depend_on_the_extra(
+    index, inbox, photos, model, tmp_path, monkeypatch
+):
     assert "--frame-every" in ok("classify --help -v").output
     monkeypatch.setitem(hooks.EXTRAS, "video", ("no_such_module", hooks.VIDEOS))
     assert "--frame-every" not in ok("classify --help -v").output
-    done = ok("classify", index, inbox)
-    assert "; to read .mp4, run " in done.stderr
+    for clip in inbox.glob("*.mp4"):
+        (photos / "clips").mkdir(exist_ok=True)
+        (photos / "clips" / clip.name).write_bytes(clip.read_bytes())
+    install = "; to read .mp4, run "
+    assert install in ok("classify", index, inbox).stderr
+    assert install in ok("index build", photos, *model, "--out", tmp_path / "other").stderr
+    done = command_line("label", photos / "clips", *model, "--out", tmp_path / "labelled")
+    failed(done, 1, install)
+    with TestClient(app_of(index)) as http:
+        sent = [("images", ("first.mp4", (inbox / "first.mp4").read_bytes()))]
+        assert install in http.post("/v1/classify", files=sent).json()["detail"]

@@ -93,6 +93,10 @@ def test_labels_survive_kills_and_restarts(shared, tmp_path):
     labelled = {}
     for _ in range(SESSIONS):
         with server(*arguments, command="label", port=None) as (url, process):
+            while asked(url)["labelled"] < len(
+                labelled
+            ):  # the queue has photos that are not read yet
+                time.sleep(0.05)
             queue = asked(url)["queue"]
             for photo in queue[:LABELS]:
                 label = right[Path(photo["name"]).name]

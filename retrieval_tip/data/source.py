@@ -107,8 +107,12 @@ def file_of(path: str) -> str:
 def clip_of(path: str) -> str:
     """Return FILE for the item ``FILE#NAME`` if all photos of this file show the same thing, and otherwise ``""``."""
     file = whole_file(path)
-    joins = file and getattr(opener("openers", suffix_of(file)), "joins", False)
-    return file if joins else ""
+    return file if file and joins(suffix_of(file)) else ""
+
+
+def joins(suffix: str) -> bool:
+    """Return whether files with a suffix can be opened, and all photos of a file show the same thing."""
+    return hooks.opens(suffix) and getattr(opener("openers", suffix), "joins", False)
 
 
 def whole_file(path: str) -> str:

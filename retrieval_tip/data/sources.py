@@ -8,6 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
+from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -306,13 +307,15 @@ def kinds(others: Counter[str]) -> str:
     text = few(
         [f"{number:,} {suffix or 'without a suffix'}" for suffix, number in others.most_common()]
     )
-    return text + _how_to_read(others)
+    return text + how_to_read(others)
 
 
-def _how_to_read(others: Counter[str]) -> str:
-    """Return which extras read some of these files, as the end of a message."""
+def how_to_read(others: Iterable[str]) -> str:
+    """Return which extras to install to read files with these suffixes, as the end of a message."""
     text = ""
-    for extra, (_, suffixes) in hooks.EXTRAS.items():
+    for extra, (module, suffixes) in hooks.EXTRAS.items():
+        if find_spec(module) is not None:
+            continue
         if seen := ", ".join(suffix for suffix in suffixes if suffix in others):
             text += f"; to read {seen}, run {install(extra)}"
     return text
@@ -337,7 +340,7 @@ def _photos_in(folder: Path, others: Counter[str]) -> list[str]:
 def _images_in(folder: Path) -> list[str]:
     others: Counter[str] = Counter()
     paths = _photos_in(folder, others)
-    unread = _how_to_read(others)
+    unread = how_to_read(others)
     if not paths:
         raise InputError(f"{show(folder)}: no images in this folder{unread}")
     if unread:

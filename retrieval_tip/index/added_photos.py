@@ -18,7 +18,14 @@ import pyarrow.compute as pc
 
 from retrieval_tip.data.remote import absolute
 from retrieval_tip.errors import StoreError
-from retrieval_tip.files import locked_folder, make_folders, real, remove_leftovers, sha256_of
+from retrieval_tip.files import (
+    common_folders,
+    locked_folder,
+    make_folders,
+    real,
+    remove_leftovers,
+    sha256_of,
+)
 from retrieval_tip.index import places
 from retrieval_tip.index.places import Place, Store
 from retrieval_tip.store import files
@@ -59,7 +66,7 @@ def command(name: str, index: Place, paths: Sequence[str], *options: str) -> str
     )
     if not folders:
         return None
-    common = Path(os.path.commonpath(folders))
+    common = Path(common_folders(folders)[0])
     if not Path(place).is_relative_to(common) and all(
         common in (folder, folder.parent) for folder in folders
     ):

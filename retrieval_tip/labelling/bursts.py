@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -34,7 +34,8 @@ def bursts(names: Sequence[str], times: Sequence[datetime | None], gap: float) -
     A photo without a time is a burst of its own.
     """
     taken = enumerate(zip(names, times, strict=True))
-    dated = sorted((str(Path(name).parent), time, row) for row, (name, time) in taken if time)
+    # pathlib takes seconds for 50,000 names
+    dated = sorted((os.path.dirname(name), time, row) for row, (name, time) in taken if time)  # noqa: PTH120
     first = list(range(len(names)))  # the row of the earliest photo of each burst
     for (folder, time, row), (next_folder, next_time, next_row) in pairwise(dated):
         if folder == next_folder and (next_time - time).total_seconds() <= gap:
@@ -44,18 +45,22 @@ def bursts(names: Sequence[str], times: Sequence[datetime | None], gap: float) -
 
 
 def visits_of(
-    paths: Mapping[int, str], times: Mapping[int, datetime]
+    paths: Mapping[int, str], times: Mapping[int, datetime], clips: Mapping[int, str]
 ) -> dict[int, tuple[int, list[int]]]:
     """Return the number of the visit of each photo, and all its photos, by the number of the photo.
 
     The photos of a visit are in the same folder, and each was taken at most ``VISIT`` seconds after the one before.
-    Photos that are alone in their visit are left out.
+    The frames of a video, whose files are ``clips``, are a visit. Photos that are alone in their visit are left out.
     """
     photos = sorted(times)
     numbers = bursts([paths[photo] for photo in photos], [times[photo] for photo in photos], VISIT)
     together = defaultdict[int, list[int]](list)
     for photo, number in zip(photos, numbers.tolist(), strict=True):
         together[number].append(photo)
+    first = len(together) + 1
+    videos = {file: number for number, file in enumerate(dict.fromkeys(clips.values()), first)}
+    for photo, file in clips.items():
+        together[videos[file]].append(photo)
     return {
         photo: (number, some)
         for number, some in together.items()

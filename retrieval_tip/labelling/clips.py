@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from itertools import groupby
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pyarrow.compute as pc
@@ -12,8 +15,10 @@ import torch
 
 from retrieval_tip.arrays import IntArray
 from retrieval_tip.data.reader import FeatureBlock
-from retrieval_tip.data.source import Source
+from retrieval_tip.data.source import Source, items_in, read_item, spread
+from retrieval_tip.errors import InputError
 from retrieval_tip.evaluation.held_out import answered, hides, recognised
+from retrieval_tip.files import suffix_of
 from retrieval_tip.model import Index
 from retrieval_tip.predictions import Predictions
 from retrieval_tip.settings import Ask
@@ -62,11 +67,18 @@ def joint(index: Index, source: Source, block: FeatureBlock, ask: Ask) -> Featur
     """Return the photo of a file that matches best, which answers with the mean of all probabilities."""
     if hides(index):
         block = recognised(index, source.items["source"], block)
-    mixed = mean_of_groups(index, block, np.zeros(len(block.positions), dtype=np.int64), ask)
+    return best_of_groups(index, block, np.zeros(len(block.positions), dtype=np.int64), ask)
+
+
+def best_of_groups(index: Index, block: FeatureBlock, groups: IntArray, ask: Ask) -> FeatureBlock:
+    """Return the photo of each group that matches best, with the mean (see :func:`mean_of_groups`), by group number."""
+    mixed = mean_of_groups(index, block, groups, ask)
     answers = answered(index, mixed, replace(ask, neighbours=0))
     table = Predictions.joined(answer.predictions() for answer in answers).in_order().to_arrow()
-    logits = pc.add(table["text_logit"], table["cache_logit"])
-    return mixed.take(np.argmax(logits.to_numpy(), keepdims=True))
+    logits = pc.add(table["text_logit"], table["cache_logit"]).to_numpy()
+    order = np.lexsort((-logits, groups))
+    _, first = np.unique(groups[order], return_index=True)
+    return mixed.take(order[first])
 
 
 def one_of_each(
@@ -78,3 +90,31 @@ def one_of_each(
     """Yield photos in order, but only the :func:`joint` photo of each file."""
     for source, file, block in by_file(blocks, file_of):
         yield joint(index, source, block, ask) if file else block
+
+
+def frames_in(name: str, data: bytes, most: int, most_bytes: int) -> Iterator[tuple[str, bytes]]:
+    """Yield the names and the encoded images of at most ``most`` evenly spaced photos of a file in memory.
+
+    ``name`` is the name of the file. There are fewer photos if these do not fit into ``most_bytes``. Raises InputError
+    if no photo can be read.
+    """
+    with TemporaryDirectory() as folder:
+        file = Path(folder, f"file{suffix_of(name)}")
+        file.write_bytes(data)
+        items = items_in(str(file))
+        with suppress(InputError):
+            most = max(1, min(most, most_bytes // len(read_item(items[0]))))
+        reason: InputError | None = InputError("contains no photos")
+        for place in spread(len(items), most).tolist():
+            try:
+                image = read_item(items[place])
+            except InputError as error:
+                reason = reason and error
+                continue
+            most_bytes -= len(image)
+            if most_bytes < 0 and reason is None:
+                break
+            reason = None
+            yield name + items[place].removeprefix(str(file)), image
+        if reason:
+            raise reason

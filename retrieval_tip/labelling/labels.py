@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, KeysView, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -16,16 +16,18 @@ import pyarrow.compute as pc
 import torch
 from torch.nn.functional import normalize
 
-from retrieval_tip.arrays import FloatArray
+from retrieval_tip.arrays import FloatArray, slices
 from retrieval_tip.data.exif import UNKNOWN, ExifRecorder
 from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.remote import absolute
+from retrieval_tip.data.source import clip_of
 from retrieval_tip.data.sources import Source, of_images, read_item
 from retrieval_tip.errors import InputError
 from retrieval_tip.index import places
 from retrieval_tip.index.build import build_index
 from retrieval_tip.index.changes import PhotoLabel
 from retrieval_tip.labelling.queue import Picked
+from retrieval_tip.labelling.suggest import BLOCK
 from retrieval_tip.machine import check_memory
 from retrieval_tip.model import Index
 from retrieval_tip.predictions import Predictions
@@ -93,7 +95,9 @@ class SessionPhotos:
 
     Attributes:
         paths: the paths of the photos, as they were given.
-        features: the features ``[d]`` of the photos that have been encoded.
+        clips: the files of the photos that are frames of videos.
+        encoded: the photos that have been encoded, with the rows of their features.
+        earlier: the photos that were labelled in an earlier session.
         digests: the digests of the photos that have been read.
         same: the photos by digest.
         times: when the photos were taken that have been read and have a date.
@@ -104,7 +108,11 @@ class SessionPhotos:
     def __init__(self, paths: Mapping[int, str], reader: Reader) -> None:
         self.reader = replace(reader, progress=False, done=Counter())
         self.paths = dict(paths)
-        self.features: dict[int, FloatArray] = {}
+        files = {photo: clip_of(path) for photo, path in paths.items()}
+        self.clips = {photo: file for photo, file in files.items() if file}
+        self.encoded: dict[int, int] = {}
+        self.earlier: list[int] = []
+        self._features: FloatArray = np.empty((0, 0), np.float32)
         self.digests: dict[int, str] = {}
         self.same: dict[str, list[int]] = {}
         self.times: dict[int, datetime] = {}
@@ -112,12 +120,11 @@ class SessionPhotos:
         self.unreadable: dict[int, str] = {}
 
     def __len__(self) -> int:
-        return len(self.own(self.paths))
+        return self.number(self.paths)
 
-    @property
-    def encoded(self) -> KeysView[int]:
-        """The photos whose features are known."""
-        return self.features.keys()
+    def number(self, photos: Collection[int]) -> int:
+        """Return the number of those photos that are labelled in this session."""
+        return len(photos) - sum(photo in photos for photo in self.earlier)
 
     @staticmethod
     def own(photos: Iterable[int]) -> list[int]:
@@ -142,11 +149,25 @@ class SessionPhotos:
 
     def readable(self, photo: int) -> int:
         """Return a photo or, if it could not be encoded, a copy that could."""
-        return next((copy for copy in self.copies(photo) if copy in self.features), photo)
+        return next((copy for copy in self.copies(photo) if copy in self.encoded), photo)
 
     def rows(self, photos: Sequence[int]) -> FloatArray:
         """Return the features of encoded photos, of shape ``[m, d]``."""
-        return np.stack([self.features[photo] for photo in photos])
+        rows: FloatArray = self._features[[self.encoded[photo] for photo in photos]]
+        return rows
+
+    def feature(self, photo: int) -> FloatArray | None:
+        """Return the feature ``[d]`` of a photo, or ``None`` if it has not been encoded."""
+        return self.rows([photo])[0] if photo in self.encoded else None
+
+    def seen(self) -> tuple[dict[int, str], dict[int, datetime], dict[int, str]]:
+        """Return copies of the paths, of the times, and of the files of encoded frames."""
+        frames = self.clips.keys() & self.encoded.keys()
+        return (
+            dict(self.paths),
+            dict(self.times),
+            {photo: self.clips[photo] for photo in sorted(frames)},
+        )
 
     def remembered(self, photos: Sequence[int]) -> Reader:
         """Return a reader of encoded photos, which reads no file."""
@@ -190,19 +211,29 @@ class SessionPhotos:
             digest, feature, time = read[photo]
             if time is not None:
                 self.times[photo] = time
-            if not self.features:  # the features, and those of the other photos as one array
-                check_memory(
-                    16 * len(self.paths) * len(feature),
-                    f"{len(self.paths):,} photos",
-                    "label fewer photos",
-                )
-            self.features[photo] = feature
+            self._store(photo, feature)
             self.unreadable.pop(photo, None)
             self.recognise(photo, digest)
+
+    def _store(self, photo: int, feature: FloatArray) -> None:
+        row = len(self.encoded)
+        if row == len(
+            self._features
+        ):  # there is room for all photos, unless some were dropped later
+            size = max(len(self.paths), 2 * row)
+            # the features, and copies of them for the choice of photos and for the answers
+            check_memory(16 * size * len(feature), f"{size:,} photos", "label fewer photos")
+            larger = np.empty((size, len(feature)), np.float32)
+            larger[:row] = self._features.reshape(-1, len(feature))
+            self._features = larger
+        self._features[row] = feature
+        self.encoded[photo] = row
 
     def add(self, photo: int, path: str, digest: str | None) -> None:
         """Add a photo. Its digest is ``None`` if it could not be read."""
         self.paths[photo] = path
+        if photo >= EARLIER:
+            self.earlier.append(photo)
         if digest is not None:
             self.recognise(photo, digest)
 
@@ -216,6 +247,14 @@ class SessionPhotos:
         self.digests[photo] = digest
         self.same.setdefault(digest, []).append(photo)
         self.unread.pop(show(self.path(photo)), None)
+
+    def known(self, index: Index, photos: Collection[int] | None) -> dict[int, LabelledPhoto]:
+        """Return those labelled photos of an index that are among some photos, or among all photos of the session."""
+        if photos is None:
+            return known_photos(index, self.unread, self.same)
+        unread = {show(self.path(photo)): photo for photo in photos if photo not in self.digests}
+        digests = [self.digests[photo] for photo in photos if photo in self.digests]
+        return known_photos(index, unread, {digest: self.same[digest] for digest in digests})
 
 
 def known_photos(
@@ -265,23 +304,25 @@ def build_from_labels(
 
 def alike(features: FloatArray, rows: Sequence[int]) -> list[list[int]]:
     """Return the rows of the photos that are near-identical to the photos at ``rows``, most similar first."""
-    points = torch.from_numpy(features)
-    points = normalize(points - points.mean(0))
-    cosines = points[rows] @ points.T
+    every = torch.from_numpy(features)
+    mean = every.mean(0)
+    points = normalize(every[rows] - mean)
+    parts = (normalize(every[part] - mean) for part in slices(len(every), BLOCK))
+    cosines = torch.cat([points @ part.T for part in parts], dim=1)
     cosines[range(len(rows)), rows] = -1
-    found = cosines.topk(min(MOST_ALIKE, len(points)))
+    found = cosines.topk(min(MOST_ALIKE, len(every)))
     return [
         near[own >= ALIKE].tolist() for near, own in zip(found.indices, found.values, strict=True)
     ]
 
 
 def guesses(answers: Predictions, *, none: bool = True) -> list[dict[str, Any]]:
-    """Return the ``guesses`` for each photo, most probable first, ``no_match`` and ``similar``.
+    """Return the ``guesses`` for each photo, most probable first, and ``no_match``.
 
     If ``none`` is false, the class ``NONE`` is left out, which has a key of its own while single photos are labelled.
     """
     found = []
-    for row in answers.written(["labels", "probabilities", "no_match", "similar"]).to_pylist():
+    for row in answers.written(["labels", "probabilities", "no_match"]).to_pylist():
         pairs = [
             pair
             for pair in zip(row["labels"], row["probabilities"], strict=True)
@@ -290,7 +331,5 @@ def guesses(answers: Predictions, *, none: bool = True) -> list[dict[str, Any]]:
         named = [
             {"label": label, "probability": probability} for label, probability in pairs[:GUESSES]
         ]
-        found.append(
-            {"guesses": named, "no_match": bool(row["no_match"]), "similar": row["similar"] or []}
-        )
+        found.append({"guesses": named, "no_match": bool(row["no_match"])})
     return found

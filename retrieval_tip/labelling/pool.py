@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 from retrieval_tip.arrays import FloatArray
 from retrieval_tip.backbones.base import Identity, same_backbone
 from retrieval_tip.data.reader import FeatureBlock, Reader
+from retrieval_tip.data.source import clip_of
 from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import InputError, check_count
 from retrieval_tip.evaluation.held_out import recognised
@@ -81,17 +82,22 @@ class Suggestions:
 
 @dataclass(frozen=True)
 class Pool:
-    """Unlabelled photos: their names, their features of shape ``[m, d]``, and the digests of their files."""
+    """Unlabelled photos: their names, their features of shape ``[m, d]``, and the digests of their files.
+
+    ``clips`` has the file of each photo that is a frame of a video, and ``""`` for others. It may be empty.
+    """
 
     names: list[str]
     features: FloatArray
     digests: list[str | None]
+    clips: list[str] = field(default_factory=list)
 
     @classmethod
     def of(cls, sources: Sequence[Source], reader: Reader) -> Pool:
         """Encode the photos. Raises InputError or BackboneError if the sources have features of different encoders."""
         names: list[str] = []
         digests: list[str | None] = []
+        clips: list[str] = []
         features: list[FloatArray] = []
         identity: Identity | None = None
         total = sum(map(len, sources))
@@ -112,8 +118,10 @@ class Pool:
                     )
                 names += source.items["source"].take(pa.array(block.positions)).to_pylist()
                 digests += block.digests
+                paths = source.paths
+                clips += [clip_of(paths[i]) if paths else "" for i in block.positions]
                 features.append(block.features)
-        return cls(names, np.concatenate(features), digests)
+        return cls(names, np.concatenate(features), digests, clips)
 
     @property
     def block(self) -> FeatureBlock:
@@ -138,6 +146,7 @@ class Pool:
             [self.names[row] for row in rows],
             self.features[rows],
             [self.digests[row] for row in rows],
+            [self.clips[row] for row in rows],
         )
 
 
@@ -184,7 +193,7 @@ def suggest_photos(
 def suggest_features(pool: Pool, n: int, index: Index | None = None) -> Suggestions:
     """Choose ``n`` photos of a pool (see :func:`suggest_photos`). Photos that the index contains are not skipped."""
     if index is None:
-        picks = suggest(pool.features, n)
+        picks = suggest(pool.features, n, files=pool.clips)
         facts = [{"covers": covers} for covers in picks.covers.tolist()]
     else:
         answers = index.classify(pool.features, "keep", neighbours=0, logits=False)
@@ -198,6 +207,7 @@ def suggest_features(pool: Pool, n: int, index: Index | None = None) -> Suggesti
             uncertainty=uncertainty_of(chances, class_ids, counts),
             labelled=index.rows.some(MOST_KEYS)[0],
             metric=index.metric,
+            files=pool.clips,
         )
         guesses = guesses.append_column("examples", pa.array(counts[class_ids]))
         facts = (

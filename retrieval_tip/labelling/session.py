@@ -6,7 +6,7 @@ The labels of an event must be in the journal before the next state counts (see 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,7 +17,6 @@ from retrieval_tip.labelling.labels import (
     Label,
     LabelledPhoto,
     SessionPhotos,
-    known_photos,
 )
 from retrieval_tip.labelling.queue import Queue, Queued
 from retrieval_tip.model import Index
@@ -46,9 +45,10 @@ class Change:
 
 @dataclass(frozen=True)
 class Noticed:
-    """Event: there is another version of the index, or more is known of the photos."""
+    """Event: there is another version of the index, or more is known of some ``photos``."""
 
     index: Index | None
+    photos: Collection[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -133,10 +133,14 @@ class Session:
         match event:
             case Change():
                 return session._changed(event)
-            case Noticed(index):
+            case Noticed(index, photos):
                 known = dict[int, LabelledPhoto]()
+                if index is not None and photos is not None:
+                    known |= {
+                        photo: one for photo, one in self.known.items() if photo not in photos
+                    }
                 if index is not None:
-                    known = known_photos(index, self.photos.unread, self.photos.same)
+                    known |= self.photos.known(index, photos)
                 # labels that the index refused before are tried again
                 unsaved = {
                     photo: replace(label, refusal=None) for photo, label in self.unsaved.items()

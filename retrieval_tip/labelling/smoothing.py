@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from retrieval_tip import tip
 from retrieval_tip.arrays import FloatArray, slices
 from retrieval_tip.data.reader import FeatureBlock
 from retrieval_tip.data.source import spread
@@ -69,9 +70,11 @@ def smooth(
     index = index.in_memory().with_settings(ask.settings(index.settings))
     some = spread(m, MOST_NEAR)
     alone = torch.cat([own.probabilities.cpu() for own in index.answers(blocks, Ask(neighbours=0))])
-    features = np.concatenate([block.features for block in blocks])
+    features = blocks[0].features
+    if len(blocks) > 1:
+        features = np.concatenate([block.features for block in blocks])
     weight, held = _chosen(index, features[some])
-    near, shares = _near(points_of(features, index.metric), points_of(features[some], index.metric))
+    near, shares = _near(features, features[some], index.metric)
     near = torch.cat([torch.arange(m)[:, None], torch.from_numpy(some)[near]], dim=1)
     shares = torch.cat([1 - weight * shares.sum(1, keepdim=True), weight * shares], dim=1)
     mixed = embedding_bag(near, alone, per_sample_weights=shares, mode="sum")
@@ -92,11 +95,14 @@ def smooth(
     return Smoothing(mixed_blocks, words, similar, held)
 
 
-def _near(points: Tensor, folder: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the most similar points of a folder and their shares, which sum to 1, or to 0 if no point is similar."""
+def _near(
+    features: FloatArray, folder: FloatArray, metric: tip.Metric | None
+) -> tuple[Tensor, Tensor]:
+    """Return the most similar photos of a folder and their shares, which sum to 1, or to 0 if no photo is similar."""
+    others = points_of(folder, metric)
     found = []
-    for part in slices(len(points), BLOCK):
-        cosines = points[part] @ folder.T
+    for part in slices(len(features), BLOCK):  # all points at once would take as much memory again
+        cosines = points_of(features[part], metric) @ others.T
         found.append(cosines.masked_fill_(cosines >= SAME, 0).topk(min(NEAR, len(folder))))
     powers = torch.cat([near.values for near in found]).clamp_min_(0).double().pow_(POWER)
     shares = powers / powers.sum(1, keepdim=True).clamp_min(torch.finfo(powers.dtype).tiny)
@@ -112,7 +118,7 @@ def _chosen(index: Index, folder: FloatArray) -> tuple[float, HeldOutAnswers]:
     own, given = torch.zeros(2, len(rows), len(index.class_names))
     for part, others in without_folds(index, rows):
         keys = np.asarray(index.keys[rows[part]], dtype=np.float32)
-        near, shares = _near(points_of(keys, others.metric), points_of(folder, others.metric))
+        near, shares = _near(keys, folder, others.metric)
         used, places = near.unique(return_inverse=True)
         own[part] = probabilities_of(others, keys)
         answers = probabilities_of(others, folder[used.numpy()])

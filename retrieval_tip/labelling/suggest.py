@@ -11,6 +11,8 @@ et al., ICLR 2025).
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +22,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from retrieval_tip import tip
-from retrieval_tip.arrays import DoubleArray, IntArray, KeyArray, slices
+from retrieval_tip.arrays import DoubleArray, FloatArray, IntArray, KeyArray, slices
 from retrieval_tip.errors import check_count
 from retrieval_tip.machine import check_memory
 from retrieval_tip.retrieval import inputs
@@ -79,6 +81,7 @@ def suggest(
     uncertainty: KeyArray | None = None,
     labelled: Features | None = None,
     metric: tip.Metric | None = None,
+    files: Sequence[str] = (),
 ) -> Picks:
     """Choose ``n`` features to label next, or all features if there are fewer.
 
@@ -88,6 +91,9 @@ def suggest(
     ``features`` and ``labelled``, the features of the labelled photos, have the shapes ``[m, d]`` and ``[k, d]``. The
     uncertainties, of shape ``[m]`` and from 0 to 1, default to 1. Without a ``metric``, the similarity is the cosine
     after subtracting the mean of ``features``.
+
+    If some features are frames of videos, ``files`` has the file of each feature, or ``""``. Instead of a frame, the
+    frame of its file is chosen that looks least like the others, and then the next.
     """
     check_count("n", n)
     raw = inputs.matrix(features, "features")
@@ -104,6 +110,8 @@ def suggest(
         for part in slices(m, BLOCK):
             near[part] = (points[part] @ known.T).amax(1).clamp_(min=0)
     rows = _greedy(points, weights, near, min(n, m))
+    if files:
+        rows = torch.tensor(_unusual_first(rows.tolist(), raw, files), dtype=torch.int64)
     return Picks(rows.numpy(), _covers(points, near, rows).numpy())
 
 
@@ -147,6 +155,17 @@ def _sampled(weights: Tensor, size: int) -> tuple[Tensor, Tensor]:
     return torch.searchsorted(shares, draws * shares[-1]).clamp_max(len(weights) - 1), torch.ones(
         size
     )
+
+
+def _unusual_first(rows: Sequence[int], features: FloatArray, files: Sequence[str]) -> list[int]:
+    frames = defaultdict[str, list[int]](list)
+    for row, file in enumerate(files):
+        frames[file].append(row)
+    for file in {files[row] for row in rows} - {""}:
+        own = np.array(frames[file])
+        likeness = features[own] @ features[own].sum(axis=0)
+        frames[file] = own[np.argsort(-likeness, kind="stable")].tolist()
+    return [frames[files[row]].pop() if files[row] else row for row in rows]
 
 
 def _covers(points: Tensor, near: Tensor, rows: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import sys
 from functools import lru_cache
 from pathlib import Path
@@ -23,7 +24,7 @@ from retrieval_tip.data.source import Source, check_size, of_images
 from retrieval_tip.data.sources import choose_part
 from retrieval_tip.data.tables import NAMES, texts
 from retrieval_tip.errors import InputError, UsageError
-from retrieval_tip.files import make_folders, map_regular, output
+from retrieval_tip.files import make_folders, map_regular, output, real
 from retrieval_tip.machine import install
 from retrieval_tip.wording import few, show
 
@@ -44,11 +45,9 @@ class HFDatasets:
         Raises InputError if the split, the image column or the label column is missing or ambiguous. Raises UsageError
         if the library is not installed.
         """
-        place, _, asked = rest.partition("@")
-        if os.path.isdir(rest):
-            place, asked = rest, ""
+        place, _, asked = (rest, "", "") if os.path.isdir(rest) else rest.partition("@")
         if os.path.isdir(place):
-            place = os.path.realpath(place)  # as in rows that name files
+            place = real(place).as_posix()  # as in rows that name files
         data, name = _load(place, asked or split)
         shown = show(f"hf-dataset:{name}")
         data.data.validate(full=True)
@@ -57,8 +56,8 @@ class HFDatasets:
         images, files = _images(name)
         paths = []
         for row, file in enumerate(pc.if_else(images.is_null(), files, None).to_pylist()):
-            is_item = file is None or not _is_inside(file, place)
-            paths.append(f"hf-dataset:{name}#{row}" if is_item else file)
+            is_file = file is not None and _is_inside(file, place)
+            paths.append(file if is_file else f"hf-dataset:{name}#{row}")
         return of_images(paths, shown, labels)
 
     @staticmethod
@@ -86,7 +85,7 @@ def _load(place: str, split: str | None) -> tuple[Dataset, str]:
     if Path(place, "state.json").is_file() or Path(place, "dataset_dict.json").is_file():
         load = datasets.load_from_disk
     try:
-        loaded = load(*place.split(":"), keep_in_memory=False)
+        loaded = load(*re.split(r":(?![/\\])", place), keep_in_memory=False)  # unlike C:/
     except FileNotFoundError as error:  # its text says more, for example how to get access
         raise ValueError(error) from None
     if not isinstance(loaded, dict):

@@ -10,7 +10,7 @@ import io
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -36,7 +36,12 @@ TAIL = 1000
 OPEN = 2
 """Number of videos whose decoders stay open."""
 PASSED = 32 << 20
-"""Most bytes of encoded frames that are kept for each open video, because threads ask for them out of order."""
+"""Most bytes of encoded frames that are kept for each open video, because threads ask for them out of order.
+
+It is also the most bytes of packets that wait to be decoded.
+"""
+WORK = 1 << 34
+"""Most pixels to decode for a frame: half a minute of work, or a minute between key frames in 4K."""
 QUALITY = 95
 
 
@@ -73,11 +78,10 @@ class Videos:
         with closing(_Video(file, self.step)) as video:
             try:
                 for packet in video.container.demux(video.stream):
-                    time = packet.dts if packet.pts is None else packet.pts
-                    if time is None or packet.is_corrupt or packet.is_discard:
+                    if packet.is_corrupt or packet.is_discard:
                         continue
-                    ms = video.milliseconds(time)
-                    end = max(end, video.milliseconds(time + (packet.duration or 0)))
+                    ms = video.time_of(packet)
+                    end = max(end, video.time_of(packet, packet.duration or 0))
                     if ms >= 0:
                         first[ms // self.step] = min(ms, first.get(ms // self.step, ms))
                     if len(first) > MOST_FRAMES:
@@ -107,6 +111,7 @@ class _Video:
     def __init__(self, file: str, step: int) -> None:
         """Raises InputError if a file is not a video, or if its frames are too large."""
         self._step = step
+        self._wanted = 0
         self._passed: dict[int, bytes] = {}
         with ExitStack() as stack:
             self._file = stack.enter_context(open_regular(file))
@@ -118,8 +123,9 @@ class _Video:
         import av
         from av.stream import Disposition
 
-        try:
-            self.container: Any = av.open(self._file, options={"format_whitelist": FORMATS})
+        options = {"format_whitelist": FORMATS, "max_pixels": str(MOST_PIXELS)}
+        try:  # which decodes frames if the header does not describe them
+            self.container: Any = av.open(self._file, options=options)
         except (OSError, ValueError):  # all errors of FFmpeg
             raise InputError("is not a video, or its beginning is damaged") from None
         streams = self.container.streams.video
@@ -128,11 +134,13 @@ class _Video:
             raise InputError("has no video stream")
         self.stream = videos[0]
         self._decoder = self.stream.codec_context
-        width, height = self._decoder.width, self._decoder.height
-        if not 0 < width * height <= MOST_PIXELS:
-            raise InputError(f"has {width} x {height} pixels; the limit is {MOST_PIXELS:,} in all")
-        self._decoder.options = {"max_pixels": str(MOST_PIXELS)}  # frames may be larger than this
-        self._decoder.thread_count = max(1, min(THREADS, MOST_PIXELS // (width * height)))
+        pixels = self._decoder.width * self._decoder.height
+        if not 0 < pixels <= MOST_PIXELS:  # 0 if a decoder refuses its frames
+            raise InputError(f"has frames of more than {MOST_PIXELS:,} pixels, or of none")
+        self._decoder.options = {
+            "max_pixels": options["max_pixels"]
+        }  # frames may be larger than stated
+        self._decoder.thread_count = max(1, min(THREADS, MOST_PIXELS // pixels))
         self._decoder.thread_type = "AUTO"
         self._start()
 
@@ -140,10 +148,12 @@ class _Video:
         self._time = -1
         self._is_whole = True
         self._first = sys.maxsize
+        self._steps: dict[int, int] = {}
         self._frames = self._decoded()
 
     def close(self) -> None:
         """Close the file and the decoder."""
+        self._frames.close()  # else the garbage collector would have to free the decoder
         self.container.close()
         self._file.close()
 
@@ -154,22 +164,31 @@ class _Video:
             return round(1000 * self.stream.duration * self.stream.time_base)
         return round((self.container.duration or 0) / 1000)
 
-    def milliseconds(self, time: int) -> int:
-        """Convert a time of the stream to milliseconds after its first frame."""
-        return round(1000 * (time - (self.stream.start_time or 0)) * (self.stream.time_base or 0))
+    def time_of(self, shown: Any, later: int = 0) -> int:
+        """Return the milliseconds from the first frame to a packet or frame, or -1 if it has no time."""
+        time = shown.dts if shown.pts is None else shown.pts
+        if time is None:
+            return -1
+        ticks = time + later - (self.stream.start_time or 0)
+        milliseconds: int = round(1000 * ticks * (self.stream.time_base or 0))
+        return milliseconds
 
     def read(self, wanted: int) -> bytes:
         """Return the frame at a time in milliseconds as a JPEG. Raises InputError if it cannot be decoded."""
         if wanted in self._passed:
             return self._passed[wanted]
-        is_near = self._time < wanted <= self._time + FAR
-        for start in (wanted, wanted - MARGIN, 0):
-            if not is_near:
-                self._seek(start)
+        self._wanted = wanted
+        self._work = WORK
+        if self._time < wanted <= self._time + FAR:
             data = self._forward(wanted)
             if data is not None:
                 return data
-            if is_near or self._first <= wanted:
+        for start in (wanted, wanted - MARGIN, 0):
+            self._seek(start)
+            data = self._forward(wanted)
+            if data is not None:
+                return data
+            if self._first <= wanted:
                 break
         raise InputError("no frame can be decoded at this time; the video is damaged there")
 
@@ -198,16 +217,63 @@ class _Video:
             self.container.seek((self.stream.start_time or 0) + ticks, stream=self.stream)
             self._start()
 
-    def _decoded(self) -> Iterator[tuple[int, Any]]:
-        """Yield the readable frames and their times, in order."""
+    def _decoded(self) -> Generator[tuple[int, Any], None, None]:
+        """Yield readable frames and their times, in order: all that show the first frame of a step, or depend on it.
+
+        Packets wait until such a frame needs them. If the next key frame comes first, they are not decoded.
+        """
         import av
 
+        waiting: list[Any] = []
+        held = 0
+        is_needed = False
         with suppress(av.FFmpegError):  # the rest of the file is damaged
             for packet in self.container.demux(self.stream):
-                try:
-                    yield from self._timed(packet.decode())
-                except av.FFmpegError:
-                    self._is_whole = False
+                if len(waiting) > 1 and self._starts_anew(waiting[-1], packet):
+                    yield from self._rest()
+                    self._decoder.flush_buffers()
+                    del waiting[:-1]
+                    held = waiting[0].size
+                if is_needed or held > PASSED:
+                    for one in waiting:
+                        yield from self._frames_of(one)
+                    waiting.clear()
+                    held = 0
+                waiting.append(packet)
+                held += packet.size
+                is_needed = self._is_needed(packet)
+        for one in waiting if is_needed else ():
+            yield from self._frames_of(one)
+        yield from self._rest()
+
+    def _starts_anew(self, packet: Any, following: Any) -> bool:
+        """Return whether no later frame depends on frames before a packet."""
+        return packet.is_keyframe and self.time_of(following) > self.time_of(packet)
+
+    def _is_needed(self, packet: Any) -> bool:
+        """Return whether a packet has the wanted frame, or so far the first one of its step."""
+        ms = self.time_of(packet)
+        step = ms // self._step
+        is_first = ms < self._steps.get(step, sys.maxsize)
+        if is_first:
+            self._steps[step] = ms
+        return is_first or ms == self._wanted
+
+    def _frames_of(self, packet: Any) -> Iterator[tuple[int, Any]]:
+        import av
+
+        self._work -= self._decoder.width * self._decoder.height
+        if self._work < 0:
+            raise InputError("this frame is too far from a key frame")
+        try:
+            yield from self._timed(packet.decode())
+        except av.FFmpegError:
+            self._is_whole = False
+
+    def _rest(self) -> Iterator[tuple[int, Any]]:
+        """Yield the frames that the decoder still holds."""
+        import av
+
         with suppress(av.FFmpegError):
             yield from self._timed(self._decoder.decode(None))
 
@@ -216,7 +282,7 @@ class _Video:
         for frame in frames:
             self._is_whole = self._is_whole or frame.key_frame
             if self._is_whole and frame.pts is not None and not frame.is_corrupt:
-                yield self.milliseconds(frame.pts), frame
+                yield self.time_of(frame), frame
 
 
 def _jpeg(frame: Any) -> bytes:

@@ -149,17 +149,24 @@ class Batches(Generic[K, T, R]):
 class ResultCache(Generic[K, R]):
     """A cache of results. A thread of ``pool`` computes each result once.
 
-    The cache keeps the most recently used results, up to a total ``size`` of ``most``. If ``room`` results are already
-    in progress or waiting, further calls are refused.
+    The cache keeps the most recently used results whose key is ``useful``, up to a total ``size`` of ``most``. If
+    ``room`` results are already in progress or waiting, further calls are refused.
     """
 
     def __init__(
-        self, pool: Executor, *, most: int, room: int, size: Callable[[R], int] = lambda _: 1
+        self,
+        pool: Executor,
+        *,
+        most: int,
+        room: int,
+        size: Callable[[R], int] = lambda _: 1,
+        useful: Callable[[K], bool] = lambda _: True,
     ) -> None:
         self._pool = pool
         self._most = most
         self._room = room
         self._size_of = size
+        self._useful = useful
         self._results: OrderedDict[K, R] = OrderedDict()
         self._making: dict[K, asyncio.Future[R]] = {}
         self._size = 0
@@ -188,6 +195,9 @@ class ResultCache(Generic[K, R]):
         if made.cancelled() or made.exception() is not None:
             return
         self._results[key] = made.result()
-        self._size += self._size_of(made.result())
+        useless = [old for old in self._results if not self._useful(old)]
+        for old in useless:
+            del self._results[old]
+        self._size = sum(map(self._size_of, self._results.values()))
         while self._size > self._most:
             self._size -= self._size_of(self._results.popitem(last=False)[1])

@@ -17,6 +17,7 @@ from retrieval_tip.data.groups import not_in_index
 from retrieval_tip.data.remote import absolute
 from retrieval_tip.data.sources import spelled_alike
 from retrieval_tip.errors import InputError
+from retrieval_tip.files import common_folders
 from retrieval_tip.index import added_photos
 from retrieval_tip.index import changes as index_changes
 from retrieval_tip.index.places import Changed, Place
@@ -270,7 +271,7 @@ async def label_photos(
 ) -> schemas.Row:
     """Keep images as photos of the labelling session, and return their numbers.
 
-    An image that the session already has keeps its number.
+    Of a video, the frames are kept. An image that the session already has keeps its number.
     """
     _, sent = await read_form(request, service.limits, schemas.Images)
     reader = labelling.photos.reader
@@ -320,7 +321,7 @@ async def label_sort(
             some = [photo for photo in some if photo in known.encoded]
             if not some:
                 raise InputError("photos: have not been read yet; try again later")
-            reader = known.remembered(some)
+            reader = await run(known.remembered, some)
         action: Action = "copy" if change.action == "xmp" else change.action
         most = change.at_most_wrong
         smooth = not change.labelled and version.index.n <= service.limits.estimated
@@ -340,7 +341,7 @@ async def label_sort(
     undo = command_line("sort", "--undo", "--into", folder)
     if xmp:
         inside = [known.path(photo) for photo in every if photo < MOST_PHOTOS]
-        folders = [os.path.commonpath(inside or paths), *filter(os.path.isdir, [labelling.dropped])]
+        folders = [*common_folders(inside or paths), *filter(os.path.isdir, [labelling.dropped])]
         undo = command_line(
             "classify", absolute(str(labelling.place)), *folders, "--format", "xmp", "--undo"
         )

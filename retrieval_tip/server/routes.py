@@ -23,8 +23,8 @@ from retrieval_tip.evaluation.projection import Method, methods, projected
 from retrieval_tip.evaluation.projection import exemplars as typical_keys
 from retrieval_tip.fit.closed_form import estimate
 from retrieval_tip.labelling.groups import group, group_similarity
-from retrieval_tip.labelling.labels import ASK, guesses
-from retrieval_tip.labelling.pool import Pool
+from retrieval_tip.labelling.review import Review
+from retrieval_tip.predictions import Predictions
 from retrieval_tip.server import schemas
 from retrieval_tip.server.access import READS, Named, Now, TheLabelling, TheService, cookie
 from retrieval_tip.server.guard import FLOATS
@@ -60,7 +60,8 @@ async def classify(
 ) -> Response:
     """Classify images or features.
 
-    The response lists unreadable inputs as `skipped`. If all inputs are unreadable, the response is an error.
+    A video gets one answer from its frames. The response lists unreadable inputs as `skipped`. If all inputs are
+    unreadable, the response is an error.
     """
     version = service.index(question.index).now
     sent = await read(request, service.limits, question.norms, version.index.d)
@@ -357,44 +358,14 @@ async def label_answers(service: TheService, labelling: TheLabelling) -> Respons
     same ``visit``, which is a number or null, are in the same folder and were taken seconds apart.
     """
     version = labelling.version()
-    labels = labelling.session.labels()
-    photos = labelling.photos
-    shown = photos.own(photos.encoded | labels.keys())
-    rows = [photo for photo in shown if photo not in labels]
-    found = dict[int, Row]()
-    groups = list[list[int]]()
+    answers = Review([], Predictions(), [])
     if version is None:
-        shown = []
-    elif rows:
-        index = version.index
-        read = [one for one in shown if one in photos.encoded]
-        pool = Pool([photos.name(one) for one in read], photos.rows(read), [])
-        if index.n <= service.limits.estimated:
-            answers, _ = await service.once(
-                version, ("smoothed", len(read)), partial(pool.smoothed, index, ASK)
-            )
-        else:  # holding out photos would take too long
-            answers = await service.find(
-                partial(index.classify, pool.features, "keep", **vars(ASK))
-            )
-        found = dict(zip(read, guesses(answers), strict=True))
-        no_match = [photo for photo in rows if found[photo]["no_match"]][: service.limits.grouped]
-        if len(no_match) > 1:
-            alike = await service.find(
-                group, photos.rows(no_match), group_similarity(index), index.metric
-            )
-            groups = [[no_match[row] for row in own] for own in alike]
-    found |= {
-        photo: {"label": label.label, "guesses": [], "no_match": False}
-        for photo, label in labels.items()
-    }
+        return json_of(answers.listed(labelling.photos, {}, {}))
+    if labelling.photos.encoded:
+        answers = await labelling.answers(version)
     visits = await labelling.visits()
-    listed = []
-    for photo in shown:
-        visit, _ = visits.get(photo, (None, []))
-        one = {"photo": photo, "name": photos.name(photo), "label": None, "visit": visit}
-        listed.append(one | found[photo])
-    return json_of({"photos": listed, "groups": groups})
+    labels = labelling.session.labels()  # those that were given in the meantime, too
+    return await service.find(lambda: json_of(answers.listed(labelling.photos, labels, visits)))
 
 
 @reads.get("/label/photos/{photo}/{what}", response_class=Response, responses=PICTURE_OR_BYTES)
@@ -402,18 +373,23 @@ async def label_photo(
     service: TheService,
     labelling: TheLabelling,
     photo: schemas.PhotoNumber,
-    what: Literal["image", "feature", "file"],
+    what: Literal["image", "feature", "file", "similar"],
     size: Size = 160,
 ) -> Response:
-    """Return a photo of the labelling session: a reduced JPEG image, its feature in float32, or its unchanged file."""
+    """Return a photo of the labelling session: a reduced JPEG image, its feature in float32, or its unchanged file.
+
+    ``similar`` lists what the photo itself and then similar photos give to the probability of its first guess.
+    """
     path = labelling.path(photo)
-    feature = labelling.photos.features.get(photo)
     if what == "image":
         return jpeg(await service.thumbnail(path, partial(read_item, path), size), seconds=3600)
     if what == "file":
         data = await service.find(read_item, path)
-    elif feature is None:
+    elif (feature := labelling.photos.feature(photo)) is None:
         raise Problem(404, f"photo {photo}: has not been read yet; try again later")
+    elif what == "similar":
+        version = labelling.version()
+        return json_of([] if version is None else (await labelling.answers(version)).similar(photo))
     else:
         data = feature.astype("<f4").tobytes()
     return Response(data, media_type=FLOATS)

@@ -157,7 +157,7 @@ class SortInto(BaseModel, extra="forbid"):
 
 
 class Images(BaseModel, extra="forbid"):
-    """JPEG, PNG or WebP files. HEIC files are accepted if the server has the extra heic."""
+    """JPEG, PNG or WebP files, HEIC files with the extra heic, and videos with the extra video."""
 
     images: Annotated[list[UploadFile], Field(min_length=1)]
 
@@ -281,7 +281,11 @@ Result = Annotated[
         SCHEMA,
         text_logits=_NUMBERS | {"description": "What the text adds to the logit of each label."},
         shot_logits=_NUMBERS | {"description": "What the shots add to the logit of each label."},
-        feature=_NUMBERS | {"description": "The feature, if features is true."},
+        feature=_NUMBERS | {"description": "The feature, if features is true, but not of a video."},
+        picture={
+            "type": "string",
+            "description": "The frame of a video that matches best (data URL).",
+        },
         similar=_list_of(
             {
                 "type": "object",

@@ -27,9 +27,13 @@ from retrieval_tip.data import images
 from retrieval_tip.data.cached_encoder import pixels_of
 from retrieval_tip.data.reader import FeatureBlock
 from retrieval_tip.data.remote import scheme_of
-from retrieval_tip.data.source import file_of, read_item
+from retrieval_tip.data.source import file_of, joins, read_item
+from retrieval_tip.data.sources import how_to_read
 from retrieval_tip.errors import InputError, Skipped
+from retrieval_tip.files import suffix_of
+from retrieval_tip.html import data_url
 from retrieval_tip.index.places import Changed
+from retrieval_tip.labelling.clips import best_of_groups, frames_in
 from retrieval_tip.server import metrics, schemas, shots
 from retrieval_tip.server.batching import Batches, ResultCache, Turns
 from retrieval_tip.server.guard import CLIENT, ROWS_PER_IMAGE, Limits, give_time
@@ -44,6 +48,8 @@ log = logging.getLogger(__name__)
 ROWS_AT_A_TIME = 256
 PIXELS = 4_000_000
 """Number of pixels that count as one additional image in the queue. A larger image is decoded alone."""
+CLIP = 16
+"""Number of images that a video counts as in the queue."""
 SLOW_AT_ONCE, SLOW_KEPT = 8, 32
 """Maximum numbers of slow results in progress, and of slow results in the cache.
 
@@ -108,8 +114,8 @@ class Service:
             size=lambda data: len(data) + OVERHEAD,
         )
         self._slow = self.pool("slow", 2)
-        self._made: ResultCache[Hashable, Any] = ResultCache(
-            self._slow, most=SLOW_KEPT, room=SLOW_AT_ONCE
+        self._made: ResultCache[tuple[weakref.ref[OpenVersion], Hashable], Any] = ResultCache(
+            self._slow, most=SLOW_KEPT, room=SLOW_AT_ONCE, useful=lambda key: key[0]() is not None
         )
         self.photos = LabelStudioPhotos(root, limits.bytes, os.environ)
         self.root = root or Path()
@@ -217,7 +223,8 @@ class Service:
     ) -> schemas.Classified:
         """Classify uploaded inputs. With ``features``, return their features and the most similar shots as well.
 
-        With ``looks``, images that are shots of the index are classified without themselves, unless it is large.
+        With ``looks``, images that are shots of the index are classified without themselves, unless it is large. A
+        video has one answer, with its best frame instead of features.
         """
         cells = version.cells(ask) + (
             version.index.d + 2 * min(SIMILAR, version.index.n) if features else 0
@@ -230,8 +237,10 @@ class Service:
                 f"{rows} inputs: the answers would contain {size}; send at most {most}"
             )
         skipped: list[Skipped] = []
+        names = sent.names
         if sent.features is None:
             sent, skipped = await self.read(sent, backbone_of(version))
+            names = [names[file] for file in sent.files]
         else:
             self._admit()
         assert sent.features is not None
@@ -240,15 +249,24 @@ class Service:
         async with self._features.turn(CLIENT.get(), len(queries) / ROWS_PER_IMAGE):
             if looks and sent.images and version.index.n <= self.limits.estimated:
                 block = await self.find(version.recognised, block, sent.images)
-            if block.shots.any():  # hiding them takes longer
+            if sent.names != names:  # some are frames
+                _, groups = np.unique(sent.files, return_inverse=True)
+                block = await self.run(
+                    self._slow, best_of_groups, version.index, block, groups, ask
+                )
+            if block.mixed is not None or block.shots.any():  # which takes longer
                 results = await self.run(self._slow, version.answer, ask, block)
             else:
                 results = await self._answer((version, ask), queries)
         located = (
-            await self.find(version.located, block.features) if features else [{}] * len(queries)
+            await self.find(version.located, block.features) if features else [{}] * len(results)
         )
-        for name, result, more in zip(sent.names, results, located, strict=True):
-            result |= {"input": name} | more
+        for place, result, more in zip(block.positions, results, located, strict=True):
+            name = sent.names[place]
+            if name != names[place]:
+                picture = await self.find(images.thumbnail, sent.images[place], 640)  # pixels
+                more = {"frame": name, "picture": data_url(picture)}
+            result |= {"input": names[place]} | more
         metrics.CLASSIFIED.labels(version.name).inc(len(results))
         return schemas.Classified(
             **ask.settings(version.index.settings).shown(),
@@ -274,7 +292,10 @@ class Service:
     async def read(
         self, sent: Upload, backbone: Backbone, *, encode: bool = True
     ) -> tuple[Upload, list[Skipped]]:
-        """Return the images that can be decoded, with their features unless ``encode`` is false, and the others."""
+        """Return the images that can be decoded, with their features unless ``encode`` is false, and the others.
+
+        The frames of a video take its place.
+        """
 
         async def found(data: bytes, area: int) -> FloatArray | torch.Tensor | InputError:
             turns = self._large if area >= PIXELS else self._images
@@ -287,17 +308,19 @@ class Service:
                 except InputError as error:
                     return InputError(str(error))
 
+        sent, skipped = await self._unpacked(sent)
         # Read the headers one at a time, so that requests take turns here as well.
         area = partial(images.area, most=self.limits.pixels, only=images.uploads())
         areas = [await self.run(self._weighing, area, data) for data in sent.images]
         self._admit()
         made: list[Any] = await asyncio.gather(*map(found, sent.images, areas))
-        good = [place for place, one in enumerate(made) if not isinstance(one, InputError)]
-        skipped = [
-            Skipped(sent.names[place], str(one))
-            for place, one in enumerate(made)
-            if place not in good
-        ]
+        good = list[int]()
+        for place, one in enumerate(made):
+            if isinstance(one, InputError):
+                name = sent.names[place]
+                skipped.append(Skipped(name, f"{one}{how_to_read([suffix_of(name)])}"))
+            else:
+                good.append(place)
         if not good:
             more = f"; and {len(skipped) - NAMED} more" if skipped[NAMED:] else ""
             raise InputError("; ".join(map(str, skipped[:NAMED])) + more)
@@ -305,6 +328,29 @@ class Service:
         return Upload(
             **kept, features=np.stack([made[place] for place in good]) if encode else None
         ), skipped
+
+    async def _unpacked(self, sent: Upload) -> tuple[Upload, list[Skipped]]:
+        """Return images, with frames in place of videos, and the videos that cannot be read."""
+        photos = list[tuple[int, str, bytes]]()
+        skipped = list[Skipped]()
+        share = len(sent.images)
+        for file, name in enumerate(sent.names):
+            data = sent.images[file]
+            if not joins(suffix_of(name)):
+                photos.append((file, name, data))
+                continue
+            self._admit()
+            frames = frames_in(name, data, self.limits.images // share, self.limits.bytes // share)
+            async with self._large.turn(CLIENT.get(), CLIP):
+                try:  # frame by frame, so that the work stops if the client leaves
+                    while frame := await self.run(self._decoding[self._large], next, frames, None):
+                        photos.append((file, *frame))
+                except InputError as error:
+                    skipped.append(Skipped(name, str(error)))
+        files = [file for file, _, _ in photos]
+        labels = sent.labels and [sent.labels[file] for file in files]
+        names = [name for _, name, _ in photos]
+        return Upload(names, labels, [data for _, _, data in photos], files=files), skipped
 
     def _admit(self) -> None:
         """Raise Problem 429 if the waiting turns of the client fill more than a quarter of the queue."""

@@ -9,7 +9,16 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+import threading
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Iterable,
+    Mapping,
+    Sequence,
+)
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -41,6 +50,7 @@ from retrieval_tip.labelling.labels import (
 from retrieval_tip.labelling.pool import MOST_PHOTOS, Pool, suggest_features
 from retrieval_tip.labelling.progress import SCREEN, Estimate, estimate_rest, gain_of
 from retrieval_tip.labelling.queue import QUEUED, Queue
+from retrieval_tip.labelling.review import Review, answers_to
 from retrieval_tip.labelling.session import (
     Change,
     Dropped,
@@ -65,6 +75,8 @@ BATCH, WAIT = 5, 3.0
 """Number of labels to save at once, and seconds to wait for them. Each batch is a version of the index."""
 DRAWN, MORE = 9, 20
 """Minimum number of random photos for an estimate, and number of further labels whose gain is estimated."""
+CONSIDERED = 1 << 13
+"""Number of photos that are considered for the queue. If there are more, they are drawn at random every time."""
 CHUNK = 32
 """Number of photos to encode at a time."""
 RETRY = 5.0
@@ -116,11 +128,12 @@ class Labelling:
             self._unread.put_nowait(queue.order[start : start + CHUNK])
         self._in_turn = asyncio.Lock()
         self._visits: dict[int, tuple[int, list[int]]] = {}
-        self._dated = 0  # number of photos with a date when these were found
+        self._visited = 0  # number of photos that had been read when these were found
         self._made: set[str] = set()  # classes that this session has created
         self._last: places.Changed | None = None
         self._chosen: tuple[Index | None, int] = (None, 0)  # and the number of encoded photos
         self._deciding = asyncio.Lock()
+        self._answering = threading.Lock()  # answers to two versions at once would take much memory
         self._progress: Progress | None = None
         self._problem: str | None = None
         self._trouble: str | None = None
@@ -139,7 +152,7 @@ class Labelling:
             yield
         finally:
             self._closing = True
-            self._look()
+            self._look(())
             await saving
             for task in others:
                 task.cancel()
@@ -171,9 +184,9 @@ class Labelling:
         photos = self.photos
         labels = session.labels()
         taken = labels.keys() | photos.unreadable.keys()
-        readable = len(photos) - len(photos.own(photos.unreadable))
-        encoded = len(photos.own(photos.encoded))
-        labelled = len(photos.own(labels))
+        readable = len(photos) - photos.number(photos.unreadable)
+        encoded = photos.number(photos.encoded)
+        labelled = photos.number(labels)
         queue = list[Row]()
         for queued in session.queue.show(taken):
             guessed, alike = session.facts.get(queued.photo, ([], []))
@@ -228,11 +241,25 @@ class Labelling:
 
     async def visits(self) -> Mapping[int, tuple[int, list[int]]]:
         """Return the visits of the photos that have been read (see :func:`bursts.visits_of`)."""
-        times = dict(self.photos.times)
-        if len(times) != self._dated:
-            self._visits = await asyncio.to_thread(visits_of, dict(self.photos.paths), times)
-            self._dated = len(times)
+        read = len(self.photos.encoded)
+        if read != self._visited:
+            self._visits = await asyncio.to_thread(visits_of, *self.photos.seen())
+            self._visited = read
         return self._visits
+
+    async def answers(self, version: OpenVersion) -> Review:
+        """Return the answers to the photos that have been read, which are computed once per version."""
+        read = self.photos.own(self.photos.encoded)
+        limits = self.service.limits
+        smooth = (
+            version.index.n <= limits.estimated
+        )  # otherwise, holding out photos would take too long
+
+        def call() -> Review:
+            with self._answering:
+                return answers_to(version.index, self.photos, read, smooth, limits.grouped)
+
+        return await self.service.once(version, ("answers", len(read)), call)
 
     async def label(self, change: schemas.SetLabels) -> None:
         """Set or remove labels, skip photos, or undo a step. The labels are saved in the index in the background.
@@ -250,7 +277,7 @@ class Labelling:
                 digests = await asyncio.to_thread(self.photos.hashed, unknown)
                 for photo, digest in digests.items():
                     self.photos.recognise(photo, digest)
-                self._look()
+                self._look(digests)
             self._apply(Change(labels, change.skip, change.step, change.undo, change.reviewed))
 
     async def add(self, photos: Iterable[tuple[str, bytes]]) -> list[int]:
@@ -277,7 +304,7 @@ class Labelling:
                     self._apply(Dropped(number))
                     self._unread.put_nowait([number])
                 numbers.append(number)
-        self._look()
+        self._look(numbers)
         return numbers
 
     def _apply(self, event: Event) -> None:
@@ -300,9 +327,9 @@ class Labelling:
             self._apply(Noticed(index))
         return version
 
-    def _look(self) -> None:
-        """Note which photos the index contains, and try again to save labels that it refused before."""
-        self._apply(Noticed(self.session.index))
+    def _look(self, photos: Collection[int]) -> None:
+        """Note which of some photos the index contains, and try again to save labels that it refused before."""
+        self._apply(Noticed(self.session.index, photos))
 
     async def _save(self) -> None:
         """Save labels in batches. If the index cannot be written, try again until the session ends."""
@@ -381,7 +408,7 @@ class Labelling:
             raise InputError(self.photos.unreadable[photo])
         digest = self.photos.digests.get(photo) or str(known and known.digest)
         path = show(self.photos.path(copy))
-        return PhotoLabel(path, digest, label.label, label.picked, self.photos.features.get(copy))
+        return PhotoLabel(path, digest, label.label, label.picked, self.photos.feature(copy))
 
     async def _work(self, step: Callable[[], Awaitable[None]]) -> None:
         """Run a step of the background work. If it fails, keep the error for the page."""
@@ -399,7 +426,7 @@ class Labelling:
             read = await self.service.run(self.encoding, self.photos.read, photos, strict)
             self.photos.note(photos, read)
             if read:
-                self._look()
+                self._look(photos)
 
     async def _think(self) -> None:
         """Choose the next photos, and estimate the accuracy, whenever there is a new version or enough new photos."""
@@ -426,14 +453,17 @@ class Labelling:
     async def _choose(self) -> None:
         index = self.session.index
         encoded = len(self.photos.encoded)
-        unlabelled = self.photos.encoded - self.session.taken()
+        unlabelled = self.photos.encoded.keys() - self.session.taken()
         if unlabelled:
             run = partial(self.service.run, self._thinking)
             rows = sorted(unlabelled)
-            features = await run(self.photos.rows, rows)
-            picks = await run(_suggested, rows, features, index)
+            drawn = np.random.default_rng(len(rows)).permutation(rows)[:CONSIDERED]
+            some = sorted(drawn.tolist())
+            features = await run(self.photos.rows, some)
+            picks = await run(_suggested, some, features, self.photos.clips, index)
             ahead, _ = self.session.apply(Suggested(picks, {}))
             shown = [queued.photo for queued in ahead.shown() if queued.photo in unlabelled]
+            features = await run(self.photos.rows, rows)
             facts = await run(_facts_of, shown, rows, features, index)
             self._apply(Suggested(picks, facts))
         await self.visits()
@@ -447,7 +477,7 @@ class Labelling:
             if known.picked not in (None, "similar")
         }
         drawn = sum(how == "random" for how in picked.values())
-        rest = sorted(self.photos.encoded - self.session.taken())
+        rest = sorted(self.photos.encoded.keys() - self.session.taken())
         progress = None
         if (
             index is not None
@@ -455,10 +485,9 @@ class Labelling:
             and rest
             and index.n <= self.service.limits.estimated
         ):
-            features = self.photos.rows(rest)
-            progress = await self.service.run(
-                self._thinking, _measured_on, features, index, list(picked)
-            )
+            run = partial(self.service.run, self._thinking)
+            features = await run(self.photos.rows, rest)
+            progress = await run(_measured_on, features, index, list(picked))
         self._progress = progress
 
 
@@ -503,9 +532,9 @@ def _reason(error: Exception, what: str) -> str:
 
 
 def _suggested(
-    rows: Sequence[int], features: FloatArray, index: Index | None
+    rows: Sequence[int], features: FloatArray, clips: Mapping[int, str], index: Index | None
 ) -> list[tuple[int, str]]:
-    pool = Pool([str(row) for row in rows], features, [])
+    pool = Pool([str(row) for row in rows], features, [], [clips.get(row, "") for row in rows])
     table = suggest_features(pool, QUEUED, index).table
     return [(int(row["input"]), row["why"]) for row in table.select(["input", "why"]).to_pylist()]
 

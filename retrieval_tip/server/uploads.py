@@ -45,12 +45,16 @@ SECONDS = 20.0
 
 @dataclass(frozen=True)
 class Upload:
-    """Uploaded ``images``, or ``features`` of shape ``[q, d]``, with one name and, for shots, one label each."""
+    """Uploaded ``images``, or ``features`` of shape ``[q, d]``, with one name and, for shots, one label each.
+
+    ``files`` has the number of the uploaded file of each image, since frames of a video are in the same file.
+    """
 
     names: list[str]
     labels: Sequence[str] = ()
     images: Sequence[bytes] = ()
     features: FloatArray | None = None
+    files: Sequence[int] = ()
 
 
 F = TypeVar("F", bound=Images)

@@ -16,13 +16,13 @@ import numpy as np
 import numpy.typing as npt
 
 from retrieval_tip.arrays import KeyArray
-from retrieval_tip.errors import StoreError
+from retrieval_tip.errors import InputError, StoreError
 from retrieval_tip.files import (
     NotAFileError,
     delete,
     lock,
     make_folders,
-    open_regular,
+    read_regular,
     replace,
     sha256_of,
     sync,
@@ -103,19 +103,17 @@ class LocalFiles:
                 f"{shown}: is a link that leads out of the index; replace it with the file itself"
             )
         try:
-            with open_regular(path) as file:
-                raw = file.read(most + 1)
+            return read_regular(path, most)
         except FileNotFoundError:
             raise
-        except NotAFileError:
-            raise StoreError(f"{shown}: is not a file; restore it") from None
         except OSError as error:
             raise StoreError(f"{shown}: cannot be read: {error.strerror}") from None
-        if len(raw) > most:
+        except NotAFileError:
+            raise StoreError(f"{shown}: is not a file; restore it") from None
+        except InputError:
             raise StoreError(
                 f"{shown}: damaged (more than {most:,} bytes); restore it, or build the index again"
-            )
-        return raw
+            ) from None
 
     def put(self, name: str, *chunks: bytes | memoryview) -> None:
         path = self.folder / name

@@ -86,15 +86,16 @@ function fail(photo, error) {
   remove([photo]); // because it will never get an answer
 }
 
-function refuse(file, error) {
-  const reason = reasonOf(file, error);
-  refused.set(reason, [...(refused.get(reason) ?? []), file.name]);
+function refuse({ name }, { message }) {
+  const reason = message.startsWith(`${name}: `) ? message.slice(name.length + 2) : message; // files with the same one share a line
+  refused.set(reason, [...(refused.get(reason) ?? []), name]);
 }
 
 // --- the photos of the labelling session ---
 
 const folder = () => photos.filter(({ inFolder }) => inFolder);
 let told = ""; // the state of the session whose answers are shown, or are being fetched
+let changed = null; // photos that got another label while they are fetched, which takes longer than a label
 let alike = []; // groups of photos of the session without a match that are shown
 let newAlike = []; // the newest groups, which are shown with the next screen
 let held = []; // photos whose newest answer is shown with the next screen, because a person looks at an earlier one
@@ -102,6 +103,7 @@ let held = []; // photos whose newest answer is shown with the next screen, beca
 /** Whether the answers on the screen are out of date, because the person has just come to it. Nobody can confirm them. */
 const isOld = () => $("grid").ariaBusy === "true";
 const setOld = (is) => ($("grid").ariaBusy = String(is));
+const begins = () => isOld() || !grid.onScreen().length;
 
 /** Show the labels and answers of all photos of the session. */
 async function showFolder() {
@@ -110,22 +112,26 @@ async function showFolder() {
   const read = now.encoded < now.photos ? Math.floor(Math.log2(now.encoded)) : now.photos; // not for each of thousands
   const at = [now.version, read, session.labelled].join();
   if (at === told) return;
+  if (changed && begins()) told = ""; // the person waits for the newest answers
+  if (changed) return;
   told = at;
-  const answer = await reported(() => api.request("/v1/label/answers"));
-  if (!answer) told = "";
-  if (!answer || at !== told || session.waiting) return;
+  const newer = (changed = new Set());
+  const answer = await reported(() => api.request("/v1/label/answers", { patience: Infinity }));
+  changed = null;
+  if (told !== at) return showFolder();
+  if (!answer) return (told = "");
   const known = new Map(folder().map((photo) => [photo.number, photo]));
   const fresh = answer.photos.filter(({ photo }) => !known.has(photo)).map((one) => new FolderPhoto(one));
-  photos.push(...fresh);
-  for (const one of fresh) known.set(one.number, one);
-  for (const one of answer.photos) known.get(one.photo).tell(one);
+  for (const one of fresh) photos.push(one), known.set(one.number, one);
+  for (const one of answer.photos) newer.has(known.get(one.photo)) || known.get(one.photo).tell(one);
   for (const [visit, some] of Map.groupBy(folder(), (one) => one.visit)) for (const one of some) one.together = visit === null ? 1 : some.length;
   newAlike = answer.groups.map((numbers) => numbers.map((number) => known.get(number)));
   held = [...known.values()];
   if (fresh.length === answer.photos.length) $("filter-state").value = "rest";
-  if (isOld() || !grid.onScreen().length) turn();
+  if (begins()) turn();
   else release(fresh.length ? arrange : showSoon);
   if (document.activeElement === document.body) $("grid").focus({ preventScroll: true });
+  return showFolder(); // there may be more labels by now
 }
 session.addEventListener("state", () => (showFolder(), $("classify-view").hidden || showSoon()));
 addEventListener("hashchange", () => ((told = ""), setOld(folder().length > 0), painted && paint()));
@@ -179,7 +185,7 @@ function relabel(pairs, follow = arrange) {
   const which = pairs.map(([photo]) => photo);
   const before = which.map(({ taught }) => taught);
   const steps = session.label(pairs.map(([photo, label]) => [photo.number, label]));
-  for (const [photo, label] of pairs) photo.taught = label;
+  for (const [photo, label] of pairs) (photo.taught = label), changed?.add(photo);
   const goOn = next(which);
   grid.select([]);
   follow();
@@ -188,7 +194,7 @@ function relabel(pairs, follow = arrange) {
   given = names.size === 1 ? [...names][0] : null;
   const undo = async () => {
     steps.toReversed().forEach((step) => session.undo(step));
-    which.forEach((photo, i) => (photo.taught = before[i]));
+    which.forEach((photo, i) => ((photo.taught = before[i]), changed?.add(photo)));
     given = null;
     arrange();
     return "Undone.";
@@ -198,21 +204,16 @@ function relabel(pairs, follow = arrange) {
   showTaught();
 }
 
-/** Return the reason why a file was skipped, without its name, so that files with the same reason share a line. */
-function reasonOf({ name }, { message }) {
-  const reason = message.startsWith(`${name}: `) ? message.slice(name.length + 2) : message;
-  if (!/not a readable image/.test(reason) || !/\.hei[cf]$/i.test(name)) return reason;
-  return "the server cannot open HEIC files; save as JPEG, or install the extra heic on the server";
-}
-
-/** Classify photos again by their features. If a photo is one of the examples, it is classified without itself. */
-async function askAgain(asked) {
+/** Classify photos again, by their features if they have any. An example is classified without itself. */
+async function askAgain(some) {
+  some.filter(({ feature }) => !feature).forEach(ask);
+  const asked = some.filter(({ feature }) => feature);
   const first = new Set(grid.items.slice(0, 60));
-  const ordered = [...asked].sort((a, b) => first.has(b) - first.has(a)); // these are probably visible
+  const ordered = asked.toSorted((a, b) => first.has(b) - first.has(a)); // these are probably visible
   for (const photo of asked) photo.busy ||= !photo.current;
   const blocks = [];
-  for (const some of Map.groupBy(ordered, ({ current, without }) => current && without.join()).values())
-    for (let i = 0; i < some.length; i += BLOCK) blocks.push(some.slice(i, i + BLOCK));
+  for (const like of Map.groupBy(ordered, ({ current, without }) => current && without.join()).values())
+    for (let i = 0; i < like.length; i += BLOCK) blocks.push(like.slice(i, i + BLOCK));
   await Promise.all(blocks.map(askBlock));
 }
 
@@ -231,7 +232,7 @@ async function keepAll(files) {
     notice(`Adding ${done + 1} of ${files.length}…`);
     const kept = await state.keepPhoto(file).catch((error) => (api.passing(error) ? Promise.reject(error) : refuse(file, error)));
     if (kept === null) return notice(""); // there is no token
-    done += kept ? 1 : 0;
+    done += kept?.photos.length ?? 0; // a video has several
   }
   notice(`Added ${plural(done, "photo")} to the session.`);
   setOld(true); // so that these photos are sorted in at once
@@ -284,7 +285,7 @@ function progress() {
     const [first] = grid.items;
     if (first) say(`${plural(photos.length, "photo")} classified. First: ${first.name}, ${first.shown ? spoken(first) : ""}`);
   }
-  if (!left) showUnknown(photos.filter(({ inFolder }) => !inFolder), alike);
+  if (!left) showUnknown(photos.filter(({ inFolder, feature }) => !inFolder && feature), alike);
   drawer.show();
   showTaught();
   showProblems();
@@ -297,13 +298,9 @@ function showProblems() {
   const lines = [];
   const failed = photos.filter((photo) => photo.problem && api.passing(photo.problem));
   if (failed.length) {
-    const retry = () => {
-      askAgain(failed.filter(({ feature }) => feature));
-      failed.filter(({ feature }) => !feature).forEach(ask);
-    };
     const without = failed.filter((photo) => !photo.shown).length;
     const waiting = without ? ` ${plural(without, "photo has", "photos have")} not been classified yet.` : "";
-    lines.push([`${failed[0].problem.message}${waiting}`, button("Try again", retry, { id: "again" })]);
+    lines.push([`${failed[0].problem.message}${waiting}`, button("Try again", () => askAgain(failed), { id: "again" })]);
   }
   for (const [reason, names] of refused) {
     const some = names.slice(0, 4).join(", ") + (names.length > 4 ? ` and ${names.length - 4} more` : "");
@@ -322,6 +319,8 @@ function tile(photo, element, text, note) {
   const { shown, winner, taught } = photo;
   const no_match = photo.no_match && taught === null;
   for (const [name, is] of Object.entries({ busy: photo.busy, no_match, taught: taught !== null })) element.classList.toggle(name, is);
+  const [image] = element.firstChild.children;
+  if (photo.picture && image.src !== photo.picture) image.replaceWith(photo.image(240, ""));
   element.title = photo.name;
   Object.assign(element.dataset, { input: photo.name, busy: photo.busy });
   if (shown) Object.assign(element.dataset, { label: winner.label, probability: winner.probability });
@@ -353,10 +352,11 @@ const STATES = { // what to show, and a function that tells whether a photo is s
   unsure: ["Below 50 %", (photo) => photo.shown && !photo.no_match && photo.winner.probability < 0.5],
   taught: ["With a label", (photo) => photo.taught !== null],
 };
+const words = new Intl.Collator(undefined, { numeric: true }); // localeCompare takes 20 times as long
 const SORTS = { // an order, and a function that compares two photos
   doubt: ["Least certain first", (a, b) => (a.taught !== null) - (b.taught !== null) || a.rank - b.rank],
-  class: ["By class", (a, b) => a.kind.localeCompare(b.kind)],
-  name: ["By name", (a, b) => a.name.localeCompare(b.name, undefined, { numeric: true })],
+  class: ["By class", (a, b) => words.compare(a.kind, b.kind)],
+  name: ["By name", (a, b) => words.compare(a.name, b.name)],
   new: ["Newest first", () => 0],
 };
 
@@ -406,7 +406,7 @@ $("filter").addEventListener("input", debounced(120, arrange));
 function open(photo) {
   drawer.open(photo);
   grid.go(photo);
-  if (photo.inFolder && !photo.current) reported(async () => (photo.feature || (await photo.fetch()), askAgain([photo])));
+  if (photo.inFolder && !photo.current) reported(async () => (await photo.fetch(), askAgain([photo])));
 }
 
 /** Open the photo that follows the open one in the grid, or precedes it. */
@@ -510,7 +510,7 @@ export async function teach(all, label) {
 
 /** Return a function that activates the photo that has taken the place of the first of some photos. */
 function next(which) {
-  const at = Math.max(0, Math.min(...which.map((photo) => grid.items.indexOf(photo))));
+  const at = Math.max(0, grid.items.findIndex((photo) => which.includes(photo)));
   return (scroll) => grid.go(grid.items[Math.min(at, grid.items.length - 1)], scroll);
 }
 
@@ -550,7 +550,7 @@ state.addEventListener("index", () => {
 state.addEventListener("version", () => {
   moving.abort();
   moving = new AbortController();
-  askAgain(photos.filter(({ feature, inFolder, busy }) => feature && (!inFolder || busy)));
+  askAgain(photos.filter(({ feature, picture, inFolder, busy }) => (feature || picture) && (!inFolder || busy)));
   progress();
   showFolder();
 });

@@ -1,5 +1,4 @@
-// Dialogs and forms that ask for a name or for a confirmation, and the notice at the bottom of the screen, which describes
-// the last change there and can offer to undo it.
+// Dialogs and forms that ask for a name or a confirmation, and the notice that describes the last change and can undo it.
 
 import { $, button, classField, cross, cut, el, named } from "./dom.js";
 import { meant } from "./names.js";

@@ -64,12 +64,14 @@ export function open(which) {
   document.body.classList.add("drawn");
   if (another) {
     field.value = "";
-    $("drawer-picture").replaceChildren(photo.image(1024, `Your photo ${photo.name}`));
+    showPicture();
     $("drawer").scrollTop = 0;
     $("decided-more").open = false;
   }
   show();
 }
+
+const showPicture = () => $("drawer-picture").replaceChildren(photo.image(1024, `Your photo ${photo.name}`));
 
 export function close() {
   photo = null;
@@ -85,7 +87,8 @@ export function leave() {
 
 export function show() {
   if (!photo) return;
-  const { shown, winner } = photo;
+  const { shown, winner, picture: frame } = photo;
+  if (frame && $("drawer-picture").firstChild.src !== frame) showPicture();
   $("drawer").ariaBusy = String(photo.busy);
   $("drawer-file").textContent = cut(photo.name, 40);
   $("drawer-file").title = photo.name;

@@ -1,5 +1,4 @@
-// The map of the example photos on a canvas. The photos can also be found in the list of examples, by keyboard. A "taken"
-// event has the key ids of photos that were circled.
+// The map of the example photos on a canvas, which a list replaces for the keyboard. A "taken" event has circled key ids.
 
 import * as api from "./api.js";
 import { photos } from "./classify.js";

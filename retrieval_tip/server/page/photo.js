@@ -1,7 +1,7 @@
 // A photo on the page, with its file, its feature, and the answer of the server.
 
 import * as api from "./api.js";
-import { nameOf, picture, preview } from "./dom.js";
+import { el, nameOf, picture, preview } from "./dom.js";
 import { state } from "./state.js";
 
 const TOP = 8; // number of classes in an answer
@@ -18,6 +18,7 @@ export class Photo {
   without = []; // key ids of this photo itself, which is classified with the other examples
   version = null; // index version to which these belong
   shown = null; // the answer as { rows, no_match, group, supporting, opposing }
+  picture = null; // of a video, which has no feature: the frame that matches best
   problem = null; // the reason why there is no answer
   busy = false;
   taught = null; // the class that the photo was added to
@@ -37,7 +38,7 @@ export class Photo {
 
   /** Return an image of the photo, for a place of this size in pixels. */
   image(size, alt) {
-    return preview(this.file, alt);
+    return this.picture ? el("img", { alt, src: this.picture }) : preview(this.file, alt);
   }
 
   /** Return the file of the photo. */
@@ -69,8 +70,7 @@ export class Photo {
     Object.assign(this, { feature: null, similar: [], without: [], shown: null, problem: null, taught: null });
   }
 
-  /** Store an answer that was given without some keys. Return false if the answer does not hold, because the index has
-   *  changed, or because the photo is one of the examples. */
+  /** Store an answer that was given without some keys. Return false if the index has changed, or has the photo. */
   take({ version }, result, without) {
     const { feature, similar } = result;
     if (feature) {
@@ -80,6 +80,7 @@ export class Photo {
     }
     if (version !== state.info.version || String(this.without) !== String(without)) return false;
     this.shown = answerOf(result);
+    this.picture = result.picture ?? null;
     this.busy = false;
     this.problem = null;
     return true;
@@ -134,11 +135,11 @@ export class FolderPhoto extends Photo {
 
   /** Show the newest answer of the session. The evidence for the answer before it is fetched again when it is needed. */
   renew() {
-    const { guesses, no_match, similar = [] } = this.newest;
+    const { guesses, no_match } = this.newest;
     if (!guesses.length) return; // it has a label
     const rows = guesses.map((guess) => ({ ...guess, text: NaN, cache: NaN }));
     const shown = { no_match, rows, supporting: [], opposing: null };
-    Object.assign(this, { best: guesses[0], given: similar, version: null, shown });
+    Object.assign(this, { best: guesses[0], given: [], version: null, shown });
   }
 
   /** Store the evidence. The session decides about the answer, and whether it has no match. */
@@ -146,8 +147,9 @@ export class FolderPhoto extends Photo {
     return super.take(answer, { ...result, no_match: this.no_match, level: null }, without);
   }
 
-  /** Fetch the feature, with which the photo is classified like any other photo. */
+  /** Fetch what similar photos give, and the feature, with which the photo is classified like any other photo. */
   async fetch() {
+    this.given = await api.request(api.labelPhoto(this.number, "similar"));
     const response = await api.bytes(api.labelPhoto(this.number, "feature"));
     this.feature = new Float32Array(await response.arrayBuffer());
   }

@@ -92,9 +92,8 @@ class Session extends EventTarget {
     this.now.queue = [entry, ...this.now.queue.filter(({ photo }) => photo !== entry.photo)];
   }
 
-  /** Give photos labels, or remove labels that are null, given as [photo, label] pairs. Return the names of
-   *  the steps, of which there is one per thousand photos. `entry` is the queue entry that returns if the step is undone.
-   *  Without it, the photos were reviewed. */
+  /** Give photos labels as [photo, label] pairs, or remove labels that are null. Return the names of the steps, one per
+   *  thousand photos. `entry` is the queue entry that returns if the step is undone. Without it, they were reviewed. */
   label(pairs, entry = null) {
     const labels = pairs.map(([photo, label]) => ({ photo, label }));
     const parts = Array.from({ length: Math.ceil(labels.length / MOST) }, (_, i) => labels.slice(i * MOST, (i + 1) * MOST));

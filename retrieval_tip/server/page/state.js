@@ -1,5 +1,4 @@
-// The index on the page, and its changes. An "index" event is fired when another index is opened, and a "version" event
-// when the index has a new version.
+// The index on the page, and its changes. Another index fires an "index" event, and a new version a "version" event.
 
 import * as api from "./api.js";
 import { agreed } from "./dialogs.js";
@@ -7,8 +6,7 @@ import { $, el } from "./dom.js";
 
 const BATCH = 16; // number of photos per request
 
-// The printed address ends with #token=... Keep the token for this tab, and remove it from the
-// address bar.
+// The printed address ends with #token=... Keep the token for this tab, and remove it from the address bar.
 const given = new URLSearchParams(location.hash.slice(1)).get("token");
 if (given) {
   sessionStorage.setItem(api.TOKEN, given);
@@ -56,8 +54,7 @@ class State extends EventTarget {
   /** Return the estimated accuracy, or null if the server cannot estimate it. It is fetched once per version. */
   accuracy = () => (this.#accuracy ??= this.get("/accuracy").catch(() => null));
 
-  /** Add photos as examples of a class, in batches. Return the merged answers of the server, or null if there is no
-   *  token. */
+  /** Add photos as examples of a class, in batches. Return the merged answers of the server, or null without a token. */
   async add(label, files, progress = () => {}) {
     const lists = { key_ids: [], classes: [], duplicates: [], warnings: [], skipped: [] };
     const all = { ...lists, known: 0, since: this.info.version };

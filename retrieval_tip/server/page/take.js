@@ -1,5 +1,4 @@
-// What a person takes away: a table or a zip file of the photos on the page, and folders by class or keywords at the end
-// of a labelling session.
+// What a person takes away: a table or a zip of the photos on the page, and folders or keywords at the end of a session.
 
 import { photos } from "./classify.js";
 import { $, count, debounced, el, percent, plural } from "./dom.js";
