@@ -5,13 +5,14 @@ in Chromium. One action is one key, one click or one typed name. Before each che
 as a person does who reads the page. A photo is right if its label or, without one, its answer is its true class.
 
 The photos are drawn from 17 classes of Caltech101 (``--photos``, in the layout of CoOp) with a seed. With ``--pool``,
-they are all photos of its 15 classes that look alike most (benchmarks/label_progress.py says how they are found), or of
-the 6 classes of Tux Paint stamps of benchmarks/demo.py. Between the two steps, the page is reloaded and the server is
-started again. ``--by keyboard`` uses no mouse, and ``--by mouse`` types only names of classes that the page does not list
-yet, as does ``--by phone`` on a small touch screen. A person corrects an answer by another class on its tile, shows the
-new answers that corrections have taught if this saves actions, and else selects all photos of a class. With ``--traps``,
-the photos are made ones of camera traps in visits of 1 to 12, and with ``--visits`` the person also selects whole
-visits. Run ``make setup browser`` first, and for the stamps ``python benchmarks/demo.py --source debian --only-fetch``.
+they are all photos of its 15 classes that look alike most (benchmarks/label_progress.py says how they are found), or
+of the 6 classes of Tux Paint stamps of benchmarks/demo.py. Between the two steps, the page is reloaded and the server
+is started again. ``--by keyboard`` uses no mouse, and ``--by mouse`` types only names of classes that the page does
+not list yet, as does ``--by phone`` on a small touch screen. A person corrects an answer by another class on its
+tile, shows the new answers that corrections have taught if this saves actions, and else selects all photos of a
+class. With ``--traps``, the photos are made ones of camera traps in visits of 1 to 12, and with ``--visits`` the
+person also selects whole visits. Run ``make setup browser`` first, and for the stamps ``python benchmarks/demo.py
+--source debian --only-fetch``.
 """
 
 from __future__ import annotations

@@ -110,8 +110,8 @@ def estimate_rest(index: Index, key_ids: Sequence[int], rest: Features) -> Estim
     parts, (errors, *_) = zip(
         *(_chances(one, key_ids, few) for one in (index, *_smaller(index, rows))), strict=True
     )
-    parts = np.average(parts, 0, np.linspace(1, OLDEST, len(parts)))
-    chances, missed = parts.clip(1 - MOST, MOST)
+    mean = np.average(parts, 0, np.linspace(1, OLDEST, len(parts)))
+    chances, missed = mean.clip(1 - MOST, MOST)
     share = float(chances.mean())
     z = np.random.default_rng(0).standard_normal(DRAWS)
     chance = np.random.default_rng(1)

@@ -12,8 +12,9 @@ const AHEAD = 700; // tiles are drawn up to this many px outside the window
 
 /** A grid of items, which are objects that have an `id`. `image(item)` returns the image of a tile, and
  *  `tile(item, element, text, note)` shows an item on its tile, which has a text and a note below the image.
- *  `together(item)` returns the items that belong to one, and `kind(item)` what neighbours have in common. `opened(item, target)` handles Enter and clicks, `accepted(all)`
- *  Shift+Enter, and Enter if items are selected, `chosen()` a changed selection, and `pressed(event)` all other keys. */
+ *  `together(item)` returns the items that belong to one, and `kind(item)` what neighbours have in common. `opened(item,
+ *  target)` handles Enter and clicks, `accepted(all)` Shift+Enter, and Enter if items are selected, `chosen()` a changed
+ *  selection, and `pressed(event)` all other keys. */
 export class Grid {
   selected = new Set();
   active = null;
