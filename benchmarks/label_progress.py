@@ -59,21 +59,22 @@ DONE, STOP, NUMBERS = 0.02, 0.01, ("wrong", "truth", "least_wrong", "most_wrong"
 
 
 @cache
-def pool_of(name: str, shared: Path) -> tuple[npt.NDArray[np.float32], IntArray]:
-    """Return the features and the class ids of all photos of a pool."""
+def pool_of(name: str, shared: Path) -> tuple[npt.NDArray[np.float32], IntArray, list[str]]:
+    """Return the features and the class ids of all photos of a pool, and the names of its classes."""
     folder, names, column = POOLS[name]
     table = pa.concat_tables(
         [pq.read_table(shared / f"data/{folder}/{one}.parquet") for one in names]
     )
-    return features_of(table, column), np.unique(table["label"].to_pylist(), return_inverse=True)[1]
+    found, ids = np.unique(table["label"].to_pylist(), return_inverse=True)
+    return features_of(table, column), ids, found.tolist()
 
 
 @cache
 def alike_of(name: str, shared: Path) -> IntArray:
     """Return the classes of a pool that look alike, as the module docstring says."""
-    features, ids = pool_of(name, shared)
+    features, ids, names = pool_of(name, shared)
     order, half = np.random.default_rng(0).permutation(len(ids)), len(ids) // 2
-    known, asked, names = order[:half], order[half:], [str(one) for one in range(ids.max() + 1)]
+    known, asked = order[:half], order[half:]
     index = Index.from_features(features[known], ids[known], names, device="cpu")
     index, _ = closed_form.fit(index)
     given = probabilities_of(index, features[asked]).double().numpy()
@@ -90,7 +91,7 @@ def alike_of(name: str, shared: Path) -> IntArray:
 def folder_of(name: str, shared: Path, draw: int) -> tuple[npt.NDArray[np.float32], IntArray]:
     """Return the features and the class ids of the photos of a session. ``name`` may end with :data:`LOOK`."""
     pool = name.removesuffix(LOOK)
-    features, ids = pool_of(pool, shared)
+    features, ids, _ = pool_of(pool, shared)
     chance = np.random.default_rng(draw)
     if pool == name:
         own = chance.choice(ids.max() + 1, CLASSES, replace=False)

@@ -4,12 +4,15 @@ A script that knows the true classes labels single photos, reviews the other ans
 in Chromium. One action is one key, one click or one typed name. Before each check, it waits until all labels are saved,
 as a person does who reads the page. A photo is right if its label or, without one, its answer is its true class.
 
-The photos are drawn from Caltech101 (``--photos``, in the layout of CoOp) with a seed. Between the two steps, the page
-is reloaded and the server is started again. ``--by keyboard`` uses no mouse, and ``--by mouse`` types only names of
-classes that the page does not list yet, as does ``--by phone`` on a small touch screen. A person corrects an answer by
-another class on its tile, accepts what a correction has taught if all of it is right, and else selects all photos of a
-class. With ``--traps``, the photos are made ones of camera traps in visits of 1 to 12, and with ``--visits`` the person
-also selects whole visits. Run ``make setup browser`` first.
+The photos are drawn from 17 classes of Caltech101 (``--photos``, in the layout of CoOp) with a seed. With ``--pool``,
+they are all photos of its 15 classes that look alike most (benchmarks/label_progress.py says how they are found), or
+of the 6 classes of Tux Paint stamps of benchmarks/demo.py. Between the two steps, the page is reloaded and the server
+is started again. ``--by keyboard`` uses no mouse, and ``--by mouse`` types only names of classes that the page does
+not list yet, as does ``--by phone`` on a small touch screen. A person corrects an answer by another class on its
+tile, shows the new answers that corrections have taught if this saves actions, and else selects all photos of a
+class. With ``--traps``, the photos are made ones of camera traps in visits of 1 to 12, and with ``--visits`` the
+person also selects whole visits. Run ``make setup browser`` first, and for the stamps ``python benchmarks/demo.py
+--source debian --only-fetch``.
 """
 
 from __future__ import annotations
@@ -28,7 +31,9 @@ from pathlib import Path
 from typing import Any
 
 import click
+import demo
 from common import SHARED, machine
+from label_progress import alike_of, pool_of
 from PIL import Image
 from playwright.sync_api import Locator, Page, expect
 from playwright.sync_api import TimeoutError as Timeout
@@ -43,15 +48,20 @@ SPLIT = "split_zhou_Caltech101.json"
 
 WAYS = ("both", "keyboard", "mouse", "phone")
 DESKTOP: dict[str, Any] = {"viewport": {"width": 1280, "height": 840}}
+POOLS = ("caltech", "alike", "stamps")
+WORK = Path("build/demo")
+"""The folder of the stamps."""
 PHONE: dict[str, Any] = {
     "viewport": {"width": 390, "height": 844},
     "has_touch": True,
     "is_mobile": True,
 }
-PACE = 1.0
+PACE = 2.0
 """Seconds for which a person looks before each correction. Meanwhile, the page learns."""
 LONGEST, CAMERAS = 12, 4
 """Most photos of a visit, and number of cameras, each of which has a folder."""
+SHORT = 3
+"""Most neighbours of a class that are corrected singly: first and last photo and the class are three clicks."""
 CHECKED = 10
 """Number of single labels between two checks."""
 DONE = 0.02
@@ -148,8 +158,10 @@ class Person:
                 const visible = top >= line && bottom <= innerHeight;
                 const others = [...one.querySelectorAll(".others span")].map(({ dataset }) => dataset.label);
                 const [visit, same] = [one.querySelector(".visit").textContent !== "", one.classList.contains("same")];
-                const label = one.dataset.label;
-                return { id: one.id, name: one.title, label, top, left, active, visible, others, visit, same };
+                const [label, said] = [one.dataset.label, one.querySelector(".said").textContent];
+                const now = one.querySelector(".chip-of").title;
+                const tile = { id: one.id, name: one.title, label, said, new: now };
+                return { ...tile, top, left, active, visible, others, visit, same };
             })"""
         )
 
@@ -167,10 +179,16 @@ class Person:
             if (taught := self.taught(tiles)) is not None:
                 wrong += taught
                 continue
+            if self.by == "keyboard":
+                active = next((at for at, one in enumerate(tiles) if one["active"]), 0)
+                keys = keys_to(tiles, active)
+                found.sort(key=lambda one: len(keys[tiles.index(one)]))
             label = self.truth[found[0]["name"]]
             same = [one for one in found if self.truth[one["name"]] == label]
             done = (
-                self.step_to(same[0], label) if self.by == "keyboard" else self.point(same, label)
+                self.step_to(same[0], label)
+                if self.by == "keyboard"
+                else self.point(same, label, tiles)
             )
             for one in done:
                 expect(self.page.locator(f"#{one['id']}")).to_have_count(0)
@@ -182,21 +200,24 @@ class Person:
         return wrong
 
     def taught(self, tiles: list[dict[str, Any]]) -> int | None:
-        """Accept what the last correction has taught, if all of it is right. Return how many photos that are."""
-        offer = self.page.locator("#notice").get_by_role("button", name="The same for")
-        same = [one for one in tiles if one["same"]]
-        if not same or not offer.is_visible():
+        """Show what the corrections have taught, if it saves actions. Return how many more photos are right."""
+        offer = self.page.locator("#notice").get_by_role("button", name="new answer")
+        new = [one for one in tiles if one["same"]]
+        if not new or not offer.is_visible():
             return None
-        given = self.page.locator(".tile.same .chip-of").first.get_attribute("title")
-        if {f"{self.truth[one['name']]}?" for one in same} != {given}:
+        truths = [self.truth[one["name"]] for one in new]
+        after = sum(one["new"] == f"{truth}?" for one, truth in zip(new, truths, strict=True))
+        gain = after - sum(one["label"] == truth for one, truth in zip(new, truths, strict=True))
+        if gain < (1 if self.by == "keyboard" else 2):
             return None
         if self.by == "keyboard":
             self.act(self.page.keyboard.press, "+")
         else:
             self.press(offer)
-        for one in same:
-            expect(self.page.locator(f"#{one['id']}")).to_have_count(0)
-        return len(same)
+        for one in new:
+            tile = self.page.locator(f"#{one['id']}")
+            expect(tile).to_have_attribute("data-label", one["new"].removesuffix("?"))
+        return gain
 
     def step_to(self, one: dict[str, Any], label: str) -> list[dict[str, Any]]:
         """Correct a photo, or its visit, by the keyboard. Return the corrected photos."""
@@ -211,9 +232,18 @@ class Person:
             self.give(label)
         return [one]
 
-    def point(self, same: list[dict[str, Any]], label: str) -> list[dict[str, Any]]:
+    def point(
+        self, same: list[dict[str, Any]], label: str, tiles: list[dict[str, Any]]
+    ) -> list[dict[str, Any]]:
         """Correct photos of a class, or their visits, by pointing. Return the corrected photos."""
         one = same[0]
+        start = tiles.index(one)
+        row = [a for a, b in zip(same, tiles[start:], strict=False) if a is b]
+        if self.by != "phone" and len(row) > SHORT:
+            self.press(self.page.locator(f"#{one['id']} .tick"))
+            self.press(self.page.locator(f"#{row[-1]['id']}"), modifiers=["Shift"])
+            self.give(label)
+            return row
         if label in one["others"] and not (self.visits and one["visit"] and len(same) > 1):
             tile = self.page.locator(f"#{one['id']}")
             if self.by != "phone":
@@ -229,26 +259,20 @@ class Person:
         return rest
 
     def walk(self, tile: str) -> bool:
-        """Move to a tile with the arrow keys. Return whether it is still there: new answers sort the photos again."""
+        """Move to a tile with the fewest keys. Return whether it is still there."""
         for _ in range(100):
-            tiles = {one["id"]: one for one in self.tiles()}
-            active = next((one for one in tiles.values() if one["active"]), None)
-            if tile not in tiles:
+            tiles = self.tiles()
+            ids = [one["id"] for one in tiles]
+            active = next((at for at, one in enumerate(tiles) if one["active"]), None)
+            if tile not in ids:
                 return False
             if active is None:
                 self.act(self.page.keyboard.press, "Home")
                 continue
-            down, right = tiles[tile]["top"] - active["top"], tiles[tile]["left"] - active["left"]
-            if not (down or right):
+            keys = keys_to(tiles, active)[ids.index(tile)]
+            if not keys:
                 return True
-            key = (
-                ("ArrowDown" if down > 0 else "ArrowUp")
-                if down
-                else "ArrowRight"
-                if right > 0
-                else "ArrowLeft"
-            )
-            self.act(self.page.keyboard.press, key)
+            self.act(self.page.keyboard.press, keys[0])
         raise RuntimeError(f"no way to {tile}")
 
     def give(self, label: str) -> None:
@@ -268,10 +292,34 @@ class Person:
                 self.act(self.page.keyboard.press, "Shift+Enter")
 
 
-def trapped(photos: Path, into: Path, classes: int, number: int, seed: int) -> dict[str, str]:
+def keys_to(tiles: list[dict[str, Any]], active: int) -> dict[int, list[str]]:
+    """Return the fewest keys that move from the active tile to each tile, by their places."""
+    number = len(tiles)
+    columns = sum(one["top"] == tiles[0]["top"] for one in tiles)
+    starts = [at for at in range(number) if at == 0 or tiles[at]["said"] != tiles[at - 1]["said"]]
+    found: dict[int, list[str]] = {active: []}
+    for at in (queue := [active]):
+        steps = {
+            "ArrowRight": at + 1,
+            "ArrowLeft": at - 1,
+            "ArrowDown": at + columns,
+            "ArrowUp": at - columns,
+            "Control+ArrowRight": min((one for one in starts if one > at), default=number),
+            "Control+ArrowLeft": max((one for one in starts if one < at), default=number),
+        }
+        for key, place in steps.items():
+            if 0 <= place < number and place not in found:
+                found[place] = [*found[at], key]
+                queue.append(place)
+    return found
+
+
+def trapped(
+    pool: str, photos: Path, into: Path, classes: int, number: int, seed: int
+) -> dict[str, str]:
     """Make photos of camera traps: each visit is one photo, shifted for each frame. Return their classes by name."""
     with tempfile.TemporaryDirectory() as folder:
-        truth = drawn(photos, Path(folder), classes, number, seed)
+        truth = drawn(pool, photos, Path(folder), classes, number, seed)
         draw = random.Random(seed)
         found: dict[str, str] = {}
         now = datetime(2026, 1, 1)
@@ -295,19 +343,32 @@ def trapped(photos: Path, into: Path, classes: int, number: int, seed: int) -> d
     raise ValueError(f"{photos}: too few photos")
 
 
-def drawn(photos: Path, into: Path, classes: int, number: int, seed: int) -> dict[str, str]:
-    """Copy photos of some classes into a folder, and return their classes by their new names."""
+def classes_of(pool: str, photos: Path) -> dict[str, list[Path]]:
+    """Return the photos of each class of a pool."""
+    if pool == "stamps":
+        return demo.stamps_of(WORK)
     parts = json.loads((photos / SPLIT).read_text())
     paths: dict[str, list[Path]] = {}
     for path, _, name in (row for part in ("train", "val", "test") for row in parts[part]):
         paths.setdefault(name, []).append(photos / "101_ObjectCategories" / path)
+    if pool == "alike":
+        names = pool_of("photos", SHARED)[2]
+        return {names[one]: paths[names[one]] for one in alike_of("photos", SHARED)}
+    return paths
+
+
+def drawn(
+    pool: str, photos: Path, into: Path, classes: int, number: int, seed: int
+) -> dict[str, str]:
+    """Copy photos of a pool into a folder, and return their classes by their new names."""
+    paths = classes_of(pool, photos)
     draw = random.Random(seed)
-    names = draw.sample(sorted(paths), classes)
-    chosen = draw.sample([(path, name) for name in names for path in paths[name]], number)
+    names = draw.sample(sorted(paths), classes if pool == "caltech" else len(paths))
+    rows = [(path, name) for name in names for path in paths[name]]
     truth = {}
-    for i, (path, name) in enumerate(chosen):
-        truth[f"{i:04}.jpg"] = name
-        shutil.copy(path, into / f"{i:04}.jpg")
+    for i, (path, name) in enumerate(draw.sample(rows, min(number, len(rows)))):
+        truth[f"{i:04}{path.suffix}"] = name
+        shutil.copy(path, into / f"{i:04}{path.suffix}")
     return truth
 
 
@@ -355,9 +416,7 @@ def run(
         person.page = page
         person.saved()
         if by == "keyboard":
-            while page.evaluate("document.activeElement.id") != "label-review":
-                person.act(page.keyboard.press, "Shift+Tab")
-            person.act(page.keyboard.press, "Enter")
+            person.act(page.keyboard.press, "Shift+Enter")
         else:
             person.press(page.locator("#label-review"))
         for screen in range(1, checks + 1):
@@ -370,13 +429,14 @@ def run(
         page.fill("#finish-into", str(index.parent / "sorted"))
         person.press(page.locator("#finish").get_by_role("button", name="Finish"))
         expect(page.locator("#finish-said")).to_contain_text("copied", timeout=PATIENCE)
-    placed = [*(index.parent / "sorted").glob("*/*.jpg")]
+    placed = [*(index.parent / "sorted").glob("*/*.*")]
     right = sum(path.parent.name == truth[path.name] for path in placed) / len(truth)
     rows.append(("sorted", person.actions, right, None, True))
     return rows
 
 
 @click.command(help=__doc__)
+@click.option("--pool", type=click.Choice(POOLS), default=POOLS[0], show_default=True)
 @click.option("--photos", type=Path, default=SHARED / "data" / "caltech101", show_default=True)
 @click.option("--model", default="timm:tf_efficientnet_lite0", show_default=True)
 @click.option("--classes", default=17, show_default=True)
@@ -387,6 +447,7 @@ def run(
 @click.option("--visits", is_flag=True, help="Select whole visits.")
 @click.option("--seed", multiple=True, default=(0, 1, 2), show_default=True)
 def main(
+    pool: str,
     photos: Path,
     model: str,
     classes: int,
@@ -404,7 +465,10 @@ def main(
             with tempfile.TemporaryDirectory() as folder:
                 (unlabelled := Path(folder) / "photos").mkdir()
                 made = trapped if traps else drawn
-                truth, start = made(photos, unlabelled, classes, number, draw), time.monotonic()
+                truth, start = (
+                    made(pool, photos, unlabelled, classes, number, draw),
+                    time.monotonic(),
+                )
                 place = Path(folder) / "things"
                 rows = run(truth, unlabelled, place, options, way, screens, visits)
             click.echo(f"\n{way}, seed {draw}, {time.monotonic() - start:.0f} s")

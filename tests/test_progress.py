@@ -77,7 +77,8 @@ def wrong_of(probabilities, labels, rest):
         )
 
     factor = np.exp(min(np.linspace(-3, 3, 601), key=loss))
-    return 1 - scipy.special.softmax(factor * answers, axis=1).max(axis=1)
+    best = np.sort(scipy.special.softmax(factor * answers, axis=1), axis=1)[:, ::-1]
+    return 1 - best[:, 0], 1 - best[:, :3].sum(axis=1)
 
 
 @pytest.mark.parametrize("text", [True, False])
@@ -94,8 +95,9 @@ def test_labelled_photos_tell_how_often_an_answer_is_right(text):
         index, [*asked, 0, 999], rest
     )  # 0 has the same source as 1; 999 is unknown
     held, answers = (probabilities(one, temperature) for one in (logits, before))
-    wrong = wrong_of(held, ids[asked], answers)
-    assert found.first_wrong == pytest.approx(np.sort(wrong)[-progress.SCREEN :].sum(), rel=0.05)
+    wrong, missed = wrong_of(held, ids[asked], answers)
+    screen = np.argsort(wrong)[-24:]
+    assert found.first_actions == pytest.approx(1 + (wrong + missed)[screen].sum(), rel=0.05)
     assert found.wrong == pytest.approx(wrong.sum(), rel=0.05)
     spread = np.sqrt(progress.SPREAD**2 + progress.EVIDENCE / (1 + (~right).sum()))
     chance = default_rng(4)
@@ -123,7 +125,7 @@ def test_the_estimate_is_a_mean_of_classifiers_that_lack_the_last_labels():
             other, np.flatnonzero(other.labels["key_id"].to_numpy() >= 10)
         )
         answers = probabilities(other.logits(rest).numpy(), other.settings.temperature)
-        wrong.append(wrong_of(held.pred_probs, held.labels, answers).mean())
+        wrong.append(wrong_of(held.pred_probs, held.labels, answers)[0].mean())
     assert np.ptp(wrong) > 0.02
     assert estimate_rest(index, asked, rest).accuracy == pytest.approx(
         1 - np.average(wrong, weights=[1, 0.75, 0.5]), abs=0.003
@@ -149,9 +151,9 @@ def test_the_gain_counts_the_answers_that_half_of_the_labels_would_lose(text):
 def test_the_estimate_is_empty_without_labels_or_photos():
     index, features, _ = index_of(30, False)
     none = estimate_rest(index, [99], features)
-    assert none == Estimate(0.0, 0.0, 1.0, 30, 0, 30, progress.SCREEN)
+    assert none == Estimate(0.0, 0.0, 1.0, 30, 0, 30, 49)
     assert gain_of(index, features[:0], none, 20) is None
-    assert estimate_rest(index, [1], features[:0]) == Estimate(0.0, 0.0, 1.0, 0, 0, 0, 0)
+    assert estimate_rest(index, [1], features[:0]) == Estimate(0.0, 0.0, 1.0, 0, 0, 0, 1)
     with pytest.raises(UsageError, match="more"):
         gain_of(index, features, none, 0)
     single = fitted(Index.from_features(features[:2], [0, 1], NAMES))

@@ -51,8 +51,8 @@ MOST = 0.999
 """Largest probability that an answer is wrong, or right."""
 DRAWS = 500
 """Number of draws of the number of wrong answers."""
-SCREEN = 24
-"""Number of answers that a person reviews at a time."""
+SCREEN, BEST = 24, 3
+"""Number of answers that a person reviews at a time, and of classes on a tile: the answer and two others."""
 MOST_REST = 4096
 """Maximum number of unlabelled photos that are classified."""
 
@@ -62,8 +62,8 @@ class Estimate:
     """The expected number of ``wrong`` answers to the unlabelled photos, and the ``accuracy`` that follows from it.
 
     With a probability of 95 %, the number is between ``least_wrong`` and ``most_wrong``, and the accuracy between
-    ``low`` and ``high``. ``first_wrong`` is the expected number of wrong answers among the ``SCREEN`` least certain
-    ones.
+    ``low`` and ``high``. ``first_actions`` is the expected number of actions to review the ``SCREEN`` least certain
+    ones: one to confirm them, one for each wrong answer, and another one unless its class is among the ``BEST``.
     """
 
     accuracy: float
@@ -72,7 +72,7 @@ class Estimate:
     wrong: float
     least_wrong: int
     most_wrong: int
-    first_wrong: float
+    first_actions: float
 
     def of_others(self, number: int) -> str:
         """Return how many of the other photos are wrong, now that ``number`` have no label, or "" if any number can be.
@@ -105,12 +105,13 @@ def estimate_rest(index: Index, key_ids: Sequence[int], rest: Features) -> Estim
     m = len(rest)
     rows = photo_rows(index, key_ids)
     if not len(rows) or not m:
-        return Estimate(0.0, 0.0, 1.0, m, 0, m, min(m, SCREEN))
+        return Estimate(0.0, 0.0, 1.0, m, 0, m, 1 + 2 * min(m, SCREEN))
     few = rest[spread(m, MOST_REST)]
     parts, (errors, *_) = zip(
         *(_chances(one, key_ids, few) for one in (index, *_smaller(index, rows))), strict=True
     )
-    chances = np.average(parts, 0, np.linspace(1, OLDEST, len(parts))).clip(1 - MOST, MOST)
+    mean = np.average(parts, 0, np.linspace(1, OLDEST, len(parts)))
+    chances, missed = mean.clip(1 - MOST, MOST)
     share = float(chances.mean())
     z = np.random.default_rng(0).standard_normal(DRAWS)
     chance = np.random.default_rng(1)
@@ -120,8 +121,9 @@ def estimate_rest(index: Index, key_ids: Sequence[int], rest: Features) -> Estim
     )  # which vary at least as much as sums of draws
     wrong = m * share
     least, most = (int(number) for number in np.quantile(numbers, (0.025, 0.975), method="nearest"))
-    first = float(np.sort(chances)[-SCREEN:].sum())
-    return Estimate(1 - share, 1 - most / m, 1 - least / m, wrong, least, most, first)
+    first = np.argsort(chances)[-SCREEN:]
+    actions = 1 + float((chances + missed)[first].sum())
+    return Estimate(1 - share, 1 - most / m, 1 - least / m, wrong, least, most, actions)
 
 
 def _smaller(index: Index, rows: IntArray) -> Iterator[Index]:
@@ -136,7 +138,10 @@ def _smaller(index: Index, rows: IntArray) -> Iterator[Index]:
 
 
 def _chances(index: Index, key_ids: Sequence[int], rest: Features) -> tuple[DoubleArray, int]:
-    """Return how probably each answer to the rest is wrong, and how many held-out answers are wrong."""
+    """Return how probably each answer to the rest is wrong, and its class is not among the best, as ``[2, m]``.
+
+    Also return how many held-out answers are wrong.
+    """
     held = held_out_probabilities(index, photo_rows(index, key_ids))
     known = held.pred_probs[np.arange(len(held.labels)), held.labels] > 0
     own = held.labels[known]
@@ -149,7 +154,8 @@ def _chances(index: Index, key_ids: Sequence[int], rest: Features) -> tuple[Doub
         likely[place] += np.log((1 - WRONG) * p + WRONG / c).sum()
     factor = FACTORS[likely.argmax()]
     raised = probabilities_of(index, rest).double().numpy() ** factor
-    return 1 - raised.max(1) / raised.sum(1), int((~held.right).sum())
+    best = np.sort(raised)[:, : -BEST - 1 : -1].cumsum(1)[:, [0, -1]] / raised.sum(1, keepdims=True)
+    return 1 - best.T, int((~held.right).sum())
 
 
 def gain_of(index: Index, rest: Features, found: Estimate, more: int) -> float | None:

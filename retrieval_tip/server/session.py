@@ -48,7 +48,7 @@ from retrieval_tip.labelling.labels import (
     picked_of,
 )
 from retrieval_tip.labelling.pool import MOST_PHOTOS, Pool, suggest_features
-from retrieval_tip.labelling.progress import Estimate, estimate_rest, gain_of
+from retrieval_tip.labelling.progress import SCREEN, Estimate, estimate_rest, gain_of
 from retrieval_tip.labelling.queue import QUEUED, Queue
 from retrieval_tip.labelling.review import Review, answers_to
 from retrieval_tip.labelling.session import (
@@ -75,11 +75,6 @@ BATCH, WAIT = 5, 3.0
 """Number of labels to save at once, and seconds to wait for them. Each batch is a version of the index."""
 DRAWN, MORE = 9, 20
 """Minimum number of random photos for an estimate, and number of further labels whose gain is estimated."""
-REVIEWED = 11.5
-"""Number of wrong answers on a screen below which reviewing takes fewer actions than labelling each of its 24 photos.
-
-Correcting ``w`` answers and accepting the others takes ``1 + 2 w`` actions (benchmarks/person.py counts them).
-"""
 CONSIDERED = 1 << 13
 """Number of photos that are considered for the queue. If there are more, they are drawn at random every time."""
 CHUNK = 32
@@ -565,4 +560,4 @@ def _measured_on(rest: FloatArray, index: Index, key_ids: Sequence[int]) -> Prog
     more = min(MORE, len(rest))
     found = estimate_rest(index, key_ids, rest)
     gain = gain_of(index, rest, found, more)
-    return Progress(found, more, gain, found.first_wrong < REVIEWED)
+    return Progress(found, more, gain, found.first_actions < min(SCREEN, len(rest)))

@@ -193,6 +193,7 @@ const grid = new Grid($("shots"), {
     text.textContent = shot.label;
     note.textContent = nameOf(shot.source);
   },
+  kind: ({ label }) => label,
   opened: (shot) => grid.toggle([shot]),
   chosen() {
     const number = grid.selected.size;

@@ -14,6 +14,7 @@ import { showUnknown } from "./unknown.js";
 const BLOCK = 64; // features per request
 const DOUBTFUL = 0.95; // below this probability, a tile has a bar
 const OTHERS = 2; // number of other classes on a tile
+const TOGETHER = 42; // number of photos, about two screens, of which those with the same answer are shown together
 const CLASSES = 200; // number of classes to choose from for the selected photos; any other can be typed
 
 export const photos = [];
@@ -31,6 +32,7 @@ const grid = new Grid($("grid"), {
     $("drawer").focus({ preventScroll: true });
   },
   together: (photo) => (photo.visit === null ? [photo] : grid.items.filter((one) => one.visit === photo.visit && !one.taught === !photo.taught)),
+  kind: (photo) => classOf(photo),
   chosen: showChosen,
   accepted: (all) => (all && folder().length ? $("screen-right").click() : acceptAll(acting())),
   pressed(event) {
@@ -38,7 +40,7 @@ const grid = new Grid($("grid"), {
     if (key === "Delete") putAway(acting());
     else if (key === "Escape" && painted) paint();
     else if (key === "Escape" && drawer.openPhoto()) drawer.leave();
-    else if (key === "+" && offered().length) sameButton.click();
+    else if (key === "+" && offered().length) newButton.click();
     else if (key === "*" && given) paint();
     else if (/^[123]$/.test(key) && isBare(event)) teachChoice(Number(key) - 1);
     else if (key.length === 1 && isBare(event) && acting().length && state.info.changes) {
@@ -155,10 +157,10 @@ function turn() {
 let given = null; // the class of the last correction
 let painted = null; // the class that each click gives, if any
 
-/** Return the photos on the screen that the last correction has taught, but whose tiles still show another answer. */
+/** Return the photos on the screen that corrections have taught, but whose tiles still show another answer. */
 const offered = () => held.filter(({ taught, winner, newest: { guesses: [best], no_match } }) =>
-  taught === null && best && !no_match && best.label === given && winner?.label !== given);
-const sameButton = button("", () => relabel(offered().map((photo) => [photo, given])), { aria: { keyshortcuts: "+" } });
+  taught === null && best && !no_match && best.label !== winner?.label);
+const newButton = button("", () => (offered().forEach((photo) => photo.renew()), showSoon()), { aria: { keyshortcuts: "+" } });
 const paintButton = button("", () => paint(), { aria: { keyshortcuts: "*" } });
 
 /** Begin or stop to give a class to each photo that is clicked. */
@@ -168,11 +170,11 @@ function paint() {
   notice(painted ? `Each click on a photo gives ${painted}.` : "", undefined, paintButton);
 }
 
-/** Show what the last correction offers: more photos for the same class, and painting. */
+/** Show what the last correction offers: the new answers of other photos, and painting. */
 function showTaught() {
   const { length } = offered();
-  sameButton.hidden = !length;
-  sameButton.replaceChildren(`The same for ${length === 1 ? "this one" : `these ${length}`}? `, el("kbd", {}, "+"));
+  newButton.hidden = !length;
+  newButton.replaceChildren(`Show ${plural(length, "new answer")} `, el("kbd", {}, "+"));
   paintButton.replaceChildren(painted ? "Stop painting " : "Paint ", el("kbd", {}, "*"));
   paintButton.title = `Each click on a photo gives ${given}`;
   $("grid").classList.toggle("painting", painted !== null);
@@ -197,7 +199,7 @@ function relabel(pairs, follow = arrange) {
     arrange();
     return "Undone.";
   };
-  const more = given ? [sameButton, paintButton] : [];
+  const more = given ? [newButton, paintButton] : [newButton];
   notice(`Labelled ${plural(pairs.length, "photo")} as ${given ?? plural(names.size, "class", "classes")}.`, undo, ...more);
   showTaught();
 }
@@ -329,9 +331,9 @@ function tile(photo, element, text, note) {
   else note.textContent = photo.problem ? "no answer" : "classifying…";
   const doubtful = shown && !no_match && !taught && winner.probability < DOUBTFUL;
   element.style.setProperty("--p", doubtful ? winner.probability : 0);
-  const isSame = offered().includes(photo);
-  element.classList.toggle("same", isSame);
-  if (isSame) note.textContent = `${given}?`;
+  const isNew = offered().includes(photo);
+  element.classList.toggle("same", isNew);
+  if (isNew) note.textContent = `${photo.newest.guesses[0].label}?`;
   const [visit, others] = [".visit", ".others"].map((name) => element.querySelector(name));
   visit.textContent = photo.together > 1 ? `× ${count(photo.together)}` : "";
   visit.title = `Select all ${photo.together} photos of this visit`;
@@ -352,7 +354,7 @@ const STATES = { // what to show, and a function that tells whether a photo is s
 };
 const words = new Intl.Collator(undefined, { numeric: true }); // localeCompare takes 20 times as long
 const SORTS = { // an order, and a function that compares two photos
-  doubt: ["Least certain first", (a, b) => (a.taught !== null) - (b.taught !== null) || b.rank - a.rank],
+  doubt: ["Least certain first", (a, b) => (a.taught !== null) - (b.taught !== null) || a.rank - b.rank],
   class: ["By class", (a, b) => words.compare(a.kind, b.kind)],
   name: ["By name", (a, b) => words.compare(a.name, b.name)],
   new: ["Newest first", () => 0],
@@ -360,9 +362,20 @@ const SORTS = { // an order, and a function that compares two photos
 
 const classOf = (photo) => photo.taught ?? (photo.no_match ? "" : (photo.winner?.label ?? ""));
 
-/** Sort some photos by their current answers. The others keep their order, because a person is looking at them. */
+const together = (some, of) => [...Map.groupBy(some, of).values()].sort((a, b) => b.length - a.length);
+
+/** Sort some photos by their current answers: least certain first, but of each two screens, first the most frequent answer
+ *  and, within it, the most frequent second choice. Photos that were seen with the same answer come last. The others keep
+ *  their order, because a person is looking at them. */
 function resort(some = photos) {
-  for (const photo of some) Object.assign(photo, { rank: photo.doubt, kind: classOf(photo) });
+  for (const photo of some) photo.kind = classOf(photo);
+  const isSeen = ({ seen, kind }) => seen === kind;
+  const rest = some.filter(({ taught }) => taught === null).sort((a, b) => isSeen(a) - isSeen(b) || b.doubt - a.doubt);
+  for (let start = 0; start < rest.length; start += TOGETHER) {
+    const answers = together(rest.slice(start, start + TOGETHER), ({ kind }) => kind);
+    const placed = answers.flatMap((own) => together(own, ({ choices }) => choices[0]).flat());
+    placed.forEach((photo, i) => (photo.rank = start + i));
+  }
   arrange();
 }
 
@@ -456,6 +469,7 @@ async function acceptAll(which) {
   if (!state.info.changes) return;
   const since = state.info.version;
   const own = which.filter((photo) => photo.inFolder && acceptable(photo));
+  if (own.length > 1) for (const photo of which) photo.seen = classOf(photo);
   if (own.length) relabel(own.map((photo) => [photo, photo.winner.label]), own.length > 1 ? turn : arrange);
   const some = which.filter((photo) => !photo.inFolder && acceptable(photo));
   for (const [label, own] of Map.groupBy(some, ({ winner }) => winner.label)) {

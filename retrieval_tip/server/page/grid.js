@@ -12,8 +12,9 @@ const AHEAD = 700; // tiles are drawn up to this many px outside the window
 
 /** A grid of items, which are objects that have an `id`. `image(item)` returns the image of a tile, and
  *  `tile(item, element, text, note)` shows an item on its tile, which has a text and a note below the image.
- *  `together(item)` returns the items that belong to one. `opened(item, target)` handles Enter and clicks, `accepted(all)`
- *  Shift+Enter, and Enter if items are selected, `chosen()` a changed selection, and `pressed(event)` all other keys. */
+ *  `together(item)` returns the items that belong to one, and `kind(item)` what neighbours have in common. `opened(item,
+ *  target)` handles Enter and clicks, `accepted(all)` Shift+Enter, and Enter if items are selected, `chosen()` a changed
+ *  selection, and `pressed(event)` all other keys. */
 export class Grid {
   selected = new Set();
   active = null;
@@ -28,8 +29,8 @@ export class Grid {
   #anchor = null;
   #soon = framed(() => this.draw(false));
 
-  constructor(element, { image, tile, opened, chosen, pressed, accepted, together = (item) => [item] }) {
-    Object.assign(this, { element, image, tile, opened, chosen, pressed, accepted, together });
+  constructor(element, { image, tile, opened, chosen, pressed, accepted, kind, together = (item) => [item] }) {
+    Object.assign(this, { element, image, tile, opened, chosen, pressed, accepted, kind, together });
     addEventListener("scroll", () => this.#soon(), { passive: true, capture: true });
     // A grid on a hidden screen has no width, so its tiles keep their places.
     new ResizeObserver(() => element.clientWidth && element.clientWidth !== this.#width && this.show(this.items)).observe(element);
@@ -187,7 +188,7 @@ export class Grid {
   #key(event) {
     if (event.target !== this.element) return;
     const at = this.#at.get(this.active) ?? -1;
-    const to = this.#target(event.key, at);
+    const to = event.ctrlKey || event.metaKey ? this.#jump(event.key, at) : this.#target(event.key, at);
     if (to) {
       if (event.shiftKey) {
         this.#anchor ??= this.active;
@@ -201,6 +202,13 @@ export class Grid {
     else if (event.key === "Escape" && this.selected.size) this.select([]);
     else if (!this.pressed(event)) return;
     event.preventDefault();
+  }
+
+  /** Return the first item of the next kind, or of the one before. */
+  #jump(key, at) {
+    const starts = this.items.filter((item, i) => i === 0 || this.kind(item) !== this.kind(this.items[i - 1]));
+    if (key === "ArrowRight") return starts.find((item) => this.#at.get(item) > at);
+    if (key === "ArrowLeft") return starts.findLast((item) => this.#at.get(item) < at);
   }
 
   #target(key, at) {

@@ -166,7 +166,7 @@ function progress() {
     : ready ? `Reviewing now takes less work than ${more} more labels, which would make ${fewer}.`
     : `${more} more labels: ${fewer}.`;
   $("label-review").hidden = !now.version || rest <= 0;
-  $("label-review").textContent = `Review the other ${count(rest)}, least certain first`;
+  $("label-review").replaceChildren(`Review the other ${count(rest)}, least certain first `, el("kbd", {}, "Shift Enter"));
   $("label-review").classList.toggle("primary", stop || ready);
   $("label-bar").value = photos ? labelled / photos : 0;
   const waiting = [];
@@ -241,6 +241,7 @@ addEventListener("keydown", (event) => {
   const typed = field.value !== "";
   if (typed && key === "Escape") (field.value = ""), classes();
   else if (typed && key === "Enter" && event.shiftKey) choose(field.value); // a new class of exactly this name
+  else if (key === "Enter" && event.shiftKey) $("label-review").hidden || $("label-review").click();
   else if (!typed && key in KEYS) event.repeat || KEYS[key]();
   else if (!typed && key === "Enter" && !target.closest("button, a")) event.repeat || guess(0)();
   else {

@@ -24,8 +24,9 @@ export class Photo {
   taught = null; // the class that the photo was added to
   visit = null; // the number of its visit, and
   together = 1; // the number of photos of this visit
-  rank = 3; // the doubt, and
+  rank = -1; // the place, and
   kind = ""; // the class, when the photos were sorted
+  seen = null; // the class on a screen that a person has confirmed, if the photo got no label there
 
   /** If the file is the image of a shot, its `keyId` is the key id of that shot. */
   constructor(file) {
@@ -107,7 +108,7 @@ export class Photo {
 export class FolderPhoto extends Photo {
   best = null; // the answer of the session, to which similar photos contribute
   given = []; // what the photo itself and similar photos give to this answer, as [{ input, label, gives }]
-  rank = -1; // after the photos that were sorted before
+  rank = Infinity; // after the photos that were sorted before
 
   constructor({ photo, name }) {
     super({ name: nameOf(name) });
