@@ -64,8 +64,9 @@ def server(*arguments, token=None, path=None, command="serve", printed=None, por
     environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"} | (
         {"RETRIEVAL_TIP_TOKEN": token} if token else {}
     )
-    installed = shutil.which("retrieval-tip", path=path) if path else None  # Wine has only a checkout
-    program = [installed] if installed else [sys.executable, "-m", "retrieval_tip"]
+    program = [sys.executable, "-m", "retrieval_tip"]
+    if path and os.name != "nt":  # under Wine, no command is installed
+        program = [str(shutil.which("retrieval-tip", path=path))]
     program += [command, *map(str, arguments), *([] if port is None else ["--port", str(port)])]
     process = subprocess.Popen(program, stderr=subprocess.PIPE, text=True, env=environment)
     lines = queue.Queue()

@@ -144,9 +144,11 @@ def test_labels_of_a_hugging_face_folder_are_read_from_its_table(tmp_path):
     assert open_source(tmp_path / "whole").labels == ["cat"]
 
 
-def test_heic_photos_are_read_with_an_extra_that_errors_mention(tmp_path):
-    assert "pip install 'pillow-heif>=" in kinds(Counter({".heic": 1, ".txt": 2}))
-    assert "heic" not in kinds(Counter({".txt": 2}))
+def test_heic_photos_are_read_with_an_extra_that_errors_mention(tmp_path, monkeypatch):
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "pillow_heif", None)
+        assert "pip install 'pillow-heif>=" in kinds(Counter({".heic": 1, ".txt": 2}))
+        assert "heic" not in kinds(Counter({".txt": 2}))
     pillow_heif = pytest.importorskip("pillow_heif")
     from PIL import Image
 
