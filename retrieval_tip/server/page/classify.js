@@ -364,15 +364,16 @@ const classOf = (photo) => photo.taught ?? (photo.no_match ? "" : (photo.winner?
 
 const together = (some, of) => [...Map.groupBy(some, of).values()].sort((a, b) => b.length - a.length);
 
-/** Sort some photos by their current answers: least certain first, but of each two screens, first the most frequent answer
- *  and, within it, the most frequent second choice. Photos that were seen with the same answer come last. The others keep
- *  their order, because a person is looking at them. */
+/** Sort some photos by their current answers: least certain first, but of each two screens of a session, first the most
+ *  frequent answer and, within it, the most frequent second choice. Photos that were seen with the same answer come last.
+ *  The others keep their order, because a person is looking at them. */
 function resort(some = photos) {
   for (const photo of some) photo.kind = classOf(photo);
   const isSeen = ({ seen, kind }) => seen === kind;
   const rest = some.filter(({ taught }) => taught === null).sort((a, b) => isSeen(a) - isSeen(b) || b.doubt - a.doubt);
-  for (let start = 0; start < rest.length; start += TOGETHER) {
-    const answers = together(rest.slice(start, start + TOGETHER), ({ kind }) => kind);
+  const number = folder().length ? TOGETHER : 1;
+  for (let start = 0; start < rest.length; start += number) {
+    const answers = together(rest.slice(start, start + number), ({ kind }) => kind);
     const placed = answers.flatMap((own) => together(own, ({ choices }) => choices[0]).flat());
     placed.forEach((photo, i) => (photo.rank = start + i));
   }
