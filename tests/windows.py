@@ -17,6 +17,7 @@ CALLS = "observes calls of POSIX or of Python, which the package replaces there"
 LINKS = "follows links, which Wine does not create as Windows does"
 SIGNALS = "sends signals, or starts programs from a shell"
 SHELL = "runs programs of Linux: bash, make, apt-get or uv"
+INSTALLED = "needs this package to be installed, and not a clone on the path"
 PACKAGES = "needs packages that are not set up there: Ray, onnxruntime, nncf, Jupyter or Sphinx"
 NOT_RUN = {
     "browser": CHROMIUM,
@@ -53,6 +54,13 @@ NOT_RUN = {
     "test_other_kinds_of_file_are_refused_without_waiting": KINDS,
     "test_a_file_that_is_replaced_by_a_pipe_is_refused": KINDS,
     "test_system_errors_are_passed_on": KINDS,
+    "test_a_sidecar_that_cannot_be_changed_is_skipped_with_one_line": KINDS,
+    "test_a_path_that_is_not_a_source_is_refused_with_the_reason": KINDS,
+    "test_the_command_writes_keywords_corrects_them_and_restores_the_bytes": NAMES,
+    "test_files_with_names_that_are_not_utf8_can_be_read": NAMES,
+    "test_two_folders_with_the_same_printed_name_are_refused": NAMES,
+    "test_heic_photos_are_read_with_an_extra_that_errors_mention": INSTALLED,
+    "test_broken_and_circular_links_in_a_folder_are_skipped": LINKS,
     "test_folders_of_any_depth_are_created": NAMES,
     "test_read_reports_why_a_path_is_not_a_file": KINDS,
     "test_find_descends_1500_folders": NAMES,

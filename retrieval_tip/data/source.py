@@ -323,13 +323,14 @@ def of_images(
     ``class_names`` gives the order of the labels, which are otherwise sorted. If no image has a label, the source has
     no labels. Raises InputError if a label is too long.
     """
-    items = {"source": pa.array([show(path) for path in paths], pa.string())}
+    places = tuple(path.replace(os.sep, "/") for path in paths)
+    items = {"source": pa.array([show(path) for path in places], pa.string())}
     if class_names is None:
         class_names = sorted({label for label in labels or () if label is not None})
     if labels is not None and (class_names or not labels):
         items["label"] = pa.array(labels, pa.string())
         check_lengths(items["label"], name, "label")
-    return Source(name, pa.table(items), tuple(class_names), tuple(paths), failed=tuple(failed))
+    return Source(name, pa.table(items), tuple(class_names), places, failed=tuple(failed))
 
 
 def check_lengths(texts: pa.Array | pa.ChunkedArray, name: str, what: str) -> None:

@@ -390,7 +390,7 @@ def _open_table(
         return Source(name, items, names, table=FeatureTable(files), rows=np.arange(len(items)))
     folder = root or (file.parent if isinstance(file, Path) else os.fspath(file).rpartition("/")[0])
     paths = [
-        path if remote.is_address(path) else os.path.join(folder, path)
+        path if remote.is_address(path) else os.path.join(folder, path).replace(os.sep, "/")
         for path in items["source"].to_pylist()
     ]
     items = items.set_column(0, "source", pa.array([show(path) for path in paths], pa.string()))
