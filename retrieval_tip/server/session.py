@@ -441,12 +441,14 @@ class Labelling:
             await self._read(await self._unread.get(), strict=self.photos.reader.strict)
 
     async def _read(self, photos: Iterable[int], *, strict: bool) -> None:
-        if photos := [photo for photo in photos if photo not in self.photos.encoded]:
-            async with self.reading:
-                read = await self.service.run(self.encoding, self.photos.read, photos, strict)
-                self.photos.note(photos, read)
-            if read:
-                self._look(photos)
+        async with self.reading:  # else a photo could be read twice
+            photos = [photo for photo in photos if photo not in self.photos.encoded]
+            if not photos:
+                return
+            read = await self.service.run(self.encoding, self.photos.read, photos, strict)
+            self.photos.note(photos, read)
+        if read:
+            self._look(photos)
 
     async def _think(self) -> None:
         """Choose the next photos, and estimate the accuracy, whenever there is a new version or enough new photos."""
