@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import SHARED
+from conftest import few
 from safetensors.torch import load_file
 from serving import InProcess, asked, caltech_photos, labelling_app, server
 from tables import tiny
@@ -43,7 +43,6 @@ def weights(shared, tmp_path_factory):
     model.load_state_dict(own)
     torch.save(model.state_dict(), folder / "trained.pth")
     return folder
-
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +110,9 @@ class Client(InProcess):
 
 
 def labels_of(place):
-    return {Path(row["source"]).name: row["label"] for row in places.at(place).load().labels.to_pylist()}
+    return {
+        Path(row["source"]).name: row["label"] for row in places.at(place).load().labels.to_pylist()
+    }
 
 
 def wanted(photos, numbers):
@@ -169,3 +170,111 @@ def test_an_encoder_that_helps_is_offered_joined_and_used_for_new_photos(
     with Client(photos, place, load_again(index.backbone, device="cpu")) as client:
         state = client.settled()
         assert (state["labelled"], state["encoder"], state["problem"]) == (62 + 1, None, None)
+
+
+def test_a_useless_encoder_is_not_offered(photos, place, lit_mini, weights, tmp_path):
+    shutil.copy(weights / "random.pth", tmp_path / "efficientnet-lite0.pth")
+    with Client(photos, place, lit_mini) as client:
+        client.label(NUMBERS[:60])
+        state = client.settled()
+    assert (state["encoder"], state["problem"]) == (None, None)
+
+
+def test_a_declined_encoder_stays_away_and_a_damaged_one_is_passed_over(
+    photos, place, weak, weights, tmp_path
+):
+    file = tmp_path / "efficientnet-lite0.pth"
+    file.write_bytes(b"no weights")
+    with Client(photos, place, weak) as client:
+        client.label(NUMBERS[:60])
+        state = client.settled()
+        assert (state["encoder"], state["problem"]) == (None, None)
+    shutil.copy(weights / "trained.pth", file)
+    with Client(photos, place, weak) as client:
+        assert client.settled()["encoder"]["name"] == ENCODER
+        assert client.post("/encoder", {"join": False})["encoder"] is None
+        client.label(NUMBERS[60:])
+        assert client.settled()["encoder"] is None
+        client.post("/encoder", {"join": True}, 404)
+    assert places.at(place).load().parts == ()
+
+
+def test_a_session_goes_on_if_joining_fails(photos, place, weak, weights, tmp_path):
+    """A labelled photo whose file is gone cannot be encoded."""
+    shutil.copy(weights / "trained.pth", tmp_path / "efficientnet-lite0.pth")
+    own = {
+        shutil.copy(path, tmp_path / f"{i:02}.jpg"): label
+        for i, (path, label) in enumerate(photos.items())
+    }
+    with Client(own, place, weak) as client:
+        client.label(NUMBERS[:61])
+        assert client.settled()["encoder"]["problem"] is None
+        version = client.status()["version"]
+        lost = Path([*own][NUMBERS[0]])
+        data = lost.read_bytes()
+        lost.unlink()
+        client.join()
+        client.label(NUMBERS[61:63])
+        offer = client.settled()["encoder"]
+        assert offer["problem"].startswith(f"{lost}: cannot be read")
+        assert offer["encoded"] is None
+        assert places.at(place).load().parts == ()
+        assert labels_of(place) == wanted(own, NUMBERS[:63])
+        lost.write_bytes(data)
+        client.join()
+        assert client.settled()["encoder"] is None
+        index = places.at(place).load()
+        assert len(index.parts) == 2
+        assert labels_of(place) == wanted(own, NUMBERS[:63])
+        changes.rollback(place, version)  # before it was joined
+        client.until(lambda state: state["version"] == index.version + 1 and not state["busy"])
+        client.label(NUMBERS[63:65])
+        state = client.settled()
+        assert (state["problem"], state["refused"], state["unsaved"]) == (None, [], 0)
+    assert places.at(place).load().parts == ()
+
+
+@pytest.mark.parametrize("seconds", few([0, 0.2, 0.5, 1, 2, 3, 4], 3))
+def test_a_kill_while_an_encoder_is_joined_loses_no_label(
+    photos, place, weights, tmp_path, monkeypatch, seconds
+):
+    """The printed command continues with one encoder, or with both."""
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("RETRIEVAL_TIP_CACHE", str(tmp_path / "cache"))
+    shutil.copy(weights / "trained.pth", tmp_path / "efficientnet-lite0.pth")
+    model = f"local-dir:{tiny(tmp_path / 'weak')}"
+    folder = Path(next(iter(photos))).parent
+    command = (folder, "--out", place, "--model", model)
+    labels = [*photos.values()]
+
+    def until(url, done):
+        for _ in range(1200):
+            if done(state := asked(url)):
+                return state
+            time.sleep(0.1)
+        raise AssertionError(state)
+
+    def label(url, numbers):
+        asked(url, {"labels": [{"photo": n, "label": labels[n]} for n in numbers]})
+
+    with server(*command, command="label") as (url, process):
+        label(url, NUMBERS[:60])
+        assert until(url, lambda state: not state["busy"])["encoder"]["name"] == ENCODER
+        asked(url, {"join": True}, "/encoder")
+        time.sleep(seconds)
+        label(url, NUMBERS[60:62])
+        process.kill()
+        process.wait()
+    with server(*command, command="label") as (url, _):
+        state = until(url, lambda state: not state["busy"])
+        assert (state["labelled"], state["unsaved"], state["problem"]) == (62, 0, None)
+        assert labels_of(place) == wanted(photos, NUMBERS[:62])
+        if state["encoder"] is not None:
+            asked(url, {"join": True}, "/encoder")
+            until(url, lambda state: state["encoder"] is None and not state["busy"])
+    with server(*command, command="label") as (url, _):
+        label(url, NUMBERS[62:64])
+        state = until(url, lambda state: not state["busy"])
+        assert (state["encoder"], state["problem"]) == (None, None)
+    assert len(places.at(place).load().parts) == 2
+    assert labels_of(place) == wanted(photos, NUMBERS[:64])

@@ -71,6 +71,8 @@ class Joining:
             raise Problem(404, "no encoder is offered; label more photos")
         self._answer = join
         self._problem = None
+        if join and self._encoded is None:
+            self._encoded = 0, len(self._session.photos.encoded)
 
     def _is_due(self) -> bool:
         index = self._session.session.index
