@@ -97,13 +97,16 @@ def server(*arguments, token=None, path=None, command="serve", printed=None, por
     assert "Traceback" not in "".join(printed), "".join(printed)
 
 
-def asked(url, body=None):
-    """Return a labelling session's state from the printed address, or send labels and return the new state."""
+def asked(url, body=None, what=""):
+    """Return a labelling session's state from the printed address, or send labels and return the new state.
+
+    ``what`` is the rest of the path, such as ``/encoder``.
+    """
     address, _, token = url.partition("/#token=")
     headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
     data = None if body is None else json.dumps(body).encode()
     with urllib.request.urlopen(
-        urllib.request.Request(f"{address}/v1/label", data, headers)
+        urllib.request.Request(f"{address}/v1/label{what}", data, headers)
     ) as answer:
         return json.load(answer)
 

@@ -101,6 +101,21 @@ def tiny(folder, seed=0, **config):
     return folder
 
 
+def write_cnn(file, encoder=None):
+    """Write weights of an EfficientNet-Lite0: random ones, or those of the image tower of ``encoder``, a folder."""
+    import timm
+    import torch
+    from safetensors.torch import load_file
+
+    torch.manual_seed(0)
+    weights = timm.create_model("tf_efficientnet_lite0").state_dict()
+    if encoder is not None:
+        trunk = "visual.trunk."
+        known = load_file(encoder / "open_clip_model.safetensors").items()
+        weights |= {name[len(trunk) :]: one.float() for name, one in known if trunk in name}
+    torch.save(weights, file)
+
+
 def picture(size=(50, 40)):
     """Return an image of random pixels."""
     return Image.fromarray(default_rng(0).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8))

@@ -239,6 +239,18 @@ def test_a_session_is_busy_until_all_photos_are_read(pool, place, lit_mini, monk
     assert state["encoded"] == state["photos"] == len(pool)
 
 
+def test_photos_that_are_labelled_while_they_are_read_keep_their_features(
+    pool, place, lit_mini, monkeypatch
+):
+    monkeypatch.setattr(module, "CHUNK", 4)
+    with Client(pool, place, lit_mini) as client:
+        client.set({client.names.index(name): label for name, label in pool.items()})
+        assert client.settled()["labelled"] == len(pool)
+    index = opened(place)
+    [source] = open_inputs([row["source"] for row in index.labels.to_pylist()])
+    assert np.allclose(index.keys, Reader(lit_mini).encode(source).features, atol=1e-6)
+
+
 def test_the_only_label_is_removed_as_soon_as_there_is_another(pool, place, lit_mini):
     with Client(pool, place, lit_mini) as client:
         one, other, *_ = client.settled()["queue"]

@@ -24,6 +24,7 @@ from conftest import LIT_MINI, NO_SHARED, SHARED, SOAK, needs_real, ok
 from PIL import Image
 from playwright.sync_api import Error, expect
 from serving import build, server
+from tables import tiny, write_cnn
 
 pytestmark = [pytest.mark.soak, *([needs_real] if SOAK else [])]
 
@@ -991,7 +992,7 @@ def test_wrong_labels_are_listed_first_and_corrected(page, served, run):
     page.click("#tab-history")
     rows, restore = page.locator("#history li"), page.get_by_role("button", name="Restore")
     expect(rows.first).to_contain_text("1 photo: panda became pizza")
-    expect(page.locator("#history h3")).to_have_count(1)  # one sitting
+    expect(page.locator("#history h3")).to_have_count(1)  # one day
     page.wait_for_function("() => document.querySelector('#history img').naturalWidth")
     version = things(page)["version"] - 1
     restore.first.click()
@@ -1014,7 +1015,7 @@ def test_wrong_labels_are_listed_first_and_corrected(page, served, run):
 def test_classes_are_renamed_and_merged(page):
     """This also works with the keyboard.
 
-    Renaming a class to an existing name merges the two, as does dragging its card. The changes can be undone.
+    Renaming a class to an existing name merges the two. The changes can be undone.
     """
     page.click("#tab-classes")
 
@@ -1049,14 +1050,6 @@ def test_classes_are_renamed_and_merged(page):
     expect(card("lobster")).to_contain_text("16 photos")
     undone(page, "Merged crayfish into lobster.")
     expect(entry).to_contain_text("8 photos")
-
-    expect(card("crab").locator("img")).to_have_js_property("complete", True)
-    card("crab").drag_to(card("crab"))  # dropped on itself, it does not change
-    card("crab").drag_to(card("lobster"))
-    expect(card("lobster")).to_contain_text("16 photos")
-    expect(page.locator("#classes-list .target")).to_have_count(0)
-    undone(page, "Merged crab into lobster.")
-    expect(card("crab")).to_contain_text("8 photos")
 
 
 def test_suspicious_labels_are_corrected_removed_or_kept_together(opened):
@@ -1264,7 +1257,6 @@ def test_the_page_offers_no_changes_on_a_read_only_server(page):
     assert page.locator("#audit").get_by_role("button", name="Change").count() == 0
     go(page, "settings")
     expect(page.locator("#about")).to_be_visible()
-    expect(page.locator("#groups")).to_be_hidden()
     page.unroute_all(behavior="wait")  # no request may outlive the page
 
 
@@ -2038,6 +2030,39 @@ def all_saved(page):
     expect(page.locator("#label-saved")).to_have_text("All labels are saved in “things”.")
 
 
+def test_another_encoder_is_offered_and_joined(serving, pool, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_cnn(tmp_path / "efficientnet-lite0.pth", SHARED / "models/lit-mini")
+    names = sorted(name for name in pool if name)
+    command = (
+        pool[""],
+        "--out",
+        tmp_path / "things",
+        "--model",
+        f"local-dir:{tiny(tmp_path / 'weak')}",
+    )
+    with serving(*command, command="label", ready="#label-progress") as (page, _):
+        wait_until(page, "state.encoded === 90")
+        offer = page.locator("#label-encoder")
+        expect(offer).to_be_hidden()
+        give(page, {number: pool[names[number]] for number in range(0, 90, 3)})
+        give(page, {number: pool[names[number]] for number in range(1, 90, 3)})
+        page.reload()
+        expect(offer).to_contain_text("of 60 labelled photos are right")
+        expect(page.get_by_role("button", name="Not now")).to_be_visible()
+        assert violations(page) == []
+        page.get_by_role("button", name="Use both encoders").click()
+        expect(offer).to_be_hidden()
+        all_saved(page)
+        assert status(page)["labelled"] == 60
+        label_by_key(page, "starfish")
+        expect(page.locator("#label-progress")).to_contain_text("61 of 90 photos labelled.")
+        all_saved(page)
+        expect(page.locator("#label-problem")).to_be_empty()
+        go(page, "settings")
+        expect(page.locator("#about")).to_contain_text("efficientnet_lite0")
+
+
 def test_letters_of_a_class_name_are_not_shortcuts(labelling, pool, tmp_path):
     with labelling(pool, tmp_path / "things") as (page, _):
         expect(page.locator("#label-saved")).to_have_text(
@@ -2600,26 +2625,17 @@ def test_the_accuracy_counts_up_unless_motion_is_reduced(opened):
         page.unroute_all(behavior="wait")
 
 
-def test_an_uncertain_photo_shows_the_group_that_is_sure(opened, tmp_path):
-    """The groups come from a table that is chosen or dropped on the screen of the settings."""
-    page = opened(expected=[f"{REFUSED}4"])
+def test_an_uncertain_photo_shows_the_group_that_is_sure(opened, served, tmp_path):
+    page = opened()
     groups = tmp_path / "groups.csv"
     version = things(page)["version"]
-    go(page, "settings")
-    groups.write_text("class,kind\npanda,animal\npanda,bear\n")
-    page.set_input_files("#groups-file", groups)
-    expect(page.locator("#notice")).to_contain_text(
-        "groups: class 'panda' occurs twice; keep one row"
-    )
-    groups.write_text("class,kind\npanda,animal\nyak,animal\n")
-    drop(page, groups)
-    expect(page.locator("#about")).to_contain_text("Groups: kind.")
-    undone(page, "1 class is not in the index: yak.")
-    expect(page.locator("#about")).not_to_contain_text("Groups")
     groups.write_text(
         "class,kind\n" + "".join(f"{label},photographed thing\n" for label in CLASSES)
     )
-    page.set_input_files("#groups-file", groups)
+    ok("index set", served.folder, "--groups", groups)
+    while things(page)["version"] == version:
+        time.sleep(0.1)
+    go(page, "settings")
     expect(page.locator("#about")).to_contain_text("Groups: kind.")
     page.click("#tab-classify")
     ask(page, *(photo for label in CLASSES for photo in caltech_photos("test", label, 2)))

@@ -136,6 +136,16 @@ def load(backbone: BackboneOptions, identity: Identity | None = None) -> Backbon
     return load_backbone(model, **how, lazy=True)
 
 
+def with_joined(manifest: Manifest | None, encoding: EncodingOptions) -> EncodingOptions:
+    """Return the options for a labelling session. If it has joined an encoder to the named one, both are used."""
+    parts = () if manifest is None else manifest.parts
+    if encoding.model is None or len(parts) < 2:
+        return encoding
+    named = load(encoding).identity.fingerprint
+    own = [part.identity.fingerprint for part in parts if part.identity is not None]
+    return replace(encoding, model=None) if named in own else encoding
+
+
 def backbone_for(
     index: Index | Manifest | None,
     sources: Sequence[Source],

@@ -15,7 +15,7 @@ from retrieval_tip.cli import kinds, options
 from retrieval_tip.cli.group import command, grouped
 from retrieval_tip.cli.kinds import Place
 from retrieval_tip.cli.messages import note, say
-from retrieval_tip.cli.opening import inputs_of, reader_for, store_of
+from retrieval_tip.cli.opening import inputs_of, reader_for, store_of, with_joined
 from retrieval_tip.cli.options import BackboneOptions, EncodingOptions, OpeningOptions
 from retrieval_tip.errors import UsageError
 from retrieval_tip.hooks import argument, flag, option
@@ -138,7 +138,7 @@ def label_command(
     paths = paths_of(sources)
     exists = store.exists()
     manifest = store.manifest() if exists else None
-    opened = reader_for(manifest, sources, encoding)
+    opened = reader_for(manifest, sources, with_joined(manifest, encoding))
     kept = LastServer("label", [out])
     with (
         opened as reader,

@@ -38,6 +38,7 @@ from retrieval_tip.index.items import (
     read_text_table,
     warn_of_spelling,
 )
+from retrieval_tip.index.joined import joined_index
 from retrieval_tip.index.places import TRIES, Changed, Place
 from retrieval_tip.model import Index
 from retrieval_tip.settings import ClassPrior, Dtype, MetricName, ValuesName, check_choice
@@ -562,6 +563,28 @@ def fit_index(
         return Changed(index, "fit", fit=choice)
 
     return store.change(revise, base=base, expect=version)
+
+
+def join(
+    folder: Place,
+    features: Mapping[str, FloatArray],
+    reader: Reader,
+    *,
+    base: Index | None = None,
+) -> Changed:
+    """Join another encoder to the one of an index, and fit the index again (see :func:`joined.joined_index`).
+
+    Every photo needs one of the ``features`` of the other encoder, by digest. The backbone of ``reader`` joins both.
+    Raises InputError if a photo has no feature. If an error occurs, the index stays unchanged.
+    """
+    assert reader.backbone is not None
+    other = reader.backbone.identity.parts[-1].model
+
+    def revise(index: Index) -> Changed:
+        made, choice = joined_index(index, features, reader)
+        return Changed(made, f"join {other}", fit=choice)
+
+    return places.at(folder).change(revise, base=base)
 
 
 def rebuild(

@@ -17,6 +17,7 @@ import torch
 from torch.nn.functional import normalize
 
 from retrieval_tip.arrays import FloatArray, slices
+from retrieval_tip.backbones.base import side_by_side
 from retrieval_tip.data.exif import UNKNOWN, ExifRecorder
 from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.remote import absolute
@@ -103,6 +104,8 @@ class SessionPhotos:
         times: when the photos were taken that have been read and have a date.
         unread: the photos of this session that have not been read, by their absolute path as text.
         unreadable: the reasons why photos cannot be read.
+        joined: the reader of two encoders, if another one has been joined to the first.
+        others: the features of the other encoder, by digest.
     """
 
     def __init__(self, paths: Mapping[int, str], reader: Reader) -> None:
@@ -118,6 +121,8 @@ class SessionPhotos:
         self.times: dict[int, datetime] = {}
         self.unread = {show(absolute(path)): photo for photo, path in paths.items()}
         self.unreadable: dict[int, str] = {}
+        self.joined: Reader | None = None
+        self.others: dict[str, FloatArray] = {}
 
     def __len__(self) -> int:
         return self.number(self.paths)
@@ -151,14 +156,26 @@ class SessionPhotos:
         """Return a photo or, if it could not be encoded, a copy that could."""
         return next((copy for copy in self.copies(photo) if copy in self.encoded), photo)
 
-    def rows(self, photos: Sequence[int]) -> FloatArray:
-        """Return the features of encoded photos, of shape ``[m, d]``."""
+    def rows(self, photos: Sequence[int], index: Index | None) -> FloatArray:
+        """Return the features of encoded photos for an index, of shape ``[m, d]``: of one encoder, or of both."""
         rows: FloatArray = self._features[[self.encoded[photo] for photo in photos]]
-        return rows
+        if not photos or not self._needs_both(index):
+            return rows
+        others = [self.others[self.digests[photo]] for photo in photos]
+        return side_by_side([rows, np.concatenate(others).reshape(len(photos), -1)])
 
-    def feature(self, photo: int) -> FloatArray | None:
-        """Return the feature ``[d]`` of a photo, or ``None`` if it has not been encoded."""
-        return self.rows([photo])[0] if photo in self.encoded else None
+    def feature(self, photo: int, index: Index | None) -> FloatArray | None:
+        """Return the feature ``[d]`` of a photo for an index, or ``None`` if it has not been encoded."""
+        return self.rows([photo], index)[0] if photo in self.encoded else None
+
+    def reader_for(self, index: Index | None) -> Reader:
+        """Return the reader whose features an index has."""
+        both = self.joined is not None and self._needs_both(index)
+        return self.joined if both and self.joined is not None else self.reader
+
+    def _needs_both(self, index: Index | None) -> bool:
+        """Return whether an index was joined in this session. If that version is rolled back, it is no longer."""
+        return index is not None and bool(self.others) and index.d > self._features.shape[1]
 
     def seen(self) -> tuple[dict[int, str], dict[int, datetime], dict[int, str]]:
         """Return copies of the paths, of the times, and of the files of encoded frames."""
@@ -169,10 +186,10 @@ class SessionPhotos:
             {photo: self.clips[photo] for photo in sorted(frames)},
         )
 
-    def remembered(self, photos: Sequence[int]) -> Reader:
-        """Return a reader of encoded photos, which reads no file."""
+    def remembered(self, photos: Sequence[int], index: Index) -> Reader:
+        """Return a reader of encoded photos for an index, which reads no file."""
         digests = [self.digests.get(photo) for photo in photos]
-        return Remembered(known=(FeatureBlock.of(self.rows(photos), digests),))
+        return Remembered(known=(FeatureBlock.of(self.rows(photos, index), digests),))
 
     def hashed(self, photos: Iterable[int]) -> dict[int, str]:
         """Return the digests of the photos whose files can be read. The object does not change."""
@@ -187,7 +204,7 @@ class SessionPhotos:
 
         The object does not change.
         """
-        reader = replace(self.reader, empty=True, strict=strict)
+        reader = replace(self.joined or self.reader, empty=True, strict=strict)
         noting = ExifRecorder()
         [source] = noting.over([self.chosen(photos)])
         found = {}
@@ -211,6 +228,9 @@ class SessionPhotos:
             digest, feature, time = read[photo]
             if time is not None:
                 self.times[photo] = time
+            if self.joined is not None:
+                feature, other = np.split(feature * 2**0.5, [self._features.shape[1]])
+                self.others[digest] = other
             self._store(photo, feature)
             self.unreadable.pop(photo, None)
             self.recognise(photo, digest)

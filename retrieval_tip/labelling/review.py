@@ -52,7 +52,7 @@ def answers_to(
     index: Index, photos: SessionPhotos, read: list[int], smooth: bool, most: int
 ) -> Review:
     """Classify photos that have been read, and group the first ``most`` of those without a match."""
-    pool = Pool([photos.name(photo) for photo in read], photos.rows(read), [])
+    pool = Pool([photos.name(photo) for photo in read], photos.rows(read, index), [])
     if smooth:
         answers, _ = pool.smoothed(index, ASK)
     else:

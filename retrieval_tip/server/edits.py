@@ -265,6 +265,16 @@ async def label(labelling: TheLabelling, change: schemas.SetLabels) -> schemas.R
     return labelling.status()
 
 
+@changes.post("/label/encoder")
+async def label_encoder(labelling: TheLabelling, change: schemas.JoinEncoder) -> schemas.Row:
+    """Join the encoder that the session offers, or decline it, and return the new state. Photos are encoded meanwhile.
+
+    A request to decline also stops the encoding.
+    """
+    labelling.joining.answer(change.join)
+    return labelling.status()
+
+
 @changes.post("/label/photos", status_code=201, openapi_extra=schemas.KEEP)
 async def label_photos(
     request: Request, service: TheService, labelling: TheLabelling
@@ -297,7 +307,7 @@ async def label_sort(
     give_time()
     version = labelling.version()
     known = labelling.photos
-    reader = replace(labelling.photos.reader, skipped=[])
+    reader = replace(known.reader_for(labelling.session.index), skipped=[])
     every = known.own(known.paths)
     source = known.chosen(every)
     paths = source.paths or ()
@@ -321,7 +331,7 @@ async def label_sort(
             some = [photo for photo in some if photo in known.encoded]
             if not some:
                 raise InputError("photos: have not been read yet; try again later")
-            reader = await run(known.remembered, some)
+            reader = await run(known.remembered, some, version.index)
         action: Action = "copy" if change.action == "xmp" else change.action
         most = change.at_most_wrong
         smooth = not change.labelled and version.index.n <= service.limits.estimated

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import cast
@@ -13,6 +14,8 @@ from starlette.exceptions import HTTPException
 
 from retrieval_tip.errors import InputError, RetrievalTipError, UsageError
 from retrieval_tip.wording import one_line
+
+log = logging.getLogger(__name__)
 
 MEDIA = "application/problem+json"
 BUSY = 5
@@ -69,3 +72,10 @@ async def handle(_: Request, error: Exception) -> Response:
 
 
 HANDLED = (HTTPException, RequestValidationError, RetrievalTipError, Exception)
+
+
+def reason_of(error: Exception, what: str) -> str:
+    """Return the text of an error for the page. An error that nobody foresaw is logged."""
+    if not isinstance(error, RetrievalTipError):
+        log.exception(what)
+    return str(error)

@@ -346,6 +346,9 @@ async def label_status(labelling: TheLabelling) -> Row:
     unlabelled photos, the expected ``gain`` from ``more`` labels, and whether it takes less work to ``review`` the
     least certain answers. It is null while few photos are labelled, or if the index is large. ``others`` says the
     estimate in words. ``busy`` tells whether the state will change soon. ``problem`` is an error in the background.
+    ``encoder`` is another encoder on this machine that would help, by its ``name``: of the ``tried`` labelled photos,
+    each classified by the others, ``before`` are right now, and ``after`` with both encoders. ``encoded`` is null, or
+    counts the photos that it has encoded, and all photos, while it is being joined. ``problem`` is why that failed.
     """
     return labelling.status()
 
@@ -385,7 +388,7 @@ async def label_photo(
         return jpeg(await service.thumbnail(path, partial(read_item, path), size), seconds=3600)
     if what == "file":
         data = await service.find(read_item, path)
-    elif (feature := labelling.photos.feature(photo)) is None:
+    elif (feature := labelling.photos.feature(photo, labelling.session.index)) is None:
         raise Problem(404, f"photo {photo}: has not been read yet; try again later")
     elif what == "similar":
         version = labelling.version()

@@ -140,6 +140,12 @@ class SetLabels(BaseModel, extra="forbid"):
     undo: StepName | None = None
 
 
+class JoinEncoder(BaseModel, extra="forbid"):
+    """Whether to ``join`` the encoder that is offered. If not, it is not offered again in this session."""
+
+    join: bool
+
+
 class SortInto(BaseModel, extra="forbid"):
     """The folder on the server's machine into which photos are sorted, and the largest share of wrong answers.
 

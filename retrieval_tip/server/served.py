@@ -143,7 +143,7 @@ class Backbones:
         if backbone is not None:
             return backbone
         try:
-            backbone = self._warm(
+            backbone = self.warm(
                 load_again(identity, device=self.device, precision=self.precision, lazy=False)
             )
             check_backbone(identity, index.d, backbone, [])
@@ -156,12 +156,11 @@ class Backbones:
 
     def load(self, model: str | None) -> Backbone:
         """Load a backbone, which is then open. Raises the errors of :func:`loading.load_backbone`."""
-        return self._warm(load_backbone(model, device=self.device, precision=self.precision))
+        return self.warm(load_backbone(model, device=self.device, precision=self.precision))
 
-    def _warm(self, backbone: Backbone) -> Backbone:
-        backbone.encode_images(
-            backbone.preprocess(Image.new("RGB", (8, 8)))[None]
-        )  # warms up the backbone
+    def warm(self, backbone: Backbone) -> Backbone:
+        """Encode an empty image, which warms up a backbone. It is open afterwards."""
+        backbone.encode_images(backbone.preprocess(Image.new("RGB", (8, 8)))[None])
         self._open[backbone.identity.fingerprint] = backbone
         return backbone
 

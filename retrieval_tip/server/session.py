@@ -63,7 +63,8 @@ from retrieval_tip.labelling.session import (
 )
 from retrieval_tip.model import Index
 from retrieval_tip.server import schemas
-from retrieval_tip.server.problems import Problem
+from retrieval_tip.server.joining import Joining
+from retrieval_tip.server.problems import Problem, reason_of
 from retrieval_tip.server.schemas import Row
 from retrieval_tip.server.served import OpenVersion, Served
 from retrieval_tip.server.service import Service
@@ -127,6 +128,9 @@ class Labelling:
         for start in range(0, len(own), CHUNK):
             self._unread.put_nowait(queue.order[start : start + CHUNK])
         self._in_turn = asyncio.Lock()
+        self.saving = asyncio.Lock()
+        self.reading = asyncio.Lock()
+        self.joining = Joining(self)
         self._visits: dict[int, tuple[int, list[int]]] = {}
         self._visited = 0  # number of photos that had been read when these were found
         self._made: set[str] = set()  # classes that this session has created
@@ -145,9 +149,10 @@ class Labelling:
         """Encode photos and choose the next ones in the background. On exit, labels are saved if possible."""
         self.service = service
         self.encoding = service.pool("read")
-        self._thinking = service.pool("think")
+        self.thinking = service.pool("think")
         saving = asyncio.create_task(self._save())
-        others = [asyncio.create_task(self._work(step)) for step in (self._encode, self._think)]
+        steps = (self._encode, self._think, self.joining.run)
+        others = [asyncio.create_task(self._work(step)) for step in steps]
         try:
             yield
         finally:
@@ -219,8 +224,6 @@ class Labelling:
         problem = self._problem or self._trouble
         if not readable:
             problem = problem or "none of the photos can be read"
-        decides = self._choice_due() or self._deciding.locked()
-        works = encoded < readable or decides or session.waiting()
         return {
             "index": self.name,
             "version": None if version is None else version.manifest.version,
@@ -235,9 +238,19 @@ class Labelling:
             "refused": refused,
             "progress": progress,
             "others": others,
-            "busy": bool(works) and self._problem is None,
+            "busy": (self.works or self.joining.works) and self._problem is None,
             "problem": problem,
+            "encoder": self.joining.status(),
         }
+
+    @property
+    def works(self) -> bool:
+        """Whether photos are being read, labels are being saved, or the next photos are being chosen."""
+        photos = self.photos
+        readable = len(photos) - photos.number(photos.unreadable)
+        decides = self._choice_due() or self._deciding.locked()
+        reads = photos.number(photos.encoded) < readable
+        return reads or decides or bool(self.session.waiting())
 
     async def visits(self) -> Mapping[int, tuple[int, list[int]]]:
         """Return the visits of the photos that have been read (see :func:`bursts.visits_of`)."""
@@ -346,7 +359,7 @@ class Labelling:
                 await self._write(self.session.waiting())
                 self._trouble = None
             except Exception as error:  # the labels stay in the journal
-                self._trouble = _reason(error, "labels could not be saved")
+                self._trouble = reason_of(error, "labels could not be saved")
                 if closing:  # there may be room again since an attempt that began earlier
                     return
                 await asyncio.sleep(0 if self._closing else RETRY)
@@ -368,14 +381,18 @@ class Labelling:
 
     async def _commit(self, labels: Mapping[int, Label]) -> None:
         """Save labels as one new version. Raises InputError if a photo can neither be read nor is in the index."""
-        await self._read(labels, strict=False)
+        async with self.saving:
+            await self._read(labels, strict=False)
+            await self._commit_read(labels)
+
+    async def _commit_read(self, labels: Mapping[int, Label]) -> None:
         service = self.service
         assert service.maker is not None
         served = partial(Served, self.place, service.maker.backbones)
         if self.version() is None and self._store.exists():  # another process has just built it
             await service.open(served)
         version = self.version()
-        reader = self.photos.reader
+        reader = self.photos.reader_for(self.session.index)
         classes = self.session.classes
         items = [
             item
@@ -408,25 +425,30 @@ class Labelling:
             raise InputError(self.photos.unreadable[photo])
         digest = self.photos.digests.get(photo) or str(known and known.digest)
         path = show(self.photos.path(copy))
-        return PhotoLabel(path, digest, label.label, label.picked, self.photos.feature(copy))
+        return PhotoLabel(
+            path, digest, label.label, label.picked, self.photos.feature(copy, self.session.index)
+        )
 
     async def _work(self, step: Callable[[], Awaitable[None]]) -> None:
         """Run a step of the background work. If it fails, keep the error for the page."""
         try:
             await step()
         except Exception as error:
-            self._problem = _reason(error, "the background work of labelling has stopped")
+            self._problem = reason_of(error, "the background work of labelling has stopped")
 
     async def _encode(self) -> None:
         while True:
             await self._read(await self._unread.get(), strict=self.photos.reader.strict)
 
     async def _read(self, photos: Iterable[int], *, strict: bool) -> None:
-        if photos := [photo for photo in photos if photo not in self.photos.encoded]:
+        async with self.reading:  # else a photo could be read twice
+            photos = [photo for photo in photos if photo not in self.photos.encoded]
+            if not photos:
+                return
             read = await self.service.run(self.encoding, self.photos.read, photos, strict)
             self.photos.note(photos, read)
-            if read:
-                self._look(photos)
+        if read:
+            self._look(photos)
 
     async def _think(self) -> None:
         """Choose the next photos, and estimate the accuracy, whenever there is a new version or enough new photos."""
@@ -438,9 +460,13 @@ class Labelling:
                     if not self._choice_due():  # else there is something new to choose first
                         await self._measure()
             else:
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(POLL):
-                        await self._changed.wait()
+                await self.pause()
+
+    async def pause(self) -> None:
+        """Wait for a change of the state, but not long."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(POLL):
+                await self._changed.wait()
 
     def _choice_due(self) -> bool:
         """Return whether there is a new version, twice as many photos as at the last choice, or all photos."""
@@ -455,15 +481,15 @@ class Labelling:
         encoded = len(self.photos.encoded)
         unlabelled = self.photos.encoded.keys() - self.session.taken()
         if unlabelled:
-            run = partial(self.service.run, self._thinking)
+            run = partial(self.service.run, self.thinking)
             rows = sorted(unlabelled)
             drawn = np.random.default_rng(len(rows)).permutation(rows)[:CONSIDERED]
             some = sorted(drawn.tolist())
-            features = await run(self.photos.rows, some)
+            features = await run(self.photos.rows, some, index)
             picks = await run(_suggested, some, features, self.photos.clips, index)
             ahead, _ = self.session.apply(Suggested(picks, {}))
             shown = [queued.photo for queued in ahead.shown() if queued.photo in unlabelled]
-            features = await run(self.photos.rows, rows)
+            features = await run(self.photos.rows, rows, index)
             facts = await run(_facts_of, shown, rows, features, index)
             self._apply(Suggested(picks, facts))
         await self.visits()
@@ -485,8 +511,8 @@ class Labelling:
             and rest
             and index.n <= self.service.limits.estimated
         ):
-            run = partial(self.service.run, self._thinking)
-            features = await run(self.photos.rows, rest)
+            run = partial(self.service.run, self.thinking)
+            features = await run(self.photos.rows, rest, index)
             progress = await run(_measured_on, features, index, list(picked))
         self._progress = progress
 
@@ -522,13 +548,6 @@ def paths_of(sources: Sequence[Source]) -> list[str]:
             paths[row] for row in np.random.default_rng(0).permutation(len(paths))[:MOST_PHOTOS]
         ]
     return paths
-
-
-def _reason(error: Exception, what: str) -> str:
-    """Return the text of an error for the page. An error that nobody foresaw is logged."""
-    if not isinstance(error, RetrievalTipError):
-        log.exception(what)
-    return str(error)
 
 
 def _suggested(

@@ -1,7 +1,7 @@
 // The entry point of the page: the views, the first screen, the menu of the classifier, and dropped or pasted files.
 
 import * as api from "./api.js";
-import { setGroups, showScreen } from "./browse.js";
+import { showScreen } from "./browse.js";
 import { addFiles } from "./classify.js";
 import { agreed, askName, notice, reported } from "./dialogs.js";
 import { $, attempt, button, cut, el, picture, plural } from "./dom.js";
@@ -131,12 +131,11 @@ for (const event of ["index", "version"]) state.addEventListener(event, () => (s
 // --- dropped and pasted files ---
 
 /** Handle files and folders that were pasted, or dropped on an element. They are examples on the Teach screen, and are
- *  classified on other screens, except a table of groups on the Settings screen. */
+ *  classified on other screens. */
 async function receive(transfer, place) {
   const found = await teach.gather(transfer);
   if (!found.length) return;
   if (location.hash === "#teach") return teach.receive(found, place);
-  if (location.hash === "#settings" && state.info?.changes && /\.csv$/i.test(found[0].file.name)) return setGroups(found[0].file);
   location.hash = "#classify";
   addFiles(found.map(({ file }) => file));
 }

@@ -3,7 +3,7 @@
 import { gained } from "./accuracy.js";
 import * as api from "./api.js";
 import { agreed, askName, classForm, reported, undoable } from "./dialogs.js";
-import { $, attempt, button, count, cut, debounced, el, isFor, nameOf, picks, picture, plural, refill } from "./dom.js";
+import { $, attempt, button, count, cut, debounced, el, isFor, nameOf, picture, plural, refill } from "./dom.js";
 import { Grid } from "./grid.js";
 import { clear as clearMap, mark as markMap, showMap } from "./map.js";
 import { state } from "./state.js";
@@ -15,11 +15,10 @@ const MAPPED = 10_000; // maximum number of examples on the map; if there are mo
 const MINUTES = 20 * 60_000; // ms that computing a map may take
 const FEW = 4; // a class that has fewer examples needs more
 const CARDS = 300; // classes to show; the others can be found by name
-const SITTING = 30 * 60_000; // ms without a change after which another sitting begins
 const SHOWN = 4; // photos of each version
 const WHAT = { added: "Come back:", moved: "Change:", removed: "Go:" };
 const hour = new Intl.DateTimeFormat("en", { timeStyle: "short" });
-const day = new Intl.DateTimeFormat("en", { dateStyle: "medium", timeStyle: "short" });
+const day = new Intl.DateTimeFormat("en", { dateStyle: "medium" });
 
 /** A part of the view whose content is fetched. Its state line shows progress or errors, or tells that it is empty. */
 class Part {
@@ -81,15 +80,10 @@ const remove = (some, heading) =>
 
 function showAbout() {
   const { info } = state;
-  $("groups").hidden = !info.changes;
   const groups = info.levels.length > 1 ? ` Groups: ${info.levels.slice(1).join(", ")}.` : "";
   const made = `Version ${info.version} (${info.change}), ${new Date(info.created_at).toLocaleString()}.`;
   $("about").textContent = `${made} Encoder: ${info.backbone ?? "none (only features are accepted)"}.${groups}`;
 }
-
-/** Set the groups of the classes from a table. */
-export const setGroups = (table) => changed("Set the groups of the classes", () => state.setGroups(table), $("groups-title"));
-picks($("groups-file"), ([table]) => setGroups(table), $("groups-choose"));
 
 // --- classes ---
 
@@ -140,36 +134,8 @@ function classCard({ label, keys, image }, weak, doubted) {
     state.dispatchEvent(new CustomEvent("wanted", { detail: label }));
   };
   const more = weak || keys < FEW ? act("Add photos", `Add photos of ${label}`, wanted) : null;
-  const card = el("li", { draggable: true, data: { label } }, whole, el("span", { class: "acts" }, more, other));
-  card.querySelector("img")?.setAttribute("draggable", "false"); // so that the card is dragged
-  return card;
+  return el("li", { data: { label } }, whole, el("span", { class: "acts" }, more, other));
 }
-
-let dragged = null; // the class whose card is dragged
-let onto = null; // the card under the pointer that it can be merged into
-
-function aimAt(card) {
-  onto?.classList.remove("target");
-  onto = card;
-  onto?.classList.add("target");
-}
-
-$("classes-list").addEventListener("dragstart", (event) => {
-  dragged = event.target.closest("li").dataset.label;
-  event.dataTransfer.effectAllowed = "move";
-  event.dataTransfer.setData("text/plain", dragged);
-});
-$("classes-list").addEventListener("dragover", (event) => {
-  const card = event.target.closest?.("li");
-  aimAt(dragged && card?.dataset.label !== dragged ? card : null);
-  if (onto) event.preventDefault(); // so that the card can be dropped here
-});
-$("classes-list").addEventListener("drop", (event) => {
-  if (!onto) return; // files are dropped
-  event.preventDefault();
-  merge(dragged, onto.dataset.label);
-});
-$("classes-list").addEventListener("dragend", () => (aimAt(null), (dragged = null)));
 
 const merge = (label, into) => changed(`Merged ${label} into ${into}`, () => state.rename(label, into), $("classes-title"));
 
@@ -373,22 +339,14 @@ async function fetchHistory() {
   return Promise.all(versions.map(changesOf));
 }
 
-/** Show versions, newest first, grouped by sitting. */
+/** Show versions, newest first, grouped by day. */
 function showHistory(versions) {
-  const sittings = [];
-  for (const one of versions) {
-    one.at = new Date(one.created_at);
-    if (!(one.at - sittings.at(-1)?.at(-1).at <= SITTING)) sittings.push([]);
-    sittings.at(-1).push(one);
-  }
-  const group = (sitting) => [
-    el("h3", {}, day.formatRange(sitting[0].at, sitting.at(-1).at)),
-    el("ol", { reversed: true }, ...sitting.toReversed().map(line)),
-  ];
-  $("history").replaceChildren(...sittings.toReversed().flatMap(group));
+  const days = Map.groupBy(versions.toReversed(), (one) => day.format(new Date(one.created_at)));
+  const group = ([date, own]) => [el("h3", {}, date), el("ol", { reversed: true }, ...own.map(line))];
+  $("history").replaceChildren(...[...days].flatMap(group));
 }
 
-function line({ version, change, at, keys, classes, current, changes }) {
+function line({ version, change, created_at: at, keys, classes, current, changes }) {
   const photos = changes.flatMap((one) => one.photos).slice(0, SHOWN);
   const call = () => state.rollback(version, state.info.version);
   const restore = async () => (await previewed(version)) && changed(`Restored version ${version}`, call, $("history-title"));
@@ -399,7 +357,7 @@ function line({ version, change, at, keys, classes, current, changes }) {
     el("p", { class: "hint", title: `version ${version}` }, facts),
   ];
   const action = current ? el("span", { class: "hint" }, "current") : state.info.changes ? button("Restore", restore, { class: "quiet" }) : "";
-  return el("li", {}, el("span", { class: "hint" }, hour.format(at)), el("div", {}, ...what), action);
+  return el("li", {}, el("span", { class: "hint" }, hour.format(new Date(at))), el("div", {}, ...what), action);
 }
 
 const pictures = (photos) =>

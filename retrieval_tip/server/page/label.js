@@ -1,10 +1,11 @@
 // The Label view, which shows one unlabelled photo after another.
 
 import * as api from "./api.js";
-import { classMeant } from "./dialogs.js";
-import { $, attempt, button, calm, count, cross, el, failure, isFor, nameOf, named, percent, plural, refill, say } from "./dom.js";
+import { classMeant, reported } from "./dialogs.js";
+import { $, attempt, button, calm, count, cross, cut, el, failure, isFor, nameOf, named, percent, plural, refill, say } from "./dom.js";
 import { NONE, matching, meant } from "./names.js";
 import { session } from "./session.js";
+import { state } from "./state.js";
 
 const AHEAD = 4; // number of upcoming photos to show
 const LAST = 5; // number of answers to show
@@ -33,6 +34,7 @@ session.addEventListener("state", () => {
   const problem = now.problem && { message: (now.unsaved ? `${plural(now.unsaved, "label is", "labels are")} not saved yet: ` : "") + now.problem };
   $("label-problem").replaceChildren(...[problem, rejected].filter(Boolean).map((error) => el("p", {}, failure(error))));
   refused();
+  encoder();
   const entryOf = (number) => now.queue.find(({ photo }) => photo === number);
   const first = entryOf(wanted) ?? entryOf(current?.photo);
   if (first) session.putFirst(first.photo === current?.photo && current.guesses.length ? current : first); // guesses do not change afterwards
@@ -148,6 +150,19 @@ function drop(one) {
   session.label([[one.photo, null]]);
 }
 
+/** Offer to join another encoder, until it is declined or has been joined. */
+function encoder() {
+  const { encoder: one } = session.now;
+  $("label-encoder").hidden = !one;
+  if (!one) return;
+  const { name, tried, before, after, encoded, problem } = one;
+  const better = `With the encoder ${cut(name, 40)}, which is on this computer, ${after} instead of ${before} of ${tried} labelled photos are right.`;
+  $("label-encoder").title = `${name}: each of these photos is classified by the others`;
+  $("label-encoder").firstChild.textContent = encoded ? `The encoder ${cut(name, 40)} is being joined.` : problem ?? better;
+  $("label-join").hidden = encoded !== null;
+  $("label-alone").textContent = encoded ? "Cancel" : "Not now";
+}
+
 function progress() {
   const { now, labelled } = session;
   const { photos, encoded, unsaved, guessed, others } = now;
@@ -171,6 +186,7 @@ function progress() {
   $("label-bar").value = photos ? labelled / photos : 0;
   const waiting = [];
   if (encoded < photos) waiting.push(`Reading photos: ${count(encoded)} of ${count(photos)}.`);
+  if (now.encoder?.encoded) waiting.push(`Reading photos with it: ${now.encoder.encoded.map(count).join(" of ")}.`);
   if (unsaved > now.refused.length || session.waiting) waiting.push("Saving labels…");
   else if (labelled && !unsaved) waiting.push(`All labels are saved in “${now.index}”.`);
   $("label-saved").textContent = waiting.join(" ");
@@ -195,6 +211,8 @@ function undo(step = session.steps.at(-1)?.step) {
   current = null;
   done(() => session.undo(step));
 }
+
+const join = (is) => reported(async () => (await state.joinEncoder(is)) && session.fetch());
 
 function done(change) {
   $("label-class").value = "";
@@ -229,6 +247,8 @@ $("label-photo").addEventListener("click", focus);
 $("label-skip").addEventListener("click", skip);
 $("label-none").addEventListener("click", () => choose(NONE));
 $("label-undo").addEventListener("click", () => undo());
+$("label-join").addEventListener("click", () => join(true));
+$("label-alone").addEventListener("click", () => join(false));
 
 /** While nothing is typed, these keys act. All letters, and all other keys, go to the field. */
 const guess = (i) => () => current?.guesses[i] && choose(current.guesses[i].label);

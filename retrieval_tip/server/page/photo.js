@@ -165,8 +165,7 @@ export const parameters = () => {
 function answerOf(result) {
   const { no_match = false, neighbours: supporting, opposing, level } = result;
   const group = level && level !== state.info.levels[0] && !no_match ? result : null; // no class is sure
-  return { no_match, rows: rowsOf(result), group, supporting, opposing };
+  const { labels, probabilities, text_logits: texts, shot_logits: shots } = result;
+  const rows = labels.map((label, i) => ({ label, probability: probabilities[i], text: texts[i], cache: shots[i] }));
+  return { no_match, rows, group, supporting, opposing };
 }
-
-const rowsOf = ({ labels, probabilities, text_logits: texts, shot_logits: shots }) =>
-  labels.map((label, i) => ({ label, probability: probabilities[i], text: texts[i], cache: shots[i] }));

@@ -98,14 +98,13 @@ class State extends EventTarget {
   /** Restore version `to`, provided that the index is still at version `since`. */
   rollback = (to, since) => this.#change(this.#at("/rollback"), api.json({ to, since }));
 
-  /** Set the groups of the classes from a table in CSV. */
-  setGroups = (table) => this.#change(this.#at("/set"), { method: "POST", headers: { "Content-Type": "text/csv" }, body: table });
-
   /** Set or remove labels in the labelling session, or skip photos, and return the new state of the session. */
   setLabels = (change) => this.#change("/v1/label", { ...api.json(change), patience: 0 }, false);
 
   /** Keep a photo in the labelling session. */
   keepPhoto = (file) => this.#change("/v1/label/photos", api.form([["images", file]]), false);
+
+  joinEncoder = (join) => this.#change("/v1/label/encoder", api.json({ join }), false);
 
   sortPhotos = (change) => this.#change("/v1/label/sort", api.json(change), false);
 
