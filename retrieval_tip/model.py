@@ -58,8 +58,8 @@ SUMS_FROM = 8
 ASKED = 16
 """Number of keys that are used as queries to check the logits before a version is written."""
 
-PREDICTED = 1 << 16
-"""Maximum number of queries that are classified at a time."""
+PREDICTED, QUERY_VALUES = 1 << 16, 1 << 24
+"""Maximum number of queries that are classified at a time, and of the values of their features, which take 64 MiB."""
 MOST_COPIED = 1 << 29
 """Maximum size in bytes of the keys of an index from which keys can be left out, because this copies the others."""
 
@@ -145,7 +145,7 @@ class Index:
             "rows": rows,
             "text_weights": self.text_weights.cpu(),
             "prior": _not_mapped(self.prior),
-            "metric": None if self.metric is None else self.metric.to("cpu"),
+            "metric": None if self.metric is None else replace(self.metric.to("cpu")),
             "scores": self.scores,
         }
 
@@ -403,7 +403,8 @@ class Index:
         ask = replace(ask, neighbours=shown)
         for block in blocks:
             f = index.queries(block.features)
-            for rows in slices(len(f), max(1, min(PREDICTED, LOGITS // len(index.class_names)))):
+            size = min(PREDICTED, QUERY_VALUES // index.d, LOGITS // len(index.class_names))
+            for rows in slices(len(f), max(1, size)):
                 queries = f[rows]
                 terms, logits = index.retrieval.answer(queries, index.settings, shown)
                 yield AnswerBlock(index, ask, sets, block.take(rows), queries, terms, logits)

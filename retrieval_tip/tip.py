@@ -98,7 +98,9 @@ class Metric:
         return torch.nn.functional.normalize(scaled - scaled @ rows.T @ rows)
 
     def to(self, device: str) -> Metric:
-        """Return a copy of this metric on another device."""
+        """Return this metric, or a copy of it on another device."""
+        if self.mean.device == torch.device(device):  # it keeps its matrix
+            return self
         whole = None if self.whole is None else self.whole.to(device)
         factor = None if self.factor is None else self.factor.to(device)
         return Metric(self.mean.to(device), whole, factor)

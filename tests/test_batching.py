@@ -188,6 +188,25 @@ async def test_a_kept_value_is_made_once():
         assert (kept._size, kept._results) == (0, {})
 
 
+async def test_a_call_takes_part_in_a_result_in_progress_that_it_joins():
+    maker = Maker()
+    with ThreadPoolExecutor(4) as pool:
+        kept = ResultCache(pool, most=8, room=10)
+        calls = [
+            asyncio.create_task(kept(key, maker.making(key), lambda other: other < "z"))
+            for key in ("old", "new", "newer")
+        ]
+        await asyncio.sleep(0)
+        alone = asyncio.create_task(kept("alone", maker.making("alone")))
+        await asyncio.sleep(0)
+        maker.open.set()
+        assert await asyncio.gather(*calls) == ["old"] * 3
+        assert await alone == "alone"
+        assert sorted(maker.made) == ["alone", "old"]
+        assert await kept("new", maker.making("new"), lambda _: True) == "new"
+        assert await kept("old", maker.making("again"), lambda _: True) == "old"
+
+
 async def test_requests_beyond_the_room_are_refused_and_failures_are_not_kept():
     maker = Maker()
     with ThreadPoolExecutor(1) as pool:

@@ -6,6 +6,7 @@ import json
 import shutil
 import signal
 import socket
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -21,14 +22,18 @@ from serving import InProcess, asked, caltech_photos, labelling_app, server
 
 from retrieval_tip.data.encoding_cache import EncodingCache
 from retrieval_tip.data.reader import Reader
+from retrieval_tip.data.source import whole_file
 from retrieval_tip.data.sources import open_inputs
 from retrieval_tip.errors import StoreError
 from retrieval_tip.index import changes, places
+from retrieval_tip.labelling import review
+from retrieval_tip.labelling.clips import by_file
 from retrieval_tip.labelling.labels import SessionPhotos
 from retrieval_tip.labelling.pool import Pool
 from retrieval_tip.labelling.queue import FIXED, QUEUED, RANDOM_EVERY, Queue, Queued
 from retrieval_tip.labelling.session import Change, Dropped, Session
 from retrieval_tip.server import session as module
+from retrieval_tip.server.guard import Limits
 from retrieval_tip.settings import Ask
 
 TOKEN = "a token"
@@ -96,13 +101,13 @@ def pool(shared, tmp_path_factory):
 class Client(InProcess):
     """An HTTP client of a labelling session that knows the right labels."""
 
-    def __init__(self, pool, place, backbone, *classes):
+    def __init__(self, pool, place, backbone, *classes, limits=None):
         self.pool = pool
         self.sources = list(open_inputs([str(Path(next(iter(pool))).parent)]))
         self.names = [name for source in self.sources for name in source.sources]
         self.cache = EncodingCache.default()
         reader = Reader(backbone, cache=self.cache)
-        self.app = labelling_app(place, self.sources, reader, classes, token=TOKEN)
+        self.app = labelling_app(place, self.sources, reader, classes, limits, TOKEN)
 
     def __exit__(self, *error):
         super().__exit__(*error)
@@ -385,12 +390,13 @@ def test_the_answers_for_the_rest_are_reviewed_together(pool, place, lit_mini):
             answer = client.http.get("/v1/label/answers").json()
             return {one["photo"]: one for one in answer["photos"]}, answer
 
-        assert answers() == ({}, {"photos": [], "groups": []})
+        assert answers() == ({}, {"version": None, "read": 0, "photos": [], "groups": []})
         labelled = client.label(8)
         client.set({labelled[0]["photo"]: "none of these"})
         client.settled()
         photos, answer = answers()
-        assert len(photos) == 25
+        assert (len(photos), answer["read"]) == (25, 25)
+        assert answer["version"] == opened(place).version
         assert {photo for photo, one in photos.items() if one["label"] is not None} == {
             one["photo"] for one in labelled
         }
@@ -593,6 +599,65 @@ def test_a_killed_session_keeps_its_labels_and_a_stopped_one_names_the_file_of_t
         asked(url, {"labels": [{"photo": refused[0]["photo"], "label": None}]})
     assert len(labels_of(index)) == 6
     assert not journal.exists()
+
+
+def test_answers_that_are_being_computed_are_not_computed_twice_at_once(
+    pool, place, lit_mini, monkeypatch
+):
+    """A request meanwhile gets them, with the version that they belong to. The next one gets the newest."""
+    proceed = threading.Event()
+    versions = []
+
+    def answers_to(index, *arguments):
+        versions.append(index.version)
+        assert proceed.wait(60)
+        return review.answers_to(index, *arguments)
+
+    monkeypatch.setattr(module, "answers_to", answers_to)
+    with Client(pool, place, lit_mini, limits=Limits(patience=0.05)) as client:
+
+        def answer():
+            while (answer := client.http.get("/v1/label/answers")).status_code == 202:
+                time.sleep(0.05)
+            return answer.json()
+
+        client.label(6)
+        before = client.settled()["version"]
+        assert client.http.get("/v1/label/answers").status_code == 202
+        [late] = client.label(1)
+        after = client.settled()["version"]
+        assert after > before
+        similar = f"/v1/label/photos/{client.number('copy')}/similar"
+        for path in ("/v1/label/answers", similar):
+            assert client.http.get(path).status_code == 202
+        assert versions == [before]
+        proceed.set()
+        while (found := answer())["version"] == before:
+            assert {one["photo"]: one["label"] for one in found["photos"]}[late["photo"]]
+        assert (found["version"], found["read"]) == (after, 25)
+        assert versions == [before, after]
+
+
+def test_features_of_photos_in_order_are_not_copied(tmp_path):
+    """They are read in any order, and later photos need more room."""
+    features = np.random.default_rng(0).normal(size=(12, 3)).astype(np.float32)
+    photos = SessionPhotos({n: str(tmp_path / f"{n}.jpg") for n in range(6)}, Reader(None))
+    for photo in (3, 5, 0, 4, 1):
+        photos.note([photo], {photo: (f"{photo}", features[photo], None)})
+    assert np.array_equal(photos.rows([0, 1, 3], None), features[[0, 1, 3]])
+    for photo in (2, *range(6, 12)):
+        if photo > 5:
+            photos.add(photo, str(tmp_path / f"{photo}.jpg"), None)
+        photos.note([photo], {photo: (f"{photo}", features[photo], None)})
+    every = photos.rows(range(12), None)
+    assert np.array_equal(every, features)
+    assert np.shares_memory(every, photos.rows([4, 5, 6], None))
+    assert np.array_equal(photos.rows([7, 2], None), features[[7, 2]])
+    [block] = photos.remembered([*range(12)], None).known
+    assert np.shares_memory(every, block.features)
+    [(_, file, own)] = by_file([(photos.chosen(range(12)), block)], whole_file)
+    assert (file, len(own.positions)) == ("", 12)
+    assert np.shares_memory(every, own.features)
 
 
 def test_an_event_leads_to_a_new_state_and_keeps_the_old_one(tmp_path):

@@ -2020,6 +2020,38 @@ def test_new_answers_come_with_the_next_screen(labelling, pool, tmp_path):
         release(page, held)
 
 
+def test_answers_of_an_earlier_version_are_shown_and_the_newest_are_asked_for(
+    labelling, pool, tmp_path
+):
+    """The server sends earlier answers while it computes them. The page then asks once more."""
+    names = sorted(name for name in pool if name)
+    with labelling(pool, tmp_path / "things") as (page, _):
+        wait_until(page, "state.encoded === 90")
+        give(page, {n: pool[name] for n, name in enumerate(names) if n % 5 == 0})
+        wait_until(page, "!state.busy && !state.unsaved")
+        for field, less in (("version", 1), ("read", 9)):
+            asked = []
+
+            def earlier(route, asked=asked, field=field, less=less):
+                response = route.fetch()
+                answer = response.json()
+                if not asked:
+                    answer[field] -= less
+                asked.append(route)
+                route.fulfill(response=response, json=answer)
+                if len(asked) == 1:
+                    expect(page.locator("#grid .tile").first).to_be_visible()
+
+            page.route("**/v1/label/answers", earlier)
+            page.click("#tab-classify")
+            wait_for(page, asked, 2)
+            expect(page.locator("#grid")).to_have_attribute("aria-busy", "false")
+            page.wait_for_timeout(1500)  # the state is asked for again
+            assert len(asked) == 2
+            page.unroute_all(behavior="wait")
+            page.click("#tab-label")
+
+
 def status(page):
     """Return the state of the labelling session."""
     return dict(get(page, "/v1/label"))

@@ -18,6 +18,7 @@ from retrieval_tip.evaluation.held_out import threshold_of
 from retrieval_tip.fit import closed_form
 from retrieval_tip.fit.visible import without_folds
 from retrieval_tip.labelling.smoothing import smooth
+from retrieval_tip.settings import Ask
 
 NAMES = ["ant", "bee", "cat", "dog", "eel"]
 
@@ -90,6 +91,26 @@ def test_answers_follow_the_formula_and_held_out_photos_choose_the_weight(index)
     assert found.words == (
         f"Similar photos count {100 * weight:.0f} %, chosen on 20 held-out photos; they changed {changed} of 60 answers"
     )
+
+
+def test_what_was_found_is_kept_for_the_same_index_settings_and_photos(index):
+    folder, other = (photos(40, seed)[0] for seed in (5, 6))
+    found = smooth(index, [FeatureBlock.of(folder)])
+    again = smooth(index, [FeatureBlock.of(folder[:7].copy()), FeatureBlock.of(folder[7:].copy())])
+    assert again.held.pred_probs is found.held.pred_probs
+    expected = smoothed(index, folder)
+    assert_allclose(torch.cat([block.mixed for block in again.blocks]), expected)
+    for asked, some, ask in (
+        (index, other, Ask()),
+        (fitted(*photos(20, 0)), folder, Ask()),
+        (index, folder, Ask(beta=2.0)),
+    ):
+        before = smooth(index, [FeatureBlock.of(folder)])
+        fresh = fitted(*photos(20, 0))
+        mixes = [smooth(one, [FeatureBlock.of(some)], ask) for one in (asked, fresh)]
+        assert mixes[0].held.pred_probs is not before.held.pred_probs
+        assert_allclose(mixes[0].held.pred_probs, mixes[1].held.pred_probs, atol=1e-6)
+        assert_allclose(mixes[0].blocks[0].mixed, mixes[1].blocks[0].mixed, atol=1e-6)
 
 
 def test_misleading_photos_get_no_weight_and_copies_change_nothing(index):

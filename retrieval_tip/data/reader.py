@@ -85,16 +85,21 @@ class FeatureBlock:
 
     def take(self, places: IntArray | slice) -> FeatureBlock:
         """Return some of the items."""
-        digests = np.array(self.digests, dtype=object)[places].tolist()
+        if isinstance(places, slice):
+            digests = self.digests[places]
+        else:
+            digests = [self.digests[place] for place in places.tolist()]
         mixed = None if self.mixed is None else self.mixed[places]
         key_ids = None if self.key_ids is None else self.key_ids[places]
         return FeatureBlock(self.positions[places], self.features[places], digests, mixed, key_ids)
 
     @classmethod
     def joined(cls, blocks: Sequence[FeatureBlock]) -> FeatureBlock:
-        """Concatenate blocks of the same source."""
+        """Concatenate blocks of the same source. A single block is not copied."""
         import torch
 
+        if len(blocks) == 1:
+            return blocks[0]
         mixed = [block.mixed for block in blocks if block.mixed is not None]
         return cls(
             np.concatenate([block.positions for block in blocks]),

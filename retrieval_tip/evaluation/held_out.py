@@ -13,13 +13,13 @@ import torch
 
 from retrieval_tip import tip
 from retrieval_tip.answers import AnswerBlock
-from retrieval_tip.arrays import BoolArray, FloatArray, IntArray
+from retrieval_tip.arrays import BoolArray, FloatArray, IntArray, slices
 from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.fit.confidence import wilson
 from retrieval_tip.fit.visible import without_folds
-from retrieval_tip.model import MOST_COPIED, Index
+from retrieval_tip.model import MOST_COPIED, QUERY_VALUES, Index
 from retrieval_tip.predictions import Predictions
 from retrieval_tip.retrieval.inputs import Features
 from retrieval_tip.settings import Ask
@@ -86,7 +86,9 @@ def held_out_probabilities(index: Index, rows: IntArray | None = None) -> HeldOu
 
 def probabilities_of(index: Index, features: Features) -> torch.Tensor:
     """Return probabilities of shape ``[q, c]``. Without text, a class that has no key cannot win."""
-    logits = index.logits(features).cpu()
+    size = max(1, QUERY_VALUES // index.d)
+    parts = [index.logits(features[rows]).cpu() for rows in slices(len(features), size)]
+    logits = torch.cat(parts) if parts else torch.empty(0, len(index.class_names))
     if not index.has_text:  # the class would be unknown
         logits[:, np.array(index.counts) == 0] = -torch.inf
     return tip.probabilities(logits, index.settings.temperature)

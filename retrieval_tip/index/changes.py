@@ -38,7 +38,7 @@ from retrieval_tip.index.items import (
     read_text_table,
     warn_of_spelling,
 )
-from retrieval_tip.index.joined import joined_index
+from retrieval_tip.index.joining import joined_index
 from retrieval_tip.index.places import TRIES, Changed, Place
 from retrieval_tip.model import Index
 from retrieval_tip.settings import ClassPrior, Dtype, MetricName, ValuesName, check_choice
@@ -572,7 +572,7 @@ def join(
     *,
     base: Index | None = None,
 ) -> Changed:
-    """Join another encoder to the one of an index, and fit the index again (see :func:`joined.joined_index`).
+    """Join another encoder to the one of an index, and fit the index again (see :func:`joining.joined_index`).
 
     Every photo needs one of the ``features`` of the other encoder, by digest. The backbone of ``reader`` joins both.
     Raises InputError if a photo has no feature. If an error occurs, the index stays unchanged.

@@ -47,7 +47,8 @@ def _pieces(
         paths = source.paths
         files = [file_of(paths[position]) if paths else "" for position in block.positions]
         for file, run in groupby(range(len(files)), files.__getitem__):
-            yield source, file, block.take(np.array(list(run)))
+            first, *others = run
+            yield source, file, block.take(slice(first, first + len(others) + 1))  # not a copy
 
 
 def mean_of_groups(index: Index, block: FeatureBlock, groups: IntArray, ask: Ask) -> FeatureBlock:

@@ -21,7 +21,7 @@ from retrieval_tip.data.sources import of_images
 from retrieval_tip.evaluation.held_out import held_out_probabilities, photo_rows
 from retrieval_tip.fit import closed_form
 from retrieval_tip.fit.closed_form import FitRequest
-from retrieval_tip.index.joined import joined_index
+from retrieval_tip.index.joining import joined_index
 from retrieval_tip.labelling.labels import SessionPhotos
 from retrieval_tip.model import Index
 

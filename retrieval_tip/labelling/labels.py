@@ -115,6 +115,7 @@ class SessionPhotos:
         self.clips = {photo: file for photo, file in files.items() if file}
         self.encoded: dict[int, int] = {}
         self.earlier: list[int] = []
+        self._rows = {photo: row for row, photo in enumerate(sorted(paths))}
         self._features: FloatArray = np.empty((0, 0), np.float32)
         self.digests: dict[int, str] = {}
         self.same: dict[str, list[int]] = {}
@@ -157,8 +158,16 @@ class SessionPhotos:
         return next((copy for copy in self.copies(photo) if copy in self.encoded), photo)
 
     def rows(self, photos: Sequence[int], index: Index | None) -> FloatArray:
-        """Return the features of encoded photos for an index, of shape ``[m, d]``: of one encoder, or of both."""
-        rows: FloatArray = self._features[[self.encoded[photo] for photo in photos]]
+        """Return the features of encoded photos for an index, of shape ``[m, d]``: of one encoder, or of both.
+
+        Those of one encoder and of consecutive photos are not copied.
+        """
+        places = [self.encoded[photo] for photo in photos]
+        rows: FloatArray
+        if places and places == [*range(places[0], places[0] + len(places))]:
+            rows = self._features[places[0] : places[0] + len(places)]
+        else:
+            rows = self._features[places]
         if not photos or not self._needs_both(index):
             return rows
         others = [self.others[self.digests[photo]] for photo in photos]
@@ -186,7 +195,7 @@ class SessionPhotos:
             {photo: self.clips[photo] for photo in sorted(frames)},
         )
 
-    def remembered(self, photos: Sequence[int], index: Index) -> Reader:
+    def remembered(self, photos: Sequence[int], index: Index | None) -> Reader:
         """Return a reader of encoded photos for an index, which reads no file."""
         digests = [self.digests.get(photo) for photo in photos]
         return Remembered(known=(FeatureBlock.of(self.rows(photos, index), digests),))
@@ -236,15 +245,14 @@ class SessionPhotos:
             self.recognise(photo, digest)
 
     def _store(self, photo: int, feature: FloatArray) -> None:
-        row = len(self.encoded)
-        if row == len(
-            self._features
-        ):  # there is room for all photos, unless some were dropped later
-            size = max(len(self.paths), 2 * row)
+        row = self._rows.setdefault(photo, len(self._rows))
+        room = len(self._features)
+        if row >= room:  # there is room for all photos, unless some were dropped later
+            size = max(len(self._rows), 2 * room)
             # the features, and copies of them for the choice of photos and for the answers
             check_memory(16 * size * len(feature), f"{size:,} photos", "label fewer photos")
             larger = np.empty((size, len(feature)), np.float32)
-            larger[:row] = self._features.reshape(-1, len(feature))
+            larger[:room] = self._features.reshape(-1, len(feature))
             self._features = larger
         self._features[row] = feature
         self.encoded[photo] = row

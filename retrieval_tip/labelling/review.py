@@ -17,8 +17,9 @@ from retrieval_tip.predictions import Predictions
 
 @dataclass(frozen=True)
 class Review:
-    """The answers to ``read`` photos, and groups of the numbers of similar ones without a match."""
+    """The answers of a version to ``read`` photos, and groups of the numbers of similar ones without a match."""
 
+    version: int | None
     read: list[int]
     predictions: Predictions
     groups: list[list[int]]
@@ -41,10 +42,20 @@ class Review:
             one = {"photo": photo, "name": photos.name(photo), "label": None, "visit": visit}
             listed.append(one | found[photo])
         rest = [[photo for photo in group if photo not in labels] for group in self.groups]
-        return {"photos": listed, "groups": [group for group in rest if len(group) > 1]}
+        return {
+            "version": self.version,
+            "read": len(self.read),
+            "photos": listed,
+            "groups": [group for group in rest if len(group) > 1],
+        }
 
     def similar(self, photo: int) -> list[dict[str, Any]]:
-        """Return what similar photos give to the answer to a photo (see :class:`predictions.Prediction`)."""
+        """Return what similar photos give to the answer to a photo (see :class:`predictions.Prediction`).
+
+        There is nothing to return for a photo that was read later.
+        """
+        if photo not in self.read:
+            return []
         return self.predictions[self.read.index(photo)].similar or []
 
 
@@ -63,4 +74,4 @@ def answers_to(
     if len(rows) > 1:
         found = group(pool.features[rows], group_similarity(index), index.metric)
         groups = [[read[row] for row in rows[own]] for own in found]
-    return Review(read, answers, groups)
+    return Review(index.version, read, answers, groups)

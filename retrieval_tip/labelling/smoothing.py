@@ -15,6 +15,9 @@ with ``n / c`` labelled photos per class, and ``t = 1`` if the index has text. I
 
 from __future__ import annotations
 
+import hashlib
+import weakref
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -35,7 +38,7 @@ from retrieval_tip.labelling.suggest import BLOCK, points_of
 from retrieval_tip.machine import check_memory
 from retrieval_tip.model import Index
 from retrieval_tip.predictions import SIMILAR, lists
-from retrieval_tip.settings import Ask
+from retrieval_tip.settings import Ask, Settings
 from retrieval_tip.wording import counted
 
 NEAR, POWER, EXPECTED, SPREAD, TEXT = 5, 4, 0.6, 0.1, 3
@@ -58,6 +61,21 @@ class Smoothing(NamedTuple):
     held: HeldOutAnswers
 
 
+class _Mix(NamedTuple):
+    """The weight, and the similar photos ``near`` with their ``shares``, for one index, settings and photos."""
+
+    opened: weakref.ref[Index]
+    settings: Settings
+    digest: bytes
+    weight: float
+    held: HeldOutAnswers
+    near: Tensor
+    shares: Tensor
+
+
+_LAST = deque[_Mix](maxlen=1)
+
+
 def smooth(
     index: Index, blocks: Sequence[FeatureBlock], ask: Ask = Ask(), names: Sequence[str] = ()
 ) -> Smoothing:
@@ -67,16 +85,16 @@ def smooth(
     check_memory(
         12 * m * (c + index.d), f"probabilities of {m:,} photos", "classify fewer photos at a time"
     )
+    opened = index
     index = index.in_memory().with_settings(ask.settings(index.settings))
-    some = spread(m, MOST_NEAR)
     alone = torch.cat([own.probabilities.cpu() for own in index.answers(blocks, Ask(neighbours=0))])
     features = blocks[0].features
     if len(blocks) > 1:
         features = np.concatenate([block.features for block in blocks])
-    weight, held = _chosen(index, features[some])
-    near, shares = _near(features, features[some], index.metric)
-    near = torch.cat([torch.arange(m)[:, None], torch.from_numpy(some)[near]], dim=1)
-    shares = torch.cat([1 - weight * shares.sum(1, keepdim=True), weight * shares], dim=1)
+    mix = _mix_of(opened, index, features)
+    weight, held = mix.weight, mix.held
+    near = torch.cat([torch.arange(m)[:, None], mix.near], dim=1)
+    shares = torch.cat([1 - weight * mix.shares.sum(1, keepdim=True), weight * mix.shares], dim=1)
     mixed = embedding_bag(near, alone, per_sample_weights=shares, mode="sum")
     before = alone.argmax(1)
     after = mixed.argmax(1)
@@ -93,6 +111,24 @@ def smooth(
     parts = mixed.split([len(block.positions) for block in blocks])
     mixed_blocks = [replace(block, mixed=part) for block, part in zip(blocks, parts, strict=True)]
     return Smoothing(mixed_blocks, words, similar, held)
+
+
+def _mix_of(opened: Index, index: Index, features: FloatArray) -> _Mix:
+    """Return how to mix the answers to the photos of a folder. ``index`` is ``opened`` with the settings of a question.
+
+    The last result is kept, because a person reviews the answers and then sorts the photos.
+    """
+    digest = hashlib.sha256(np.ascontiguousarray(features).data).digest()
+    for mix in tuple(_LAST):
+        if mix.opened() is opened and (mix.settings, mix.digest) == (index.settings, digest):
+            return mix
+    some = spread(len(features), MOST_NEAR)
+    weight, held = _chosen(index, features[some])
+    near, shares = _near(features, features[some], index.metric)
+    near = torch.from_numpy(some)[near]
+    mix = _Mix(weakref.ref(opened), index.settings, digest, weight, held, near, shares)
+    _LAST.append(mix)
+    return mix
 
 
 def _near(

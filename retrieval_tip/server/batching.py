@@ -171,14 +171,18 @@ class ResultCache(Generic[K, R]):
         self._making: dict[K, asyncio.Future[R]] = {}
         self._size = 0
 
-    async def __call__(self, key: K, make: Callable[[], R]) -> R:
+    async def __call__(
+        self, key: K, make: Callable[[], R], joins: Callable[[K], bool] = lambda _: False
+    ) -> R:
         """Return the result of ``make``, from the cache if possible.
 
-        Errors are not cached. If a call is cancelled, ``make`` continues to run.
+        If a result whose key ``joins`` is in progress, it is returned instead. Errors are not cached. If a call is
+        cancelled, ``make`` continues to run.
         """
         if key in self._results:
             self._results.move_to_end(key)
             return self._results[key]
+        key = next(filter(joins, self._making), key)
         if key not in self._making:
             if len(self._making) >= self._room:
                 raise Problem(

@@ -21,7 +21,7 @@ from retrieval_tip.backbones.loading import load_backbone
 from retrieval_tip.data.reader import Reader
 from retrieval_tip.errors import InputError
 from retrieval_tip.index import changes
-from retrieval_tip.index.joined import LOST, can_join
+from retrieval_tip.index.joining import LOST, can_join
 from retrieval_tip.labelling import joining
 from retrieval_tip.labelling.joining import LEAST, Offer
 from retrieval_tip.machine import check_memory

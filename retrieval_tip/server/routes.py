@@ -357,11 +357,13 @@ async def label_status(labelling: TheLabelling) -> Row:
 async def label_answers(service: TheService, labelling: TheLabelling) -> Response:
     """Return the labels and answers of all ``photos`` that have been read.
 
-    Without labels, there are no answers. ``groups`` lists the numbers of similar photos without a match. Photos of the
-    same ``visit``, which is a number or null, are in the same folder and were taken seconds apart.
+    Without labels, there are no answers. ``version`` is the version of the index that has answered, and ``read`` is the
+    number of answered photos. Both may be lower than those of the session if answers were already being computed; then
+    ask again for the newest. ``groups`` lists the numbers of similar photos without a match. Photos of the same
+    ``visit``, which is a number or null, are in the same folder and were taken seconds apart.
     """
     version = labelling.version()
-    answers = Review([], Predictions(), [])
+    answers = Review(None, [], Predictions(), [])
     if version is None:
         return json_of(answers.listed(labelling.photos, {}, {}))
     if labelling.photos.encoded:

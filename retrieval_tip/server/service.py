@@ -114,8 +114,13 @@ class Service:
             size=lambda data: len(data) + OVERHEAD,
         )
         self._slow = self.pool("slow", 2)
-        self._made: ResultCache[tuple[weakref.ref[OpenVersion], Hashable], Any] = ResultCache(
-            self._slow, most=SLOW_KEPT, room=SLOW_AT_ONCE, useful=lambda key: key[0]() is not None
+        self._made: ResultCache[tuple[weakref.ref[OpenVersion], Hashable, Hashable], Any] = (
+            ResultCache(
+                self._slow,
+                most=SLOW_KEPT,
+                room=SLOW_AT_ONCE,
+                useful=lambda key: key[0]() is not None,
+            )
         )
         self.photos = LabelStudioPhotos(root, limits.bytes, os.environ)
         self.root = root or Path()
@@ -365,18 +370,26 @@ class Service:
         except InputError as error:
             return InputError(str(error))  # drops the traceback, which keeps the image in memory
 
-    async def once(self, version: OpenVersion, what: Hashable, call: Callable[[], T]) -> T:
-        """Return the result of ``call``, run once per version. Raises Problem 202 after ``limits.patience``."""
+    async def once(
+        self, version: OpenVersion, what: Hashable, call: Callable[[], T], at: Hashable = None
+    ) -> T:
+        """Return the result of ``call``, run once per version. Raises Problem 202 after ``limits.patience``.
+
+        With ``at``, it is run once per version and ``at``. If such a result is in progress, it is returned instead,
+        even if it belongs to an earlier version or another ``at``.
+        """
         try:
             async with asyncio.timeout(self.limits.patience):
                 answer: T = await self._made(
-                    (weakref.ref(version), what), call
-                )  # does not keep the version alive
+                    (weakref.ref(version), what, at),  # does not keep the version alive
+                    call,
+                    lambda other: at is not None and other[1] == what,
+                )
                 return answer
         except TimeoutError:
             raise Problem(
-                202, "the result is still being computed; try again in 5 s", {"Retry-After": "5"}
-            ) from None
+                202, "the result is still being computed; try again", {"Retry-After": "0"}
+            ) from None  # the next request waits, too
 
     def image_of(self, source: str) -> tuple[Path | str, int, int] | None:
         """Return the path of the image that the source of a shot names, and the time and the size of its file."""

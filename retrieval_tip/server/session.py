@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-import threading
 from collections.abc import (
     AsyncIterator,
     Awaitable,
@@ -137,7 +136,6 @@ class Labelling:
         self._last: places.Changed | None = None
         self._chosen: tuple[Index | None, int] = (None, 0)  # and the number of encoded photos
         self._deciding = asyncio.Lock()
-        self._answering = threading.Lock()  # answers to two versions at once would take much memory
         self._progress: Progress | None = None
         self._problem: str | None = None
         self._trouble: str | None = None
@@ -261,18 +259,17 @@ class Labelling:
         return self._visits
 
     async def answers(self, version: OpenVersion) -> Review:
-        """Return the answers to the photos that have been read, which are computed once per version."""
+        """Return the answers to the photos that have been read, which are computed once per version.
+
+        While answers are computed, these are returned, even if they are those of an earlier version or of fewer photos.
+        """
         read = self.photos.own(self.photos.encoded)
         limits = self.service.limits
         smooth = (
             version.index.n <= limits.estimated
         )  # otherwise, holding out photos would take too long
-
-        def call() -> Review:
-            with self._answering:
-                return answers_to(version.index, self.photos, read, smooth, limits.grouped)
-
-        return await self.service.once(version, ("answers", len(read)), call)
+        call = partial(answers_to, version.index, self.photos, read, smooth, limits.grouped)
+        return await self.service.once(version, "answers", call, at=len(read))
 
     async def label(self, change: schemas.SetLabels) -> None:
         """Set or remove labels, skip photos, or undo a step. The labels are saved in the index in the background.

@@ -111,15 +111,14 @@ async function showFolder() {
   if (!now?.version || $("classify-view").hidden || now.index !== state.info?.name || session.waiting) return;
   const read = now.encoded < now.photos ? Math.floor(Math.log2(now.encoded)) : now.photos; // not for each of thousands
   const at = [now.version, read, session.labelled].join();
-  if (at === told) return;
-  if (changed && begins()) told = ""; // the person waits for the newest answers
-  if (changed) return;
+  if (at === told || changed) return;
   told = at;
   const newer = (changed = new Set());
   const answer = await reported(() => api.request("/v1/label/answers", { patience: Infinity }));
   changed = null;
   if (told !== at) return showFolder();
   if (!answer) return (told = "");
+  if (answer.version < now.version || answer.read < now.encoded) told = ""; // others were being computed already
   const known = new Map(folder().map((photo) => [photo.number, photo]));
   const fresh = answer.photos.filter(({ photo }) => !known.has(photo)).map((one) => new FolderPhoto(one));
   for (const one of fresh) photos.push(one), known.set(one.number, one);
