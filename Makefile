@@ -116,7 +116,7 @@ image: ## build the image of the server (needs Docker; another name: IMAGE=NAME)
 wheel: setup ## build wheel and sdist, and try them in a fresh environment
 	PYTHON=$(BIN)/python .ci/wheel
 
-windows: setup ## under Wine, run the commands of the docs, kills and tests on Windows; 45 minutes
+windows: setup demo ## under Wine, run the commands of the docs, kills and tests on Windows; 45 minutes
 	PYTHON=$(BIN)/python .ci/windows
 
 release: setup ## build wheel and sdist for PyPI, run the README with each, and say what is left to do

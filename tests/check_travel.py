@@ -106,9 +106,7 @@ def main() -> None:
             shutil.copytree(Path(PHOTOS) / part, project / part)
         (project / "models").mkdir()
         shutil.copy(Path(PHOTOS) / "efficientnet-lite0.pth", project / "models")
-        (project / "more").mkdir()
-        some = sorted((project / "photos").iterdir())[0]
-        shutil.copytree(some, project / "more" / "panda")
+        shutil.copytree(project / "new" / "tool", project / "more" / "new tool")
         absolute = f"Z:{project}/photos".replace("/", "\\")
         model = f"timm:tf_efficientnet_lite0@Z:{project}/models/efficientnet-lite0.pth"
         build = ["--out", INDEX, "--model", model.replace("/", "\\")]
