@@ -17,7 +17,7 @@ def snapshot(folder):
     """Return all files below a folder with their bytes, except the lock, which names the last writer."""
     paths = [path for path in sorted(folder.rglob("*")) if path.name != "lock"]
     return {
-        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        path.relative_to(folder).as_posix(): path.read_bytes() if path.is_file() else None
         for path in paths
     }
 
@@ -27,7 +27,7 @@ def one_line(error, *parts):
     text = str(error)
     assert "\n" not in text
     for part in parts:
-        assert str(part) in text.replace(os.sep, "/"), text
+        assert str(part).replace(os.sep, "/") in text.replace(os.sep, "/"), text
     return text
 
 

@@ -30,7 +30,7 @@ def everything(place):
     """Return all files or objects of a store with their bytes."""
     if not place.startswith("s3://"):
         return {
-            str(p.relative_to(path_of(place))): p.read_bytes()
+            p.relative_to(path_of(place)).as_posix(): p.read_bytes()
             for p in path_of(place).rglob("*")
             if p.is_file()
         }

@@ -141,13 +141,14 @@ def test_at_most_wrong_chooses_the_lowest_probability_that_holds_on_held_out_pho
         sort_photos(noisy, [], Reader(), tmp_path, min_probability=0.5, at_most_wrong=0.1)
 
 
+ODD, ODD_SORTED = ("odd", "odd") if os.name == "nt" else ("odd\udcff\n", "odd\udcff%0A")
 PHOTOS = {
     "a/x.jpg": "0 first",
     "b/x.jpg": "0 second",
     "c/x.jpg": "0 first",
     "a/y.jpg": "1",
     "a/z.jpg": "2",
-    "b/odd\udcff\n.jpg": "9 odd",
+    f"b/{ODD}.jpg": "9 odd",
     "b/unsure.jpg": "?",
 }
 
@@ -168,7 +169,7 @@ def files(folder, hidden=False):
     """Return the text of each file below a folder, except links and the manifest."""
     every = (Path(place) / name for place, _, names in os.walk(folder) for name in names)
     return {
-        str(path.relative_to(folder)): path.read_text(errors="surrogateescape")
+        path.relative_to(folder).as_posix(): path.read_text(errors="surrogateescape")
         for path in every
         if not path.is_symlink()
         and path.name != MANIFEST
@@ -181,7 +182,7 @@ SORTED = {
     f"{FOLDERS[0]}/x-2.jpg": "0 second",
     f"{FOLDERS[1]}/y.jpg": "1",
     "c/z.jpg": "2",
-    "no match/odd\udcff%0A.jpg": "9 odd",
+    f"no match/{ODD_SORTED}.jpg": "9 odd",
     "not sure/unsure.jpg": "?",
 }
 

@@ -54,7 +54,7 @@ def features(rows):
 
 
 def relative(source, folder):
-    return [os.path.relpath(path, folder) for path in source.paths]
+    return [Path(path).relative_to(folder).as_posix() for path in source.paths]
 
 
 def refused(path, *words, **options):
