@@ -15,6 +15,7 @@ if sys.platform == "win32":
     import ctypes
     import hashlib
     import msvcrt
+    import stat
     import tempfile
 
     _kernel = ctypes.WinDLL("kernel32", use_last_error=True)
@@ -65,6 +66,11 @@ if sys.platform == "win32":
                 raise BlockingIOError
             raise OSError(0, ctypes.FormatError(code).strip(), None, code)
 
+    def delete_file(path: Path) -> None:
+        """Delete a file, also one with the attribute read-only, which Windows keeps otherwise."""
+        path.chmod(stat.S_IWRITE)
+        path.unlink()
+
     def memory_limits() -> list[int]:
         """Return upper bounds for the memory of this process, in bytes."""
         status = (ctypes.c_uint64 * 8)(64)
@@ -103,6 +109,10 @@ else:
     def lock(descriptor: int, *, alone: bool) -> None:
         """Lock an open file until it is closed. Raises BlockingIOError if another process holds the lock."""
         fcntl.flock(descriptor, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+
+    def delete_file(path: Path) -> None:
+        """Delete a file. Its folder must be writable."""
+        path.unlink()
 
     def memory_limits() -> list[int]:
         """Return upper bounds for the memory of this process, in bytes."""

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 D = 8
 CALTECH = SHARED / "data" / "caltech101" / "101_ObjectCategories"
-MODEL = f"local-dir:{(SHARED / 'models' / 'lit-mini').resolve()}"
+MODEL = f"local-dir:{(SHARED / 'models' / 'lit-mini').resolve().as_posix()}"
 TEMPLATES = ["a photo of a {}.", "a drawing of a {}."]
 QUERIES = unit_rows(7, D, 50)
 

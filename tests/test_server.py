@@ -32,6 +32,7 @@ from retrieval_tip.evaluation.projection import projected
 from retrieval_tip.index import added_photos, changes
 from retrieval_tip.index.changes import fit_index
 from retrieval_tip.labelling.groups import group, group_similarity
+from retrieval_tip.platforms import quote
 from retrieval_tip.server import routes as routes_module
 from retrieval_tip.server import served as served_module
 from retrieval_tip.server import service as service_module
@@ -1329,14 +1330,12 @@ def test_a_command_names_the_common_folder_of_the_photos_unless_it_contains_the_
     for path in paths[:3]:
         Path(path).parent.mkdir(parents=True)
     command = functools.partial(added_photos.command, "sort")
-    assert command("ix", paths[:2]) == f"retrieval-tip sort {tmp_path}/ix '{tmp_path}/my photos'"
-    every = f"{tmp_path}/ix-shots/a '{tmp_path}/my photos/a' '{tmp_path}/my photos/b'"
+    both, *each = (quote(f"{tmp_path}/my photos{part}") for part in ("", "/a", "/b"))
+    assert command("ix", paths[:2]) == f"retrieval-tip sort {tmp_path}/ix {both}"
+    every = f"{tmp_path}/ix-shots/a {' '.join(each)}"
     assert (
         command("ix", paths, "--into", "fixed")
         == f"retrieval-tip sort {tmp_path}/ix {every} --into fixed"
     )
-    assert (
-        command("s3://bucket/ix", paths[:1])
-        == f"retrieval-tip sort s3://bucket/ix '{tmp_path}/my photos/a'"
-    )
+    assert command("s3://bucket/ix", paths[:1]) == f"retrieval-tip sort s3://bucket/ix {each[0]}"
     assert command("ix", ["gone/4.png", "https://example.org/5.png"]) is None

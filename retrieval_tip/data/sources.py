@@ -57,8 +57,8 @@ TABLES = ("metadata.csv", "metadata.parquet")  # label tables in Hugging Face im
 
 
 def is_web(where: str) -> bool:
-    """Return whether a path is the address of a web page."""
-    return where.startswith(("http:/", "https:/"))
+    """Return whether a path is the address of a web page, whose slashes may be those of Windows."""
+    return where.replace(os.sep, "/").startswith(("http:/", "https:/"))
 
 
 def is_there(path: str) -> bool:

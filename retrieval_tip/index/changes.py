@@ -292,14 +292,14 @@ def merge(folder: Place, other: Place, *, base: Index | None = None) -> Changed:
     target = places.at(folder)
     source = places.at(other)
     if target.resolved == source.resolved:
-        raise UsageError(f"{other}: an index cannot be merged with itself; give another one")
+        raise UsageError(f"{show(other)}: an index cannot be merged with itself; give another one")
     theirs = source.load(device="cpu").in_memory()
     if theirs.values is not None and theirs.fitted is None:
         raise InputError(
-            f"{other}: has trained values, which cannot be merged; merge the version from before training"
+            f"{show(other)}: has trained values, which cannot be merged; merge the version from before training"
         )
     base = base or target.load(device="cpu", verify="fast")
-    same_backbone(theirs.backbone, base.backbone, str(other))
+    same_backbone(theirs.backbone, base.backbone, show(other))
     weights = (
         dict(zip(theirs.class_names, theirs.text_weights.numpy(), strict=True))
         if theirs.has_text

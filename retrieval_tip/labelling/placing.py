@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import BinaryIO, Literal, get_args
 from urllib.parse import unquote
 
-from retrieval_tip import files
+from retrieval_tip import files, platforms
 from retrieval_tip.data.source import read_item
 from retrieval_tip.errors import InputError
 from retrieval_tip.wording import show
@@ -282,5 +282,5 @@ def _delete_original(item: str, copy: Path, digest: str) -> bool:
         return False
     if not digest_at(copy) == digest == digest_at(original):
         return False
-    original.unlink()
+    platforms.delete_file(original)
     return True

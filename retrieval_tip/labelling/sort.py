@@ -16,6 +16,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from retrieval_tip import platforms
 from retrieval_tip.data import images, remote
 from retrieval_tip.data.reader import FeatureBlock, Reader
 from retrieval_tip.data.source import Source, read_item, whole_file
@@ -418,7 +419,7 @@ def _undone(row: Placed, target: Path) -> bool:
     if there == row.digest:
         same = original.exists() and target.samefile(original)
         if digest_of(row.input) == row.digest and not same:
-            target.unlink()
+            platforms.delete_file(target)
         elif row.action == "copy" or digest_at(original) not in (None, EMPTY):
             raise InputError(
                 f"is now the only copy, because {show(original)} is gone or has changed"
