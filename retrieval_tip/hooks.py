@@ -52,7 +52,7 @@ HELP: Mapping[str, str] = {
 }
 """The help of exports and commands, which are not imported to show it."""
 OPEN = ("writers", "encoders", "sources", "openers")
-"""The kinds of which other packages may add some."""
+"""The kinds that other packages may add to."""
 EXTRAS: Mapping[str, tuple[str, Sequence[str]]] = {
     "heic": ("pillow_heif", (".heic", ".heif", ".hif")),
     "video": ("av", VIDEOS),

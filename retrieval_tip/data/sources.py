@@ -57,7 +57,7 @@ TABLES = ("metadata.csv", "metadata.parquet")  # label tables in Hugging Face im
 
 
 def is_web(where: str) -> bool:
-    """Return whether a path is the address of a web page, whose slashes may be those of Windows."""
+    """Return whether a path is the address of a web page. On Windows, its slashes can be backslashes."""
     return where.replace(os.sep, "/").startswith(("http:/", "https:/"))
 
 

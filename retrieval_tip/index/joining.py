@@ -18,7 +18,7 @@ from retrieval_tip.retrieval import inputs
 from retrieval_tip.retrieval.rows import ArrayRows
 
 LOST = "cannot be read, so the new index would lack its label; restore the file"
-"""What is wrong with a photo that cannot be encoded by another encoder."""
+"""The reason why another encoder cannot encode a photo."""
 
 
 def can_join(index: Index) -> bool:

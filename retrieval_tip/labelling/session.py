@@ -113,7 +113,7 @@ class Session:
         classes: names of classes without labels.
         unsaved: the labels that the index does not contain yet, by photo.
         steps: the steps that can be undone, by name, oldest first.
-        index: the index as it was last seen.
+        index: the last version of the index that the session has seen.
         known: the labelled photos of the index that belong to this session.
         facts: the facts about the photos that are shown.
     """

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 MATRIX = 40
 """Maximum number of classes in the confusion matrix. If there are more, those with the most errors are shown."""
 MARKS = (0.0, 0.5, 0.9, 0.99)
-"""Probabilities from which the accuracy is shown."""
+"""The accuracy is shown for answers with at least these probabilities."""
 LISTED = 50
 """Maximum number of items of a value to list."""
 SURE = 0.9

@@ -39,7 +39,7 @@ If all keys are alike, a block takes 300 MiB.
 """
 
 TINY = 1e-12
-"""Smallest norm by which a key is divided."""
+"""Smaller norms are replaced by this one before a key is divided by its norm."""
 KINDS = ("identical image", "identical feature", "near-identical")
 
 Remain = Callable[[IntArray, IntArray], BoolArray]

@@ -34,7 +34,7 @@ QUERY_BLOCK, KEY_BLOCK = 512, 2048
 """Maximum number of queries and keys in a block of affinities. A block takes 4 MiB, which fits in the CPU cache."""
 
 GPU_BLOCKS = 8
-"""Factor by which both block sizes are multiplied on a GPU."""
+"""On a GPU, both block sizes are multiplied by this factor."""
 
 GATHERED = 1 << 23
 """Maximum number of values to gather at a time if each query has its own keys. In float32, they take 32 MiB."""

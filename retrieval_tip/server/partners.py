@@ -255,7 +255,7 @@ async def _learn(
 async def _follow(service: Service, one: Served, due: Any, key_ids: list[int]) -> list[str]:
     """Make the shot of a photo what its annotations say, and add the ids of changed keys. Return what is skipped.
 
-    A key that no annotation made was in the index before, and stays as it is.
+    A key that no annotation made was in the index before, and is not changed.
     """
     digest, choices, annotation, address = due
     while (

@@ -207,7 +207,7 @@ class Immich:
         return answer.content
 
     def make_tag(self, path: str) -> str:
-        """Return the id of a tag, which is created if there is none."""
+        """Return the id of a tag, and create the tag if it does not exist."""
         ids = self._ask("PUT", "/tags", _ids_by_path, {"tags": [path]})
         if path not in ids:
             raise ImmichError(

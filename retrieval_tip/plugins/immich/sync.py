@@ -236,7 +236,7 @@ class Sync:
             file.unlink(missing_ok=True)
 
     def _encode(self, encoder: str) -> None:
-        """Encode the photos that this encoder has not seen. Nothing is loaded if there are none."""
+        """Encode the photos that this encoder has not seen. Without such photos, nothing is loaded."""
         new = {asset.id: asset for asset in self._ledger.without_feature(encoder)}
         new = {asset: photo for asset, photo in new.items() if asset not in self.classes}
         if not new:
@@ -275,7 +275,7 @@ class Sync:
     def _answers(
         self, index: Index, assets: Sequence[str], features: Sequence[FloatArray]
     ) -> Iterator[Suggestion]:
-        """Yield suggestions for the photos of which the index is sure."""
+        """Yield suggestions for the photos whose class is almost certain."""
         answers = index.classify(np.stack(features), norms="keep", neighbours=0)
         for asset, answer in zip(assets, answers.to_arrow().to_pylist(), strict=True):
             label, probability = answer["label"], answer["probability"]

@@ -74,7 +74,7 @@ class Tagging:
         return gone
 
     def _make_tag(self, path: str) -> str:
-        """Return the id of a tag, which is created with its parents if there is none."""
+        """Return the id of a tag, and create it and its parents if they do not exist."""
         names = path.split("/")
         for number in range(1, len(names) + 1):
             if (parent := "/".join(names[:number])) not in self.tags:
