@@ -3,6 +3,7 @@
 import hashlib
 import shutil
 import subprocess
+import sys
 
 import filelock
 import pytest
@@ -11,9 +12,9 @@ from conftest import ROOT
 
 def referee(*installs, python="python3.11"):
     """Return the Python of an environment in which ``pip install`` ran with these arguments. Skip if it fails."""
-    made = (
-        ROOT / "build/referees" / hashlib.sha256(repr((python, installs)).encode()).hexdigest()[:12]
-    )
+    # Tests under Wine share the folder, but cannot run an environment of Linux.
+    key = repr((sys.platform, python, installs))
+    made = ROOT / "build/referees" / hashlib.sha256(key.encode()).hexdigest()[:12]
     made.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(made / "lock"):
         if not (made / "complete").exists():

@@ -94,7 +94,6 @@ NOT_RUN = {
     "test_a_full_or_closed_standard_stream_gives_one_line": SHELL,
     "test_a_reader_that_stops_early_causes_no_error": SHELL,
     "test_libraries_print_nothing": SHELL,
-    "test_immichpy_accepts_requests_and_answers": SHELL,
     "test_gc_deletes_photos_that_only_deleted_versions_use": LINKS,
     "test_building_from_cached_encodings_imports_no_model": LINKS,
     "test_a_class_folder_that_is_a_link_is_refused": LINKS,
