@@ -194,7 +194,7 @@ class Command(click.Command):
         return ()
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parse the arguments as click does, but refuse an option given twice, because click ignores the first."""
+        """Parse the arguments as click does, but refuse an option given twice, because click keeps only the last."""
         if not {"-v", "-vv", "--verbose"}.isdisjoint(args):
             _set_level(ctx, VERBOSE, 1)  # also if it follows --help
         for parameter, times in Counter(self.make_parser(ctx).parse_args([*args])[2]).items():

@@ -14,7 +14,7 @@ from retrieval_tip.settings import Settings
 WRONG, REPEATS, CONVERGED = 0.2, 12, 1e-3
 """First estimate of the share of wrong labels, maximum number of estimates, and smallest difference between two."""
 SMOOTHING = 0.5
-"""The labels are smoothed as if by this number of photos."""
+"""Default smoothing of the labels, in photos (see :class:`HeldTerms`)."""
 STEPS, REACH = 60, 4.0
 """Maximum number of Newton steps, and default bound on the logarithms for logits of unit spread."""
 BLOCK = 1 << 16

@@ -227,7 +227,7 @@ class SessionPhotos:
         return found
 
     def note(self, photos: Sequence[int], read: Read) -> None:
-        """Note the photos that were read. The others are unreadable."""
+        """Store the features of the photos that were read, and note why the others are unreadable."""
         reasons = {skipped.source: skipped.reason for skipped in self.reader.skipped}
         for photo in photos:
             if photo not in read:

@@ -275,7 +275,7 @@ class Sync:
     def _answers(
         self, index: Index, assets: Sequence[str], features: Sequence[FloatArray]
     ) -> Iterator[Suggestion]:
-        """Yield suggestions for the photos whose class is almost certain."""
+        """Yield suggestions for the photos whose class has at least the probability :data:`LEAST`."""
         answers = index.classify(np.stack(features), norms="keep", neighbours=0)
         for asset, answer in zip(assets, answers.to_arrow().to_pylist(), strict=True):
             label, probability = answer["label"], answer["probability"]
