@@ -290,7 +290,7 @@ function progress() {
   showProblems();
 }
 
-const spoken = (photo) => (photo.no_match ? "no match" : `${photo.winner.label}, ${percent(photo.winner.probability)}`);
+const spoken = (photo) => (photo.unanswered ? "no match" : `${photo.winner.label}, ${percent(photo.winner.probability)}`);
 
 /** Show one line for each kind of problem, regardless of how many files have it. */
 function showProblems() {
@@ -317,6 +317,7 @@ function showProblems() {
 function tile(photo, element, text, note) {
   const { shown, winner, taught } = photo;
   const no_match = photo.no_match && taught === null;
+  const unanswered = no_match && photo.unanswered;
   for (const [name, is] of Object.entries({ busy: photo.busy, no_match, taught: taught !== null })) element.classList.toggle(name, is);
   const [image] = element.firstChild.children;
   if (photo.picture && image.src !== photo.picture) image.replaceWith(photo.image(240, ""));
@@ -324,9 +325,10 @@ function tile(photo, element, text, note) {
   Object.assign(element.dataset, { input: photo.name, busy: photo.busy });
   if (shown) Object.assign(element.dataset, { label: winner.label, probability: winner.probability });
   const said = photo.group ?? winner;
-  text.textContent = taught ?? (no_match ? "No match" : (said?.label ?? photo.name));
+  text.textContent = taught ?? (unanswered ? "No match" : (said?.label ?? photo.name));
   if (taught) note.textContent = photo.inFolder ? "labelled" : "added";
-  else if (shown) note.textContent = no_match ? "" : percent(said.probability);
+  else if (unanswered) note.textContent = "";
+  else if (shown) note.textContent = no_match ? "no match" : percent(said.probability);
   else note.textContent = photo.problem ? "no answer" : "classifying…";
   const doubtful = shown && !no_match && !taught && winner.probability < DOUBTFUL;
   element.style.setProperty("--p", doubtful ? winner.probability : 0);
@@ -359,7 +361,7 @@ const SORTS = { // an order, and a function that compares two photos
   new: ["Newest first", () => 0],
 };
 
-const classOf = (photo) => photo.taught ?? (photo.no_match ? "" : (photo.winner?.label ?? ""));
+const classOf = (photo) => photo.taught ?? (photo.unanswered ? "" : (photo.winner?.label ?? ""));
 
 const together = (some, of) => [...Map.groupBy(some, of).values()].sort((a, b) => b.length - a.length);
 
@@ -463,7 +465,7 @@ $("selection-none").addEventListener("click", () => (grid.select([]), $("grid").
 $("selection-away").addEventListener("click", () => (putAway(acting()), $("grid").focus()));
 
 const acceptable = (photo) =>
-  photo.shown && !photo.no_match && !photo.group && photo.taught === null && !photo.judgedByOthers && !photo.busy && !(photo.inFolder && isOld());
+  photo.shown && !photo.unanswered && !photo.group && photo.taught === null && !photo.judgedByOthers && !photo.busy && !(photo.inFolder && isOld());
 
 async function acceptAll(which) {
   if (!state.info.changes) return;

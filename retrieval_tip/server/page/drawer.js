@@ -99,9 +99,9 @@ export function show() {
     $("drawer-probability").textContent = "";
     return;
   }
-  $("drawer-title").textContent = photo.no_match ? "No match" : cut(winner.label, 40);
+  $("drawer-title").textContent = photo.unanswered ? "No match" : cut(winner.label, 40);
   $("drawer-title").title = winner.label;
-  $("drawer-probability").textContent = photo.no_match ? "" : percent(winner.probability);
+  $("drawer-probability").textContent = photo.unanswered ? "" : percent(winner.probability);
   $("drawer-notes").replaceChildren(...notes());
   showCorrection();
   showDecided();
@@ -126,12 +126,12 @@ function notes() {
 
 function showCorrection() {
   const can = state.info.changes;
-  const settled = !can || photo.no_match || (photo.taught !== null && !photo.inFolder);
+  const settled = !can || photo.unanswered || (photo.taught !== null && !photo.inFolder);
   $("drawer-wrong").hidden = settled;
   $("drawer-right").hidden = settled || photo.taught !== null || photo.judgedByOthers; // it is an example already
   $("drawer-wrong").setAttribute("aria-expanded", String(wrong === photo));
-  $("drawer-correction").hidden = !can || (wrong !== photo && !photo.no_match);
-  $("drawer-which").textContent = photo.no_match ? "What is it?" : "Which class is right?";
+  $("drawer-correction").hidden = !can || (wrong !== photo && !photo.unanswered);
+  $("drawer-which").textContent = photo.unanswered ? "What is it?" : "Which class is right?";
   $("drawer-refused").hidden = can;
   $("drawer-chips").replaceChildren(...chips(can ? photo.choices : [], give));
 }

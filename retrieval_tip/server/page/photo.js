@@ -59,6 +59,11 @@ export class Photo {
     return this.shown?.no_match === true;
   }
 
+  /** Whether it says "No match" instead of its best class. In a session, a person reviews the best class. */
+  get unanswered() {
+    return this.no_match && !this.inFolder;
+  }
+
   /** A sort key, which is highest for photos that have no answer, and then for photos that have no match. */
   get doubt() {
     if (!this.shown) return 3;
@@ -99,7 +104,7 @@ export class Photo {
   get choices() {
     if (!this.shown) return [];
     const { rows } = this.shown;
-    const others = rows.map(({ label }) => label).filter((label) => this.no_match || label !== this.winner.label);
+    const others = rows.map(({ label }) => label).filter((label) => this.unanswered || label !== this.winner.label);
     return others.slice(0, 3);
   }
 }
